@@ -5,24 +5,28 @@
 # %% ../nbs/15_demo.ipynb #590c7757
 from __future__ import annotations
 import argparse, contextlib, json, os, shutil, sys, time
+from dataclasses import replace
 from pathlib import Path
+import torch
+from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.envs.factory import make_env_config
 import halo
-from .envs import EVAL_SEED, FlashPlaceSpec, record_demonstrations
+from .envs import EVAL_SEED, FlashPlaceSpec, record_demonstrations, require_sim
 from .evaluate import EvalResult, compare, evaluate, load_policy, sha256, summary, write_whole
-from .report import write_report
+from .report import continued_text, write_report
+from .pretrain import pretrain
 from .train import TrainConfig, train
 
 # %% auto #0
 __all__ = ['VARIANTS', 'TRAIN', 'SEEDS', 'FRESH_SEED', 'FILMS', 'ROOT', 'CHECKPOINTS', 'DATA', 'RUNS', 'OUT', 'shown', 'ship',
-           'find_checkpoints', 'Stages', 'clock', 'demonstrations', 'settings', 'continue_training', 'reusable',
+           'find_checkpoints', 'Stages', 'clock', 'demonstrations', 'device', 'continue_training', 'reusable',
            'evaluate_variant', 'evaluate_all', 'run_demo', 'train_variants', 'run_training', 'parser', 'defaults',
            'main']
 
 # %% ../nbs/15_demo.ipynb #80f6ad78
 VARIANTS = {'full': {}, 'no_history': {'history_frames': 0}, 'no_salr': {'salr': False}}
-TRAIN = TrainConfig(steps=2500, batch=32)
+TRAIN = TrainConfig(steps=1100, batch=16, lr=8e-4)
 SEEDS = range(EVAL_SEED, EVAL_SEED + 60)   # evaluation; demonstrations use smaller seeds
 FRESH_SEED = 500_000                       # first seed of the demonstrations that no shipped checkpoint was trained on
 FILMS = 6                                  # evaluation seeds that are recorded for the report
@@ -79,18 +83,16 @@ def demonstrations(root: Path, episodes: int, seed: int) -> LeRobotDataset:
     return data
 
 # %% ../nbs/15_demo.ipynb #bf52ab8b
-def settings(short: TrainConfig, **changes) -> TrainConfig:
-    "`short` with fields changed."
-    from dataclasses import replace
-    return replace(short, **changes)
+def device() -> str: return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 def continue_training(dataset: LeRobotDataset, checkpoint: Path, out: Path, steps: int, batch: int = TRAIN.batch) -> list[dict]:
-    "Train the policy of `checkpoint` for some more steps at a twentieth of its learning rate; returns the log."
+    "Train the policy in `checkpoint` for some more steps on `dataset`, at a twentieth of its learning rate; returns the log."
     shutil.rmtree(out, ignore_errors=True)
-    tc = settings(TRAIN, steps=steps, batch=batch, lr=TRAIN.lr / 20, warmup=1, log_every=1, save_every=steps)
-    train(dataset, out, tc, resume=False, init_from=checkpoint, **VARIANTS['full'])
+    tc = replace(TRAIN, steps=steps, batch=batch, lr=TRAIN.lr / 20, warmup=1, log_every=1, save_every=steps)
+    model = PreTrainedConfig.from_pretrained(checkpoint).model   # what was trained, whatever the preset says today
+    train(dataset, out, tc, resume=False, init_from=checkpoint, device=device(), model=model)
     log = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
-    print(f"      loss {log[0]['loss']:.3f} at the first step, {log[-1]['loss']:.3f} at step {log[-1]['step']}")
+    print(f'      {continued_text(log)}')
     return log
 
 # %% ../nbs/15_demo.ipynb #e956f7bc
@@ -131,17 +133,19 @@ def run_demo(args) -> Path:
 # %% ../nbs/15_demo.ipynb #a099f945
 def train_variants(dataset: LeRobotDataset, runs: Path, checkpoints: Path, tc: TrainConfig, stage) -> dict[str, Path]:
     "Train every variant in `runs/NAME` (going on where it was) and ship it to `checkpoints/NAME`."
-    shipped = {}
+    shipped, vlm = {}, checkpoints / 'vlm'
+    if not vlm.exists():
+        with stage('pretrain the tiny VLM by pointing'): pretrain(vlm)
     for name, changes in VARIANTS.items():
         with stage(f'train {name}: {tc.steps} steps of {tc.batch}'):
-            train(dataset, runs / name, tc, **changes)
+            train(dataset, runs / name, tc, device=device(), vlm_id=os.path.relpath(vlm), **changes)
             shipped[name] = ship(runs / name, checkpoints / name)
     return shipped
 
 # %% ../nbs/15_demo.ipynb #1606737c
 def run_training(args) -> Path:
     "Record, train the three variants from nothing, ship them, evaluate, report. Returns the report."
-    stage, tc = Stages(3 + len(VARIANTS)), settings(TRAIN, steps=args.steps, batch=args.batch, save_every=min(TRAIN.save_every, args.steps))
+    stage, tc = Stages(3 + len(VARIANTS) + (not (args.checkpoints / 'vlm').exists())), replace(TRAIN, steps=args.steps, batch=args.batch, save_every=min(TRAIN.save_every, args.steps))
     with stage(f'{args.episodes} demonstrations by the scripted expert'): data = demonstrations(args.data, args.episodes, 0)
     checkpoints = train_variants(data, args.runs, args.checkpoints, tc, stage)
     with stage(f'three policies on the same {args.seeds} unseen seeds'): results = evaluate_all(checkpoints, SEEDS[:args.seeds], args.out / 'results', min(FILMS, args.seeds))
@@ -183,7 +187,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(argv)
     args.command = ' '.join(['python -m halo.demo', *argv])
-    try: report = (run_training if args.train_from_scratch else run_demo)(defaults(args))
+    try:
+        try: require_sim()   # before minutes of work
+        except RuntimeError as e: raise ImportError(e) from e
+        report = (run_training if args.train_from_scratch else run_demo)(defaults(args))
     except (FileNotFoundError, ValueError, ImportError) as e: print(f'\n{e}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('\nInterrupted: the same command goes on from here.', file=sys.stderr); return 130
     print(f'\nThe report is {shown(report)}: open it in a browser.')

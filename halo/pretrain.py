@@ -15,7 +15,8 @@ from .vlm import Observation, build_qwen, get_tokenizer, pack
 
 # %% auto #0
 __all__ = ['COLOURS', 'INSTRUCTIONS', 'ellipse', 'box', 'paint', 'scene', 'draw', 'pointing_batch', 'near_view',
-           'instruction_tokens', 'token_targets', 'dense_loss', 'pointing_error', 'both_losses', 'pretrain', 'save_vlm']
+           'instruction_tokens', 'token_targets', 'dense_loss', 'pointing_error', 'both_losses', 'pretrain', 'save_vlm',
+           'main']
 
 # %% ../nbs/11b_pretrain.ipynb #cd36a2d9
 COLOURS = dict(red=(0.95, 0.05, 0.05), green=(0.05, 0.75, 0.05), blue=(0.05, 0.15, 1.0))
@@ -42,8 +43,8 @@ def scene(g: torch.Generator, b: int) -> dict:
     "Random places, sizes and colours of `b` scenes; lengths in units of the picture's side."
     u = lambda *s, lo=0., hi=1.: lo + (hi - lo) * torch.rand(*s, generator=g)
     order = torch.rand(b, 3, generator=g).argsort(1)
-    slots = torch.tensor([[.22, .70], [.52, .45], [.80, .70], [.25, .35], [.75, .30]])[torch.rand(b, 5, generator=g).argsort(1)[:, :3]]
-    return dict(table=u(b, 1, lo=.5, hi=.8) + u(b, 3, lo=-.05, hi=.05), pads=slots + u(b, 3, 2, lo=-.12, hi=.12), radius=torch.stack([u(b, 3, lo=.07, hi=.15), u(b, 3, lo=.06, hi=.13)], -1), order=order,
+    slots = torch.tensor([[.25, .75], [.75, .75], [.75, .25], [.25, .25]])[torch.rand(b, 4, generator=g).argsort(1)[:, :3]]   # three of the four quarters
+    return dict(table=u(b, 1, lo=.5, hi=.8) + u(b, 3, lo=-.05, hi=.05), pads=slots + u(b, 3, 2, lo=-.1, hi=.1), radius=torch.stack([u(b, 3, lo=.07, hi=.15), u(b, 3, lo=.06, hi=.13)], -1), order=order,
                 puck=u(b, 2, lo=.08, hi=.92), half=torch.stack([u(b, lo=.03, hi=.06), u(b, lo=.03, hi=.07)], -1), near=u(b, 2, lo=.1, hi=.9), near_half=torch.stack([u(b, lo=.05, hi=.11), u(b, lo=.06, hi=.13)], -1))
 
 # %% ../nbs/11b_pretrain.ipynb #a342a256
@@ -114,16 +115,16 @@ def token_targets(frames: Tensor, factor: int = 28) -> Tensor:
     return torch.cat([place * 3.46, cover[:, :4].sqrt() * 3, off * 3.46, (cover[:, :1] > .01).float() * 2, cover[:, 4:]], 1).flatten(2).transpose(1, 2)
 
 # %% ../nbs/11b_pretrain.ipynb #96160395
-def dense_loss(hidden: Tensor, packed, obs: Observation, head: torch.nn.Linear, cfg: ModelConfig) -> Tensor:
-    "Mean squared error of the token readout of `hidden` (b, l, width); yellow's offset counts only where there is yellow."
+def dense_loss(hidden: Tensor, packed, obs: Observation, answer: Tensor, head: torch.nn.ModuleList, cfg: ModelConfig) -> Tensor:
+    "Mean squared error of linear readouts of `hidden` (b, l, width): every image token about itself, the last word about the disc `answer` (b, 2) that it names. Yellow's offset counts only where there is yellow."
     from halo.vlm import frame_pairs, special_ids
     ids = special_ids(cfg.tokenizer)
     image = [token_targets(torch.stack([v[i] for v in [view]])[:, None]) for i in range(len(obs)) for view in obs.views]
     video = [token_targets(obs.history[i, idx].unflatten(0, (-1, 2))).flatten(0, 1) for i, idx in enumerate(frame_pairs(obs.history_mask)) if len(idx)]
     want = torch.cat([torch.cat([t.flatten(0, 1) for t in image]), torch.cat(video)])
-    got = head(torch.cat([hidden[packed.input_ids == ids['<|image_pad|>']], hidden[packed.input_ids == ids['<|video_pad|>']]]))
+    got = head[0](torch.cat([hidden[packed.input_ids == ids['<|image_pad|>']], hidden[packed.input_ids == ids['<|video_pad|>']]]))
     weight = torch.ones_like(want); weight[:, 6:8] = (want[:, 8:9] > 0).float() * 4
-    return (weight * (got - want).square()).mean()
+    return (weight * (got - want).square()).mean() + (head[1](hidden[:, -1]) - answer).square().mean()
 
 # %% ../nbs/11b_pretrain.ipynb #dcc7f685
 @torch.no_grad()
@@ -137,7 +138,7 @@ def pointing_error(model: HaloModel, g: torch.Generator, b: int = 64) -> dict[st
     return dict(block=d(0, 2, slice(0, h)), disc=d(0, 2, slice(h, None)), near=d(2, 4, slice(None)))
 
 # %% ../nbs/11b_pretrain.ipynb #67b8a800
-def both_losses(model: HaloModel, obs: Observation, target: Tensor, real: Tensor, head: torch.nn.Linear) -> tuple[Tensor, Tensor]:
+def both_losses(model: HaloModel, obs: Observation, target: Tensor, real: Tensor, head: torch.nn.ModuleList) -> tuple[Tensor, Tensor]:
     "Flow-matching loss of the pointing chunk, and the dense loss of the tokens, from one interleaved pass."
     from halo.flow import flow_loss, interpolate, sample_time, velocity_target
     cfg, r = model.cfg, model.cfg.flow.draws
@@ -147,17 +148,17 @@ def both_losses(model: HaloModel, obs: Observation, target: Tensor, real: Tensor
     a, ectx = model.expert_start(obs.state, ctx, interpolate(target, noise, t), t)
     for block in model.blocks: x, state, a = block(x, state, a, ctx, ectx)
     x = x / x.detach().std(-1, keepdim=True)
-    return flow_loss(model.heads.read(a), velocity_target(target, noise), real), dense_loss(x, pack(obs, cfg), obs, head, cfg)
+    return flow_loss(model.heads.read(a), velocity_target(target, noise), real), dense_loss(x, pack(obs, cfg), obs, target[::r, -1, :2], head, cfg)
 
 # %% ../nbs/11b_pretrain.ipynb #387f2b30
-def pretrain(out: str | Path, cfg: ModelConfig | None = None, steps: int = 1200, batch: int = 32, lr: float = 1e-3, seed: int = 0, log_every: int = 50, progress: bool = True) -> Path:
+def pretrain(out: str | Path, cfg: ModelConfig | None = None, steps: int = 1200, batch: int = 16, lr: float = 1e-3, seed: int = 0, log_every: int = 50, progress: bool = True) -> Path:
     "Pretrain the tiny VLM by pointing; writes a transformers folder (for `vlm_id`) with `log.json`. Returns it."
     from halo.train import TrainConfig, lr_at
     cfg = (cfg or preset('tiny')).but(salr__enabled=False)
     torch.manual_seed(seed); g = torch.Generator().manual_seed(seed)
     qwen = build_qwen(cfg); layers = list(qwen.language_model.layers)
     model, tc, log, recent, t0 = HaloModel(cfg, qwen).train(), TrainConfig(steps=steps, lr=lr), [], [], time.time()
-    head = torch.nn.Linear(cfg.text.width, 10)
+    head = torch.nn.ModuleList([torch.nn.Linear(cfg.text.width, 10), torch.nn.Linear(cfg.text.width, 2)])
     opt, tokens = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=lr, betas=(0.9, 0.95), weight_decay=1e-4), instruction_tokens(cfg)
     for step in (bar := tqdm(range(steps), desc='pointing', unit='step', disable=not progress, mininterval=2)):
         for p in opt.param_groups: p['lr'] = lr * lr_at(step, tc)
@@ -176,3 +177,13 @@ def save_vlm(qwen, out: str | Path, record: dict) -> Path:
     qwen.save_pretrained(tmp); (tmp / 'log.json').write_text(json.dumps(record, indent=1))
     shutil.rmtree(out, ignore_errors=True); tmp.rename(out)
     return out
+
+# %% ../nbs/11b_pretrain.ipynb #8070f1f8
+def main(argv=None) -> None:
+    "`python -m halo.pretrain OUT`: pretrain the tiny VLM and write it to the folder OUT."
+    import argparse
+    p = argparse.ArgumentParser(description=main.__doc__); p.add_argument('out'); p.add_argument('--steps', type=int, default=1200); p.add_argument('--batch', type=int, default=16); p.add_argument('--lr', type=float, default=1e-3)
+    a = p.parse_args(argv); print(pretrain(a.out, steps=a.steps, batch=a.batch, lr=a.lr))
+
+# %% ../nbs/11b_pretrain.ipynb #d968a7a5
+if __name__ == '__main__' and globals().get('__spec__') is not None: main()   # python -m, but not a notebook

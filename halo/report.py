@@ -22,7 +22,7 @@ __all__ = ['INK', 'LINE', 'NAMES', 'COLOURS', 'OUTCOMES', 'CHANCE', 'STYLE', 'RE
            'figure_observation', 'figure_filmstrip', 'svg', 'encode_video', 'held', 'data_uri', 'flash_strip', 'table',
            'percent', 'dot', 'success_table', 'paired_table', 'film_cell', 'films', 'player', 'provenance_of',
            'provenance_table', 'evaluation_table', 'numbers', 'section', 'drawing', 'page', 'first_section',
-           'denoising_section', 'pick_seed', 'write_report']
+           'denoising_section', 'pick_seed', 'continued_text', 'write_report']
 
 # %% ../nbs/14_report.ipynb #85ea4e26
 INK, LINE = '#1b1f24', '#c8ccd1'
@@ -95,13 +95,10 @@ def read_log(folder: str | Path) -> list[dict]:
     return []
 
 # %% ../nbs/14_report.ipynb #623d2da9
-def running_mean(y: np.ndarray, share: float = 0.85) -> np.ndarray:
-    "Exponential running mean of (n,), unbiased at the start."
-    out, total, weight = [], 0.0, 0.0
-    for v in y:
-        total, weight = share * total + (1 - share) * v, share * weight + 1 - share
-        out.append(total / weight)
-    return np.array(out)
+def running_mean(y: np.ndarray, half: int = 6) -> np.ndarray:
+    "Mean of (n,) over a centred window of up to `half` values to each side, smaller and still centred at the ends."
+    reach = [min(half, i, len(y) - 1 - i) for i in range(len(y))]
+    return np.array([y[i - r:i + r + 1].mean() for i, r in enumerate(reach)])
 
 # %% ../nbs/14_report.ipynb #e2ec6c3d
 @styled
@@ -479,6 +476,12 @@ def pick_seed(result: EvalResult) -> int:
     return (good or seeds)[0]
 
 # %% ../nbs/14_report.ipynb #ac8402de
+def continued_text(log: list[dict], n: int = 5) -> str:
+    "How the loss of a short training developed, in words: means over the first and last `n` rows of its log."
+    n = min(n, len(log)); mean = lambda rows: np.mean([r['loss'] for r in rows])
+    return f'mean loss {mean(log[:n]):.3f} over its first {n} steps, {mean(log[-n:]):.3f} over its last {n}'
+
+# %% ../nbs/14_report.ipynb #45380e67
 def write_report(path: str | Path, results: dict[str, EvalResult], checkpoints: dict[str, str | Path], command: str = 'make demo', continued: list[dict] | None = None) -> Path:
     """Write the report to `path`. `results`: recorded evaluations on the same seeds; `checkpoints`: policy folders with `provenance.json` and `log.jsonl`, under the same names.
 
@@ -494,7 +497,7 @@ def write_report(path: str | Path, results: dict[str, EvalResult], checkpoints: 
     if owner in policies and masks(policies[owner][0]):
         text = 'SALR multiplies the state with the cached keys and values of the vision-language model and lets a learned mask choose among the products. Every mask starts at 1; this is what training added. Orange: amplified, purple: suppressed.'
         body += section('What the masks learned', text, drawing(figure_masks(policies[owner][0]), 'masks minus one'), drawing(figure_mask_distribution(policies[owner][0]), 'distribution of the masks'))
-    more = '' if not continued else f' Training goes on from the shipped weights: {continued[-1]["step"]} further steps on fresh demonstrations, loss {continued[0]["loss"]:.3f} at step {continued[0]["step"]}, {continued[-1]["loss"]:.3f} at step {continued[-1]["step"]}.'
+    more = '' if not continued else f' Training goes on from the weights of {html.escape(title(owner))}: {continued[-1]["step"]} further steps on fresh demonstrations, {continued_text(continued)}.'
     body += section('Loss curves', 'Flow-matching loss in training: thin as logged, thick its running mean.' + more, drawing(figure_loss({k: read_log(f) for k, f in checkpoints.items()}), 'loss curves'))
     body += section('Where it came from', 'Weights, data and code of each policy, and how the rates were measured.', provenance_table(results, checkpoints), evaluation_table(results, command))
     return write_whole(path, page('HALO on flash_place', body))

@@ -80,8 +80,8 @@ def make_policy(dataset: LeRobotDataset, **config) -> tuple[HaloPolicy, object, 
 # %% ../nbs/11_train.ipynb #3c502f00
 def provenance(dataset, tc: TrainConfig, seconds: float, log: list[dict]) -> dict:
     "What a result needs to be believed: data, code, versions, seed, time."
-    try: commit = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or 'unknown'
-    except (OSError, NameError): commit = 'unknown'
+    try: commit = subprocess.run(['git', 'rev-parse', '--verify', 'HEAD'], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, NameError, subprocess.CalledProcessError): commit = 'unknown'
     return dict(data=dict(repo_id=dataset.repo_id, fingerprint=fingerprint(dataset), episodes=dataset.meta.total_episodes, frames=dataset.meta.total_frames), train=asdict(tc), commit=commit,
                 versions={p: version(p) for p in ('torch', 'transformers', 'lerobot')}, threads=torch.get_num_threads(), seconds=round(seconds, 1), final_loss=log[-1]['loss'] if log else None)
 
