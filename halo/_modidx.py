@@ -308,6 +308,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'halo.pretrain.draw': ('pretrain.html#draw', 'halo/pretrain.py'),
                                'halo.pretrain.ellipse': ('pretrain.html#ellipse', 'halo/pretrain.py'),
                                'halo.pretrain.instruction_tokens': ('pretrain.html#instruction_tokens', 'halo/pretrain.py'),
+                               'halo.pretrain.main': ('pretrain.html#main', 'halo/pretrain.py'),
                                'halo.pretrain.near_view': ('pretrain.html#near_view', 'halo/pretrain.py'),
                                'halo.pretrain.paint': ('pretrain.html#paint', 'halo/pretrain.py'),
                                'halo.pretrain.pointing_batch': ('pretrain.html#pointing_batch', 'halo/pretrain.py'),
