@@ -19,14 +19,15 @@ from .pretrain import pretrain
 from .train import TrainConfig, train
 
 # %% auto #0
-__all__ = ['VARIANTS', 'TRAIN', 'SEEDS', 'FRESH_SEED', 'FILMS', 'ROOT', 'CHECKPOINTS', 'DATA', 'RUNS', 'OUT', 'shown', 'ship',
-           'find_checkpoints', 'Stages', 'clock', 'demonstrations', 'device', 'continue_training', 'reusable',
+__all__ = ['VARIANTS', 'TRAIN', 'ACTIONS', 'SEEDS', 'FRESH_SEED', 'FILMS', 'ROOT', 'CHECKPOINTS', 'DATA', 'RUNS', 'OUT', 'shown',
+           'ship', 'find_checkpoints', 'Stages', 'clock', 'demonstrations', 'device', 'continue_training', 'reusable',
            'evaluate_variant', 'evaluate_all', 'run_demo', 'train_variants', 'run_training', 'parser', 'defaults',
            'main']
 
 # %% ../nbs/15_demo.ipynb #80f6ad78
 VARIANTS = {'full': {}, 'no_history': {'history_frames': 0}, 'no_salr': {'salr': False}}
 TRAIN = TrainConfig(steps=1100, batch=16, lr=8e-4)
+ACTIONS = 2                                # actions executed per inference, of a chunk of 16
 SEEDS = range(EVAL_SEED, EVAL_SEED + 60)   # evaluation; demonstrations use smaller seeds
 FRESH_SEED = 500_000                       # first seed of the demonstrations that no shipped checkpoint was trained on
 FILMS = 6                                  # evaluation seeds that are recorded for the report
@@ -133,19 +134,19 @@ def run_demo(args) -> Path:
 # %% ../nbs/15_demo.ipynb #a099f945
 def train_variants(dataset: LeRobotDataset, runs: Path, checkpoints: Path, tc: TrainConfig, stage) -> dict[str, Path]:
     "Train every variant in `runs/NAME` (going on where it was) and ship it to `checkpoints/NAME`."
-    shipped, vlm = {}, checkpoints / 'vlm'
+    shipped, vlm = {}, runs / 'vlm'
     if not vlm.exists():
         with stage('pretrain the tiny VLM by pointing'): pretrain(vlm)
     for name, changes in VARIANTS.items():
         with stage(f'train {name}: {tc.steps} steps of {tc.batch}'):
-            train(dataset, runs / name, tc, device=device(), vlm_id=os.path.relpath(vlm), **changes)
+            train(dataset, runs / name, tc, device=device(), vlm_id=os.path.relpath(vlm), n_action_steps=ACTIONS, **changes)
             shipped[name] = ship(runs / name, checkpoints / name)
     return shipped
 
 # %% ../nbs/15_demo.ipynb #1606737c
 def run_training(args) -> Path:
     "Record, train the three variants from nothing, ship them, evaluate, report. Returns the report."
-    stage, tc = Stages(3 + len(VARIANTS) + (not (args.checkpoints / 'vlm').exists())), replace(TRAIN, steps=args.steps, batch=args.batch, save_every=min(TRAIN.save_every, args.steps))
+    stage, tc = Stages(3 + len(VARIANTS) + (not (args.runs / 'vlm').exists())), replace(TRAIN, steps=args.steps, batch=args.batch, save_every=min(TRAIN.save_every, args.steps))
     with stage(f'{args.episodes} demonstrations by the scripted expert'): data = demonstrations(args.data, args.episodes, 0)
     checkpoints = train_variants(data, args.runs, args.checkpoints, tc, stage)
     with stage(f'three policies on the same {args.seeds} unseen seeds'): results = evaluate_all(checkpoints, SEEDS[:args.seeds], args.out / 'results', min(FILMS, args.seeds))
