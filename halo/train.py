@@ -25,7 +25,7 @@ from .salr import fp32_parameter_names
 
 # %% auto #0
 __all__ = ['train_step', 'TrainConfig', 'lr_at', 'param_groups', 'make_policy', 'provenance', 'save_optimizer', 'load_optimizer',
-           'save_checkpoint', 'find_checkpoint', 'load_checkpoint', 'preprocess', 'train']
+           'save_checkpoint', 'find_checkpoint', 'load_checkpoint', 'mask_values', 'MaskHistory', 'preprocess', 'train']
 
 # %% ../nbs/11_train.ipynb #512375c4
 def train_step(policy, batch: dict, optimizer, clip: float = 1.0) -> tuple[float, float]:
@@ -51,6 +51,7 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 10
     save_every: int = 500
+    masks_every: int = 0           # steps between two notes of SALR's masks; 0: forty times in the run
 
 # %% ../nbs/11_train.ipynb #550ae4b1
 def lr_at(step: int, tc: TrainConfig) -> float:
@@ -130,11 +131,37 @@ def load_checkpoint(folder: Path, policy, optimizer, sampler) -> int:
     return state['step']
 
 # %% ../nbs/11_train.ipynb #1abbdd46
+def mask_values(policy) -> dict[str, torch.Tensor]:
+    "SALR's masks as the model uses them, {'k': (layers, i, j, h), 'v': ...} float32; empty for a policy without masks."
+    found = [b.rerep for b in policy.model.blocks if hasattr(b.rerep, 'k') and hasattr(b.rerep.k, 'gate')]
+    return {w: torch.stack([getattr(r, w).gate().detach().float().cpu() for r in found]) for w in 'kv'} if found else {}
+
+# %% ../nbs/11_train.ipynb #4fac1094
+class MaskHistory:
+    "Masks along training: `file` holds step (n,) and k, v (n, layers, i, j, h); rows after `step` (of a run that was killed) are dropped."
+    def __init__(self, file: Path, step: int = 0):
+        self.file, self.rows = Path(file), {}
+        if step and self.file.exists():
+            t = load_file(str(self.file))
+            self.rows = {int(n): {w: t[w][i].clone() for w in 'kv'} for i, n in enumerate(t['step']) if n <= step}
+
+    def add(self, step: int, policy) -> None:
+        "Note the masks of `policy` after `step`; nothing for a policy without masks."
+        if m := mask_values(policy): self.rows[step] = m
+
+    def save(self) -> None:
+        "Write all rows under a temporary name, then rename."
+        if not self.rows: return
+        tmp = self.file.with_name(self.file.name + '.tmp')
+        save_file({'step': torch.tensor(list(self.rows))} | {w: torch.stack([r[w] for r in self.rows.values()]) for w in 'kv'}, str(tmp))
+        tmp.replace(self.file)
+
+# %% ../nbs/11_train.ipynb #a27ecec2
 def preprocess(pre, batch: dict) -> dict:
     "A batch of `HistoryDataset` through LeRobot's preprocessor (normalisation, tokens), keeping what is ours."
     return pre({k: v for k, v in batch.items() if k not in ('episode_index', 'frame_index')})
 
-# %% ../nbs/11_train.ipynb #4fac1094
+# %% ../nbs/11_train.ipynb #0fa32513
 def train(dataset: LeRobotDataset, out: str | Path, tc: TrainConfig = TrainConfig(), store=None, resume: bool = True, until: int | None = None, progress: bool = True, init_from=None, **config) -> Path:
     "Train HALO on `dataset` into `out/checkpoint` (a LeRobot policy folder); resumes by itself. `until` stops early; `init_from` starts from a policy folder's weights. Returns the folder."
     out = Path(out); out.mkdir(parents=True, exist_ok=True); target = out / 'checkpoint'
@@ -150,6 +177,8 @@ def train(dataset: LeRobotDataset, out: str | Path, tc: TrainConfig = TrainConfi
     if resume and (found := find_checkpoint(target)): step = load_checkpoint(found, policy, optimizer, sampler)
     log = [l for l in map(json.loads, log_file.read_text().splitlines())][:] if step and log_file.exists() else []
     log = [l for l in log if l['step'] <= step]; log_file.write_text(''.join(json.dumps(l) + '\n' for l in log))
+    masks, every = MaskHistory(out / 'masks.safetensors', step), tc.masks_every or max(1, tc.steps // 40)
+    if not step: masks.add(0, policy)
     policy, optimizer = acc.prepare(policy, optimizer); policy.train()
     stop, t0, recent = min(tc.steps, until or tc.steps), time.time() - (log[-1]['seconds'] if log else 0), []
     bar = tqdm(total=tc.steps, initial=step, desc=out.name, unit='step', disable=not progress, mininterval=2, file=sys.stdout)
@@ -161,6 +190,7 @@ def train(dataset: LeRobotDataset, out: str | Path, tc: TrainConfig = TrainConfi
             log.append(dict(step=step, loss=float(np.mean(recent)), grad_norm=norm, lr=optimizer.param_groups[0]['lr'], seconds=round(time.time() - t0, 1))); recent = []
             with log_file.open('a') as f: f.write(json.dumps(log[-1]) + '\n')
             bar.set_postfix(loss=f"{log[-1]['loss']:.3f}")
-        if step % tc.save_every == 0 or step == stop: save_checkpoint(target, acc.unwrap_model(policy), pre, post, optimizer, sampler, step, provenance(dataset, tc, time.time() - t0, log))
+        if step % every == 0 or step == tc.steps: masks.add(step, acc.unwrap_model(policy))
+        if step % tc.save_every == 0 or step == stop: masks.save(); save_checkpoint(target, acc.unwrap_model(policy), pre, post, optimizer, sampler, step, provenance(dataset, tc, time.time() - t0, log))
     bar.close()
     return target
