@@ -26,6 +26,7 @@ class SamplingConfig:
     "Which frames the VLM reads, and at what size."
     history_frames: int = 80      # n, past frames of the primary view; 0 = no history
     history_stride: int = 1       # control ticks between two history frames
+    history_hop: int = 0          # frames by which the window's start moves at once (even), so that what was encoded stays valid between hops; 0 = it slides with every tick
     history_size: int = 112       # pixels; past frames are resized to a square of this side
     fps: float = 10.0             # control ticks per second of the dataset and of the robot
     view_size: int = 0            # longest side of a current view in pixels; 0 keeps the camera's own size (rounded to whole patches)
@@ -36,6 +37,8 @@ class SamplingConfig:
     def __post_init__(self):
         at_least('sampling.history_frames', self.history_frames, 0)
         at_least('sampling.history_stride', self.history_stride, 1)
+        if self.history_hop % 2 or not 0 <= self.history_hop <= self.history_frames:
+            raise ValueError(f"sampling.history_hop={self.history_hop!r} must be even (frames are encoded in pairs) and lie between 0 and history_frames={self.history_frames}")
         one_of('sampling.current', self.current, ('view', 'view_and_video'))
         one_of('sampling.positions', self.positions, ('qwen', 'installed'))
         if not self.fps > 0: raise ValueError(f"sampling.fps={self.fps!r} must be positive; give the control rate in Hz")

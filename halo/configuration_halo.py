@@ -52,6 +52,7 @@ class HaloConfig(PreTrainedConfig):
 
     history_frames: int | None = None         # n; 0 = no history
     history_stride: int | None = None         # control ticks between history frames
+    history_hop: int | None = None            # frames by which the history's start moves at once (streaming); 0 = slides
     chunk_size: int | None = None             # s, actions predicted at once
     denoising_steps: int | None = None
     salr: bool | None = None                  # False converts heads with an MLP (the ablation)
@@ -64,6 +65,7 @@ class HaloConfig(PreTrainedConfig):
     camera_roles: dict[str, str] = field(default_factory=dict)  # camera key -> 'primary' | 'secondary' | 'wrist'
     history_clock: str = 'calls'              # what counts control ticks: 'calls' of select_action, or 'wall' time (asynchronous robots)
     tokenizer_max_length: int = 128
+    stream: bool = True                       # one robot at a time: reuse what the last tick computed (exact; halo.stream)
 
     normalization_mapping: dict[str, NormalizationMode] = field(default_factory=lambda: {
         'VISUAL': NormalizationMode.IDENTITY, 'STATE': NormalizationMode.MEAN_STD, 'ACTION': NormalizationMode.MEAN_STD})
@@ -92,7 +94,7 @@ class HaloConfig(PreTrainedConfig):
 # %% ../nbs/07_configuration.ipynb #9c54351d
 from fastcore.basics import patch
 
-_SHORT = dict(history_frames='sampling__history_frames', history_stride='sampling__history_stride', fps='sampling__fps', chunk_size='chunk', denoising_steps='flow__steps', salr='salr__enabled', vlm_id='vlm_id', tokenizer='tokenizer')
+_SHORT = dict(history_frames='sampling__history_frames', history_stride='sampling__history_stride', history_hop='sampling__history_hop', fps='sampling__fps', chunk_size='chunk', denoising_steps='flow__steps', salr='salr__enabled', vlm_id='vlm_id', tokenizer='tokenizer')
 
 @patch
 def _resolved(self: HaloConfig) -> ModelConfig:

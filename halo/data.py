@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.video_utils import decode_video_frames
 from .config import ModelConfig, SamplingConfig, at_least
-from .sampling import downsample, resize_view, view_shape
+from .sampling import downsample, history_ticks, resize_view, view_shape
 
 # %% auto #0
 __all__ = ['as_meta', 'opened', 'episodes_of', 'episode_bounds', 'column_array', 'read_columns', 'matrix', 'check_cameras',
@@ -444,10 +444,11 @@ def history(self: HistoryDataset, rows: np.ndarray, first: np.ndarray) -> dict:
     "'observation.history' (b, n, 3, S, S) uint8 aligned right and 'observation.history_mask' (b, n) of frames `rows` in episodes that start at `first`."
     s = self.cfg.sampling
     n, stride, size = s.history_frames, s.history_stride, s.history_size
-    known = np.minimum(n, (rows - first) // stride)                       # (b,) frames that lie inside the episode, as history_ticks
+    wanted = [history_ticks(int(t), n, stride, s.history_hop) for t in rows - first]
+    known = np.array([len(w) for w in wanted])                            # (b,) frames that lie inside the episode
     frames = np.zeros((len(rows), n, 3, size, size), np.uint8)            # untouched zeros cost nothing
-    for i, (row, k) in enumerate(zip(rows, known)):
-        if k: frames[i, n - k:] = self.store.maps[self.names['observation.history']][row - k * stride:row:stride]
+    for i, (at, w) in enumerate(zip(first, wanted)):
+        if w: frames[i, n - len(w):] = self.store.maps[self.names['observation.history']][at + w[0]:at + w[-1] + 1:stride]
     mask = np.arange(n) >= n - known[:, None]
     return {'observation.history': torch.from_numpy(frames), 'observation.history_mask': torch.from_numpy(mask)}
 

@@ -69,15 +69,20 @@ class HaloBlock(nn.Module):
 from fastcore.basics import patch
 
 @patch
-def encode(self: HaloBlock, x: Tensor, state: Tensor, ctx: Context, ectx: ExpertContext) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "VLM hidden state (b, l, width), state or state tokens -> the same one layer on, and K_u, V_u (b, o, l, h)."
-    x, k, v = self.vlm(x, ctx)
+def represent(self: HaloBlock, k: Tensor, v: Tensor, state: Tensor, ctx: Context, ectx: ExpertContext) -> tuple[Tensor, Tensor, Tensor]:
+    "K, V (b, j, l, h) of the VLM, state or state tokens -> the next state tokens, and K_u, V_u (b, o, l, h)."
     heads = state
     if self.state is not None: state, heads = self.state(state)
     if self.before: k = unrotate(k, ctx.rope, self.section)
     k, v = self.rerep(k, v, heads)
     if self.before: k = apply_rotary_pos_emb(k, k, *ectx.prefix_rope)[1]
-    return x, state, k, v
+    return state, k, v
+
+@patch
+def encode(self: HaloBlock, x: Tensor, state: Tensor, ctx: Context, ectx: ExpertContext) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "VLM hidden state (b, l, width), state or state tokens -> the same one layer on, and K_u, V_u (b, o, l, h)."
+    x, k, v = self.vlm(x, ctx)
+    return x, *self.represent(k, v, state, ctx, ectx)
 
 # %% ../nbs/06_model.ipynb #c7aac21f
 @patch

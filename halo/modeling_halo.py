@@ -16,13 +16,14 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from .configuration_halo import HaloConfig
-from .model import HaloModel
+from .model import HaloModel, Prefix
 from . import processor_halo   # registers HALO's tokenizer step, which saved processors name
 from .sampling import HistoryBuffer, downsample, resize_view, stack_histories
+from .stream import Denoiser, Streamer
 from .vlm import Observation
 
 # %% auto #0
-__all__ = ['pad_last', 'split_frames', 'HaloPolicy', 'check_checkpoint']
+__all__ = ['pad_last', 'split_frames', 'drop_oldest', 'HaloPolicy', 'check_checkpoint']
 
 # %% ../nbs/09_modeling.ipynb #0b839095
 def pad_last(x: Tensor, size: int) -> Tensor:
@@ -37,6 +38,17 @@ def split_frames(batch: dict, key: str, n: int) -> tuple[Tensor, Tensor, Tensor]
     pad = batch.get(f'{key}_is_pad')
     exists = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if pad is None else ~pad.bool()
     return x[:, :-1], exists[:, :-1], x[:, -1]
+
+# %% ../nbs/09_modeling.ipynb #5d0a71c3
+def drop_oldest(exists: Tensor, hop: int, stride: int) -> Tensor:
+    """Lengths of a hopping window for frames at LeRobot's fixed offsets: rows (b, n) whose history is full lose 0 ... hop - 1 of their oldest frames, evenly drawn.
+
+    Raises `ValueError` for a hop with `stride` > 1, whose frames are not at fixed offsets.
+    """
+    if not hop: return exists
+    if stride > 1: raise ValueError(f"history_hop={hop} with history_stride={stride} reads frames at multiples of the stride, LeRobot loads fixed offsets; train with halo.train, or set history_stride=1")
+    drop = torch.randint(0, hop, (len(exists), 1), device=exists.device)
+    return exists & ((torch.arange(exists.shape[1], device=exists.device) >= drop) | ~exists.all(1, keepdim=True))
 
 # %% ../nbs/09_modeling.ipynb #574c91d1
 class HaloPolicy(PreTrainedPolicy):
@@ -83,13 +95,13 @@ def views(self: HaloPolicy, batch: dict, present: dict[str, Tensor]) -> tuple[li
 def observation(self: HaloPolicy, batch: dict, history: tuple[Tensor, Tensor] | None = None) -> Observation:
     "A preprocessed LeRobot batch -> `Observation`. `history` (frames, mask) is given in rollouts."
     m, first = self.config.model, self.cameras[0]
-    n, size = m.sampling.history_frames, m.sampling.history_size
+    n, size, hop = m.sampling.history_frames, m.sampling.history_size, m.sampling.history_hop
     if first not in batch: raise ValueError(f"the primary camera {first!r} is missing from the observation; it has {[k for k in batch if 'image' in k]}")
     present = {k: batch[k] for k in self.cameras if k in batch}
     if history is None and 'observation.history' in batch: history = downsample(batch['observation.history'], size), batch['observation.history_mask'].bool()
     if present[first].ndim == 5:
         past, exists, _ = split_frames(batch, first, n)
-        history = history or (downsample(past, size), exists)
+        history = history or (downsample(past, size), drop_oldest(exists, hop, m.sampling.history_stride))
         present = {k: x[:, -1] for k, x in present.items()}
     state = batch[OBS_STATE][:, -1] if batch[OBS_STATE].ndim == 3 else batch[OBS_STATE]
     if history is None: raise ValueError("this batch has no history; load it with the policy's observation_delta_indices or through halo.data.HistoryDataset")
@@ -116,7 +128,7 @@ def forward(self: HaloPolicy, batch: dict, reduction: str = 'mean', noise: Tenso
 @patch
 def reset(self: HaloPolicy) -> None:
     "Forget history and queued actions: a new episode in every row."
-    self._queue, self._history, self._tick, self._t0 = deque(), None, 0, None
+    self._queue, self._history, self._tick, self._t0, self._streamer = deque(), None, 0, None, None
 
 # %% ../nbs/09_modeling.ipynb #939928c0
 @patch
@@ -164,11 +176,19 @@ def _noise(self: HaloPolicy, obs: Observation, noise: Tensor | None) -> tuple[Te
 
 # %% ../nbs/09_modeling.ipynb #6de68940
 @patch
+def encode(self: HaloPolicy, obs: Observation) -> Prefix:
+    "VLM and SALR of an observation; for one robot in evaluation mode only what is new since the last call of the episode."
+    if not self.config.stream or len(obs) != 1 or self.training or torch.is_grad_enabled(): return self.model.encode(obs)
+    if self._streamer is None: self._streamer = Streamer(self.model)
+    return self._streamer.encode(obs)
+
+@patch
 def denoise(self: HaloPolicy, obs: Observation, noise: Tensor | None = None, **rtc) -> Tensor:
     "Normalised action chunk (b, s, d) for an observation."
     x, dims = self._noise(obs, noise)
-    prefix = self.model.encode(obs)
-    fn = lambda x_t, t: self.model.velocity(prefix, x_t, t) * dims
+    prefix = self.encode(obs)
+    velocity = partial(self.model.velocity, prefix) if self._rtc_enabled() or torch.is_grad_enabled() else Denoiser(self.model, prefix)   # RTC differentiates
+    fn = lambda x_t, t: velocity(x_t, t) * dims
     if self._rtc_enabled(): out = euler_integrate(fn, x, self.config.model.flow.steps, rtc_processor=self.rtc_processor, rtc_enabled=True, **rtc)
     else: out = self.model.integrate(fn, x)
     return out[..., :self.config.action_feature.shape[0]]

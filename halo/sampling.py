@@ -17,10 +17,17 @@ __all__ = ['history_ticks', 'delta_indices', 'to_uint8', 'downsample', 'view_sha
 # %% ../nbs/01_sampling.ipynb #4149f8be
 def history_ticks(t: int,       # the present control tick, 0 = first of the episode
                   n: int,       # wanted history frames
-                  stride: int   # ticks between them
+                  stride: int,  # ticks between them
+                  hop: int = 0  # frames by which the window's start moves at once; 0 = it slides
                  ) -> list[int]:
-    "Past ticks `t - n*stride, ..., t - stride` that lie inside the episode, oldest first (equation 1)."
-    return [t - k * stride for k in range(n, 0, -1) if t - k * stride >= 0]
+    """Past ticks `t - n*stride, ..., t - stride` that lie inside the episode, oldest first (equation 1).
+
+    With a hop: past multiples of `stride`, from a start that is a multiple of `hop * stride`: between n - hop + 1 and n frames once the episode is long enough.
+    """
+    if not hop: return [t - k * stride for k in range(n, 0, -1) if t - k * stride >= 0]
+    past = -(-t // stride)                                   # multiples of stride before t
+    start = max(0, -(-(past - n) // hop) * hop)
+    return [m * stride for m in range(start, past)]
 
 # %% ../nbs/01_sampling.ipynb #9e5eb491
 def delta_indices(n: int, stride: int) -> list[int]:
@@ -68,7 +75,7 @@ def resize_view(x: Tensor,          # (..., 3, H, W) uint8 or floats in [0, 1]
 class HistoryBuffer:
     "Past frames of the primary view for `b` independent episodes, keyed by control tick."
     def __init__(self, cfg: SamplingConfig, b: int = 1):
-        self.n, self.stride, self.size = cfg.history_frames, cfg.history_stride, cfg.history_size
+        self.n, self.stride, self.size, self.hop = cfg.history_frames, cfg.history_stride, cfg.history_size, cfg.history_hop
         self.rows = [dict() for _ in range(b)]   # tick -> (3, size, size) uint8
 
     def reset(self, row: int | None = None):
@@ -95,7 +102,7 @@ def push(self: HistoryBuffer, row: int, tick: int, frame: Tensor) -> None:
 def get(self: HistoryBuffer, row: int, tick: int) -> Tensor:
     "History of episode `row` at `tick`, oldest first: (k, 3, size, size) uint8 with k <= n; k = 0 at the start."
     frames, found = self.rows[row], []
-    for want in history_ticks(tick, self.n, self.stride):
+    for want in history_ticks(tick, self.n, self.stride, self.hop):
         have = max((k for k in frames if k <= want), default=None)
         if have is not None: found.append(frames[have])
     return torch.stack(found) if found else torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
