@@ -7,7 +7,7 @@ from __future__ import annotations
 import base64, gzip, html, io, itertools, json, time
 from dataclasses import dataclass, field
 from typing import Any, Callable
-import matplotlib as mpl, numpy as np
+import matplotlib as mpl, matplotlib.ticker, numpy as np
 from cmcrameri import cm as crameri
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, ListedColormap
@@ -121,7 +121,7 @@ class Heat(Panel):
     def colorbar(self, label: str, ax=None, **kw):
         "A colour bar that says what the colours mean."
         m = mpl.cm.ScalarMappable(mpl.colors.Normalize(self.vmin, self.vmax), self.cmap)
-        bar = self.ax.figure.colorbar(m, ax=ax if ax is not None else self.ax, **({'shrink': 0.85, 'pad': 0.02} | kw)); bar.set_label(label); bar.outline.set_visible(False)
+        bar = self.ax.figure.colorbar(m, ax=ax if ax is not None else self.ax, **({'shrink': 0.85, 'pad': 0.02} | kw)); bar.set_label(label); bar.outline.set_visible(False); bar.locator = mpl.ticker.MaxNLocator(5); bar.update_ticks()
         return bar
 
 # %% ../../nbs/14_explorer.ipynb #d83442d1
@@ -308,8 +308,8 @@ def pack(self: Explorer, keep: dict[str, list[int]] | None = None) -> dict:
         data, row = self.ask(**{n: c.values[i] for (n, c), i in zip(self.controls.items(), s)}), []
         for name, panel in self.panels.items():
             b = panel.pack(data[name])
-            if (name, b) not in place: place[name, b] = (len(place), len(pieces), len(b)); pieces += b
-            row.append(place[name, b][0])
+            if b not in place: place[b] = (len(place), len(pieces), len(b)); pieces += b
+            row.append(place[b][0])
         found.append(row)
     controls = [dict(name=c.name, label=c.label, texts=[c.texts[i] for i in keep.get(n, range(len(c.values)))], index=list(keep.get(n, range(len(c.values)))), kind=c.kind, start=list(keep.get(n, range(len(c.values)))).index(c.start), play=c.play, alone=c.alone) for n, c in self.controls.items()]
     return dict(title=self.title, controls=controls, panels=[dict(name=n) | p.spec() for n, p in self.panels.items()], states={','.join(map(str, s)): row for s, row in zip(every, found)},
