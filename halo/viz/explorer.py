@@ -129,15 +129,18 @@ class Picture(Panel):
     "A camera image (height, width, 3) uint8 that fills the axes; `size` (height, width) is the axes' coordinate system in pixels."
     def __init__(self, ax, size: tuple[int, int], quality: int = 80, frame: bool = False):
         super().__init__(ax)
-        h, w = size; self.size, self.quality = (h, w), quality
+        h, w = size; self.size, self.quality, self.packed = (h, w), quality, {}
         self.image = ax.imshow(np.zeros((h, w, 3), np.uint8), extent=(-0.5, w - 0.5, h - 0.5, -0.5), aspect='equal', interpolation='antialiased'); ax.grid(False)
         if not frame: ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
         self.artists = [self.image]
 
     def paint(self, x) -> None: self.image.set_data(x)
     def pack(self, x) -> bytes:
-        out = io.BytesIO(); Image.fromarray(np.ascontiguousarray(x)).save(out, 'WEBP', quality=self.quality, method=4)
-        return out.getvalue()
+        x = np.ascontiguousarray(x); key = x.tobytes()
+        if key not in self.packed:
+            out = io.BytesIO(); Image.fromarray(x).save(out, 'WEBP', quality=self.quality, method=4)
+            self.packed[key] = out.getvalue()
+        return self.packed[key]
     def spec(self) -> dict: return dict(kind='picture') | self.box()
 
 # %% ../../nbs/14_explorer.ipynb #788d981f
