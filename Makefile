@@ -9,7 +9,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZ
 FLAGS ?=
 ARGS ?=
 
-.PHONY: help setup system export gates notebooks run test test-slow test-sim test-gpu lab demo demo-train docs lock clean
+.PHONY: help setup system export gates notebooks run test test-slow test-sim test-browser test-gpu lab demo demo-train docs lock clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test-slow: system ## the slow cells and tests
 test-sim: system ## the cells and tests that run a simulator
 	@$(OFFLINE) $(RUN) python scripts/test_notebooks.py --flags sim
 	@$(OFFLINE) $(RUN) pytest -q -m "sim and not slow and not gpu"
+
+test-browser: system ## the explorers in JupyterLab and on the site, in a real browser (Debian's Chromium)
+	@$(OFFLINE) $(RUN) pytest -q -m browser
 
 test-gpu: system ## the cells and tests that need a CUDA device
 	@$(OFFLINE) $(RUN) python scripts/test_notebooks.py --flags "gpu" --workers 1

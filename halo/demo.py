@@ -128,7 +128,7 @@ def run_demo(args) -> Path:
     with stage(f'{args.episodes} demonstrations by the scripted expert, on seeds no checkpoint was trained on'): data = demonstrations(args.data, args.episodes, FRESH_SEED)
     with stage(f'{args.steps} more training steps from the shipped weights of full HALO'): log = continue_training(data, checkpoints['full'], args.out / 'continued', args.steps, args.batch)
     with stage(f'three policies on the same {args.seeds} unseen seeds'): results = evaluate_all(checkpoints, SEEDS[:args.seeds], args.out / 'results', min(FILMS, args.seeds))
-    with stage('the report'): report = write_report(args.out / 'report.html', results, checkpoints, args.command, log)
+    with stage('the report'): report = write_report(args.out / 'report.html', results, checkpoints, args.command, log, not args.quick)
     return report
 
 # %% ../nbs/20_demo.ipynb #a099f945
@@ -151,7 +151,7 @@ def run_training(args) -> Path:
     checkpoints = train_variants(data, args.runs, args.checkpoints, tc, stage)
     with stage(f'three policies on the same {args.seeds} unseen seeds'): results = evaluate_all(checkpoints, SEEDS[:args.seeds], args.out / 'results', min(FILMS, args.seeds))
     for name, r in results.items(): EvalResult(r.episodes, r.conventions, r.seconds).save(checkpoints[name] / 'evaluation.json')
-    with stage('the report'): report = write_report(args.out / 'report.html', results, checkpoints, args.command)
+    with stage('the report'): report = write_report(args.out / 'report.html', results, checkpoints, args.command, inside=not args.quick)
     return report
 
 # %% ../nbs/20_demo.ipynb #8a17c60e

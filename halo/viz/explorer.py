@@ -73,7 +73,7 @@ class Panel:
     def __init__(self, ax): self.ax, self.artists = ax, []
     def box(self) -> dict:
         "Where the axes lie, in fractions of the figure from its top left, and their limits."
-        b = self.ax.get_window_extent(); w, h = self.ax.figure.bbox.size
+        b = self.ax.get_window_extent(); w, h = self.ax.get_figure(root=True).bbox.size
         return dict(box=[round(b.x0 / w, 5), round(1 - b.y1 / h, 5), round(b.width / w, 5), round(b.height / h, 5)])
     def unit(self, xy: np.ndarray) -> np.ndarray:
         "Data coordinates (..., 2) to fractions of the axes, y upwards; respects limits, direction and scale."
@@ -163,7 +163,7 @@ class Lines(Panel):
         return np.array([len(p) for p in parts], '<i2').tobytes() + b''.join(small_ints(self.unit(p)) for p in parts if len(p))
     def spec(self) -> dict:
         hexed = [s | dict(color=mpl.colors.to_hex(s['color'])) for s in self.styles]
-        return dict(kind='lines', styles=hexed, points=round(float(self.ax.figure.bbox.width) / self.ax.figure.dpi * 72, 2)) | self.box()
+        return dict(kind='lines', styles=hexed, points=round(float(self.ax.get_figure(root=True).bbox.width) / self.ax.get_figure(root=True).dpi * 72, 2)) | self.box()
 
 # %% ../../nbs/14_explorer.ipynb #db089673
 class Bars(Panel):
@@ -200,9 +200,9 @@ class Words(Panel):
         self.artists[0].set_in_layout(False)
     def paint(self, x) -> None: self.artists[0].set_text(str(x))
     def pack(self, x) -> bytes: return str(x).encode()
-    def spec(self) -> dict: return dict(kind='words', at=list(self.at), size=self.size / 72 / (self.ax.figure.bbox.width / self.ax.figure.dpi), align=self.align, color=mpl.colors.to_hex(self.color), weight=self.weight) | self.box()
+    def spec(self) -> dict: return dict(kind='words', at=list(self.at), size=self.size / 72 / (self.ax.get_figure(root=True).bbox.width / self.ax.get_figure(root=True).dpi), align=self.align, color=mpl.colors.to_hex(self.color), weight=self.weight) | self.box()
 
-# %% ../../nbs/14_explorer.ipynb #70a94bec
+# %% ../../nbs/14_explorer.ipynb #6ae072e3
 class Explorer:
     "Controls, panels and the function between them. `layout(fig)` makes axes and returns {name: Panel}; `data(**values)` returns {name: data of that panel}."
     def __init__(self, title: str, controls: list[Control], layout: Callable[[Figure], dict[str, Panel]], data: Callable[..., dict[str, Any]], size: tuple[float, float] = (9, 4), dpi: int = 100):
@@ -225,7 +225,7 @@ class Explorer:
         "The values at first."
         return {n: c.values[c.start] for n, c in self.controls.items()}
 
-# %% ../../nbs/14_explorer.ipynb #6ae072e3
+# %% ../../nbs/14_explorer.ipynb #8ad9df4a
 from fastcore.basics import patch
 
 @patch
@@ -246,7 +246,7 @@ def picture(self: Explorer, **values) -> np.ndarray:
         for a in panel.artists: panel.ax.draw_artist(a)
     return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
 
-# %% ../../nbs/14_explorer.ipynb #607dbbfc
+# %% ../../nbs/14_explorer.ipynb #a7cc0513
 def png(image: np.ndarray) -> bytes:
     "An image (height, width, 3) as PNG, packed for speed."
     out = io.BytesIO(); Image.fromarray(image).save(out, 'PNG', compress_level=1)
@@ -262,7 +262,7 @@ def widget(self: Control):
     options = list(zip(self.texts, self.values))
     return (w.Dropdown if self.kind == 'choice' else w.SelectionSlider)(options=options, value=self.values[self.start], **style)
 
-# %% ../../nbs/14_explorer.ipynb #f8712111
+# %% ../../nbs/14_explorer.ipynb #1241b878
 @patch
 def live(self: Explorer):
     "The explorer as ipywidgets: every move asks the data function again. The returned box has `controls` (by name), `image` and `said`."
@@ -288,7 +288,7 @@ def _player(self: Explorer, control: Control, slider):
     play.observe(lambda change: setattr(slider, 'value', control.values[change['new']]), 'value')
     return play
 
-# %% ../../nbs/14_explorer.ipynb #2aa4fdae
+# %% ../../nbs/14_explorer.ipynb #afc9527e
 @patch
 def states(self: Explorer, keep: dict[str, list[int]]) -> list[tuple[int, ...]]:
     "Every state that the static twin holds, as indices of the values."
@@ -301,7 +301,7 @@ def states(self: Explorer, keep: dict[str, list[int]]) -> list[tuple[int, ...]]:
         return len(moved) == len(set(moved))
     return [s for s in itertools.product(*axes) if allowed(s)]
 
-# %% ../../nbs/14_explorer.ipynb #5b994972
+# %% ../../nbs/14_explorer.ipynb #121d8eba
 @patch
 def pack(self: Explorer, keep: dict[str, list[int]] | None = None) -> dict:
     "All the static twin needs, JSON-able: controls, panels, for every state the pieces it is made of, and the pieces, gzipped, as base64."
@@ -318,7 +318,7 @@ def pack(self: Explorer, keep: dict[str, list[int]] | None = None) -> dict:
     return dict(title=self.title, controls=controls, panels=[dict(name=n) | p.spec() for n, p in self.panels.items()], states={','.join(map(str, s)): row for s, row in zip(every, found)},
                 pieces=[[at, size] for _, at, size in place.values()], blob=base64.b64encode(gzip.compress(bytes(pieces), 9, mtime=0)).decode(), ratio=self.size[1] / self.size[0], width=self.size[0] * self.dpi)
 
-# %% ../../nbs/14_explorer.ipynb #121d8eba
+# %% ../../nbs/14_explorer.ipynb #5f3360e2
 @patch
 def axes_svg(self: Explorer) -> str:
     "The background as SVG markup that scales with its box."
@@ -331,7 +331,7 @@ def axes_svg(self: Explorer) -> str:
     for part in ('width', 'height'): s = s.replace(f' {part}="{s.split(f" {part}=" + chr(34), 1)[1].split(chr(34), 1)[0]}"', '', 1)
     return s.replace('DejaVu Sans', 'DejaVu Sans, Verdana, sans-serif')
 
-# %% ../../nbs/14_explorer.ipynb #2ee5e8ce
+# %% ../../nbs/14_explorer.ipynb #f08deadd
 SCRIPT = r'''
 const spec = JSON.parse(document.getElementById('spec').textContent), frame = document.getElementById('frame'), canvas = document.getElementById('canvas');
 const state = spec.controls.map(c => c.start), bytes64 = s => Uint8Array.from(atob(s), c => c.charCodeAt(0)), images = new Map();
@@ -426,7 +426,7 @@ show();
 new Response(new Blob([bytes64(spec.blob)]).stream().pipeThrough(new DecompressionStream('gzip'))).arrayBuffer().then(b => { blob = new Uint8Array(b); fit(); });
 '''
 
-# %% ../../nbs/14_explorer.ipynb #5f3360e2
+# %% ../../nbs/14_explorer.ipynb #a2a248db
 CSS = '''
 :root { color-scheme: light; } * { box-sizing: border-box; } body { margin: 0; font: 13px/1.4 system-ui, "DejaVu Sans", sans-serif; color: #1b1f24; background: #fff; }
 #all { padding: 8px 10px; } h1 { font-size: 14px; margin: 0 0 4px; } #frame { position: relative; width: 100%; } #frame svg { display: block; width: 100%; height: auto; } #canvas { position: absolute; inset: 0; width: 100%; height: 100%; }
@@ -444,7 +444,7 @@ def control_markup(i: int, c: dict) -> str:
     play = f'<button id="p{i}" type="button" aria-label="play {label}">▶</button>' if c['play'] else ''
     return f'<label>{play}{label} <input type="range" id="c{i}" name="{c["name"]}" min="0" max="{last}" value="{c["start"]}"><output id="o{i}"></output></label>'
 
-# %% ../../nbs/14_explorer.ipynb #f08deadd
+# %% ../../nbs/14_explorer.ipynb #256db8ba
 @patch
 def page(self: Explorer, keep: dict[str, list[int]] | None = None) -> str:
     "The static twin as one HTML page: no kernel, no network. `keep` limits controls to some of their values (indices)."
@@ -456,7 +456,7 @@ def page(self: Explorer, keep: dict[str, list[int]] | None = None) -> str:
             f'<h1>{html.escape(self.title)}</h1><div id="controls">{controls}{hidden}</div><div id="frame" role="img" aria-label="{html.escape(self.title)}">{self.axes_svg()}<canvas id="canvas"></canvas></div></div>'
             f'<script type="application/json" id="spec">{text}</script><script>{SCRIPT}</script></body></html>')
 
-# %% ../../nbs/14_explorer.ipynb #a2a248db
+# %% ../../nbs/14_explorer.ipynb #9e367e2e
 @dataclass
 class Twin:
     "A static twin as a notebook's output: a page in a frame of its own."
