@@ -98,7 +98,10 @@ class Live:
             if still == 6: return now
         raise AssertionError('the picture did not change')
 
-    def widget(self, label): return self.box.locator('.jupyter-widgets').filter(has=self.page.locator(f'label:text-is("{label}")')).last
+    def widget(self, label):
+        "The control with this label."
+        return self.box.locator(f'label:text-is("{label}")').first.locator('xpath=..')
+
     def step(self, label, by=1):
         "Move a slider by keys, `by` steps."
         handle = self.widget(label).locator('.noUi-handle').first
