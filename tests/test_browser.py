@@ -97,7 +97,7 @@ def test_state_in_jupyterlab(opened):
     obs = observation_at(p, pre, rec.record, rec.task, 20); values = rec.record['state'][20].copy(); values[2] = z
     obs.state = normalized_state(pre, rec.task, values, obs.state.shape[1])
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 16, 8), np.float32))
-    with torch.inference_mode(): plan = post(p.model.sample(obs, noise * (torch.arange(8) < 4))[..., :4])[0].numpy()
+    with torch.inference_mode(): plan = post(p.denoise(obs, noise))[0].numpy()
     drawn = explorer.ask(s2=z)
     assert np.allclose(np.stack([drawn[f'act{k}'][1][:, 1] for k in range(4)], 1), plan, atol=1e-3)   # the whole model, asked anew
 
@@ -107,9 +107,9 @@ def attention_by_hand(p, obs, noise, layer):
     kept, attention = {}, p.model.blocks[layer].expert.layer.self_attn
     hooks = [getattr(attention, f'{n}_proj').register_forward_hook(lambda m, i, o, n=n: kept.__setitem__(n, o[0])) for n in 'qk']
     with torch.inference_mode():
-        prefix = p.model.encode(obs); p.model.sample(prefix, noise)
+        p.denoise(obs, noise); prefix = p.model.encode(obs)
         for h in hooks: h.remove()
-        a, ectx = p.model.expert_start(obs.state, prefix.ctx, noise, torch.ones(1))
+        _, ectx = p.model.expert_start(obs.state, prefix.ctx, noise, torch.ones(1))
         cos, sin = ectx.rope; size = attention.head_dim
         q, k = (kept[n].unflatten(-1, (-1, size)).transpose(0, 1) for n in 'qk')
         q, k = (x * cos[0] + rotate_half(x) * sin[0] for x in (q, k))
@@ -124,7 +124,7 @@ def test_attention_in_jupyterlab(opened):
     live.step('time', 1); now = live.changed(before); tick = film.ticks[explorer.controls['tick'].start + 1]; same(now, explorer.picture(tick=tick))
     live.choose('head', '1'); now = live.changed(now); same(now, explorer.picture(tick=tick, head=1))
     live.step('layer', 1); now = live.changed(now); same(now, explorer.picture(tick=tick, head=1, layer=3))
-    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 16, 8), np.float32)) * (torch.arange(8) < 4)
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 16, 8), np.float32))
     row = attention_by_hand(p, observation_at(p, pre, rec.record, rec.task, tick), noise, 3)[1, 1:].mean(0)
     mass, panel = {g: row[i].sum() for g, i in groups_of(film.at(tick)).items()}, explorer.panels['mass']
     scale = pixel(panel, (1, 0), now)[1] - pixel(panel, (0, 0), now)[1]
