@@ -6,13 +6,13 @@
 __all__ = ['MASK_START', 'salr_literal', 'state_map', 'latent_rms', 'salr_fused', 'KeepFP32', 'fp32_parameter_names',
            'StateProjection', 'LatentMap', 'SALR', 'HeadMLP', 'HeadConverter', 'salr_cost']
 
-# %% ../nbs/03_salr.ipynb #0c22c732
+# %% ../nbs/03_salr.ipynb #de75c5ed
 import math
 
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/03_salr.ipynb #157feb79
+# %% ../nbs/03_salr.ipynb #e31d6099
 def _check(name: str, x: Tensor, axes: str, **sizes: int) -> None:
     "Raise unless `x` has the `axes` (one letter each) and every size that `sizes` names."
     want = ', '.join(str(sizes.get(a, a)) for a in axes)
@@ -20,14 +20,14 @@ def _check(name: str, x: Tensor, axes: str, **sizes: int) -> None:
         known = ', '.join(f'{dict(b="batch", l="tokens", i="state heads", j="VLM KV heads", h="head_dim").get(a, a)} {a}={n}' for a, n in sizes.items())
         raise ValueError(f'{name}: expected shape ({want}) [{known}], got {tuple(x.shape)}')
 
-# %% ../nbs/03_salr.ipynb #e905f1c1
+# %% ../nbs/03_salr.ipynb #a303aa0c
 def _wide(*xs: Tensor) -> torch.dtype:
     "The dtype in which the state map is computed: that of the widest of `xs`, FP32 at least."
     dtype = torch.float32
     for x in xs: dtype = torch.promote_types(dtype, x.dtype)
     return dtype
 
-# %% ../nbs/03_salr.ipynb #e29543dd
+# %% ../nbs/03_salr.ipynb #6a944a25
 def salr_literal(x: Tensor, state_heads: Tensor, mask: Tensor, weight: Tensor, gain: Tensor | None = None,
                  out_weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Equations 4, 5 and the compression of `x`, keys or values (b, j, l, h), as written: the reference. Returns (b, o, l, h) in x's dtype.
@@ -44,7 +44,7 @@ def salr_literal(x: Tensor, state_heads: Tensor, mask: Tensor, weight: Tensor, g
         hidden = _tokens(kv) + (gain.to(dtype) * z / rms).flatten(2) @ weight.to(dtype)
         return _heads(hidden @ out_weight.to(dtype), x)
 
-# %% ../nbs/03_salr.ipynb #588d18ec
+# %% ../nbs/03_salr.ipynb #453a2642
 def _tokens(x: Tensor) -> Tensor:
     "(b, j, l, h) -> (b, l, j*h): the heads of a token side by side."
     return x.transpose(1, 2).flatten(2)
@@ -53,19 +53,24 @@ def _heads(y: Tensor, like: Tensor) -> Tensor:
     "(b, l, o*h) -> (b, o, l, h), with the head dimension and dtype of `like`."
     return y.unflatten(-1, (-1, like.shape[-1])).transpose(1, 2).to(like.dtype)
 
-# %% ../nbs/03_salr.ipynb #4d0bcc1a
+# %% ../nbs/03_salr.ipynb #18fed188
 def state_map(weight: Tensor, mask: Tensor, state_heads: Tensor) -> Tensor:
     """A(s) with `A[p, (j,h)] = Σ_i weight[(i,j,h), p] mask[i,j,h] state_heads[i,h]`: the state folded into the compression.
 
     `weight` (i*j*h, p), `mask` (i, j, h), `state_heads` (b, i, h); returns (b, p, j*h) in FP32 or wider, autocast or not.
+    On a CPU with few samples the sum over i runs in place over contiguous rows of `weight`, which are read once; elsewhere it is one batched product.
     """
     dtype = _wide(weight, mask, state_heads)
     with torch.autocast(weight.device.type, enabled=False):
         factors = (mask.to(dtype) * state_heads.to(dtype)[:, :, None]).flatten(2)              # (b, i, j*h)
-        per_channel = weight.to(dtype).unflatten(0, factors.shape[1:]).transpose(0, 1)         # (j*h, i, p), a view
-        return torch.bmm(factors.permute(2, 0, 1), per_channel).permute(1, 2, 0)
+        rows = weight.to(dtype).unflatten(0, factors.shape[1:])                                # (i, j*h, p), a view
+        if weight.device.type != 'cpu' or len(factors) > 4: return torch.bmm(factors.permute(2, 0, 1), rows.transpose(0, 1)).permute(1, 2, 0)
+        first, *rest = zip(factors.unbind(1), rows.unbind(0))
+        out = first[0][..., None] * first[1]
+        for f, w in rest: out.addcmul_(f[..., None], w)
+        return out.mT
 
-# %% ../nbs/03_salr.ipynb #b5570fc3
+# %% ../nbs/03_salr.ipynb #c5c85f48
 def latent_rms(x: Tensor, state_heads: Tensor, mask: Tensor, eps: float = 1e-6) -> Tensor:
     "Root mean square of the masked latent of each token, (b, l), without forming it; `x` (b, j, l, h), in FP32 or wider."
     dtype = _wide(x, state_heads, mask)
@@ -73,7 +78,7 @@ def latent_rms(x: Tensor, state_heads: Tensor, mask: Tensor, eps: float = 1e-6) 
         q = torch.einsum('ijh,bih->bjh', mask.to(dtype).square(), state_heads.to(dtype).square())
         return (torch.einsum('bjlh,bjh->bl', x.to(dtype).square(), q) / mask.numel() + eps).sqrt()
 
-# %% ../nbs/03_salr.ipynb #aa1c5acc
+# %% ../nbs/03_salr.ipynb #70f41c95
 def salr_fused(x: Tensor, state_heads: Tensor, mask: Tensor, weight: Tensor, gain: Tensor | None = None,
                out_weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """`salr_literal` without the latent space: same arguments, same result, i times fewer operations per token.
@@ -87,7 +92,7 @@ def salr_fused(x: Tensor, state_heads: Tensor, mask: Tensor, weight: Tensor, gai
         rms = latent_rms(x, state_heads, mask, eps)
         return _heads(tokens @ out_weight.to(x.dtype) + tokens @ branch.to(x.dtype) / rms[..., None], x)
 
-# %% ../nbs/03_salr.ipynb #99edaf5c
+# %% ../nbs/03_salr.ipynb #56222109
 class KeepFP32(nn.Module):
     "A module whose floating-point parameters and buffers ignore casts below 32 bits (`.bfloat16()`, `.half()`, `.to(dtype)`); moves between devices and FP64 work."
 
@@ -103,13 +108,13 @@ class KeepFP32(nn.Module):
             if key.startswith(prefix) and t.is_floating_point() and t.dtype.itemsize < 4: state_dict[key] = t.float()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-# %% ../nbs/03_salr.ipynb #574684e6
+# %% ../nbs/03_salr.ipynb #f1781b70
 def fp32_parameter_names(model: nn.Module) -> list[str]:
     "Names of the parameters under `KeepFP32` modules: those that must be FP32 whatever dtype the rest of `model` has."
     kept = {id(p) for m in model.modules() if isinstance(m, KeepFP32) for p in m.parameters()}
     return [name for name, p in model.named_parameters() if id(p) in kept]
 
-# %% ../nbs/03_salr.ipynb #d2f110c4
+# %% ../nbs/03_salr.ipynb #322f72ce
 class StateProjection(KeepFP32):
     """State heads `F_r` (b, n_heads, head_dim) from a normalised, padded state (b, state_dim): linear, with bias 1 at the start.
 
@@ -133,7 +138,7 @@ class StateProjection(KeepFP32):
         with torch.autocast(state.device.type, enabled=False):
             return self.linear(state.to(self.linear.weight.dtype)).unflatten(-1, (self.n_heads, self.head_dim))
 
-# %% ../nbs/03_salr.ipynb #139a069f
+# %% ../nbs/03_salr.ipynb #723ec602
 MASK_START = {'real': 1.0, 'sigmoid': 0.95}
 
 def _choose(name: str, value: str, options) -> str:
@@ -141,7 +146,7 @@ def _choose(name: str, value: str, options) -> str:
     if value not in options: raise ValueError(f'{name}={value!r}: choose one of {sorted(options)}')
     return value
 
-# %% ../nbs/03_salr.ipynb #68ae86dc
+# %% ../nbs/03_salr.ipynb #2b164fb8
 class LatentMap(KeepFP32):
     """Mask and compression for keys or for values of one layer: (b, j, l, h) and state heads (b, i, h) -> (b, o, l, h).
 
@@ -184,13 +189,13 @@ class LatentMap(KeepFP32):
         if self.out_weight is None: return state_map(self.weight, self.gate(), state_heads)
         return self.out_weight.T + self.out_weight.T @ state_map(self.weight, self.gate() * self.gain, state_heads) / rms
 
-# %% ../nbs/03_salr.ipynb #69ec4ce9
+# %% ../nbs/03_salr.ipynb #f172608f
 def _positive(**sizes: int) -> None:
     "Raise for the first of `sizes` that is below 1."
     for name, n in sizes.items():
         if n < 1: raise ValueError(f'{name}={n}: need at least 1')
 
-# %% ../nbs/03_salr.ipynb #d740c8ba
+# %% ../nbs/03_salr.ipynb #661d2b51
 class SALR(KeepFP32):
     """State-aware latent re-representation of one layer: `salr(keys, values, state) -> (K_u, V_u)`, equations 4, 5 and the compression.
 
@@ -231,7 +236,7 @@ class SALR(KeepFP32):
         "A(s) for keys ('k') or values ('v'), (b, o*h, j*h): see `LatentMap.state_map`."
         return getattr(self, _choose('which', which, 'kv')).state_map(self.state_heads(state), rms)
 
-# %% ../nbs/03_salr.ipynb #30959aec
+# %% ../nbs/03_salr.ipynb #06ddf6ce
 class HeadMLP(KeepFP32):
     "One MLP over the heads of a token with a linear skip: (b, j, l, h) -> (b, o, l, h). FP32 parameters, computed in the input's dtype."
     def __init__(self, n_vlm_heads: int, n_out_heads: int, head_dim: int, hidden: int):
@@ -252,7 +257,7 @@ class HeadMLP(KeepFP32):
             tokens = _tokens(x)
             return _heads(tokens @ skip + nn.functional.silu(tokens @ up) @ down, x)
 
-# %% ../nbs/03_salr.ipynb #8f3b7d9b
+# %% ../nbs/03_salr.ipynb #15f98558
 class HeadConverter(KeepFP32):
     """'No SALR' (section 4.3): an MLP each for keys and values converts N2 heads to N'. Called like `SALR`; the state is ignored.
 
@@ -270,7 +275,7 @@ class HeadConverter(KeepFP32):
         for name, x in (('keys', keys), ('values', values)): _check(name, x, 'bjlh', j=self.n_vlm_heads, h=self.head_dim)
         return self.k(keys), self.v(values)
 
-# %% ../nbs/03_salr.ipynb #3055b945
+# %% ../nbs/03_salr.ipynb #91a355a1
 def salr_cost(l: int, i: int, j: int, h: int, o: int, bytes_per_value: int = 4) -> dict[str, dict[str, int]]:
     """Operations (a multiplication and an addition count 2) and bytes of intermediates of the linear compression, for one sample and keys or values alone.
 
