@@ -28,6 +28,6 @@ setup(
     include_package_data=True,
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'sim', 'viz', 'flash')},
-    entry_points={'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+    entry_points={'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"], 'console_scripts': [f"halo={cfg['lib_path']}.cli:main"]},
     zip_safe=False,
 )
