@@ -23,7 +23,7 @@ from .stream import Denoiser, Streamer
 from .vlm import Observation
 
 # %% auto #0
-__all__ = ['pad_last', 'split_frames', 'drop_oldest', 'HaloPolicy', 'check_checkpoint']
+__all__ = ['pad_last', 'split_frames', 'drop_oldest', 'HaloPolicy', 'entries', 'check_checkpoint']
 
 # %% ../nbs/09_modeling.ipynb #0b839095
 def pad_last(x: Tensor, size: int) -> Tensor:
@@ -81,14 +81,19 @@ def freeze(self: HaloPolicy) -> None:
 @patch
 def get_optim_params(self: HaloPolicy): return [p for p in self.parameters() if p.requires_grad]
 
+# %% ../nbs/09_modeling.ipynb #c9a4e17d
+def entries(batch: dict, camera: str) -> list[str]:
+    "Keys of a camera's pictures in a batch: itself, or `camera@HxW` for each size where samples of several robots stand together (halo.mixture)."
+    return [k for k in batch if k.partition('@')[0] == camera and not k.endswith('_is_pad')]
+
 # %% ../nbs/09_modeling.ipynb #29deaeed
 @patch
 def views(self: HaloPolicy, batch: dict, present: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-    "Present views as the VLM takes them, and which exist (b, v): a camera missing from the batch is an absent view."
-    s, f = self.config.model.sampling, self.config.model.vision.factor
-    roles, b = self.config.roles, len(next(iter(present.values())))
-    out = [resize_view(present[k], f, s.wrist_size if roles[k] == 'wrist' and s.wrist_size else s.view_size) for k in self.cameras if k in present]
-    return out, torch.ones(b, len(out), dtype=torch.bool, device=out[0].device)
+    "Present views as the VLM takes them, and which exist (b, v): a camera missing from the batch is an absent view, as is a row of `{camera}_is_pad` (b,)."
+    s, f, roles = self.config.model.sampling, self.config.model.vision.factor, self.config.roles
+    limit = lambda k: s.wrist_size if roles[k.partition('@')[0]] == 'wrist' and s.wrist_size else s.view_size
+    there = lambda k, x: ~p.bool() if (p := batch.get(f'{k}_is_pad')) is not None and p.ndim == 1 else torch.ones(len(x), dtype=torch.bool)
+    return [resize_view(x, f, limit(k)) for k, x in present.items()], torch.stack([there(k, x).to(x.device) for k, x in present.items()], 1)
 
 # %% ../nbs/09_modeling.ipynb #02abe68c
 @patch
@@ -96,8 +101,8 @@ def observation(self: HaloPolicy, batch: dict, history: tuple[Tensor, Tensor] | 
     "A preprocessed LeRobot batch -> `Observation`. `history` (frames, mask) is given in rollouts."
     m, first = self.config.model, self.cameras[0]
     n, size, hop = m.sampling.history_frames, m.sampling.history_size, m.sampling.history_hop
-    if first not in batch: raise ValueError(f"the primary camera {first!r} is missing from the observation; it has {[k for k in batch if 'image' in k]}")
-    present = {k: batch[k] for k in self.cameras if k in batch}
+    if not (firsts := entries(batch, first)): raise ValueError(f"the primary camera {first!r} is missing from the observation; it has {[k for k in batch if 'image' in k]}")
+    present, first = {k: batch[k] for c in self.cameras for k in entries(batch, c)}, firsts[0]
     if history is None and 'observation.history' in batch: history = downsample(batch['observation.history'], size), batch['observation.history_mask'].bool()
     if present[first].ndim == 5:
         past, exists, _ = split_frames(batch, first, n)
@@ -108,7 +113,7 @@ def observation(self: HaloPolicy, batch: dict, history: tuple[Tensor, Tensor] | 
     views, mask = self.views(batch, present)
     frames, exists = (h.to(state.device) for h in history)
     if m.sampling.current == 'view_and_video':
-        now = downsample(present[first], size)[:, None]
+        now = sum(downsample(present[k], size) * (~batch[f'{k}_is_pad'].bool()[:, None, None, None] if k != self.cameras[0] else 1) for k in firsts)[:, None]
         frames, exists = torch.cat([frames, now], 1), torch.cat([exists, torch.ones_like(exists[:, :1]) if n else exists.new_ones(len(now), 1)], 1)
     return Observation(frames, exists, views, mask, batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK], pad_last(state.float(), m.max_state_dim))
 
@@ -120,7 +125,9 @@ def forward(self: HaloPolicy, batch: dict, reduction: str = 'mean', noise: Tenso
         if not torch.isfinite(batch[key]).all(): raise ValueError(f"{key!r} holds NaN or infinity in sample {int((~torch.isfinite(batch[key]).flatten(1).all(1)).nonzero()[0])}; clean the dataset")
     actions, d = batch[ACTION], batch[ACTION].shape[-1]
     real = ~batch['action_is_pad'].bool() if 'action_is_pad' in batch else torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device)
-    mask = pad_last(real[..., None].expand(-1, -1, d).float(), self.config.model.max_action_dim)
+    if real.ndim == 2: real = real[..., None].expand(-1, -1, d)   # (b, s): steps
+    else: actions = actions.masked_fill(~real, 0)                 # (b, s, d): single values (halo.mixture); what is padded is not even seen
+    mask = pad_last(real.float(), self.config.model.max_action_dim)
     loss = self.model.loss(self.observation(batch), pad_last(actions, self.config.model.max_action_dim), mask, noise, time, 'mean' if reduction == 'mean' else 'sample')
     return loss, {'flow_loss': float(loss.detach().mean())}
 
