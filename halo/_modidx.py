@@ -485,6 +485,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'halo.serve.Worker.run': ('serve.html#worker.run', 'halo/serve.py'),
                             'halo.serve.Worker.submit': ('serve.html#worker.submit', 'halo/serve.py'),
                             'halo.serve.as_batch': ('serve.html#as_batch', 'halo/serve.py'),
+                            'halo.serve.async_client_class': ('serve.html#async_client_class', 'halo/serve.py'),
                             'halo.serve.begin_episode': ('serve.html#begin_episode', 'halo/serve.py'),
                             'halo.serve.check_image': ('serve.html#check_image', 'halo/serve.py'),
                             'halo.serve.check_state': ('serve.html#check_state', 'halo/serve.py'),
