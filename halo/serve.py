@@ -598,7 +598,7 @@ async def handle(self: PolicyServer, ws) -> None:
             except Refused as e: reply, wrong = f'refused: {e}', wrong + 1; self.refused += 1
             except Exception: reply, wrong = 'the server failed on this request; its log says why', wrong + 1; self.refused += 1; log.exception('a request failed')
             await asyncio.wait_for(ws.send(reply), self.limits.send)
-            if wrong >= self.limits.errors: await ws.close(1008, f'{wrong} refused messages in a row')
+            if wrong >= self.limits.errors: await ws.close(1008, f'{wrong} refused messages in a row'); break
     except (ConnectionClosed, asyncio.TimeoutError): pass
     finally:
         self.clients -= 1; gone.cancel()
