@@ -131,8 +131,7 @@ def no_styles_from_elsewhere(folder):
     "Themes import their fonts from another machine; the site's own style names fonts that lie beside it."
     for css in folder.rglob('*.css'):
         text = css.read_text(encoding='utf-8')
-        kept = re.sub(r'@import\s*(?:url\()?["\']?(?:https?:)?//[^;]*?\)?["\']?;', '', text)
-        kept = re.sub(r'@import url\([^)]*\);', lambda m: '' if '//' in m[0] else m[0], kept)
+        kept = re.sub(r'@import\s*(?:url\(\s*["\']?(?:https?:)?//[^)]*\)|(["\'])(?:https?:)?//.*?\1)[^;]*;', '', text)
         if kept != text: css.write_text(kept, encoding='utf-8')
 
 

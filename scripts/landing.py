@@ -112,8 +112,8 @@ def markup(workbook='nbs', live=()):
 <h1 class="halo-h1">HALO</h1>
 <p class="halo-lead">A robot policy that remembers. It reads seconds of video history through Qwen2.5-VL, lets the robot’s state choose what to read from the VLM’s cache, and decodes its actions by flow matching.</p>
 <p>This is the first open implementation: a workbook whose notebooks are the source of a library, and a policy for LeRobot (<code>--policy.type=halo</code>).</p>
-<pre class="halo-run"><code><b>make demo</b>   <i># roll out the trained policies in MuJoCo, write a report</i>
-<b>make test</b>   <i># run every notebook, gate and test</i></code></pre>
+<pre class="halo-run"><code><b>make demo</b>   <i># record, roll out, report</i>
+<b>make test</b>   <i># every notebook and test</i></code></pre>
 <p class="halo-go"><a class="btn btn-primary" href="{workbook}/index.html">Open the workbook</a> <a class="btn btn-outline-primary" href="{workbook}/18_rollouts.html">Scrub this episode</a></p>
 </div>
 <figure class="halo-film">
@@ -123,7 +123,7 @@ def markup(workbook='nbs', live=()):
 </div>
 <h2 class="halo-h2" id="rates">Successes on unseen seeds</h2>
 <div class="halo-rates">{''.join(bar(*r) for r in rates())}</div>
-<p class="halo-note">Dark line: Wilson’s 95 % interval. A policy without history can only guess one pad of three. SALR makes no measurable difference in this task: the state is not what is hidden.</p>
+<p class="halo-note">Thin line: Wilson’s 95 % interval. A policy without history can only guess one pad of three. SALR makes no measurable difference in this task: the state is not what is hidden.</p>
 <h2 class="halo-h2" id="inside">See inside</h2>
 <p>Each page holds an explorer that moves here, without a kernel; in JupyterLab the same explorer asks the live model.</p>
 <div class="halo-cards">{cards}</div>'''
