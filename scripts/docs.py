@@ -63,6 +63,11 @@ class title(Processor):
         self.nb.cells[0].directives_ = {}
 
 
+def drop_widgets(cell):
+    "Drop what stands for a widget where no kernel is: its name in words says nothing to a reader."
+    if cell.cell_type == 'code': cell.outputs = [o for o in cell.get('outputs', []) if not (d := o.get('data', {})) or not ('application/vnd.jupyter.widget-view+json' in d or re.match(r'[HV]?Box\(', ''.join(d.get('text/plain', ''))))]
+
+
 def drop_empty(cell):
     "Drop code cells of which only directives were there."
     if cell.cell_type == 'code' and not cell.source.strip(): cell.source = None
@@ -94,7 +99,7 @@ def slug(heading):
 def process(path, to, pages):
     "Write the notebook `path` to `to` with its directives applied and nbdev's links turned to the site's pages."
     notebook = read_nb(path)
-    NBProcessor(nb=notebook, procs=[title, populate_language, strip_ansi, hide_line, filter_stream_, hide_, add_links, exported, drop_empty]).process()
+    NBProcessor(nb=notebook, procs=[title, populate_language, strip_ansi, hide_line, filter_stream_, hide_, add_links, exported, drop_widgets, drop_empty]).process()
     for cell in notebook.cells:
         if cell.cell_type == 'markdown': cell.source = re.sub(r'\]\(/*([\w-]+\.html)(#[\w.]*)\)', lambda m: f'](./{pages.get(m[1], m[1])}{m[2]})', cell.source)
     notebook.cells = anchored(list(notebook.cells))
