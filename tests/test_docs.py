@@ -1,5 +1,5 @@
 """The site: every link resolves, nothing is asked of another machine, and in a real browser every explorer draws what its controls say."""
-import base64, gzip, io, itertools, json, re, shutil, subprocess, sys, warnings
+import base64, gzip, io, json, re, shutil, subprocess, sys, warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,8 @@ from browser import Site, Watched, chromium, root
 sys.path.insert(0, str(root/'scripts'))
 import check_site, docs, landing, vendor
 
-browses = [pytest.mark.browser, pytest.mark.skipif(chromium() is None, reason='NO CHROMIUM HERE: the site was not opened in a browser; `apt-get install chromium` brings one')]
+unable = pytest.mark.skipif(chromium() is None, reason='NO CHROMIUM HERE: the site was not opened in a browser; `apt-get install chromium` brings one')
+def browses(test): return pytest.mark.browser(unable(test))
 whole = all(vendor.sound(p, vendor.cache/p.archive) for p in vendor.PACKAGES)      # is KaTeX in the cache?
 
 
@@ -105,7 +106,7 @@ def test_styles_lose_their_web_fonts_and_nothing_else(tmp_path):
 
 # ---- in a browser
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def served(site):
     from playwright.sync_api import sync_playwright
     server = Site(site)
@@ -116,7 +117,10 @@ def served(site):
     server.close()
 
 
-def twins_of(path): return [p for p in re.findall(r'class="halo-twin"', path.read_text())]
+def twins(path):
+    "How many static twins a notebook's outputs hold."
+    outputs = [o for c in json.loads(path.read_text())['cells'] for o in c.get('outputs', [])]
+    return sum('class="halo-twin"' in ''.join(o.get('data', {}).get('text/html', '')) for o in outputs)
 
 
 class Drawn:
@@ -205,24 +209,62 @@ def scrub(twin, rng):
     return looked
 
 
-PAGES = [p.stem for p in sorted(root.glob('nbs/*.ipynb')) if 'halo-twin' in p.read_text()]
+PAGES = [p.stem for p in sorted(root.glob('nbs/[!_]*.ipynb')) if twins(p)]
 
+@browses
+def test_the_pages_with_explorers_are_known(): assert {'14_explorer', '15_masks', '16_attention', '17_denoising', '18_rollouts'} <= set(PAGES)
+
+@browses
 @pytest.mark.parametrize('name', PAGES)
-class TestTwins:
-    pytestmark = browses
-    def test_every_control_of_every_twin(self, served, name):
-        b, url, site = served
-        watched = Watched(b, viewport=dict(width=1280, height=900)); page = watched.page
-        page.goto(f'{url}/nbs/{name}.html')
-        frames, rng, looked = page.locator('iframe.halo-twin'), np.random.default_rng(0), 0
-        assert frames.count() == (root/f'nbs/{name}.ipynb').read_text().count('class=\\"halo-twin')
-        for k in range(frames.count()):
-            frames.nth(k).scroll_into_view_if_needed()
-            twin = Drawn(page, frames.nth(k).element_handle().content_frame())
-            looked += scrub(twin, rng)
-            if any(c['play'] for c in twin.spec['controls']):
-                i = next(i for i, c in enumerate(twin.spec['controls']) if c['play'])
-                was = twin.frame.evaluate('document.body.dataset.drawn'); twin.frame.locator(f'#p{i}').click()
-                twin.frame.wait_for_function('was => document.body.dataset.drawn !== was', arg=was, timeout=5_000); twin.frame.locator(f'#p{i}').click()
-        assert looked > 20 and not watched.wrong, (looked, watched.wrong)
-        page.close()
+def test_every_control_of_every_twin(served, name):
+    b, url, _ = served
+    watched = Watched(b, viewport=dict(width=1280, height=900)); page = watched.page
+    page.goto(f'{url}/nbs/{name}.html')
+    frames, rng, looked = page.locator('iframe.halo-twin'), np.random.default_rng(0), 0
+    assert frames.count() == twins(root/f'nbs/{name}.ipynb')
+    for k in range(frames.count()):
+        frames.nth(k).scroll_into_view_if_needed()
+        twin = Drawn(page, frames.nth(k).element_handle().content_frame())
+        assert len(twin.spec['controls']) == twin.frame.locator('#controls [name], #controls input[type=hidden]').count()
+        looked += scrub(twin, rng)
+        for i, c in enumerate(twin.spec['controls']):
+            if not c['play'] or len(c['texts']) == 1: continue
+            was = twin.key(); twin.frame.locator(f'#p{i}').click()
+            twin.frame.wait_for_function('was => document.body.dataset.drawn !== was', arg=was, timeout=5_000); twin.frame.locator(f'#p{i}').click()
+    assert looked > 20 and not watched.wrong, (looked, watched.wrong)
+    page.close()
+
+
+@browses
+def test_every_page_opens_quietly_and_fits(served):
+    b, url, site = served
+    watched = Watched(b, viewport=dict(width=390, height=800)); page = watched.page
+    for f in sorted([site/'index.html', *site.glob('nbs/*.html')]):
+        page.goto(f'{url}/{f.relative_to(site).as_posix()}'); page.wait_for_load_state('load')
+        assert not watched.wrong, (f.name, watched.wrong)
+        assert page.evaluate('document.documentElement.scrollWidth') <= 390, f'{f.name} is wider than a phone'
+        if whole and 'katex.min.js' in f.read_text():
+            page.wait_for_function("() => document.querySelector('.katex')")
+            assert not page.locator('.katex-error').count(), (f.name, page.locator('.katex-error').first.text_content())
+    page.close()
+
+
+@browses
+def test_dark_mode_search_and_the_film(served):
+    b, url, _ = served
+    watched = Watched(b, viewport=dict(width=1280, height=900), color_scheme='light'); page = watched.page
+    light = lambda: sum(map(int, re.findall(r'\d+', page.evaluate('getComputedStyle(document.body).backgroundColor'))[:3]))
+    page.goto(f'{url}/index.html'); assert light() > 700
+    film = page.locator('.halo-film img'); assert film.evaluate('e => e.complete && e.naturalWidth') == 2 * landing.SIDE + landing.GAP
+    assert film.bounding_box()['y'] + film.bounding_box()['height'] < 900 and page.locator('.halo-run').bounding_box()['y'] < 800      # the first screen shows it acting and says how to run it
+    first = film.screenshot()
+    page.wait_for_timeout(700); assert film.screenshot() != first
+    page.locator('.quarto-color-scheme-toggle').first.click(); page.wait_for_function("() => document.documentElement.classList.contains('quarto-dark')"); assert light() < 150
+    page.goto(f'{url}/nbs/15_masks.html'); assert light() < 150      # remembered
+    frame = page.locator('iframe.halo-twin').first; frame.scroll_into_view_if_needed(); inside = frame.element_handle().content_frame()
+    inside.wait_for_function("() => document.documentElement.classList.contains('dark')")
+    page.locator('.quarto-color-scheme-toggle').first.click(); inside.wait_for_function("() => !document.documentElement.classList.contains('dark')"); assert light() > 700
+    page.locator('#quarto-search input').fill('rotary'); found = page.locator('.smalldocs-search-results a'); found.first.wait_for()
+    assert any('.html' in (found.nth(k).get_attribute('href') or '') for k in range(found.count()))
+    assert not watched.wrong, watched.wrong
+    page.close()
