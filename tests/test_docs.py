@@ -163,7 +163,7 @@ class Drawn:
         return slice(max(0, int(y) - margin), int(y + h) + 1 + margin), slice(max(0, int(x) - margin), int(x + w) + 1 + margin)
 
     def agrees(self, shown, rng):
-        "Panels on which nothing else lies show the colours, bars and pictures that the pieces of this key say; the number of things looked at."
+        "Panels on which nothing else lies show the colours, bars, lines and pictures that the pieces of this key say; the number of things looked at."
         panels, looked = self.spec['panels'], 0
         boxes = [np.array(p['box']) for p in panels]
         alone = lambda i: not any(k != i and p['kind'] != 'words' and all(boxes[i][a] < boxes[k][a] + boxes[k][a + 2] and boxes[k][a] < boxes[i][a] + boxes[i][a + 2] for a in (0, 1)) for k, p in enumerate(panels))
@@ -181,6 +181,15 @@ class Drawn:
                     x, y = left + (a0 + a1) / 2 * w, top + (1 - (b0 + b1) / 2) * h
                     if abs(a1 - a0) * w < 4 or abs(b1 - b0) * h < 4 or not (left < x < left + w and top < y < top + h): continue
                     assert np.abs(shown[int(y), int(x), :3] - [int(colour[k:k + 2], 16) for k in (1, 3, 5)]).max() <= 3, p['name']; looked += 1
+            elif p['kind'] == 'lines':
+                v = np.frombuffer(self.piece(i), '<i2').astype(int); at = len(p['styles'])
+                for k, style in enumerate(p['styles']):
+                    xy = v[at:at + 2 * v[k]].reshape(-1, 2); at += 2 * v[k]; there = (xy > -32000).all(1)
+                    for m in range(len(xy) - 1):      # both ends of a stroke have ink on them
+                        if style['dash'] or style['alpha'] < 0.3 or not there[m:m + 2].all(): continue
+                        x, y = left + xy[m, 0] / 1e4 * w, top + (1 - xy[m, 1] / 1e4) * h
+                        if not (left + 1 < x < left + w - 1 and top + 1 < y < top + h - 1) or m % 7: continue
+                        assert shown[int(y) - 1:int(y) + 2, int(x) - 1:int(x) + 2, 3].max() > 30, (p['name'], k, m); looked += 1
             elif p['kind'] == 'picture':
                 want = np.asarray(Image.open(io.BytesIO(self.piece(i))).convert('RGB').resize((16, 16), Image.Resampling.BOX)).astype(float)
                 got = np.asarray(Image.fromarray(shown[rows, cols, :3].astype(np.uint8)).resize((16, 16), Image.Resampling.BOX)).astype(float)
