@@ -188,7 +188,7 @@ class Drawn:
                     for m in range(len(xy) - 1):      # both ends of a stroke have ink on them
                         if style['dash'] or style['alpha'] < 0.3 or not there[m:m + 2].all(): continue
                         x, y = left + xy[m, 0] / 1e4 * w, top + (1 - xy[m, 1] / 1e4) * h
-                        if not (left + 1 < x < left + w - 1 and top + 1 < y < top + h - 1) or m % 7: continue
+                        if not (left + 1 < x < left + w - 1 and top + 1 < y < top + h - 1) or m % max(1, len(xy) // 8): continue
                         assert shown[int(y) - 1:int(y) + 2, int(x) - 1:int(x) + 2, 3].max() > 30, (p['name'], k, m); looked += 1
             elif p['kind'] == 'picture':
                 want = np.asarray(Image.open(io.BytesIO(self.piece(i))).convert('RGB').resize((16, 16), Image.Resampling.BOX)).astype(float)
