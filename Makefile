@@ -65,8 +65,8 @@ notebooks: system ## test the notebooks only (FLAGS="slow sim" adds those cells)
 run: system ## run notebooks in place and clean them: make run NB=nbs/index.ipynb (FLAGS="slow sim")
 	@$(OFFLINE) $(RUN) python scripts/run_notebook.py $(NB) --flags "$(FLAGS)"
 
-docs: $(STAMP) ## render the workbook as a website into _docs/
-	@$(RUN) python scripts/docs.py
+docs: $(STAMP) ## render the workbook as a website into _docs/ (ARGS="--offline": from the cache alone)
+	@$(RUN) python scripts/docs.py $(ARGS)
 
 lock: $(STAMP) ## write constraints.txt from what .venv holds
 	@$(PY) scripts/lock.py

@@ -1,9 +1,15 @@
 """Render nbs/ as a website into _docs/, with Quarto where it is installed and with smalldocs elsewhere. No cell is run.
 
 nbdev's processors apply the directives; exported cells stay as code, each under an anchor that `name` in backticks links to.
-The site's options are those of _quarto.yml at the top of the repository; its sidebar lists the notebooks in their order.
+The site's options are those of _quarto.yml at the top of the repository; its sidebar lists the notebooks in their order, part by part.
+Maths and fonts come from npm (scripts/vendor.py), the first page from scripts/landing.py; no page asks another machine for anything.
+
+    python scripts/docs.py              # into _docs/
+      --to DIR      elsewhere (a folder that is not there yet, or a site made before)
+      --offline     from the cache alone; npm is not asked
+      --bare        without what comes from npm: formulas as they are written, the reader's own fonts
 """
-import ast, os, re, shutil, subprocess, sys
+import argparse, ast, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 import yaml
@@ -12,20 +18,34 @@ from nbdev.doclinks import nbglob
 from nbdev.process import NBProcessor, Processor
 from nbdev.processors import add_links, filter_stream_, hide_, hide_line, populate_language, strip_ansi
 
+import check_site, landing, vendor
+
 root = Path(__file__).resolve().parent.parent
-built, site = root/'_proc', root/'_docs'
+PARTS = ('The model', 0, 6), ('In LeRobot', 7, 9), ('Data and training', 10, 11), ('Task and evaluation', 12, 13), ('See inside', 14, 18), ('Demonstration', 19, 20), ('Benchmarks', 21, 29)
+FURTHER = 'Further'                     # the part of notebooks of another number, or of none
+MATHS = re.compile(r'https://[^"\']*/katex@[\d.]+/dist/')
+
+
+def names_of(node):
+    "What a definition is linked by: its name, `Class.name` for a patch, and its public methods."
+    if isinstance(node, ast.ClassDef): return [node.name, *(f'{node.name}.{o.name}' for o in node.body if isinstance(o, ast.FunctionDef) and not o.name.startswith('_'))]
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): return []
+    if not any('patch' in ast.unparse(d) for d in node.decorator_list) or not node.args.args or node.args.args[0].annotation is None: return [node.name]
+    owners = re.findall(r'\w+', ast.unparse(node.args.args[0].annotation))
+    return [f'{o}.{node.name}' for o in owners]
 
 
 class exported(Processor):
-    "Fold an exported cell open, say where it goes, and give it its first definition's name as an anchor."
+    "Fold an exported cell open, say where it goes, and give it its first name as an anchor; further names are kept in `also`."
     def begin(self): self.module = next((c.directives_['default_exp'][0] for c in self.nb.cells if 'default_exp' in c.get('directives_', {})), '')
 
     def cell(self, cell):
         if cell.cell_type != 'code' or not {'export', 'exporti', 'exports'} & cell.directives_.keys(): return
-        named = [o.name for o in ast.parse(cell.source).body if hasattr(o, 'name')]
+        named = [n.lower() for o in ast.parse(cell.source).body for n in names_of(o)]
         options = ['#| code-fold: show', f'#| code-summary: "halo/{self.module.replace(".", "/")}.py"']
-        if named: options.append(f'#| label: {named[0].lower()}')
+        if named: options.append(f'#| label: {named[0]}')
         cell.source = '\n'.join([*options, cell.source])
+        cell.also = named[1:]
 
 
 class title(Processor):
@@ -43,6 +63,11 @@ class title(Processor):
         self.nb.cells[0].directives_ = {}
 
 
+def drop_widgets(cell):
+    "Drop what stands for a widget where no kernel is: its name in words says nothing to a reader."
+    if cell.cell_type == 'code': cell.outputs = [o for o in cell.get('outputs', []) if not (d := o.get('data', {})) or not ('application/vnd.jupyter.widget-view+json' in d or re.match(r'[HV]?Box\(', ''.join(d.get('text/plain', ''))))]
+
+
 def drop_empty(cell):
     "Drop code cells of which only directives were there."
     if cell.cell_type == 'code' and not cell.source.strip(): cell.source = None
@@ -53,45 +78,121 @@ def page_names(paths):
     return {re.sub(r'^\d+[a-zA-Z0-9]*_', '', p.name.lower()).replace('.ipynb', '.html'): p.with_suffix('.html').name for p in paths}
 
 
+def anchored(cells):
+    "The cells, with anchors before a cell for the further names it defines; a heading that reads like a name gets an id of its own."
+    labels = {c: found[1] for c in range(len(cells)) if cells[c].cell_type == 'code' and (found := re.search(r'^#\| label: (\S+)', cells[c].source or '', re.M))}
+    seen, out = set(labels.values()), []
+    for c in cells:
+        also = [n for n in dict.fromkeys(getattr(c, 'also', [])) if n not in seen]
+        if also: out.append(mk_cell('```{=html}\n<div class="halo-anchors">' + ''.join(f'<span id="{n}"></span>' for n in also) + '</div>\n```', 'markdown'))
+        seen |= set(also); out.append(c)
+    for c in out:
+        if c.cell_type == 'markdown' and c.source: c.source = re.sub(r'^(#{2,6} )(.+?)\s*$', lambda m: m[0] if slug(m[2]) not in seen or '{#' in m[2] else f'{m[1]}{m[2]} {{#about-{slug(m[2])}}}', c.source, flags=re.M)
+    return out
+
+
+def slug(heading):
+    "The id that a heading is given."
+    return re.sub(r'\s+', '-', re.sub(r'[^\w\s.-]', '', heading.replace('`', '').strip().lower()))
+
+
 def process(path, to, pages):
     "Write the notebook `path` to `to` with its directives applied and nbdev's links turned to the site's pages."
     notebook = read_nb(path)
-    NBProcessor(nb=notebook, procs=[title, populate_language, strip_ansi, hide_line, filter_stream_, hide_, add_links, exported, drop_empty]).process()
+    NBProcessor(nb=notebook, procs=[title, populate_language, strip_ansi, hide_line, filter_stream_, hide_, add_links, exported, drop_widgets, drop_empty]).process()
     for cell in notebook.cells:
         if cell.cell_type == 'markdown': cell.source = re.sub(r'\]\(/*([\w-]+\.html)(#[\w.]*)\)', lambda m: f'](./{pages.get(m[1], m[1])}{m[2]})', cell.source)
+    notebook.cells = anchored(list(notebook.cells))
     to.parent.mkdir(parents=True, exist_ok=True)
     write_nb(notebook, to)
 
 
-def options(paths):
-    "The site's options with a sidebar of all notebooks."
+def part(path):
+    "The part of the book that a notebook's number puts it in."
+    number = re.match(r'\d+', path.name)
+    return next((name for name, low, high in PARTS if number and low <= int(number[0]) <= high), FURTHER)
+
+
+def sidebar(paths):
+    "Every notebook, the overview first, then part by part."
+    books = sorted(p for p in paths if p.name != 'index.ipynb')
+    groups = [(name, [f'nbs/{p.relative_to(root/"nbs")}' for p in books if part(p) == name]) for name in [*(p[0] for p in PARTS), FURTHER]]
+    first = [dict(text='Overview', href='nbs/index.ipynb')] if any(p.name == 'index.ipynb' for p in paths) else []
+    return first + [dict(section=name, contents=pages) for name, pages in groups if pages]
+
+
+def options(paths, bare=False, quarto=False):
+    "The site's options with the first page and a sidebar of all notebooks."
     made = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))
-    made['website'].setdefault('sidebar', {})['contents'] = [str(p.relative_to(root)) for p in sorted(paths, key=lambda p: (p.name != 'index.ipynb', p))]
+    made['project']['render'] = ['index.qmd', *made['project'].get('render', [])]
+    made['website'].setdefault('sidebar', {})['contents'] = sidebar(paths)
+    made['project']['resources'] = [*made['project'].get('resources', []), 'film.webp', 'still.webp']
+    if bare: made['format']['html']['html-math-method'] = 'plain'
+    if not quarto: del made['format']['html']['html-math-method']      # smalldocs knows KaTeX alone, and says so
     return made
 
 
-def main():
+def no_styles_from_elsewhere(folder):
+    "Themes import their fonts from another machine; the site's own style names fonts that lie beside it."
+    for css in folder.rglob('*.css'):
+        text = css.read_text(encoding='utf-8')
+        kept = re.sub(r'@import\s*(?:url\(\s*["\']?(?:https?:)?//[^)]*\)|(["\'])(?:https?:)?//.*?\1)[^;]*;', '', text)
+        if kept != text: css.write_text(kept, encoding='utf-8')
+
+
+def own_maths(folder, bare):
+    "Point the pages to the KaTeX beside them (or, bare, to none)."
+    for page in folder.rglob('*.html'):
+        text = page.read_text(encoding='utf-8')
+        up = '../' * (len(page.relative_to(folder).parts) - 1)
+        changed = re.sub(r'<link[^>]*/katex@[^>]*>|<script[^>]*/katex@[^>]*></script>', '', text) if bare else MATHS.sub(f'{up}site_libs/katex/', text)
+        if changed != text: page.write_text(changed, encoding='utf-8')
+
+
+def build(to, offline=False, bare=False):
+    "The site in the folder `to`. Raises `vendor.Missing` before anything is made if a package is not to be had."
+    if to.exists() and any(to.iterdir()) and not (to/'site_libs').is_dir(): sys.exit(f'docs: {to} is not empty and no site; name another folder')
+    if not bare: archives = [vendor.fetch(p, offline=offline) for p in vendor.PACKAGES]
+    paths = [p for p in nbglob(root/'nbs', as_path=True) if p.suffix == '.ipynb']
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix='.site-') as temporary:
+        built = Path(temporary)/'source'
+        for path in paths: process(path, built/path.relative_to(root), page_names(paths))
+        for media in (root/'nbs').rglob('*'):
+            if media.suffix in {'.png', '.gif', '.svg', '.jpg', '.mp4', '.webm', '.csv', '.css'} and '.ipynb_checkpoints' not in media.parts:
+                (built/media.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(media, built/media.relative_to(root))
+        shutil.copy2(root/'LICENSE', built)
+        shutil.copytree(root/'scripts/site', built/'style')
+        if (root/'assets').is_dir(): shutil.copytree(root/'assets', built/'assets')
+        landing.write(built, live={p.stem for p in paths})
+        quarto = shutil.which('quarto')
+        made = options(paths, bare, bool(quarto))
+        (built/'_quarto.yml').write_text(yaml.safe_dump(made, sort_keys=False), encoding='utf-8')
+        command = [quarto, 'render', '--no-execute'] if quarto else [Path(sys.executable).parent/'smalldocs', 'render', '.', '--quiet']
+        if subprocess.run(command, cwd=built).returncode: sys.exit('The site was not rendered; the message is above.')
+        rendered = built/made['project'].get('output-dir', '_site')
+        no_styles_from_elsewhere(rendered)
+        own_maths(rendered, bare)
+        if not bare:
+            for package, archive in zip(vendor.PACKAGES, archives): vendor.unpack(package, archive, rendered/'site_libs')
+        shutil.rmtree(to, ignore_errors=True)
+        shutil.move(rendered, to)
+    return len(paths)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog='docs.py', description='Render the workbook as a website.')
+    p.add_argument('--to', type=Path, default=root/'_docs'); p.add_argument('--offline', action='store_true'); p.add_argument('--bare', action='store_true')
+    a = p.parse_args(argv)
+    to = a.to.resolve()
     os.chdir(root)
     os.environ['IN_TEST'] = '1'
-    paths = [p for p in nbglob(root/'nbs', as_path=True) if p.suffix == '.ipynb']
-    shutil.rmtree(built, ignore_errors=True)
-    for path in paths: process(path, built/path.relative_to(root), page_names(paths))
-    for media in (root/'nbs').rglob('*'):
-        if media.suffix in {'.png', '.gif', '.svg', '.jpg', '.mp4', '.webm', '.csv', '.css'} and '.ipynb_checkpoints' not in media.parts:
-            (built/media.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(media, built/media.relative_to(root))
-    shutil.copy2(root/'LICENSE', built)
-    if (root/'assets').is_dir(): shutil.copytree(root/'assets', built/'assets')
-    made = options(paths)
-    (built/'_quarto.yml').write_text(yaml.safe_dump(made, sort_keys=False), encoding='utf-8')
-    quarto = shutil.which('quarto')
-    command = [quarto, 'render', '--no-execute'] if quarto else [Path(sys.executable).parent/'smalldocs', 'render', '.', '--quiet']
-    if subprocess.run(command, cwd=built).returncode: sys.exit('The site was not rendered; the message is above.')
-    rendered = built/made['project'].get('output-dir', '_site')
-    (rendered/'index.html').write_text('<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=nbs/index.html"><a href="nbs/index.html">HALO</a>\n')
-    shutil.rmtree(site, ignore_errors=True)
-    shutil.move(rendered, site)
-    print(f'{len(paths)} pages: open {site.name}/index.html')
+    try: n = build(to, a.offline, a.bare)
+    except vendor.Missing as e: sys.exit(f'docs: {e}')
+    wrong = check_site.check(to)
+    if wrong: sys.exit('\n'.join(['docs: the site is there, but', *wrong]))
+    size = sum(f.stat().st_size for f in to.rglob('*') if f.is_file())
+    print(f'{n + 1} pages, {size / 1e6:.1f} MB, every link resolves: open {to.relative_to(root) if to.is_relative_to(root) else to}/index.html')
 
 
 if __name__ == '__main__': main()
