@@ -460,6 +460,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'halo.scale.Tally.__init__': ('scale.html#tally.__init__', 'halo/scale.py'),
                             'halo.scale.Tally.row': ('scale.html#tally.row', 'halo/scale.py'),
                             'halo.scale.add_lora': ('scale.html#add_lora', 'halo/scale.py'),
+                            'halo.scale.allocator_peak': ('scale.html#allocator_peak', 'halo/scale.py'),
                             'halo.scale.build': ('scale.html#build', 'halo/scale.py'),
                             'halo.scale.check_room': ('scale.html#check_room', 'halo/scale.py'),
                             'halo.scale.check_same': ('scale.html#check_same', 'halo/scale.py'),
