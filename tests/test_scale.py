@@ -209,6 +209,21 @@ def cli(root):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a); print('cli: exported on one process: equal to what two wrote')
 
 
+def compiled(root):
+    "torch.compile on every block: the same losses; seconds per step."
+    dataset, out = record(root/'data', (12, 14)), {}
+    for on in (False, True):
+        policy, pre, _ = fresh(dataset, TINY); policy.train(); rc = ScaleConfig(compile=on); prepare_parts(policy, rc); set_checkpointing(policy, False)
+        if on: [b.compile() for b in policy.model.blocks]
+        o, data = make_optimizer(policy, rc), OneDataset(dataset, policy, root/'store'); out[on], took = [], []
+        for k in range(6):
+            batch, t0 = preprocess(pre, data.batch(range(4))), time.time()
+            out[on].append(float(scale_step(policy, [batch], [flow_draws(policy.config.model, 0, k, range(4))], o, 1.0)[0])); took.append(time.time() - t0)
+        print(f"compiled: {'compiled' if on else 'eager'}: first step {took[0]:.1f} s, later {np.median(took[2:]):.3f} s")
+    print(f'compiled: largest difference of {len(out[True])} losses {max(abs(a - b) for a, b in zip(out[True], out[False])):.1e}')
+    assert np.allclose(out[True], out[False], atol=1e-3)
+
+
 # --- pytest ---
 
 @pytest.mark.parametrize('file,shape', [('accelerate_1gpu.yaml', (1, 1)), ('accelerate_8gpu.yaml', (1, 8)), ('accelerate_4x8.yaml', (4, 8)), ('lerobot_fsdp_8gpu.yaml', (1, 8)), ('slurm_4x8.sh', (4, 8))])
@@ -228,18 +243,24 @@ def test_lerobot_wraps_what_the_policy_names():
     named = yaml.safe_load((ROOT/'configs/launch/lerobot_fsdp_8gpu.yaml').read_text())['fsdp_config']['fsdp_transformer_layer_cls_to_wrap'].split(',')
     assert named == HaloPolicy._fsdp_wrap_modules == HaloPolicy._no_split_modules
 
+def test_tensorboard(tmp_path):
+    pytest.importorskip('tensorboard')
+    from halo.scale import Log
+    log = Log(tmp_path, 0, ('tensorboard',)); log.row(step=1, loss=2.0, loss_dim={'0': 1.0}); log.close()
+    assert read_rows(tmp_path/'metrics.jsonl') == [dict(step=1, loss=2.0, loss_dim={'0': 1.0})] and list((tmp_path/'tensorboard').glob('events*'))
+
 def job(name): subprocess.run([sys.executable, __file__, name], check=True, cwd=ROOT, env=os.environ | dict(PYTHONPATH=str(ROOT)))
 
 def test_parts(tmp_path): parts(tmp_path)
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['hsdp', 'kill', 'memory', 'fsdp1', 'cli'])
+@pytest.mark.parametrize('name', ['hsdp', 'kill', 'memory', 'fsdp1', 'cli', 'compiled'])
 def test_proof(name): job(name)
 
 
 if __name__ == '__main__':
     import warnings, logging
     warnings.filterwarnings('ignore'); logging.disable(logging.WARNING); torch.set_num_threads(1)
-    for name in (['parts', 'memory', 'fsdp1', 'hsdp', 'kill', 'cli'] if sys.argv[1] == 'all' else sys.argv[1:]):
+    for name in (['hsdp', 'kill', 'parts', 'memory', 'fsdp1', 'cli', 'compiled'] if sys.argv[1] == 'all' else sys.argv[1:]):
         place, t0 = Path(tempfile.mkdtemp()), time.time()
         try: memory() if name == 'memory' else globals()[name](place)
         except Exception as e:
