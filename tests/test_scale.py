@@ -96,16 +96,20 @@ def kill(root, kills=20, steps=120, seed=0):
     dataset, rng = data_in(root), random.Random(seed)
     rc = ScaleConfig(steps=steps, micro=2, accumulate=2, lr=1e-3, warmup=5, log_every=1, save_every=2, ema=0.9)
     run(1, dataset, LITTLE, root/'whole', rc)
-    n, saving, out, alive = 0, 0, root/'killed', True
+    n, saving, out = 0, 0, root/'killed'
+    def begun(t0):
+        try: return [f for f in (out/'checkpoints').glob('*.tmp') if f.stat().st_mtime > t0]
+        except FileNotFoundError: return []
     while n < kills:
+        t0 = time.time()
         p, = start(1, dataset, LITTLE, out, rc)
         if n % 2:                                      # wait for a save to begin, then a random part of it
-            while p.is_alive() and not list((out/'checkpoints').glob('*.tmp')): time.sleep(0.001)
+            while p.is_alive() and not begun(t0): time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.08))
         else: p.join(rng.uniform(0.1, 2.5))
         if not p.is_alive(): break
         os.kill(p.pid, signal.SIGKILL); p.join(); n += 1
-        saving += bool(list((out/'checkpoints').glob('*.tmp')))
+        saving += bool(begun(t0))
     run(1, dataset, LITTLE, out, rc)
     a, b = losses(root/'whole'), losses(out)
     starts = [r['step'] for r in read_rows(out/'events.jsonl') if r['event'].startswith('start')]
