@@ -5,6 +5,7 @@
 # %% ../nbs/11_train.ipynb #c39663f4
 from __future__ import annotations
 import json, math, os, shutil, subprocess, sys, time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -70,12 +71,12 @@ def param_groups(policy, weight_decay: float) -> list[dict]:
     return [dict(params=plain, weight_decay=weight_decay), dict(params=[p for n, p in named if id(p) not in kept], weight_decay=0.0)]
 
 # %% ../nbs/11_train.ipynb #a0295bc7
-def make_policy(dataset: LeRobotDataset, **config) -> tuple[HaloPolicy, object, object]:
-    "A fresh HALO policy and its processors for `dataset`; `config` are fields of `HaloConfig`."
+def make_policy(dataset: LeRobotDataset, meta: bool = False, **config) -> tuple[HaloPolicy, object, object]:
+    "A fresh HALO policy and its processors for `dataset`; `config` are fields of `HaloConfig`. With `meta` the policy has shapes and takes no memory."
     feats = dataset_to_policy_features(dataset.meta.features)
     out = {k: f for k, f in feats.items() if f.type is FeatureType.ACTION}
     cfg = HaloConfig(input_features={k: f for k, f in feats.items() if k not in out}, output_features=out, fps=float(dataset.meta.fps), **config)
-    policy = HaloPolicy(cfg, dataset_meta=dataset.meta)
+    with torch.device('meta') if meta else nullcontext(): policy = HaloPolicy(cfg, dataset_meta=dataset.meta, load_vlm=not meta)
     return policy, *make_halo_pre_post_processors(cfg, dataset.meta.stats)
 
 # %% ../nbs/11_train.ipynb #3c502f00

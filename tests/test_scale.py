@@ -1,0 +1,274 @@
+"""Training at scale, each proof a command that prints its figure: python tests/test_scale.py hsdp | kill | memory | parts | fsdp1 | cli | all."""
+import json, os, random, shutil, signal, subprocess, sys, tempfile, time
+from pathlib import Path
+
+if __name__ == '__main__': os.environ['OMP_NUM_THREADS'] = '1'
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from halo.config import preset
+from halo.scale import (META, OneDataset, ScaleConfig, allocator_peak, checkpoints, export, flaw, flow_draws, launch_shape, main, make_optimizer, part_of, prepare_parts, read_config, read_rows, save, scale_step, scale_train,
+                        set_checkpointing)
+from halo.train import make_policy, preprocess
+
+ROOT = Path(__file__).resolve().parent.parent
+LITTLE = dict(model=preset('tiny', chunk=6, sampling__history_frames=2, sampling__history_stride=2, sampling__history_size=28, sampling__view_size=56, sampling__wrist_size=28), n_action_steps=4)
+TINY = dict(preset='tiny')
+
+
+def record(folder, lengths=(40, 44, 38)):
+    "A small LeRobot dataset of two cameras."
+    import datasets
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    datasets.disable_progress_bars()
+    shapes = {'observation.images.top': (56, 56), 'observation.images.wrist_cam': (28, 28)}
+    feats = {k: dict(dtype='image', shape=(*s, 3), names=['height', 'width', 'channels']) for k, s in shapes.items()}
+    feats |= {'observation.state': dict(dtype='float32', shape=(3,), names=None), 'action': dict(dtype='float32', shape=(2,), names=None)}
+    ds, rng = LeRobotDataset.create('halo/scale', 10, feats, folder, use_videos=False), np.random.default_rng(0)
+    for e, length in enumerate(lengths):
+        for t in range(length):
+            frame = {k: rng.integers(0, 256, (*s, 3)).astype(np.uint8) for k, s in shapes.items()}
+            ds.add_frame(frame | {'observation.state': rng.standard_normal(3).astype(np.float32), 'action': np.float32([np.sin(t / 3), e]), 'task': f'task {e}'})
+        ds.save_episode()
+    ds.finalize()
+    return LeRobotDataset('halo/scale', folder)
+
+
+def fresh(dataset, kw=LITTLE, meta=False):
+    torch.manual_seed(0)
+    return make_policy(dataset, meta, **kw)
+
+
+def losses(out): return [r['loss'] for r in read_rows(out/'metrics.jsonl')]
+
+
+def work(rank, world, dataset, kw, out, rc, until, store):
+    "One process of a run."
+    torch.set_num_threads(1); sys.stdout = open(os.devnull, 'w')
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    if world > 1: dist.init_process_group('gloo', store=dist.FileStore(store, world), rank=rank, world_size=world)
+    policy, pre, post = fresh(dataset, kw, meta=rank > 0)
+    scale_train(policy, pre, post, OneDataset(dataset, policy, dataset.root.parent/'store'), out, rc, until, 'cpu')
+    if world > 1: dist.barrier(); dist.destroy_process_group()
+
+
+def start(world, dataset, kw, out, rc, until=None):
+    "Processes of a run, forked (imports are done)."
+    store, ctx = tempfile.mktemp(), mp.get_context('fork')
+    procs = [ctx.Process(target=work, args=(r, world, dataset, kw, Path(out), rc, until, store)) for r in range(world)]
+    for p in procs: p.start()
+    return procs
+
+
+def run(*args, **kw):
+    for p in (procs := start(*args, **kw)): p.join()
+    assert all(p.exitcode == 0 for p in procs), [p.exitcode for p in procs]
+
+
+def data_in(root):
+    dataset = record(root/'data'); OneDataset(dataset, fresh(dataset)[0], root/'store'); return dataset
+
+
+# --- the proofs ---
+
+def hsdp(root, kw=TINY, steps=30, bar=1e-4):
+    "Four gloo processes on a 2 × 2 mesh against one process, and checkpoints carried across both ways."
+    dataset = record(root/'data'); OneDataset(dataset, fresh(dataset, kw)[0], root/'store')
+    one = ScaleConfig(steps=steps, micro=8, lr=3e-4, warmup=5, log_every=1, save_every=1000, ema=0.99)
+    four = ScaleConfig(**(vars(one) | dict(micro=1, accumulate=2, replicate=2, shard=2)))
+    half = steps // 2
+    for name, parts in dict(one=[(1, one, None)], four=[(4, four, None)], four_then_one=[(4, four, half), (1, one, None)], one_then_four=[(1, one, half), (4, four, None)]).items():
+        for world, rc, until in parts: run(world, dataset, kw, root/name, rc, until)
+    ref = losses(root/'one')
+    gap = {n: max(abs(a - b) for a, b in zip(ref, losses(root/n), strict=True)) for n in ('four', 'four_then_one', 'one_then_four')}
+    print(f'hsdp: {steps} steps, loss {ref[0]:.4f} -> {ref[-1]:.4f}; largest difference from one process: ' + ', '.join(f'{n} {g:.1e}' for n, g in gap.items()))
+    from safetensors.torch import load_file
+    a, b = (load_file(str(root/n/'policy/model.safetensors')) for n in ('one', 'four'))
+    print(f'hsdp: final weights differ by at most {max(float((a[k] - b[k]).abs().max()) for k in a):.1e}; files of four processes: {sorted(f.name for f in checkpoints(root/"four/checkpoints")[0].glob("shard*"))}')
+    assert a.keys() == b.keys() and max(gap.values()) < bar
+
+
+def kill(root, kills=20, steps=120, seed=0):
+    "SIGKILL at random moments, half of them while a checkpoint is being written."
+    dataset, rng = data_in(root), random.Random(seed)
+    rc = ScaleConfig(steps=steps, micro=2, accumulate=2, lr=1e-3, warmup=5, log_every=1, save_every=2, ema=0.9)
+    run(1, dataset, LITTLE, root/'whole', rc)
+    n, saving, out = 0, 0, root/'killed'
+    def begun(t0):
+        try: return [f for f in (out/'checkpoints').glob('*.tmp') if f.stat().st_mtime > t0]
+        except FileNotFoundError: return []
+    while n < kills:
+        t0 = time.time()
+        p, = start(1, dataset, LITTLE, out, rc)
+        if n % 2:                                      # wait for a save to begin, then a random part of it
+            while p.is_alive() and not begun(t0): time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.08))
+        else: p.join(rng.uniform(0.1, 2.5))
+        if not p.is_alive(): break
+        os.kill(p.pid, signal.SIGKILL); p.join(); n += 1
+        saving += bool(begun(t0))
+    run(1, dataset, LITTLE, out, rc)
+    a, b = losses(root/'whole'), losses(out)
+    starts = [r['step'] for r in read_rows(out/'events.jsonl') if r['event'].startswith('start')]
+    print(f'kill: {n} kills, {saving} of them left a half-written checkpoint; starts at steps {starts}; final loss {b[-1]!r} against {a[-1]!r} uninterrupted; {sum(x != y for x, y in zip(a, b))} of {len(a)} losses differ')
+    assert n >= kills and saving and a == b
+
+
+def little_small(depth, checkpointing):
+    "`small` with `depth` layers, a full observation, and a step's forward and backward pass with gradients allocated before."
+    from halo.model import HaloModel
+    from halo.vlm import Observation
+    cfg = preset('small', text__layers=depth, checkpointing=checkpointing)
+    torch.manual_seed(0); m = HaloModel(cfg).train(); s = cfg.sampling
+    if checkpointing: m.embed.visual.gradient_checkpointing_enable(dict(use_reentrant=False))
+    obs = Observation(torch.randint(0, 256, (1, s.history_frames, 3, s.history_size, s.history_size), dtype=torch.uint8), torch.ones(1, s.history_frames, dtype=torch.bool),
+                      [torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)], torch.ones(1, 1, dtype=torch.bool), torch.full((1, 8), 5), torch.ones(1, 8, dtype=torch.bool), torch.randn(1, cfg.max_state_dim))
+    actions = torch.randn(1, cfg.chunk, cfg.max_action_dim)
+    for p in m.parameters(): p.grad = torch.zeros_like(p)
+    kept = {}
+    m.blocks[0].register_forward_pre_hook(lambda mod, a: kept.update(bytes=sum(x.nbytes for x in (a[0], a[2]))))
+    return (lambda: m.loss(obs, actions).backward()), kept
+
+
+def memory(depths=(4, 8, 12)):
+    "Peak bytes that the CPU allocator hands out during one forward and backward pass; weights, gradients and inputs exist before and are not counted."
+    peak = {}
+    for on in (False, True):
+        for d in depths:
+            step, kept = little_small(d, on); step(); peak[on, d] = allocator_peak(step)
+    slope = {on: (peak[on, depths[-1]] - peak[on, depths[0]]) / (depths[-1] - depths[0]) for on in (False, True)}
+    for on in (False, True): print(f"memory: {'with' if on else 'without'} checkpointing: " + ', '.join(f'{d} layers {peak[on, d] / 1e6:.1f} MB' for d in depths) + f'; {slope[on] / 1e6:.3f} MB per layer')
+    print(f"memory: predicted with checkpointing {kept['bytes'] / 1e6:.3f} MB per layer (what enters a block), measured {slope[True] / 1e6:.3f}; small (8 layers): {peak[False, 8] / peak[True, 8]:.2f} times less")
+    assert abs(slope[True] / kept['bytes'] - 1) < 0.05 and peak[False, 8] / peak[True, 8] >= 2.5
+
+
+def parts(root, steps=3):
+    "Exactly the declared parameters change."
+    dataset = record(root/'data', (12, 14))
+    cases = dict(all=ScaleConfig(), expert_salr=ScaleConfig(freeze=('vision', 'embedding', 'vlm')), tower_frozen=ScaleConfig(freeze=('vision',)), vlm_only=ScaleConfig(freeze=('vision', 'embedding', 'expert', 'salr')))
+    import importlib.util
+    if importlib.util.find_spec('peft'): cases |= dict(lora_vlm=ScaleConfig(freeze=('vision', 'embedding'), lora_rank=4), lora_all=ScaleConfig(freeze=('embedding',), lora_rank=2, lora_parts=('vision', 'vlm', 'expert')))
+    for name, rc in cases.items():
+        policy, pre, _ = fresh(dataset); counts = prepare_parts(policy, rc); policy.train(); data = OneDataset(dataset, policy, root/'store')
+        before, optimizer = {n: p.detach().clone() for n, p in policy.named_parameters()}, make_optimizer(policy, rc)
+        for g in optimizer.param_groups: g['lr'] = 1e-2
+        for k in range(steps): scale_step(policy, [preprocess(pre, data.batch([3 * k, 3 * k + 1]))], [flow_draws(policy.config.model, 0, k, range(2))], optimizer, 1.0)
+        moved = {n for n, p in policy.named_parameters() if not torch.equal(p, before[n])}
+        declared = {n for n, p in policy.named_parameters() if ('.lora_' in n if rc.lora_rank and part_of(n) in rc.lora_parts else part_of(n) not in rc.freeze)}
+        numbers = sum(before[n].numel() for n in declared)
+        print(f"parts: {name:13s} declared {len(declared):3d} tensors, {numbers:8d} numbers; changed {len(moved):3d} tensors, {sum(before[n].numel() for n in moved):8d} numbers; by part {({k: v[0] for k, v in counts.items() if v[0]})}")
+        assert moved == declared and sum(a for a, _ in counts.values()) == numbers
+
+
+def fsdp1_work(rank, world, root, batch, noise, t, store, q):
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    torch.set_num_threads(1); dist.init_process_group('gloo', store=dist.FileStore(store, world), rank=rank, world_size=world)
+    policy, *_ = fresh(root); policy.train()
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=1, auto_wrap_policy='transformer_based_wrap', transformer_cls_names_to_wrap=policy._fsdp_wrap_modules); plugin.set_auto_wrap_policy(policy)
+    wrapped = FSDP(policy, auto_wrap_policy=plugin.auto_wrap_policy, use_orig_params=True, device_id=torch.device('cpu'))
+    o = torch.optim.AdamW(wrapped.parameters(), lr=1e-3); out = []
+    for _ in range(3):
+        loss, _ = wrapped(batch, noise=noise.clone(), time=t); loss.backward(); o.step(); o.zero_grad(); out.append(float(loss.detach()))
+    if rank == 0: q.put((out, sum(isinstance(m, FSDP) for m in wrapped.modules())))
+    dist.barrier(); dist.destroy_process_group()
+
+
+def fsdp1(root):
+    "LeRobot's way: FSDP1 with the classes that the policy names, against one process."
+    dataset = record(root/'data', (12, 14)); policy, pre, _ = fresh(dataset); policy.train()
+    batch = preprocess(pre, OneDataset(dataset, policy, root/'store').batch(range(4))); noise, t = flow_draws(policy.config.model, 0, 0, range(4))
+    o, ref = torch.optim.AdamW(policy.parameters(), lr=1e-3), []
+    for _ in range(3): loss, _ = policy(batch, noise=noise.clone(), time=t); loss.backward(); o.step(); o.zero_grad(); ref.append(float(loss.detach()))
+    ctx, store = mp.get_context('fork'), tempfile.mktemp(); q = ctx.Queue()
+    procs = [ctx.Process(target=fsdp1_work, args=(r, 2, dataset, batch, noise, t, store, q)) for r in range(2)]
+    for p in procs: p.start()
+    out, units = q.get(timeout=120)
+    for p in procs: p.join()
+    want = 1 + len(policy.model.blocks) + len(policy.model.embed.visual.blocks)
+    print(f'fsdp1: {units} units (root, {len(policy.model.blocks)} blocks, {len(policy.model.embed.visual.blocks)} vision blocks); losses {out} against {ref}')
+    assert units == want and np.allclose(out, ref, atol=1e-4)
+
+
+def cli(root):
+    "The command: dry run, torchrun of two processes killed and resumed, export on one."
+    import yaml
+    record(root/'data', (20, 24))
+    conf = dict(data=dict(root=str(root/'data'), repo_id='halo/scale', store=str(root/'store')), policy=dict(preset='tiny', history_frames=2, history_stride=2, chunk_size=6, n_action_steps=4), batch=8, out=str(root/'run'),
+                run=dict(steps=30, micro=2, accumulate=2, replicate=1, shard=2, lr='1e-3', warmup=2, log_every=1, save_every=1))
+    (root/'run.yaml').write_text(yaml.safe_dump(conf))
+    assert main([str(root/'run.yaml'), '--dry-run', '--processes', '2']) == 0 and main([str(root/'run.yaml'), '--dry-run', '--processes', '3']) == 1
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'halo.scale', str(root/'run.yaml'), '--device', 'cpu']
+    p = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=ROOT)
+    while len(read_rows(root/'run/metrics.jsonl')) < 5 and p.poll() is None: time.sleep(0.02)
+    os.killpg(p.pid, signal.SIGKILL); p.wait(); at = len(read_rows(root/'run/metrics.jsonl'))
+    subprocess.run(cmd, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    print('cli: killed at step', at, 'of 30; after resuming', [(r['event'][:18]) for r in read_rows(root/'run/events.jsonl')], 'rows', [r['step'] for r in read_rows(root/'run/metrics.jsonl')] == list(range(1, 31)))
+    assert main([str(root/'run.yaml'), '--export', str(root/'out'), '--device', 'cpu']) == 0
+    from safetensors.torch import load_file
+    a, b = load_file(str(root/'out/model.safetensors')), load_file(str(root/'run/policy/model.safetensors'))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a); print('cli: exported on one process: equal to what two wrote')
+
+
+def compiled(root):
+    "torch.compile on every block: the same losses; seconds per step."
+    dataset, out = record(root/'data', (12, 14)), {}
+    for on in (False, True):
+        policy, pre, _ = fresh(dataset, TINY); policy.train(); rc = ScaleConfig(compile=on); prepare_parts(policy, rc); set_checkpointing(policy, False)
+        if on: [b.compile() for b in policy.model.blocks]
+        o, data = make_optimizer(policy, rc), OneDataset(dataset, policy, root/'store'); out[on], took = [], []
+        for k in range(6):
+            batch, t0 = preprocess(pre, data.batch(range(4))), time.time()
+            out[on].append(float(scale_step(policy, [batch], [flow_draws(policy.config.model, 0, k, range(4))], o, 1.0)[0])); took.append(time.time() - t0)
+        print(f"compiled: {'compiled' if on else 'eager'}: first step {took[0]:.1f} s, later {np.median(took[2:]):.3f} s")
+    print(f'compiled: largest difference of {len(out[True])} losses {max(abs(a - b) for a, b in zip(out[True], out[False])):.1e}')
+    assert np.allclose(out[True], out[False], atol=1e-3)
+
+
+# --- pytest ---
+
+@pytest.mark.parametrize('file,shape', [('accelerate_1gpu.yaml', (1, 1)), ('accelerate_8gpu.yaml', (1, 8)), ('accelerate_4x8.yaml', (4, 8)), ('lerobot_fsdp_8gpu.yaml', (1, 8)), ('slurm_4x8.sh', (4, 8))])
+def test_launch_files(file, shape): assert launch_shape(ROOT/'configs/launch'/file) == shape
+
+@pytest.mark.parametrize('file,world', [('pretrain.yaml', 32), ('finetune_8gpu.yaml', 8), ('finetune_1gpu.yaml', 1)])
+def test_run_files(file, world):
+    from halo.scale import global_batch, mesh_shape
+    c = read_config(ROOT/'configs/launch'/file); mesh_shape(c['run'], world)
+    assert c['batch'] == global_batch(c['run'], world)
+
+def test_slurm_script_parses(): subprocess.run(['bash', '-n', str(ROOT/'configs/launch/slurm_4x8.sh')], check=True)
+
+def test_lerobot_wraps_what_the_policy_names():
+    import yaml
+    from halo.modeling_halo import HaloPolicy
+    named = yaml.safe_load((ROOT/'configs/launch/lerobot_fsdp_8gpu.yaml').read_text())['fsdp_config']['fsdp_transformer_layer_cls_to_wrap'].split(',')
+    assert named == HaloPolicy._fsdp_wrap_modules == HaloPolicy._no_split_modules
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip('tensorboard')
+    from halo.scale import Log
+    log = Log(tmp_path, 0, ('tensorboard',)); log.row(step=1, loss=2.0, loss_dim={'0': 1.0}); log.close()
+    assert read_rows(tmp_path/'metrics.jsonl') == [dict(step=1, loss=2.0, loss_dim={'0': 1.0})] and list((tmp_path/'tensorboard').glob('events*'))
+
+def job(name): subprocess.run([sys.executable, __file__, name], check=True, cwd=ROOT, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+
+def test_parts(tmp_path): parts(tmp_path)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['hsdp', 'kill', 'memory', 'fsdp1', 'cli', 'compiled'])
+def test_proof(name): job(name)
+
+
+if __name__ == '__main__':
+    import warnings, logging
+    warnings.filterwarnings('ignore'); logging.disable(logging.WARNING); torch.set_num_threads(1)
+    for name in (['hsdp', 'kill', 'parts', 'memory', 'fsdp1', 'cli', 'compiled'] if sys.argv[1] == 'all' else sys.argv[1:]):
+        place, t0 = Path(tempfile.mkdtemp()), time.time()
+        try: memory() if name == 'memory' else globals()[name](place)
+        except Exception as e:
+            import traceback; traceback.print_exc(); print(f'{name}: FAILED {type(e).__name__}: {e}', flush=True)
+            if sys.argv[1] != 'all': raise
+        finally: shutil.rmtree(place, ignore_errors=True)
+        print(f'{name}: {time.time() - t0:.0f} s', flush=True)
