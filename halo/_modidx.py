@@ -502,7 +502,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'halo.robot.by_policy': ('robot.html#by_policy', 'halo/robot.py'),
                             'halo.robot.conventions': ('robot.html#conventions', 'halo/robot.py'),
                             'halo.robot.main': ('robot.html#main', 'halo/robot.py'),
-                            'halo.robot.quaternion': ('robot.html#quaternion', 'halo/robot.py'),
                             'halo.robot.read_form': ('robot.html#read_form', 'halo/robot.py'),
                             'halo.robot.rollout_commands': ('robot.html#rollout_commands', 'halo/robot.py'),
                             'halo.robot.run_form': ('robot.html#run_form', 'halo/robot.py'),
