@@ -48,6 +48,6 @@ echo "Installing halo with its dev, sim, viz, serve and baselines extras into .v
 started=$SECONDS
 quiet=--quiet; if [ -t 1 ]; then quiet=; fi
 # shellcheck disable=SC2086  # PIP_ARGS and quiet are lists of words
-.venv/bin/python -m pip install $quiet --disable-pip-version-check ${PIP_ARGS:-} -c constraints.txt -e ".[dev,sim,viz,serve]"
+.venv/bin/python -m pip install $quiet --disable-pip-version-check ${PIP_ARGS:-} -c constraints.txt -e ".[dev,sim,viz,serve,baselines]"
 touch "$stamp"
 echo "Installed in $((SECONDS - started)) s"
