@@ -165,6 +165,7 @@ def test_killed_at_random_points_resumes_to_the_same_bytes(tmp_path):
 
 
 @pytest.mark.sim
+@pytest.mark.slow
 def test_metaworld_expert_succeeds_through_the_benchmark():
     bench = open_benchmark('metaworld', quality='plain')
     assert len(bench.tasks) == 50 and len(set(bench.tasks)) == 50
