@@ -58,4 +58,5 @@ def main(argv: list[str] | None = None) -> int:
     return int(resolve(argv[0])(argv[1:]) or 0)
 
 # %% ../nbs/25_cli.ipynb #e8308ae6
+#| eval: false
 if __name__ == '__main__' and globals().get('__spec__') is not None: sys.exit(main())   # python -m, but not a notebook
