@@ -25,7 +25,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'halo.baselines.main': ('baselines.html#main', 'halo/baselines.py'),
                                 'halo.baselines.make_baseline': ('baselines.html#make_baseline', 'halo/baselines.py'),
                                 'halo.baselines.parser': ('baselines.html#parser', 'halo/baselines.py'),
-                                'halo.baselines.provenance_of': ('baselines.html#provenance_of', 'halo/baselines.py'),
                                 'halo.baselines.restore': ('baselines.html#restore', 'halo/baselines.py'),
                                 'halo.baselines.run': ('baselines.html#run', 'halo/baselines.py'),
                                 'halo.baselines.settle_frozen_norms': ('baselines.html#settle_frozen_norms', 'halo/baselines.py'),
