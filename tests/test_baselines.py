@@ -88,6 +88,7 @@ def test_shipped_results_are_pairs():
 
 
 @pytest.mark.sim
+@pytest.mark.slow
 def test_evaluation_repeats_itself(dataset, tmp_path):
     folder = B.train_baseline('act', dataset, tmp_path / 'a', TrainConfig(steps=1, batch=2, warmup=1), store=tmp_path / 's', progress=False)
     one, two = (B.evaluate_baseline(folder, [1_000_000], progress=False) for _ in range(2))
