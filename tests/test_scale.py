@@ -125,11 +125,11 @@ def little_small(depth, checkpointing):
     torch.manual_seed(0); m = HaloModel(cfg).train(); s = cfg.sampling
     if checkpointing: m.embed.visual.gradient_checkpointing_enable(dict(use_reentrant=False))
     obs = Observation(torch.randint(0, 256, (1, s.history_frames, 3, s.history_size, s.history_size), dtype=torch.uint8), torch.ones(1, s.history_frames, dtype=torch.bool),
-                      [torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)], torch.ones(1, 1, dtype=torch.bool), torch.full((1, 8), 5), torch.ones(1, 8, dtype=torch.bool), torch.randn(1, cfg.max_state_dim))
+                      [torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)], torch.ones(1, 1, dtype=torch.bool), torch.full((1, 8), 100), torch.ones(1, 8, dtype=torch.bool), torch.randn(1, cfg.max_state_dim))
     actions = torch.randn(1, cfg.chunk, cfg.max_action_dim)
     for p in m.parameters(): p.grad = torch.zeros_like(p)
     kept = {}
-    m.blocks[0].register_forward_pre_hook(lambda mod, a: kept.update(bytes=sum(x.nbytes for x in (a[0], a[2]))))
+    m.blocks[0].register_forward_pre_hook(lambda mod, a: kept.update(bytes=sum(x.nbytes for x in (a[0], a[2])) + torch.get_rng_state().nbytes))   # torch keeps the generator's state too
     return (lambda: m.loss(obs, actions).backward()), kept
 
 
@@ -141,8 +141,8 @@ def memory(depths=(4, 8, 12)):
             step, kept = little_small(d, on); step(); peak[on, d] = allocator_peak(step)
     slope = {on: (peak[on, depths[-1]] - peak[on, depths[0]]) / (depths[-1] - depths[0]) for on in (False, True)}
     for on in (False, True): print(f"memory: {'with' if on else 'without'} checkpointing: " + ', '.join(f'{d} layers {peak[on, d] / 1e6:.1f} MB' for d in depths) + f'; {slope[on] / 1e6:.3f} MB per layer')
-    print(f"memory: predicted with checkpointing {kept['bytes'] / 1e6:.3f} MB per layer (what enters a block), measured {slope[True] / 1e6:.3f}; small (8 layers): {peak[False, 8] / peak[True, 8]:.2f} times less")
-    assert abs(slope[True] / kept['bytes'] - 1) < 0.05 and peak[False, 8] / peak[True, 8] >= 2.5
+    print(f"memory: predicted with checkpointing {kept['bytes'] / 1e6:.3f} MB per layer (what enters a block, and the generator's state), measured {slope[True] / 1e6:.3f}; small (8 layers): {peak[False, 8] / peak[True, 8]:.2f} times less")
+    assert abs(slope[True] / kept['bytes'] - 1) < 0.01 and peak[False, 8] / peak[True, 8] >= 2.5
 
 
 def parts(root, steps=3):
