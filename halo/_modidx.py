@@ -482,6 +482,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'halo.scale.merge_lora': ('scale.html#merge_lora', 'halo/scale.py'),
                             'halo.scale.mesh_shape': ('scale.html#mesh_shape', 'halo/scale.py'),
                             'halo.scale.newest': ('scale.html#newest', 'halo/scale.py'),
+                            'halo.scale.own_folder': ('scale.html#own_folder', 'halo/scale.py'),
                             'halo.scale.part_of': ('scale.html#part_of', 'halo/scale.py'),
                             'halo.scale.peak_memory': ('scale.html#peak_memory', 'halo/scale.py'),
                             'halo.scale.prepare_parts': ('scale.html#prepare_parts', 'halo/scale.py'),
