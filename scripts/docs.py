@@ -37,11 +37,14 @@ def names_of(node):
 
 class exported(Processor):
     "Fold an exported cell open, say where it goes, and give it its first name as an anchor; further names are kept in `also`."
-    def begin(self): self.module = next((c.directives_['default_exp'][0] for c in self.nb.cells if 'default_exp' in c.get('directives_', {})), '')
+    def begin(self):
+        self.known = set()      # names that differ in case only share one anchor: the first
+        self.module = next((c.directives_['default_exp'][0] for c in self.nb.cells if 'default_exp' in c.get('directives_', {})), '')
 
     def cell(self, cell):
         if cell.cell_type != 'code' or not {'export', 'exporti', 'exports'} & cell.directives_.keys(): return
-        named = [n.lower() for o in ast.parse(cell.source).body for n in names_of(o)]
+        named = [n for n in dict.fromkeys(n.lower() for o in ast.parse(cell.source).body for n in names_of(o)) if n not in self.known]
+        self.known |= set(named)
         options = ['#| code-fold: show', f'#| code-summary: "halo/{self.module.replace(".", "/")}.py"']
         if named: options.append(f'#| label: {named[0]}')
         cell.source = '\n'.join([*options, cell.source])
