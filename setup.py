@@ -27,7 +27,7 @@ setup(
     py_modules=[cfg['lib_name']],
     include_package_data=True,
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'sim', 'viz', 'serve', 'baselines', 'int8', 'flash')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'sim', 'viz', 'serve', 'baselines', 'peft', 'int8', 'flash')},
     entry_points={'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"], 'console_scripts': [f"halo={cfg['lib_path']}.cli:main"]},
     zip_safe=False,
 )

@@ -1,4 +1,4 @@
-"""Write constraints.txt: the exact version of everything that halo and its dev, sim, viz, serve and baselines extras pull into .venv."""
+"""Write constraints.txt: the exact version of everything that halo and its dev, sim, viz, serve, baselines and peft extras pull into .venv."""
 import os, re
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -26,7 +26,7 @@ def closure(name, extras, seen):
 
 
 if __name__ == '__main__':
-    found = closure('lerobot_policy_halo', ['dev', 'sim', 'viz', 'serve', 'baselines'], {})
+    found = closure('lerobot_policy_halo', ['dev', 'sim', 'viz', 'serve', 'baselines', 'peft'], {})
     lines = sorted({f"{name}=={version.partition('+')[0]}\n" for (name, _), version in found.items() if not own.match(name)})
     part = root/'constraints.txt.part'
     part.write_text(head + ''.join(lines), encoding='utf-8')
