@@ -5,7 +5,7 @@ out=${1:?usage: scripts/bench_cpu.sh FILE.json}
 bench() { echo "== $*"; python -m halo.bench "$@" --device cpu --out "$out"; }
 bench salr --rounds 20
 bench tick --preset small --ticks 40
-bench tick --preset paper --layers 4 --ticks 12 --name "tick, paper's widths"
+bench tick --preset paper --layers 3 --ticks 12 --name "tick, paper's widths"
 bench denoise --preset small --rounds 20
 bench cost --preset small --rounds 10
 bench share --preset small --rounds 20
