@@ -31,7 +31,7 @@ demo-train: system ## the demonstration with a policy trained from nothing
 test: system ## every gate, notebook and test that needs neither a GPU nor patience
 	@$(PY) scripts/gates.py
 	@$(OFFLINE) $(RUN) python scripts/test_notebooks.py
-	@$(OFFLINE) $(RUN) pytest -q
+	@OMP_NUM_THREADS=1 $(OFFLINE) $(RUN) pytest -q -n 2 --dist loadfile
 
 test-slow: system ## the slow cells and tests
 	@$(OFFLINE) $(RUN) python scripts/test_notebooks.py --flags "slow sim" --limit 3600

@@ -9,10 +9,11 @@ Maths and fonts come from npm (scripts/vendor.py), the first page from scripts/l
       --offline     from the cache alone; npm is not asked
       --bare        without what comes from npm: formulas as they are written, the reader's own fonts
 """
-import argparse, ast, os, re, shutil, subprocess, sys, tempfile
+import argparse, ast, base64, io, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 import yaml
+from PIL import Image
 from execnb.nbio import mk_cell, read_nb, write_nb
 from nbdev.doclinks import nbglob
 from nbdev.process import NBProcessor, Processor
@@ -99,11 +100,20 @@ def slug(heading):
     return re.sub(r'\s+', '-', re.sub(r'[^\w\s.-]', '', heading.replace('`', '').strip().lower()))
 
 
+def lighter(data: str) -> str:
+    "A PNG (base64) in 256 colours, if that is smaller."
+    out = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(data))).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(out, 'PNG', optimize=True)
+    return min(data, base64.b64encode(out.getvalue()).decode(), key=len)
+
+
 def process(path, to, pages):
     "Write the notebook `path` to `to` with its directives applied and nbdev's links turned to the site's pages."
     notebook = read_nb(path)
     NBProcessor(nb=notebook, procs=[title, populate_language, strip_ansi, hide_line, filter_stream_, hide_, add_links, exported, drop_widgets, drop_empty]).process()
     for cell in notebook.cells:
+        for o in cell.get('outputs', []):
+            if isinstance(png := o.get('data', {}).get('image/png'), str): o['data']['image/png'] = lighter(png)
         if cell.cell_type == 'markdown': cell.source = re.sub(r'\]\(/*([\w-]+\.html)(#[\w.]*)\)', lambda m: f'](./{pages.get(m[1], m[1])}{m[2]})', cell.source)
     notebook.cells = anchored(list(notebook.cells))
     to.parent.mkdir(parents=True, exist_ok=True)
