@@ -186,6 +186,8 @@ def build(to, offline=False, bare=False):
         rendered = built/made['project'].get('output-dir', '_site')
         no_styles_from_elsewhere(rendered)
         own_maths(rendered, bare)
+        if bare:
+            for css in rendered.rglob('*.css'): css.write_text(re.sub(r'@font-face\s*\{[^}]*\}', '', css.read_text(encoding='utf-8')), encoding='utf-8')
         if not bare:
             for package, archive in zip(vendor.PACKAGES, archives): vendor.unpack(package, archive, rendered/'site_libs')
         shutil.rmtree(to, ignore_errors=True)
