@@ -249,9 +249,9 @@ def test_every_page_opens_quietly_and_fits(served):
     b, url, site = served
     watched = Watched(b, viewport=dict(width=390, height=800)); page = watched.page
     for f in sorted([site/'index.html', *site.glob('nbs/*.html')]):
-        page.goto(f'{url}/{f.relative_to(site).as_posix()}'); page.wait_for_load_state('load')
+        page.goto(f'{url}/{f.relative_to(site).as_posix()}'); page.wait_for_load_state('networkidle')      # the icon too, before the page is left
         assert not watched.wrong, (f.name, watched.wrong)
-        if whole: assert page.evaluate('document.documentElement.scrollWidth') <= 390, f'{f.name} is wider than a phone'      # formulas as they are written may be wider
+        assert page.evaluate('document.documentElement.scrollWidth') <= 390, f'{f.name} is wider than a phone'
         if whole and 'katex.min.js' in f.read_text():
             page.wait_for_function("() => document.querySelector('.katex')")
             assert not page.locator('.katex-error').count(), (f.name, page.locator('.katex-error').first.text_content())
