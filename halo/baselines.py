@@ -28,10 +28,10 @@ from .train import TrainConfig, load_optimizer, lr_at, find_checkpoint, param_gr
 from .vlm import tiny_tokenizer
 
 # %% auto #0
-__all__ = ['CHUNK', 'SMOLVLM', 'BASELINES', 'SHIPPED', 'NAMES', 'LIMIT', 'GoalColourStep', 'smolvlm_folder', 'Baseline',
-           'make_baseline', 'Demonstrations', 'settle_frozen_norms', 'restore', 'train_baseline', 'load_baseline',
-           'baseline_conventions', 'evaluate_baseline', 'load_results', 'comparison', 'table', 'draw_comparison',
-           'ship_result', 'parser', 'run', 'main']
+__all__ = ['TINY_SMOLVLM', 'CHUNK', 'SMOLVLM', 'BASELINES', 'SHIPPED', 'NAMES', 'LIMIT', 'GoalColourStep', 'smolvlm_folder',
+           'Baseline', 'make_baseline', 'Demonstrations', 'settle_frozen_norms', 'restore', 'train_baseline',
+           'load_baseline', 'baseline_conventions', 'evaluate_baseline', 'load_results', 'comparison', 'table',
+           'draw_comparison', 'ship_result', 'parser', 'run', 'main']
 
 # %% ../nbs/24b_baselines.ipynb #24d31136
 @ProcessorStepRegistry.register(name='halo_goal_colour')
@@ -57,17 +57,18 @@ def one_hot(self: GoalColourStep, task: str) -> torch.Tensor:
     return torch.tensor(named, dtype=torch.float32)
 
 # %% ../nbs/24b_baselines.ipynb #dfdee009
-def smolvlm_folder(root: str | Path) -> Path:
-    "A folder with configuration, tokenizer and processor of a small SmolVLM (random weights), made once; the ordinary loaders read it offline."
+TINY_SMOLVLM = dict(vision=dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, intermediate_size=192), text=dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=32, intermediate_size=256))
+
+def smolvlm_folder(root: str | Path, image: int = 112, patch: int = 14, vision: dict = TINY_SMOLVLM['vision'], text: dict = TINY_SMOLVLM['text']) -> Path:
+    "A folder with configuration, tokenizer and processor of a SmolVLM (random weights; views of `image` pixels, 2 x 2 patches to a token), made once; the ordinary loaders read it offline."
     from transformers import PreTrainedTokenizerFast, SmolVLMConfig, SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
     root = Path(root)
     if (root / 'processor_config.json').exists(): return root
     named = dict(fake_image_token='<fake_token_around_image>', image_token='<image>', global_image_token='<global-img>', end_of_utterance_token='<end_of_utterance>')
     tok = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, eos_token='<|im_end|>', pad_token='<|endoftext|>', extra_special_tokens=named)
-    size = dict(size={'longest_edge': 112}, max_image_size={'longest_edge': 112})
-    SmolVLMProcessor(SmolVLMImageProcessor(**size), tok, SmolVLMVideoProcessor(**size), image_seq_len=16).save_pretrained(root)
-    SmolVLMConfig(vision_config=dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, intermediate_size=192, image_size=112, patch_size=14), scale_factor=2, image_token_id=tok.image_token_id,
-                  text_config=dict(model_type='llama', hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=32, intermediate_size=256, vocab_size=len(tok), pad_token_id=tok.pad_token_id),
+    size = dict(size={'longest_edge': image}, max_image_size={'longest_edge': image})
+    SmolVLMProcessor(SmolVLMImageProcessor(**size), tok, SmolVLMVideoProcessor(**size), image_seq_len=(image // patch // 2) ** 2).save_pretrained(root)
+    SmolVLMConfig(vision_config=dict(image_size=image, patch_size=patch, **vision), scale_factor=2, image_token_id=tok.image_token_id, text_config=dict(model_type='llama', pad_token_id=tok.pad_token_id, **dict(dict(vocab_size=len(tok)), **text)),
                   pad_token_id=tok.pad_token_id).save_pretrained(root)
     return root
 

@@ -25,7 +25,8 @@ __all__ = ['PEERS', 'BENCHES', 'wait', 'alternate', 'summary', 'PeakMemory', 'pe
            'episode', 'recomputed', 'cached', 'bench_denoise', 'without_history', 'past_removed', 'Runner',
            'compare_ticks', 'bench_tick', 'bench_cost', 'Stopwatch', 'groups_of_parts', 'parts', 'Pick',
            'training_step', 'bench_share', 'linears', 'int8_weights', 'weight_bytes', 'option_errors', 'bench_options',
-           'count', 'pi0', 'like_sized', 'bench_peers', 'machine', 'keep', 'parser', 'main']
+           'count', 'pi0', 'smolvla', 'like_sized', 'peers', 'compare_peer', 'bench_peers', 'machine', 'keep', 'parser',
+           'main']
 
 # %% ../nbs/26_bench.ipynb #8427df26
 def wait(device) -> None:
@@ -80,7 +81,7 @@ def bench_salr(args) -> dict:
     out, dev, kind = {}, args.device, getattr(torch, args.dtype)
     for l in (900, 1600):
         for i in (8, 12):
-            torch.manual_seed(0); m = SALR(32, i, 4, 2, 128).to(dev); k, v = (torch.randn(1, 4, l, 128, device=dev, dtype=kind, requires_grad=True) for _ in 'kv'); state = torch.randn(1, 32, device=dev)
+            torch.manual_seed(0); m = SALR(32, i, 4, 2, 128).to(dev); k, v = (torch.randn(1, l, 4, 128, device=dev, dtype=kind).transpose(1, 2).requires_grad_() for _ in 'kv'); state = torch.randn(1, 32, device=dev)
             def forward(fused):
                 with torch.no_grad(): return m(k, v, state, fused=fused)
             def both(fused):
@@ -90,9 +91,9 @@ def bench_salr(args) -> dict:
             for name, f in (('forward', forward), ('forward+backward', both)):
                 t = summary(alternate({'literal': partial(f, False), 'fused': partial(f, True)}, args.rounds, dev))
                 mem, own = {n: peak_bytes(partial(f, n == 'fused'), dev) for n in t}, 2 * l * 2 * 128 * k.element_size() if name == 'forward' else sum(x.numel() * x.element_size() for x in (k, v, *m.parameters()))
-                less = (mem['literal'] - own) / (mem['fused'] - own)
-                row[name] = dict(t, faster=round(t['literal']['ms'] / t['fused']['ms'], 2), bytes=mem, results=own, smaller=round(less, 2))
-                print(f"L {l:4}, N1 {i:2}, {name:16}: literal {t['literal']['ms']:8.2f} ms, fused {t['fused']['ms']:7.2f} ms: {row[name]['faster']:5.1f} times faster; {mem['literal'] / 1e6:6.1f} against {mem['fused'] / 1e6:5.1f} MB, of which {own / 1e6:4.1f} results: {less:4.1f} times less work space (difference {apart:.0e})")
+                less, whole = (mem['literal'] - own) / (mem['fused'] - own), mem['literal'] / mem['fused']
+                row[name] = dict(t, faster=round(t['literal']['ms'] / t['fused']['ms'], 2), bytes=mem, results=own, smaller=round(less, 2), smaller_whole=round(whole, 2), bound_whole=round(mem['literal'] / own, 2))
+                print(f"L {l:4}, N1 {i:2}, {name:16}: literal {t['literal']['ms']:8.2f} ms, fused {t['fused']['ms']:7.2f} ms: {row[name]['faster']:5.1f} times faster; {mem['literal'] / 1e6:6.1f} against {mem['fused'] / 1e6:5.1f} MB: {whole:4.1f} times less ({less:4.1f} beside the results themselves, {own / 1e6:4.1f} MB, which bound it at {mem['literal'] / own:4.1f}); difference {apart:.0e}")
             out[f'L{l} N1={i}'] = row
     return out
 
@@ -352,34 +353,54 @@ def pi0(width: int, depth: int, mlp: int, heads: int, expert_width: int, expert_
             self.action_time_mlp_in, self.action_time_mlp_out = nn.Linear(2 * expert_width, expert_width), nn.Linear(expert_width, expert_width)
     return Sized(PI0Config(dtype=dtype, chunk_size=chunk, n_action_steps=chunk)).eval()
 
-def like_sized(target: int, chunk: int, dtype: str, width: int, heads: int, kv: int, mlp: int, expert_width: int, expert_mlp: int, vision: dict, vocab: int) -> ModelConfig:
+def smolvla(chunk: int, dtype: str, layers: int = 16) -> nn.Module:
+    "LeRobot's SmolVLA: the widths of SmolVLM2-500M, its first `layers` layers, an expert of 0.75 its width; a view of 224 pixels gives 49 tokens."
+    import tempfile
+    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+    from lerobot.policies.smolvla.modeling_smolvla import VLAFlowMatching
+    from halo.baselines import smolvlm_folder
+    with tempfile.TemporaryDirectory() as d:
+        folder = smolvlm_folder(d, 224, 16, dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072), dict(hidden_size=960, num_hidden_layers=layers, num_attention_heads=15, num_key_value_heads=5, head_dim=64, intermediate_size=2560, vocab_size=49280))
+        return VLAFlowMatching(SmolVLAConfig(vlm_model_name=str(folder), load_vlm_weights=False, chunk_size=chunk, n_action_steps=chunk, num_vlm_layers=layers, expert_width_multiplier=0.75, freeze_vision_encoder=False, train_expert_only=False)).to(getattr(torch, dtype)).eval()
+
+def like_sized(target: int, chunk: int, dtype: str, width: int, heads: int, kv: int, mlp: int, expert_width: int, expert_mlp: int, vision: dict, vocab: int, mrope: tuple = (16, 24, 24), tokenizer: str = preset('paper').tokenizer) -> ModelConfig:
     "HALO's configuration without history whose parameter count is nearest to `target`, by its number of layers."
-    base = preset('paper').but(name='sized', vlm_id='', checkpointing=False, dtype=dtype, chunk=chunk, text__width=width, text__heads=heads, text__kv_heads=kv, text__mlp=mlp, text__vocab=vocab, expert__width=expert_width, expert__heads=expert_width * heads // width,
+    base = preset('paper').but(name='sized', vlm_id='', checkpointing=False, dtype=dtype, chunk=chunk, tokenizer=tokenizer, text__width=width, text__heads=heads, text__kv_heads=kv, text__mlp=mlp, text__vocab=vocab, text__mrope_section=mrope, expert__width=expert_width, expert__heads=expert_width * heads // width,
                   expert__mlp=expert_mlp, salr__state_heads=8, sampling__history_frames=0, sampling__history_hop=0, **{f'vision__{k}': v for k, v in vision.items()})
     def size(l):
         with torch.device('meta'): return count(HaloModel(base.but(text__layers=l)))
     return base.but(text__layers=max(2, 2 + round((target - size(2)) / (size(3) - size(2)))))
 
 # %% ../nbs/26_bench.ipynb #e3ef2f5e
-PEERS = dict(  # the published sizes, and their widths at a third of the depth for a CPU
-    full=dict(pi0=dict(width=2048, depth=18, mlp=16384, heads=8, expert_width=1024, expert_mlp=4096), halo=dict(width=2048, heads=16, kv=2, mlp=11008, expert_width=1024, expert_mlp=4096, vision={}, vocab=152064)),
-    third=dict(pi0=dict(width=2048, depth=6, mlp=16384, heads=8, expert_width=1024, expert_mlp=4096), halo=dict(width=2048, heads=16, kv=2, mlp=11008, expert_width=1024, expert_mlp=4096, vision={}, vocab=152064)))
+_PI0 = dict(width=2048, mlp=16384, heads=8, expert_width=1024, expert_mlp=4096)
+_BESIDE_PI0 = dict(width=2048, heads=16, kv=2, mlp=11008, expert_width=1024, expert_mlp=4096, vision={}, vocab=152064)
+_BESIDE_SMOLVLA = dict(width=896, heads=14, kv=2, mlp=4864, expert_width=768, expert_mlp=2048, vision=dict(depth=12, width=768, heads=12, mlp=3072, full_attention=(2, 5, 8, 11)), vocab=49280, mrope=(8, 12, 12), tokenizer='tiny')
+PEERS = dict(  # π0 at its published sizes, or at their widths and a third of the depth for a CPU; SmolVLA is small enough to stay whole
+    full=(18, 16), third=(6, 16))
+
+def peers(size: str, chunk: int, dtype: str) -> dict[str, tuple[nn.Module, dict]]:
+    "LeRobot's π0 and SmolVLA with random weights, each with the widths of the HALO that is put beside it."
+    deep, shallow = PEERS[size]
+    return {'π0': (partial(pi0, depth=deep, chunk=chunk, dtype=dtype, **_PI0), _BESIDE_PI0), 'SmolVLA': (partial(smolvla, chunk, dtype, shallow), _BESIDE_SMOLVLA)}
 
 @torch.inference_mode()
-def bench_peers(args) -> dict:
-    "Chunk times of π0 and of HALO without history at its size, eager, in turns."
-    sizes, dev, kind, chunk = PEERS[args.size], args.device, args.dtype, 50
-    torch.manual_seed(0)
-    with torch.device(dev): other = pi0(**sizes['pi0'], chunk=chunk, dtype=kind).to(dev)
-    cfg = like_sized(count(other), chunk, kind, **sizes['halo']); model = build(cfg, dev)
+def compare_peer(name: str, make: Callable, beside: dict, args, chunk: int = 50) -> dict:
+    "Chunk times of a peer and of HALO without history at its size, eager, in turns: two views of 224 pixels, 16 words, ten steps."
+    dev, kind = args.device, args.dtype; torch.manual_seed(0)
+    with torch.device(dev): other = make().to(dev)
+    cfg = like_sized(count(other), chunk, kind, **beside); model = build(cfg, dev)
     obs = next(episode(cfg, range(1), device=dev)); noise = torch.randn(1, chunk, 32, device=dev)
-    images = [torch.rand(1, 3, 224, 224, device=dev) * 2 - 1 for _ in range(2)]; there = [torch.ones(1, dtype=torch.bool, device=dev)] * 2; words = torch.randint(20, 400, (1, 16), device=dev)
-    runs = {'π0': lambda: other.sample_actions(images, there, words, torch.ones_like(words, dtype=torch.bool), torch.randn(1, 32, device=dev), noise=noise, num_steps=10), 'HALO': lambda: cached(model, obs, noise)}
+    images = [torch.rand(1, 3, 224, 224, device=dev).to(next(other.parameters()).dtype) * 2 - 1 for _ in range(2)]; there = [torch.ones(1, dtype=torch.bool, device=dev)] * 2; words = torch.randint(20, 400, (1, 16), device=dev); state = torch.randn(1, 32, device=dev)
+    runs = {name: lambda: other.sample_actions(images, there, words, torch.ones_like(words, dtype=torch.bool), state, noise=noise, num_steps=10), 'HALO': lambda: cached(model, obs, noise)}
     if args.graph: program = GraphStreamer(model); runs['HALO, graph'] = lambda: program.sample(obs, noise)
-    t = summary(alternate(runs, args.rounds, dev)); n = {'π0': count(other), 'HALO': count(model)}
-    print(f"parameters: π0 {n['π0']:,}, HALO without history {n['HALO']:,} ({n['HALO'] / n['π0'] - 1:+.1%}; {cfg.text.layers} layers)")
-    for k, x in t.items(): print(f"{k:12}: {x['ms']:.1f} ms a chunk, {x['ms'] / t['π0']['ms']:.2f} of π0's time")
-    return dict(t, parameters=n, layers=cfg.text.layers, ratio=round(t['HALO']['ms'] / t['π0']['ms'], 3))
+    t = summary(alternate(runs, args.rounds, dev)); n = {name: count(other), 'HALO': count(model)}
+    print(f"parameters: {name} {n[name]:,}, HALO without history {n['HALO']:,} ({n['HALO'] / n[name] - 1:+.1%}; {cfg.text.layers} layers)")
+    for k, x in t.items(): print(f"{k:12}: {x['ms']:.1f} ms a chunk, {x['ms'] / t[name]['ms']:.2f} of {name}'s time")
+    return dict(t, parameters=n, layers=cfg.text.layers, ratio=round(t['HALO']['ms'] / t[name]['ms'], 3))
+
+def bench_peers(args) -> dict:
+    "π0, then SmolVLA, each against HALO without history at its size."
+    return {name: compare_peer(name, *two, args) for name, two in peers(args.size, 50, args.dtype).items()}
 
 # %% ../nbs/26_bench.ipynb #802ed168
 BENCHES = dict(salr=bench_salr, denoise=bench_denoise, tick=bench_tick, cost=bench_cost, share=bench_share, options=bench_options, peers=bench_peers)

@@ -5,9 +5,10 @@
 # %% ../nbs/05_expert.ipynb #2e48974f
 from __future__ import annotations
 from dataclasses import dataclass
-import torch, torch.nn as nn
+import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
 from lerobot.policies.common.vla_utils import create_sinusoidal_pos_embedding
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding, apply_rotary_pos_emb
@@ -15,14 +16,24 @@ from .config import ModelConfig, preset
 from .vlm import Context, init_fan_in
 
 # %% auto #0
-__all__ = ['expert_config', 'expert_mask', 'ExpertContext', 'ExpertLayer', 'ExpertHeads']
+__all__ = ['grouped_attention', 'expert_config', 'expert_mask', 'ExpertContext', 'ExpertLayer', 'ExpertHeads']
+
+# %% ../nbs/05_expert.ipynb #75a06030
+def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, dropout: float = 0.0, **kw) -> tuple[Tensor, None]:
+    "Attention of query heads (b, o * g, q, h) to keys and values (b, o, l, h) that g of them share, none copied. `attention_mask` (b, 1, q, l) bool, None = all see all. Returns (b, q, o * g, h), None."
+    b, n, q, h = query.shape; o = key.shape[1]
+    mask = None if attention_mask is None else attention_mask.repeat(1, 1, n // o, 1)
+    out = F.scaled_dot_product_attention(query.reshape(b, o, -1, h), key, value, mask, dropout, scale=scaling)
+    return out.view(b, n, q, h).transpose(1, 2).contiguous(), None
+
+AttentionInterface.register('halo_grouped', grouped_attention);
 
 # %% ../nbs/05_expert.ipynb #df330416
 def expert_config(cfg: ModelConfig) -> Qwen2Config:
     "transformers' configuration of the expert's layers."
     e, t = cfg.expert, cfg.text
     return Qwen2Config(hidden_size=e.width, intermediate_size=e.mlp, num_hidden_layers=t.layers, num_attention_heads=e.heads, num_key_value_heads=e.kv_heads, vocab_size=8,
-                       rms_norm_eps=1e-6, rope_parameters=dict(rope_type='default', rope_theta=t.rope_theta), attn_implementation='sdpa')
+                       rms_norm_eps=1e-6, rope_parameters=dict(rope_type='default', rope_theta=t.rope_theta), attn_implementation='halo_grouped')
 
 # %% ../nbs/05_expert.ipynb #0ef6c054
 def expert_mask(valid: Tensor,    # (b, l) bool, prefix tokens that exist
@@ -75,20 +86,28 @@ class ExpertHeads(nn.Module):
 from fastcore.basics import patch
 
 @patch
+def embed_actions(self: ExpertHeads, x_t: Tensor, t: Tensor) -> Tensor:
+    "Noisy actions (b, s, d), flow time (b,) -> tokens (b, s, width)."
+    a = self.action_in(x_t.to(self.action_in.weight.dtype))
+    e = create_sinusoidal_pos_embedding(t, a.shape[-1], 4e-3, 4.0, device=t.device).to(a.dtype)
+    return self.time_in(torch.cat([a, e[:, None].expand_as(a)], -1))
+
+@patch
 def embed(self: ExpertHeads, state: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    "state (b, d_state), noisy actions (b, s, d), flow time (b,) -> tokens (b, q, width)."
-    dtype = self.action_in.weight.dtype
-    a = self.action_in(x_t.to(dtype))
-    e = create_sinusoidal_pos_embedding(t, a.shape[-1], 4e-3, 4.0, device=t.device).to(dtype)
-    a = self.time_in(torch.cat([a, e[:, None].expand_as(a)], -1))
-    return a if self.state_in is None else torch.cat([self.state_in(state.to(dtype))[:, None], a], 1)
+    "state (b, d_state), noisy actions (b, s, d), flow time (b,) -> tokens (b, q, width), the state's first if there is one."
+    a = self.embed_actions(x_t, t)
+    return a if self.state_in is None else torch.cat([self.state_in(state.to(a.dtype))[:, None], a], 1)
 
 # %% ../nbs/05_expert.ipynb #b2919482
 @patch
+def velocity(self: ExpertHeads, a: Tensor) -> Tensor:
+    "Action tokens (b, s, width) -> velocity (b, s, d) in float32."
+    return self.action_out(self.norm(a)).float()
+
+@patch
 def read(self: ExpertHeads, x: Tensor) -> Tensor:
     "Tokens (b, q, width) -> velocity (b, s, d) in float32."
-    x = x if self.state_in is None else x[:, 1:]
-    return self.action_out(self.norm(x)).float()
+    return self.velocity(x if self.state_in is None else x[:, 1:])
 
 # %% ../nbs/05_expert.ipynb #dddb531c
 @patch

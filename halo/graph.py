@@ -47,7 +47,7 @@ class VisionPlan:
 # %% ../nbs/06c_graph.ipynb #ba79b2be
 class Slots(Cache):
     "Keys and values (1, j, L, h) of one layer; `update` writes those of new tokens at the slots `at` (q,) and returns all."
-    def __init__(self, j: int, l: int, h: int, dtype, device): self.k, self.v, self.at = *(torch.zeros(1, j, l, h, dtype=dtype, device=device) for _ in 'kv'), None
+    def __init__(self, j: int, l: int, h: int, dtype, device): self.k, self.v, self.at = *(torch.zeros(1, l, j, h, dtype=dtype, device=device).transpose(1, 2) for _ in 'kv'), None
 
     def update(self, key_states, value_states, layer_idx=0, *args, **kwargs):
         self.k.index_copy_(2, self.at, key_states); self.v.index_copy_(2, self.at, value_states)
@@ -103,7 +103,7 @@ class TickProgram:
             x, k, v = through(block.vlm, x, ctx, slots)
             state, k, v = block.represent(k, v, state, ctx, None)
             cache.append((k, v))
-        velocity = Denoiser(m, Prefix(cache, i.state, ctx))
+        velocity = Denoiser(m, Prefix(cache, i.state, ctx), whole=False)   # later slots are empty
         return m.integrate(lambda x_t, t: velocity(x_t, t) * i.dims, i.noise, self.steps, self.method)
 
 # %% ../nbs/06c_graph.ipynb #4bb532b7

@@ -54,6 +54,24 @@ def _heads(y: Tensor, like: Tensor) -> Tensor:
     return y.unflatten(-1, (-1, like.shape[-1])).transpose(1, 2).to(like.dtype)
 
 # %% ../nbs/03_salr.ipynb #18fed188
+class _Folded(torch.autograd.Function):
+    "Σ_i f[b, i, n] w[i, n, p] -> (b, n, p) for few samples: the sum runs in place over contiguous rows, and so do its gradients; nothing of the size of `w` is made but its gradient."
+    @staticmethod
+    def forward(ctx, f, w):
+        ctx.save_for_backward(f, w)
+        out = f[:, 0, :, None] * w[0]
+        for i in range(1, len(w)): out.addcmul_(f[:, i, :, None], w[i])
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        (f, w), df, dw = ctx.saved_tensors, None, None
+        if ctx.needs_input_grad[0]: df = torch.stack([torch.einsum('bnp,np->bn', g, row) for row in w], 1)
+        if ctx.needs_input_grad[1]:
+            dw = f[0, :, :, None] * g[0]
+            for b in range(1, len(f)): dw.addcmul_(f[b, :, :, None], g[b])
+        return df, dw
+
 def state_map(weight: Tensor, mask: Tensor, state_heads: Tensor) -> Tensor:
     """A(s) with `A[p, (j,h)] = Σ_i weight[(i,j,h), p] mask[i,j,h] state_heads[i,h]`: the state folded into the compression.
 
@@ -65,10 +83,7 @@ def state_map(weight: Tensor, mask: Tensor, state_heads: Tensor) -> Tensor:
         factors = (mask.to(dtype) * state_heads.to(dtype)[:, :, None]).flatten(2)              # (b, i, j*h)
         rows = weight.to(dtype).unflatten(0, factors.shape[1:])                                # (i, j*h, p), a view
         if weight.device.type != 'cpu' or len(factors) > 4: return torch.bmm(factors.permute(2, 0, 1), rows.transpose(0, 1)).permute(1, 2, 0)
-        first, *rest = zip(factors.unbind(1), rows.unbind(0))
-        out = first[0][..., None] * first[1]
-        for f, w in rest: out.addcmul_(f[..., None], w)
-        return out.mT
+        return _Folded.apply(factors, rows).mT
 
 # %% ../nbs/03_salr.ipynb #c5c85f48
 def latent_rms(x: Tensor, state_heads: Tensor, mask: Tensor, eps: float = 1e-6) -> Tensor:

@@ -59,13 +59,14 @@ def __call__(self: PairFeatures, pairs: list[Tensor], views: list[Tensor]) -> tu
 
 # %% ../nbs/06b_stream.ipynb #5589563f
 class KVBuffer(Cache):
-    "Keys and values of one layer in place: `update` writes (b, j, q, h) at `at` and returns everything up to there."
+    "Keys and values of one layer in place: `update` writes (b, j, q, h) at `at` and returns everything up to there. In memory the heads of a token lie side by side, as SALR reads them."
     def __init__(self): self.k = self.v = None; self.at = 0
 
     def room(self, like: Tensor, l: int) -> None:
         "Make the buffers at least `l` tokens long, keeping what is in them."
         if self.k is not None and self.k.shape[2] >= l: return
-        with torch.inference_mode(False): k, v = (like.new_zeros(*like.shape[:2], 2 * l, like.shape[3]) for _ in 'kv')   # may be written in either mode
+        b, j, _, h = like.shape
+        with torch.inference_mode(False): k, v = (like.new_zeros(b, 2 * l, j, h).transpose(1, 2) for _ in 'kv')   # may be written in either mode
         if self.k is not None: k[:, :, :self.k.shape[2]], v[:, :, :self.v.shape[2]] = self.k, self.v
         self.k, self.v = k, v
 
@@ -177,27 +178,35 @@ def rope(self: Streamer, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
 
 # %% ../nbs/06b_stream.ipynb #a5da2aac
 class ExpertBuffer(Cache):
-    "K_u, V_u (b, o, l, h) of one layer with room for the expert's own `q` tokens behind them."
+    "K_u, V_u (b, o, l, h) of one layer with room for the expert's own `q` tokens behind them: `update` writes at `at` and returns everything up to there."
     def __init__(self, k: Tensor, v: Tensor, q: int, dtype: torch.dtype):
-        self.l = k.shape[2]
-        with torch.inference_mode(False): self.k, self.v = (x.new_empty(*x.shape[:2], self.l + q, x.shape[3], dtype=dtype) for x in (k, v))
-        self.k[:, :, :self.l], self.v[:, :, :self.l] = k, v
+        self.at = l = k.shape[2]
+        with torch.inference_mode(False): self.k, self.v = (x.new_empty(*x.shape[:2], l + q, x.shape[3], dtype=dtype) for x in (k, v))
+        self.k[:, :, :l], self.v[:, :, :l] = k, v
     def update(self, key_states, value_states, layer_idx=0, *args, **kwargs):
-        self.k[:, :, self.l:], self.v[:, :, self.l:] = key_states, value_states
-        return self.k, self.v
+        end = self.at + key_states.shape[2]
+        self.k[:, :, self.at:end], self.v[:, :, self.at:end] = key_states, value_states
+        return self.k[:, :, :end], self.v[:, :, :end]
 
 # %% ../nbs/06b_stream.ipynb #574f0236
 class Denoiser:
-    "`HaloModel.velocity` for one prefix, with everything that does not depend on the noisy actions laid out once. Not differentiable."
-    def __init__(self, model: HaloModel, prefix: Prefix, s: int | None = None):
-        self.model, self.prefix = model, prefix
+    "`HaloModel.velocity` for one prefix, with everything that does not depend on the noisy actions computed once. `whole`: no prefix token is padding (None: look). Not differentiable."
+    def __init__(self, model: HaloModel, prefix: Prefix, s: int | None = None, whole: bool | None = None):
+        self.model, self.prefix, s = model, prefix, s or model.cfg.chunk
         b, dev = len(prefix.state), prefix.state.device
-        a, self.ectx = model.expert_start(prefix.state, prefix.ctx, torch.zeros(b, s or model.cfg.chunk, model.cfg.max_action_dim, device=dev), torch.zeros(b, device=dev))
-        self.buffers = [ExpertBuffer(k, v, a.shape[1], a.dtype) for k, v in prefix.cache]
+        x, ectx = model.expert_start(prefix.state, prefix.ctx, torch.zeros(b, s, model.cfg.max_action_dim, device=dev), torch.zeros(b, device=dev))
+        self.buffers, n = [ExpertBuffer(k, v, x.shape[1], x.dtype) for k, v in prefix.cache], x.shape[1] - s
+        if n: self.through(x[:, :n], ectx.mask[:, :, :n, :-s], tuple(r[:, :n] for r in ectx.rope))
+        for buffer in self.buffers: buffer.at += n
+        whole = bool(prefix.ctx.valid.all()) if whole is None else whole
+        self.mask, self.rope = None if whole else ectx.mask[:, :, n:], tuple(r[:, n:] for r in ectx.rope)
+
+    def through(self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor]) -> Tensor:
+        "Tokens (b, q, width) through the expert's layers."
+        for block, buffer in zip(self.model.blocks, self.buffers): x = block.expert.layer(x, attention_mask=mask, position_embeddings=rope, past_key_values=buffer)
+        return x
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         "Velocity (b, s, d)."
-        m = self.model
-        a = m.heads.embed(self.prefix.state, x_t, t)
-        for block, buffer in zip(m.blocks, self.buffers): a = block.expert.layer(a, attention_mask=self.ectx.mask, position_embeddings=self.ectx.rope, past_key_values=buffer)
-        return m.heads.read(a)
+        h = self.model.heads
+        return h.velocity(self.through(h.embed_actions(x_t, t), self.mask, self.rope))

@@ -107,7 +107,8 @@ def attention_by_hand(p, obs, noise, layer):
     kept, attention = {}, p.model.blocks[layer].expert.layer.self_attn
     hooks = [getattr(attention, f'{n}_proj').register_forward_hook(lambda m, i, o, n=n: kept.__setitem__(n, o[0])) for n in 'qk']
     with torch.inference_mode():
-        p.denoise(obs, noise); prefix = p.model.encode(obs)
+        prefix, (x, dims) = p.model.encode(obs), p._noise(obs, noise)
+        p.model.integrate(lambda y, t: p.model.velocity(prefix, y, t) * dims, x)   # with the state token in every step, as the picture shows it
         for h in hooks: h.remove()
         _, ectx = p.model.expert_start(obs.state, prefix.ctx, noise, torch.ones(1))
         cos, sin = ectx.rope; size = attention.head_dim
