@@ -80,6 +80,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'halo.bench.recomputed': ('bench.html#recomputed', 'halo/bench.py'),
                             'halo.bench.smolvla': ('bench.html#smolvla', 'halo/bench.py'),
                             'halo.bench.summary': ('bench.html#summary', 'halo/bench.py'),
+                            'halo.bench.tick_operations': ('bench.html#tick_operations', 'halo/bench.py'),
                             'halo.bench.training_step': ('bench.html#training_step', 'halo/bench.py'),
                             'halo.bench.wait': ('bench.html#wait', 'halo/bench.py'),
                             'halo.bench.weight_bytes': ('bench.html#weight_bytes', 'halo/bench.py'),

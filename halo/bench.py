@@ -23,10 +23,10 @@ from .vlm import Observation
 # %% auto #0
 __all__ = ['PEERS', 'BENCHES', 'wait', 'alternate', 'summary', 'PeakMemory', 'peak_bytes', 'bench_salr', 'bench_config', 'build',
            'episode', 'recomputed', 'cached', 'bench_denoise', 'without_history', 'past_removed', 'Runner',
-           'compare_ticks', 'bench_tick', 'bench_cost', 'Stopwatch', 'groups_of_parts', 'parts', 'Pick',
-           'training_step', 'bench_share', 'linears', 'int8_weights', 'weight_bytes', 'option_errors', 'bench_options',
-           'count', 'pi0', 'smolvla', 'like_sized', 'peers', 'compare_peer', 'bench_peers', 'machine', 'keep', 'parser',
-           'main']
+           'compare_ticks', 'tick_operations', 'bench_tick', 'bench_cost', 'Stopwatch', 'groups_of_parts', 'parts',
+           'Pick', 'training_step', 'bench_share', 'linears', 'int8_weights', 'weight_bytes', 'option_errors',
+           'bench_options', 'count', 'pi0', 'smolvla', 'like_sized', 'peers', 'compare_peer', 'bench_peers', 'machine',
+           'keep', 'parser', 'main']
 
 # %% ../nbs/26_bench.ipynb #8427df26
 def wait(device) -> None:
@@ -155,22 +155,23 @@ def past_removed(obs: Observation) -> Observation:
     return out
 
 class Runner:
-    "One way of getting an action chunk from an observation, tick after tick."
+    "One way of getting an action chunk from an observation, tick after tick: 'plain' is `HaloModel.sample`, 'full' recomputes too but lays the denoising out once, 'stream' reuses, 'none' has no history."
     def __init__(self, model: HaloModel, how: str, graph: bool):
         self.how, self.model = how, without_history(model) if how == 'none' else model
-        self.program = GraphStreamer(self.model, reuse=how == 'stream') if graph else None
+        self.program = GraphStreamer(self.model, reuse=how == 'stream') if graph and how != 'plain' else None
         self.stream = Streamer(self.model) if how == 'stream' and not graph else None
 
     def __call__(self, obs: Observation, noise: Tensor) -> Tensor:
         if self.how == 'none': obs = past_removed(obs)
+        if self.how == 'plain': return self.model.sample(obs, noise)
         if self.program: return self.program.sample(obs, noise)
         return self.model.integrate(Denoiser(self.model, (self.stream or self.model).encode(obs)), noise)
 
 # %% ../nbs/26_bench.ipynb #e0185acd
 @torch.inference_mode()
-def compare_ticks(model: HaloModel, ticks: range, graph: bool, device, warm: int = 4, views: int = 2, size: int = 224) -> tuple[dict, float, list[int]]:
+def compare_ticks(model: HaloModel, ticks: range, graph: bool, device, warm: int = 4, views: int = 2, size: int = 224, ways=('full', 'stream', 'none')) -> tuple[dict, float, list[int]]:
     "Milliseconds per way and tick, the largest difference between recomputed and streamed actions, and the ticks that hop."
-    runners = {how: Runner(model, how, graph) for how in ('full', 'stream', 'none')}
+    runners = {how: Runner(model, how, graph) for how in ways}
     took, worst, hops, before = {n: [] for n in runners}, 0.0, [], 0
     noise = torch.randn(1, model.cfg.chunk, model.cfg.max_action_dim, device=device)
     for obs in episode(model.cfg, range(ticks.start - warm - graph * 2 * model.cfg.sampling.history_hop, ticks.start), views, size, device):   # programs for both shapes are made here
@@ -184,17 +185,25 @@ def compare_ticks(model: HaloModel, ticks: range, graph: bool, device, warm: int
         before = obs.history.shape[1]
     return took, worst, hops
 
+def tick_operations(cfg: ModelConfig, views: int = 2, size: int = 224, words: int = 16) -> dict[str, float]:
+    "Operations of a tick by way, counted by `halo.plan`: what bounds every exact scheme at these sizes."
+    from halo.plan import tick_cost
+    ways = dict(full=dict(streaming=False), stream=dict(streaming=True), none=dict(history=0))
+    return {how: sum(w.flops for w in tick_cost(cfg, views=((size, size),) * views, words=words, **kw).values()) for how, kw in ways.items()}
+
 def bench_tick(args) -> dict:
     "Recomputed, streamed, none: eagerly, and as graphs where asked."
-    cfg, out = bench_config(args), {}; model = build(cfg, args.device); n = cfg.sampling.history_frames
+    cfg, out = bench_config(args), {}; model = build(cfg, args.device); s = cfg.sampling; first = s.history_frames + 2 * s.history_hop + 8; ops = tick_operations(cfg)
     for graph in ([False, True] if args.graph else [False]):
-        took, worst, hops = compare_ticks(model, range(n + 2 * cfg.sampling.history_hop + 8, n + 2 * cfg.sampling.history_hop + 8 + args.ticks), graph, args.device)
-        t = summary(took); mean = {k: statistics.mean(x) for k, x in took.items()}
-        row = dict(t, full_over_stream=round(t['full']['ms'] / t['stream']['ms'], 2), stream_over_none=round(t['stream']['ms'] / t['none']['ms'], 2), mean_full_over_stream=round(mean['full'] / mean['stream'], 2),
-                   mean_stream_over_none=round(mean['stream'] / mean['none'], 2), mean_ms={k: round(x, 2) for k, x in mean.items()}, hops=len(hops), hop_ms=[round(took['stream'][k], 2) for k in hops], difference=worst, ticks=args.ticks)
+        took, worst, hops = compare_ticks(model, range(first, first + args.ticks), graph, args.device, ways=('plain', 'full', 'stream', 'none'))
+        t, mean = summary(took), {k: statistics.mean(x) for k, x in took.items()}
+        times = {f'{a}_over_{b}': round(t[a]['ms'] / t[b]['ms'], 2) for a, b in (('plain', 'stream'), ('full', 'stream'), ('stream', 'none'))}
+        row = dict(t, **times, mean_full_over_stream=round(mean['full'] / mean['stream'], 2), mean_stream_over_none=round(mean['stream'] / mean['none'], 2), mean_ms={k: round(x, 2) for k, x in mean.items()},
+                   operations={k: round(x) for k, x in ops.items()}, hops=len(hops), hop_ms=[round(took['stream'][k], 2) for k in hops], difference=worst, ticks=args.ticks)
         out['graph' if graph else 'eager'] = row
-        print(f"{cfg.name}{f' ({args.layers} layers)' if args.layers else ''}, {n} frames, hop {cfg.sampling.history_hop}, {'graphs' if graph else 'eager'}: recomputed {t['full']['ms']:.1f} ms, streamed {t['stream']['ms']:.1f}, without history {t['none']['ms']:.1f} (medians of {args.ticks} ticks with {len(hops)} hops)\n"
-              f"  recomputed / streamed {row['full_over_stream']:.2f} (means {row['mean_full_over_stream']:.2f}); streamed / none {row['stream_over_none']:.2f} (means {row['mean_stream_over_none']:.2f}); a hop {statistics.mean(row['hop_ms']) if hops else 0:.1f} ms; largest difference of actions {worst:.0e}")
+        print(f"{cfg.name}{f' ({args.layers} layers)' if args.layers else ''}, {s.history_frames} frames, hop {s.history_hop}, {'graphs' if graph else 'eager'}: HaloModel.sample {t['plain']['ms']:.1f} ms, recomputed {t['full']['ms']:.1f}, streamed {t['stream']['ms']:.1f}, without history {t['none']['ms']:.1f} (medians of {args.ticks} ticks with {len(hops)} hops)\n"
+              f"  HaloModel.sample / streamed {row['plain_over_stream']:.2f}; recomputed / streamed {row['full_over_stream']:.2f} (means {row['mean_full_over_stream']:.2f}; operations {ops['full'] / ops['stream']:.2f}); streamed / none {row['stream_over_none']:.2f} (means {row['mean_stream_over_none']:.2f}; operations {ops['stream'] / ops['none']:.2f})\n"
+              f"  a hop {statistics.mean(row['hop_ms']) if hops else 0:.1f} ms; largest difference of actions {worst:.0e}", flush=True)
     return out
 
 # %% ../nbs/26_bench.ipynb #f0c495a9

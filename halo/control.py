@@ -54,9 +54,9 @@ class Schedule:
         return self.chunks[-1].raw[:, tick - self.chunks[-1].tick:]
 
 # %% ../nbs/06d_control.ipynb #2155f665
-def use_rtc(policy, on: bool, horizon: int | None = None) -> None:
-    "Switch LeRobot's real-time chunking on or off; guided over `horizon` ticks (the policy's whole chunk if None)."
-    policy.config.rtc_config = RTCConfig(enabled=True, execution_horizon=horizon or getattr(policy.config, 'chunk_size', None) or policy.config.model.chunk) if on else None
+def use_rtc(policy, on: bool, horizon: int | None = None, guidance: float = 10.0) -> None:
+    "Switch LeRobot's real-time chunking on or off; guided over `horizon` ticks (the policy's whole chunk if None), with weights of at most `guidance`."
+    policy.config.rtc_config = RTCConfig(enabled=True, max_guidance_weight=guidance, execution_horizon=horizon or getattr(policy.config, 'chunk_size', None) or policy.config.model.chunk) if on else None
     policy.init_rtc_processor()
 
 def plan(policy, post, batch: dict, tick: int, schedule: Schedule, delay: int, noise: Tensor | None = None) -> Chunk:
@@ -203,8 +203,8 @@ def run_delayed(policy, pre, post, vec, processors, seeds: list[int], delay: int
     return [e | dict(change=float(np.mean(jerk))) for e in out]
 
 # %% ../nbs/06d_control.ipynb #58e58f4c
-def latency(checkpoint: Path, seeds: list[int], delays=(0, 1, 2, 4), hows=('replace', 'rtc'), n_envs: int = 10, every: int = 2, ahead: int = 4, show=print) -> list[dict]:
-    "Success by latency (ticks) and hand-over on the demonstration task, with Wilson intervals. RTC guides `ahead` ticks beyond those that are frozen."
+def latency(checkpoint: Path, seeds: list[int], delays=(0, 1, 2, 4), hows=('replace', 'rtc'), n_envs: int = 10, every: int = 2, ahead: int = 4, guidance: float = 10.0, show=print) -> list[dict]:
+    "Success by latency (ticks) and hand-over on the demonstration task, with Wilson intervals. RTC guides `ahead` ticks beyond those that are frozen, with weights of at most `guidance`."
     from lerobot.envs.factory import make_env_pre_post_processors
     from halo.envs import FlashPlaceEnvConfig
     from halo.evaluate import load_policy, open_envs, rate, split_seeds
@@ -213,9 +213,9 @@ def latency(checkpoint: Path, seeds: list[int], delays=(0, 1, 2, 4), hows=('repl
     try:
         for delay in delays:
             for how in hows:
-                use_rtc(policy, how == 'rtc', delay + ahead); episodes = []
+                use_rtc(policy, how == 'rtc', delay + ahead, guidance); episodes = []
                 for batch in split_seeds(seeds, n_envs): episodes += run_delayed(policy, pre, post, vec, processors, batch, delay, how, every, hold)
-                r = rate(episodes); rows.append(dict(delay=delay, ms=1000 * delay / env.fps, how=how, **r, change=float(np.mean([e['change'] for e in episodes])), ticks=float(np.mean([e['ticks'] for e in episodes])), episodes=episodes))
+                r = rate(episodes); rows.append(dict(delay=delay, ms=1000 * delay / env.fps, how=how, guidance=guidance if how == 'rtc' else None, **r, change=float(np.mean([e['change'] for e in episodes])), ticks=float(np.mean([e['ticks'] for e in episodes])), episodes=episodes))
                 show(f"latency {rows[-1]['ms']:.0f} ms, {how:8}: {r['successes']}/{r['n']} = {r['rate']:.0%} [{r['lo']:.0%}, {r['hi']:.0%}], {rows[-1]['ticks']:.1f} ticks an episode, action changes by {rows[-1]['change']:.3f} a tick")
     finally: vec.close(); use_rtc(policy, False)
     return rows
@@ -226,14 +226,14 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog='python -m halo.control', description='Success on flash_place under injected latency, with and without real-time chunking.')
     p.add_argument('--checkpoint', type=Path, default=Path('checkpoints/flash_place/full')); p.add_argument('--seeds', type=int, default=60); p.add_argument('--first-seed', type=int, default=0, help='0: the evaluation seeds of the demonstration')
     p.add_argument('--delays', type=int, nargs='+', default=[0, 1, 2, 4], help='ticks of 100 ms'); p.add_argument('--hand-over', nargs='+', default=['replace', 'rtc'], choices=['replace', 'rtc', 'ensemble']); p.add_argument('--n-envs', type=int, default=10)
-    p.add_argument('--ahead', type=int, default=4, help='ticks that RTC guides beyond those it freezes'); p.add_argument('--out', type=Path, help='JSON file; rows of other hand-overs that it holds stay')
+    p.add_argument('--ahead', type=int, default=4, help='ticks that RTC guides beyond those it freezes'); p.add_argument('--guidance', type=float, default=10.0, help="RTC's largest weight (LeRobot's default: 10)"); p.add_argument('--out', type=Path, help='JSON file; its rows of other hand-overs, weights or delays stay')
     args = p.parse_args(argv)
     from halo.demo import SEEDS
     seeds = [args.first_seed + k for k in range(args.seeds)] if args.first_seed else list(SEEDS)[:args.seeds]
-    rows = latency(args.checkpoint, seeds, args.delays, args.hand_over, args.n_envs, ahead=args.ahead, show=lambda x: print(x, flush=True))
+    rows = latency(args.checkpoint, seeds, args.delays, args.hand_over, args.n_envs, ahead=args.ahead, guidance=args.guidance, show=lambda x: print(x, flush=True))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True); part = args.out.with_name(args.out.name + '.part'); command = f'python -m halo.control {" ".join(argv if argv is not None else sys.argv[1:])}'
-        known = [r for r in json.loads(args.out.read_text())['rows'] if r['how'] not in args.hand_over] if args.out.exists() else []
+        mine = {(r['how'], r['guidance'], r['delay']) for r in rows}; known = [r for r in json.loads(args.out.read_text())['rows'] if (r['how'], r['guidance'], r['delay']) not in mine] if args.out.exists() else []
         part.write_text(json.dumps(dict(rows=known + [r | dict(command=command) for r in rows]), indent=1)); os.replace(part, args.out)
     return 0
 
