@@ -26,14 +26,14 @@ from .processor_halo import make_halo_pre_post_processors
 from .sampling import downsample, history_ticks
 
 # %% auto #0
-__all__ = ['ROTATIONS', 'GRIPPERS', 'NORMALIZATIONS', 'STATISTICS', 'GOLDEN', 'VIEW', 'ActionSpace', 'DatasetSpec',
+__all__ = ['ROTATIONS', 'GRIPPERS', 'NORMALIZATIONS', 'TOPICS', 'STATISTICS', 'GOLDEN', 'VIEW', 'ActionSpace', 'DatasetSpec',
            'Augmentation', 'Mixture', 'inside', 'from_dict', 'convert', 'axis_rotation', 'cross_matrix', 'to_rotation',
            'rotation_quaternion', 'from_rotation', 'unify', 'unified', 'to_robot', 'clock_frames', 'silent',
            'record_clock', 'compute_statistics', 'check_statistics', 'check_dimension', 'scale', 'kept_statistics',
            'frames_at', 'resample_actions', 'open_dataset', 'check_columns', 'view_sizes', 'Member', 'weyl',
            'dataset_of', 'shuffled', 'MixtureSampler', 'augment', 'MixtureDataset', 'stack_views',
-           'make_mixture_policy', 'mixture_loss', 'mixture_loader', 'robot_statistics', 'robot_policy', 'timed',
-           'store_speed', 'bench_store', 'check_mixture', 'main', 'run']
+           'make_mixture_policy', 'mixture_loss', 'mixture_loader', 'robot_statistics', 'robot_policy', 'aligned',
+           'declared', 'needed', 'verification', 'timed', 'store_speed', 'bench_store', 'check_mixture', 'main', 'run']
 
 # %% ../nbs/10b_mixture.ipynb #ae44b75c
 ROTATIONS = {'none': 0, 'euler': 3, 'quaternion': 4, 'axis_angle': 3, 'rot6d': 6}   # roll-pitch-yaw about fixed axes | x, y, z, w | axis times angle | first two columns of the matrix
@@ -73,6 +73,8 @@ def grippers(self: ActionSpace) -> list[int]:
     return list(self.gripper_at) if self.frame == 'joint' else [(k + 1) * self.arm - 1 for k in range(self.arms)]
 
 # %% ../nbs/10b_mixture.ipynb #5866da6c
+TOPICS = ('id', 'cameras', 'state', 'control', 'rotation', 'gripper')   # of a declaration: 'state' is order and constant dimensions, 'control' the frame too
+
 @dataclass(frozen=True)
 class DatasetSpec:
     "One dataset of a mixture."
@@ -88,7 +90,8 @@ class DatasetSpec:
     state_constant: tuple[int, ...] = ()   # dimensions that never move
     action_constant: tuple[int, ...] = ()
     revision: str = ''                     # of the hub; '' = the newest that LeRobot reads
-    note: str = ''                         # where ids and conventions come from, what is not verified
+    verified: dict[str, str] = field(default_factory=dict)   # topic -> names of the mixture's sources that confirm it, separated by spaces
+    note: str = ''                         # what is not verified, and why
 
     def __post_init__(self):
         if not self.id: raise ValueError("id is empty; give a folder or a LeRobot hub id")
@@ -97,6 +100,7 @@ class DatasetSpec:
         for slot in self.cameras: one_of(f'camera slot {slot!r}', slot.split('_')[0], ('primary', 'secondary', 'wrist'))
         if not self.action: raise ValueError("action is empty; name the column that holds it")
         for k in ('state_norm', 'action_norm'): one_of(k, getattr(self, k), tuple(NORMALIZATIONS))
+        for k in self.verified: one_of('topic of verified', k, TOPICS)
         if not self.name: object.__setattr__(self, 'name', self.id.rstrip('/').split('/')[-1])
 
 # %% ../nbs/10b_mixture.ipynb #f447ba05
@@ -122,6 +126,7 @@ class Mixture:
     rotation: str = ''              # rotation form of all 'ee' actions; '' keeps each dataset's
     actions: str = 'native'         # chunks at each dataset's own rate ('native', as Octo and OpenVLA), or at the policy's ('resampled')
     augment: Augmentation = field(default_factory=Augmentation)
+    sources: dict[str, str] = field(default_factory=dict)   # name -> title and address, for what `verified` names
     note: str = ''
 
     def __post_init__(self):
@@ -129,6 +134,8 @@ class Mixture:
         if self.rotation: one_of('rotation', self.rotation, tuple(ROTATIONS))
         if not self.datasets: raise ValueError("datasets is empty; name at least one")
         names = [d.name for d in self.datasets]
+        for d in self.datasets:
+            for k, s in ((k, s) for k, v in d.verified.items() for s in v.split()): one_of(f'source of {k} in dataset {d.name}', s, tuple(self.sources))
         if twice := [n for n in names if names.count(n) > 1]: raise ValueError(f"two datasets are called {twice[0]!r}; give one of them another name")
 
 # %% ../nbs/10b_mixture.ipynb #01118a56
@@ -155,7 +162,7 @@ def convert(hint, v, where: str):
         if not isinstance(v, (list, tuple)): raise ValueError(f"{where}={v!r} must be a list, e.g. [{v}]")
         return tuple(convert(args[0], x, f'{where}[{i}]') for i, x in enumerate(v))
     if typing.get_origin(hint) is dict:
-        if not isinstance(v, dict): raise ValueError(f"{where}={v!r} must map slots to camera keys")
+        if not isinstance(v, dict): raise ValueError(f"{where}={v!r} must map names to text, e.g. {{primary: observation.images.front}}")
         return {str(k): str(x) for k, x in v.items()}
     if hint is float and isinstance(v, int) and not isinstance(v, bool): return float(v)
     if not isinstance(v, hint) or isinstance(v, bool): raise ValueError(f"{where}={v!r} must be a {dict(str='text', float='number', int='whole number')[hint.__name__]}")
@@ -746,6 +753,31 @@ def robot_policy(policy: HaloPolicy, member: Member, slots: list[str], **config)
     robot.model = policy.model
     return robot, *make_halo_pre_post_processors(cfg, robot_statistics(member))
 
+# %% ../nbs/10b_mixture.ipynb #105314d6
+def aligned(rows: list[tuple]) -> str:
+    "Rows of texts as columns."
+    wide = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return '\n'.join('  '.join(x.ljust(w) for x, w in zip(r, wide)).rstrip() for r in rows)
+
+def declared(mixture: Mixture) -> str:
+    "Table of what the datasets of a mixture are declared to be."
+    def row(d):
+        s = d.action_space; ends = [f'{x:g}' for x in s.gripper_range]
+        still = [f'{k} {list(v)}' for k, v in (('state', d.state_constant), ('action', d.action_constant)) if v] + ['no state'] * (not d.state)
+        return (f'{d.weight:.4g}', d.id, f'{s.frame} {s.control}', s.rotation, f"{s.gripper} {'...'.join(ends)}" if s.grippers else 'none', ' '.join(still) or '-', ' '.join(f"{k}={c.removeprefix('observation.images.')}" for k, c in d.cameras.items()))
+    return aligned([('weight', 'dataset', 'actions', 'rotation', 'gripper', 'constant', 'cameras'), *map(row, mixture.datasets)])
+
+# %% ../nbs/10b_mixture.ipynb #3094b5a2
+def needed(d: DatasetSpec) -> list[str]:
+    "Topics that a dataset's declaration has: one without rotations or grippers has nothing to verify there."
+    return [t for t in TOPICS if not (t == 'rotation' and d.action_space.rotation == 'none' or t == 'gripper' and not d.action_space.grippers)]
+
+def verification(mixture: Mixture) -> str:
+    "Table of the sources that confirm each topic of each dataset; '-' is not confirmed, '' not needed."
+    rows = [(d.name.removesuffix('_lerobot'), *(d.verified.get(t, '-') if t in needed(d) else '' for t in TOPICS)) for d in mixture.datasets]
+    have, of = sum(t in d.verified for d in mixture.datasets for t in needed(d)), sum(len(needed(d)) for d in mixture.datasets)
+    return aligned([('confirmed by', *TOPICS), *rows]) + f'\n{have} of {of} declarations confirmed by a published source'
+
 # %% ../nbs/10b_mixture.ipynb #ff1ecdbc
 def timed(f) -> tuple:
     "`f()` and its seconds."
@@ -813,7 +845,8 @@ def main(argv=None) -> int:
 def run(a, mixture: Mixture) -> int:
     "The command `a.what` for `mixture`; returns the exit status."
     if a.what == 'show':
-        for d in mixture.datasets: print(f"{d.weight:8.4f}  {d.id}  {' '.join(f'{s}={k}' for s, k in d.cameras.items())}  {d.action_space.frame} {d.action_space.control} rotation {d.action_space.rotation} gripper {d.action_space.gripper}{'  # ' + d.note if d.note else ''}")
+        notes = [f'{d.name}: {d.note}' for d in mixture.datasets if d.note]
+        print(*([mixture.note] if mixture.note else []), declared(mixture), verification(mixture), *(['\n'.join(f'{k}: {v}' for k, v in mixture.sources.items())] if mixture.sources else []), *(['\n'.join(notes)] if notes else []), sep='\n\n')
         return 0
     cfg = preset(a.preset)
     if a.what != 'store': return int(check_mixture(mixture, cfg, a.root, getattr(a, 'recompute', False), not a.quiet) > 0)

@@ -155,23 +155,28 @@ def tick_cost(cfg: str | ModelConfig,      # preset or configuration
 # %% ../nbs/21_plan.ipynb #fc73e8f5
 @dataclass(frozen=True)
 class GPU:
-    "A card: dense bf16 operations per second, memory in GiB, bytes per second of memory and of its link to its neighbours."
+    "A card: dense bf16 operations per second, memory in GiB, bytes per second of memory and of its link to its neighbours, and where that stands."
     flops: float
     memory: float
     bandwidth: float
     link: float
-    source: str
+    source: str                    # the maker's document, and how a number follows from it
+    pages: tuple[str, ...] = ()    # public pages where the numbers were read
+    unconfirmed: str = ''          # what none of the pages says
 
-GPUS = {'a100-40g': GPU(312e12, 40, 1.555e12, 300e9, 'NVIDIA A100 data sheet (SXM, 40 GB)'),
-        'a100-80g': GPU(312e12, 80, 2.039e12, 300e9, 'NVIDIA A100 data sheet (SXM, 80 GB)'),
-        'h100': GPU(989.4e12, 80, 3.35e12, 450e9, 'NVIDIA H100 data sheet (SXM; half the sparse number)'),
-        'h200': GPU(989.4e12, 139, 4.8e12, 450e9, 'NVIDIA H200 data sheet (SXM; half the sparse number)'),
-        'a6000': GPU(154.8e12, 48, 0.768e12, 32e9, 'NVIDIA Ampere GA102 white paper (RTX A6000); PCIe 4'),
-        'l40s': GPU(362e12, 48, 0.864e12, 32e9, 'NVIDIA L40S data sheet; PCIe 4'),
-        'rtx4090': GPU(165.2e12, 24, 1.008e12, 32e9, 'NVIDIA Ada white paper (FP32 sums); PCIe 4'),
-        'rtx5090': GPU(209.5e12, 32, 1.792e12, 64e9, 'NVIDIA RTX Blackwell white paper (FP32 sums); PCIe 5'),
-        'orin': GPU(42.5e12, 64, 0.2048e12, 8e9, 'Jetson AGX Orin technical brief (170 sparse int8 / 4); memory shared with the CPU'),
-        'thor': GPU(258.8e12, 128, 0.273e12, 8e9, 'Jetson T5000 data sheet (2070 sparse FP4 / 8); memory shared with the CPU')}
+_read = dict(lightning='https://github.com/Lightning-AI/pytorch-lightning/blob/master/src/lightning/fabric/utilities/throughput.py', titan='https://github.com/pytorch/torchtitan/blob/main/torchtitan/tools/utils.py',
+             nanochat='https://github.com/karpathy/nanochat/blob/master/nanochat/common.py', throttle='https://torring.dev/blog/2026/rtx-spark-throttling/', glenn='https://glennklockwood.com/garden/processors/')   # pages that speak of several cards
+
+GPUS = {'a100-40g': GPU(312e12, 40, 1.555e12, 300e9, 'NVIDIA A100 data sheet (SXM, 40 GB); half of NVLink\'s 600 GB/s', (_read['glenn'] + 'A100', _read['lightning'])),
+        'a100-80g': GPU(312e12, 80, 2.039e12, 300e9, 'NVIDIA A100 data sheet (SXM, 80 GB); half of NVLink\'s 600 GB/s', (_read['glenn'] + 'A100', _read['lightning'])),
+        'h100': GPU(989.4e12, 80, 3.35e12, 450e9, 'NVIDIA H100 data sheet (SXM): half the sparse 1979; half of NVLink\'s 900 GB/s', (_read['glenn'] + 'h100', _read['titan'], 'https://github.com/scaleway/docs-content/pull/5834')),
+        'h200': GPU(989.4e12, 141, 4.8e12, 450e9, 'NVIDIA H200 data sheet (SXM): half the sparse 1979; half of NVLink\'s 900 GB/s', (_read['titan'], 'https://github.com/allenai/open-instruct/pull/1441', 'https://github.com/mlcommons/inference_results_v4.1/blob/main/closed/NVIDIA/systems/H200-SXM-141GBx8_TRT_MaxQ.json')),
+        'a6000': GPU(154.8e12, 48, 0.768e12, 32e9, 'NVIDIA Ampere GA102 white paper (RTX A6000): half the sparse 309.7; PCIe 4 x16 (an NVLink bridge joins two: 56 GB/s)', ('https://servethehome.com/nvidia-rtx-a6000-48gb-gpu-drops-quadro-designation', 'https://llmperf.net/categories/gpu/Nvidia-A6000-GPUs', 'https://www.microway.com/knowledge-center-articles/in-depth-comparison-of-nvidia-ampere-gpu-accelerators/'), '154.8 was read on the second page, which quotes the third'),
+        'l40s': GPU(362.05e12, 48, 0.864e12, 32e9, 'NVIDIA L40S data sheet: 362.05, sparse 733; PCIe 4 x16', ('https://www.mullet.se/product.html?product_id=355414', _read['titan'], 'https://www.itcreations.com/nvidia-gpu/nvidia-l40s-gpu-accelerator')),
+        'rtx4090': GPU(165.2e12, 24, 1.008e12, 32e9, 'NVIDIA Ada white paper: FP32 sums (330.3 with FP16 sums); PCIe 4 x16', ('https://waredb.com/processor/nvidia-geforce-rtx-4090', _read['nanochat']), 'PCIe 4 x16 stands on sellers\' pages only'),
+        'rtx5090': GPU(209.5e12, 32, 1.792e12, 64e9, 'NVIDIA RTX Blackwell white paper: FP32 sums (419 with FP16 sums; 3352 is sparse FP4, 16 times as much); PCIe 5 x16', ('https://www.spheron.network/blog/nvidia-rtx-5090-specs/', _read['nanochat'], _read['throttle'])),
+        'orin': GPU(42.5e12, 64, 0.2048e12, 16e9, 'Jetson AGX Orin technical brief (170 sparse int8 / 4), data sheet DS-10662-001; memory shared with the CPU; PCIe 4 x8', ('http://mzph.cn/web/30785.shtml', 'https://mm.digikey.com/Volume0/opasdata/d220001/medias/docus/5380/Jetson_AGX_Orin_Series_Data_Sheet_DS-10662-001_v1.5.pdf', 'https://forums.developer.nvidia.com/t/does-igx-developer-kit-support-full-x16-pcie-gen4-bandwidth/259456'), 'dense bf16 is derived, no page prints it; the data sheet was read in quotations'),
+        'thor': GPU(258.75e12, 128, 0.273e12, 12.5e9, 'NVIDIA Jetson Thor product table, T5000 (2070 sparse FP4 / 8); memory shared with the CPU; network of 4 x 25 Gb/s', ('https://www.nvidia.com/en-us/autonomous-machines/embedded-systems/jetson-thor/', 'https://huggingface.co/hardware/jetson-t5000', 'https://docs.nvidia.com/igx/user-guide/latest/OV/thor/system-overview-t5000.html', _read['throttle']), 'dense bf16 is derived (the second page has 258.5); the product table was read in quotations')}
 
 # %% ../nbs/21_plan.ipynb #d5abc8a1
 def roofline(cost: dict[str, Work],   # of `tick_cost`

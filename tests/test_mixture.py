@@ -10,8 +10,8 @@ import yaml
 
 from halo.config import preset
 from halo.data import FrameStore, HistoryDataset
-from halo.mixture import (ActionSpace, Augmentation, DatasetSpec, Member, Mixture, MixtureDataset, MixtureSampler, NORMALIZATIONS, dataset_of, from_dict, make_mixture_policy,
-                          mixture_loader, mixture_loss, record_clock, to_robot, unify)
+from halo.mixture import (ActionSpace, Augmentation, DatasetSpec, Member, Mixture, MixtureDataset, MixtureSampler, NORMALIZATIONS, dataset_of, from_dict, main, make_mixture_policy,
+                          mixture_loader, mixture_loss, needed, record_clock, to_robot, unify)
 
 IMG = 'observation.images.'
 CONFIGS = sorted((Path(__file__).parent.parent/'configs/mixtures').glob('*.yaml'))
@@ -199,6 +199,30 @@ def test_oxe_weights_are_the_published_ones():
                      stanford_hydra_dataset=2.0, austin_buds_dataset=1.0, nyu_franka_play_dataset=3.0, furniture_bench_dataset=0.1, ucsd_kitchen_dataset=2.0, austin_sailor_dataset=1.0, austin_sirius_dataset=1.0,
                      dlr_edan_shared_control=1.0, iamlab_cmu_pickup_insert=1.0, utaustin_mutex=1.0, berkeley_fanuc_manipulation=2.0, cmu_stretch=1.0, bc_z=0.2, fmb_dataset=1.0, dobbe=0.2)
     assert {d.name.removesuffix('_lerobot'): d.weight for d in Mixture.load('oxe').datasets} == published
+
+
+@pytest.mark.parametrize('name', ['oxe', 'agibot', 'libero', 'calvin', 'bridge', 'fractal'])
+def test_shipped_declarations_say_where_they_are_from(name, capsys):
+    m = Mixture.load(name)
+    assert m.sources and all('https://' in s for s in m.sources.values())
+    for d in m.datasets: assert d.note or set(needed(d)) <= set(d.verified), f'{d.name} says nothing of what is not verified'
+    assert main(['show', name]) == 0
+    shown = capsys.readouterr().out
+    for d in m.datasets: assert d.id in shown and (not d.note or d.note in shown)
+    for k, s in m.sources.items(): assert f'{k}: {s}' in shown
+
+
+@pytest.mark.parametrize('verified, words', [('{colour: hub}', ['colour', 'cameras']), ('{gripper: hub card}', ['card', 'hub']), ('hub', ['verified', 'map', '{primary: observation.images.front}'])])
+def test_verified_is_checked(tmp_path, verified, words):
+    (tmp_path/'m.yaml').write_text(f'name: m\nsources: {{hub: "A page, https://example.org"}}\ndatasets:\n  - id: a\n    cameras: {{primary: observation.images.front}}\n    verified: {verified}\n')
+    with pytest.raises(ValueError) as e: Mixture.load(tmp_path/'m.yaml')
+    assert all(w in str(e.value) for w in words), e.value
+
+
+def test_check_of_what_is_not_there_is_one_line(tmp_path, capsys):
+    assert main(['check', 'libero', '--root', str(tmp_path), '--quiet', '--preset', 'tiny']) == 1
+    out = ''.join(capsys.readouterr()).strip().splitlines()
+    assert len(out) == 1 and Mixture.load('libero').datasets[0].id in out[0], out
 
 
 def test_template_is_short():
