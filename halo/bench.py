@@ -195,14 +195,17 @@ def bench_tick(args) -> dict:
     "Recomputed, streamed, none: eagerly, and as graphs where asked."
     cfg, out = bench_config(args), {}; model = build(cfg, args.device); s = cfg.sampling; first = s.history_frames + 2 * s.history_hop + 8; ops = tick_operations(cfg)
     for graph in ([False, True] if args.graph else [False]):
-        took, worst, hops = compare_ticks(model, range(first, first + args.ticks), graph, args.device, ways=('plain', 'full', 'stream', 'none'))
+        took, worst, hops = compare_ticks(model, range(first, first + args.ticks), graph, args.device, ways=('plain', 'full', 'stream', 'none')[args.no_plain:])
         t, mean = summary(took), {k: statistics.mean(x) for k, x in took.items()}
-        times = {f'{a}_over_{b}': round(t[a]['ms'] / t[b]['ms'], 2) for a, b in (('plain', 'stream'), ('full', 'stream'), ('stream', 'none'))}
+        times = {f'{a}_over_{b}': round(t[a]['ms'] / t[b]['ms'], 2) for a, b in (('plain', 'stream'), ('full', 'stream'), ('stream', 'none')) if a in t}
         row = dict(t, **times, mean_full_over_stream=round(mean['full'] / mean['stream'], 2), mean_stream_over_none=round(mean['stream'] / mean['none'], 2), mean_ms={k: round(x, 2) for k, x in mean.items()},
                    operations={k: round(x) for k, x in ops.items()}, hops=len(hops), hop_ms=[round(took['stream'][k], 2) for k in hops], difference=worst, ticks=args.ticks)
         out['graph' if graph else 'eager'] = row
-        print(f"{cfg.name}{f' ({args.layers} layers)' if args.layers else ''}, {s.history_frames} frames, hop {s.history_hop}, {'graphs' if graph else 'eager'}: HaloModel.sample {t['plain']['ms']:.1f} ms, recomputed {t['full']['ms']:.1f}, streamed {t['stream']['ms']:.1f}, without history {t['none']['ms']:.1f} (medians of {args.ticks} ticks with {len(hops)} hops)\n"
-              f"  HaloModel.sample / streamed {row['plain_over_stream']:.2f}; recomputed / streamed {row['full_over_stream']:.2f} (means {row['mean_full_over_stream']:.2f}; operations {ops['full'] / ops['stream']:.2f}); streamed / none {row['stream_over_none']:.2f} (means {row['mean_stream_over_none']:.2f}; operations {ops['stream'] / ops['none']:.2f})\n"
+        names = dict(plain='HaloModel.sample', full='recomputed', stream='streamed', none='without history')
+        spent = ', '.join(f"{names[k]} {x['ms']:.1f} ms" for k, x in t.items())
+        print(f"{cfg.name}{f' ({args.layers} layers)' if args.layers else ''}, {s.history_frames} frames, hop {s.history_hop}, {'graphs' if graph else 'eager'}: {spent} (medians of {args.ticks} ticks with {len(hops)} hops)\n"
+              + (f"  HaloModel.sample / streamed {row['plain_over_stream']:.2f}\n" if 'plain' in t else '') +
+              f"  recomputed / streamed {row['full_over_stream']:.2f} (means {row['mean_full_over_stream']:.2f}; operations {ops['full'] / ops['stream']:.2f}); streamed / none {row['stream_over_none']:.2f} (means {row['mean_stream_over_none']:.2f}; operations {ops['stream'] / ops['none']:.2f})\n"
               f"  a hop {statistics.mean(row['hop_ms']) if hops else 0:.1f} ms; largest difference of actions {worst:.0e}", flush=True)
     return out
 
@@ -431,7 +434,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog='python -m halo.bench', description='Time HALO: medians of things timed in turns.')
     p.add_argument('what', choices=sorted(BENCHES)); p.add_argument('--preset', default='small'); p.add_argument('--layers', type=int, default=0, help='cut the preset to this many layers')
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu'); p.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16']); p.add_argument('--graph', action='store_true', help='static programs, replayed as CUDA graphs on a GPU')
-    p.add_argument('--history', type=int, default=80); p.add_argument('--hop', type=int, default=16); p.add_argument('--ticks', type=int, default=40); p.add_argument('--rounds', type=int, default=20); p.add_argument('--batch', type=int, default=1)
+    p.add_argument('--history', type=int, default=80); p.add_argument('--hop', type=int, default=16); p.add_argument('--ticks', type=int, default=40); p.add_argument('--no-plain', action='store_true', help='leave HaloModel.sample out of `tick`'); p.add_argument('--rounds', type=int, default=20); p.add_argument('--batch', type=int, default=1)
     p.add_argument('--checkpoint', default='', help='a shipped policy for the errors of `options`'); p.add_argument('--no-int8', action='store_true'); p.add_argument('--size', default='third', choices=sorted(PEERS), help='sizes for `peers`')
     p.add_argument('--out', type=Path, help='JSON file to add the result to'); p.add_argument('--name', help='its name there')
     return p

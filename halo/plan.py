@@ -332,7 +332,7 @@ def block_bytes(run: Run, how: dict[str, str], last: bool = False) -> tuple[floa
     t, e, l, size, draws = run.model.text, run.model.expert, run.load.tokens, run.size, run.model.flow.draws
     q, d, mode = run.model.chunk + e.state_token, t.head_dim, how['vlm']
     vlm = l * t.width * (4 + 2 * size) * (mode != 'none') if last else layer_bytes(l, t.width, t.heads * d, t.kv_heads * d, t.mlp, size, mode)
-    expert = draws * (layer_bytes(q, e.width, e.heads * d, e.heads * d, e.mlp, size, how['expert'], keys=l + q) + q * (l + q) * size)
+    expert = draws * (layer_bytes(q, e.width, e.heads * d, e.kv_heads * d, e.mlp, size, how['expert'], keys=l + q) + e.heads // e.kv_heads * q * (l + q) * size)   # the mask has a row for every query head that shares keys
     return vlm, salr_bytes(run, mode != 'none' and not last), expert
 
 # %% ../nbs/21_plan.ipynb #01d75ff4
