@@ -363,7 +363,9 @@ def pi0(width: int, depth: int, mlp: int, heads: int, expert_width: int, expert_
             self.paligemma_with_expert = PaliGemmaWithExpertModel(body, expert, use_adarms=[False, False], precision=config.dtype, image_size=224, freeze_vision_encoder=False, train_expert_only=False)
             self.action_in_proj, self.action_out_proj, self.state_proj = nn.Linear(32, expert_width), nn.Linear(expert_width, 32), nn.Linear(32, expert_width)
             self.action_time_mlp_in, self.action_time_mlp_out = nn.Linear(2 * expert_width, expert_width), nn.Linear(expert_width, expert_width)
-    return Sized(PI0Config(dtype=dtype, chunk_size=chunk, n_action_steps=chunk)).eval()
+    out = Sized(PI0Config(dtype=dtype, chunk_size=chunk, n_action_steps=chunk)).eval(); both = out.paligemma_with_expert
+    both.paligemma.lm_head = both.gemma_expert.lm_head = nn.Identity()   # word heads that π0 never runs
+    return out
 
 def smolvla(chunk: int, dtype: str, layers: int = 16) -> nn.Module:
     "LeRobot's SmolVLA: the widths of SmolVLM2-500M, its first `layers` layers, an expert of 0.75 its width; a view of 224 pixels gives 49 tokens."
@@ -373,7 +375,9 @@ def smolvla(chunk: int, dtype: str, layers: int = 16) -> nn.Module:
     from halo.baselines import smolvlm_folder
     with tempfile.TemporaryDirectory() as d:
         folder = smolvlm_folder(d, 224, 16, dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072), dict(hidden_size=960, num_hidden_layers=layers, num_attention_heads=15, num_key_value_heads=5, head_dim=64, intermediate_size=2560, vocab_size=49280))
-        return VLAFlowMatching(SmolVLAConfig(vlm_model_name=str(folder), load_vlm_weights=False, chunk_size=chunk, n_action_steps=chunk, num_vlm_layers=layers, expert_width_multiplier=0.75, freeze_vision_encoder=False, train_expert_only=False)).to(getattr(torch, dtype)).eval()
+        out = VLAFlowMatching(SmolVLAConfig(vlm_model_name=str(folder), load_vlm_weights=False, chunk_size=chunk, n_action_steps=chunk, num_vlm_layers=layers, expert_width_multiplier=0.75, freeze_vision_encoder=False, train_expert_only=False)).to(getattr(torch, dtype)).eval()
+    out.vlm_with_expert.vlm.lm_head = nn.Identity()
+    return out
 
 def like_sized(target: int, chunk: int, dtype: str, width: int, heads: int, kv: int, mlp: int, expert_width: int, expert_mlp: int, vision: dict, vocab: int, mrope: tuple = (16, 24, 24), tokenizer: str = preset('paper').tokenizer) -> ModelConfig:
     "HALO's configuration without history whose parameter count is nearest to `target`, by its number of layers."
