@@ -1,4 +1,4 @@
-"""Training at scale, each proof a command that prints its figure: python tests/test_scale.py hsdp | kill | memory | parts | fsdp1 | cli | all."""
+"""Training at scale, each proof a command that prints its figure: python tests/test_scale.py hsdp | kill | memory | parts | fsdp1 | cli | mixture_run | all."""
 import json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from halo.config import preset
-from halo.scale import (META, OneDataset, ScaleConfig, allocator_peak, checkpoints, export, flaw, flow_draws, launch_shape, main, make_optimizer, part_of, prepare_parts, read_config, read_rows, save, scale_step, scale_train,
+from halo.scale import (META, OneDataset, ScaleConfig, allocator_peak, checkpoints, dry_run, export, flaw, flow_draws, launch_shape, main, make_optimizer, part_of, prepare_parts, read_config, read_rows, save, scale_step, scale_train,
                         set_checkpointing)
 from halo.train import make_policy, preprocess
 
@@ -192,6 +192,25 @@ def fsdp1(root):
     assert units == want and np.allclose(out, ref, atol=1e-4)
 
 
+def torchrun(n, file, *args): return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), '-m', 'halo.scale', str(file), '--device', 'cpu', *args]
+
+def quiet(cmd, **kw):
+    "Run a command without its output; on failure that is the error."
+    done = subprocess.run([str(c) for c in cmd], capture_output=True, text=True, cwd=ROOT, **kw)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+def kill_at(cmd, metrics, rows):
+    "SIGKILL for a command and its children once `metrics` has `rows` rows; returns how many it has in the end."
+    p = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=ROOT)
+    while len(read_rows(metrics)) < rows and p.poll() is None: time.sleep(0.02)
+    assert p.poll() is None, 'it ended before it could be killed'
+    workers = [int(x) for x in Path(f'/proc/{p.pid}/task/{p.pid}/children').read_text().split()]   # each in a session of its own
+    for pid in (p.pid, *workers): os.kill(pid, signal.SIGKILL)
+    p.wait(); time.sleep(1)
+    return len(read_rows(metrics))
+
+
 def cli(root):
     "The command: dry run, torchrun of two processes killed and resumed, export on one."
     import yaml
@@ -200,13 +219,7 @@ def cli(root):
                 run=dict(steps=30, micro=2, accumulate=2, replicate=1, shard=2, lr='1e-3', warmup=2, log_every=1, save_every=1))
     (root/'run.yaml').write_text(yaml.safe_dump(conf))
     assert main([str(root/'run.yaml'), '--dry-run', '--processes', '2']) == 0 and main([str(root/'run.yaml'), '--dry-run', '--processes', '3']) == 1
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'halo.scale', str(root/'run.yaml'), '--device', 'cpu']
-    p = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=ROOT)
-    while len(read_rows(root/'run/metrics.jsonl')) < 5 and p.poll() is None: time.sleep(0.02)
-    workers = [int(x) for x in Path(f'/proc/{p.pid}/task/{p.pid}/children').read_text().split()]   # each in a session of its own
-    for pid in (p.pid, *workers): os.kill(pid, signal.SIGKILL)
-    p.wait(); time.sleep(1); at = len(read_rows(root/'run/metrics.jsonl'))
-    subprocess.run(cmd, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    cmd = torchrun(2, root/'run.yaml'); at = kill_at(cmd, root/'run/metrics.jsonl', 5); quiet(cmd)
     steps = [r['step'] for r in read_rows(root/'run/metrics.jsonl')]
     print('cli: killed at step', at, 'of 30;', [r['event'].split(':')[0] for r in read_rows(root/'run/events.jsonl')], f'; rows {steps[0]} to {steps[-1]}, {len(steps)} of them')
     assert steps == list(range(1, 31))
@@ -214,6 +227,92 @@ def cli(root):
     from safetensors.torch import load_file
     a, b = load_file(str(root/'out/model.safetensors')), load_file(str(root/'run/policy/model.safetensors'))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a); print('cli: exported on one process: equal to what two wrote')
+
+
+ROBOTS = """
+datasets:
+  - {id: slow, weight: 0.5, cameras: {primary: observation.images.image_0}, action_space: {frame: ee, control: delta, rotation: euler, gripper: open_high}}
+  - {id: mid, weight: 0.3, cameras: {primary: observation.images.image, wrist: observation.images.eye}, action_space: {frame: joint}, action_norm: mean_std}
+  - {id: quick, weight: 0.2, cameras: {primary: observation.images.head, secondary: observation.images.side, wrist: observation.images.hand}, action_space: {frame: joint}, action_norm: min_max}
+balance: none
+"""
+
+def record_robots(root):
+    "Three datasets: 5, 10 and 30 fps; one, two and three cameras; states of 5, 8 and 6 numbers, actions of 7, 6 and 8."
+    from halo.mixture import RGBEncoderConfig, record_clock
+    fast, cam, rng = RGBEncoderConfig(vcodec='h264', preset='ultrafast'), 'observation.images.', np.random.default_rng(0)
+    arm = np.concatenate([.02 * rng.standard_normal((45, 6)), rng.choice([0, 1], (45, 1))], 1)
+    record_clock(root/'slow', 5, (5, 4), {cam + 'image_0': (60, 80)}, 5, arm, 'put it down', 1, fast)
+    record_clock(root/'mid', 10, (4, 3.5), {cam + 'image': (64, 64), cam + 'eye': (32, 32)}, 8, 6, 'open it', 2, fast)
+    record_clock(root/'quick', 30, (2, 1.5), {cam + 'head': (48, 80), cam + 'side': (60, 60), cam + 'hand': (32, 32)}, 6, 8, 'fold it', 3, fast)
+
+def shrunk(file, root, **run):
+    "A shipped run file, its sizes made small: everything else is as it says."
+    import yaml, importlib.util
+    c = yaml.safe_load((ROOT/'configs/launch'/file).read_text())
+    c |= dict(policy=dict(preset='tiny', history_frames=3, history_stride=2, chunk_size=6, n_action_steps=4), out=str(root/'run'), batch=8)
+    c['run'] |= dict(micro=1, accumulate=2, warmup=3, log_every=1) | run
+    if not importlib.util.find_spec('tensorboard'): c['run']['loggers'] = []
+    return c
+
+def chunks_for(folder, data):
+    "What a policy folder, opened as LeRobot opens it, predicts for a frame of each dataset: {name: (b, s, d)} in the mixture's numbers, and in the robot's own."
+    from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+    from halo.mixture import robot_policy
+    policy = get_policy_class('halo').from_pretrained(folder).eval(); pre, post = make_pre_post_processors(policy.config, pretrained_path=str(folder))
+    out = {}
+    for k, m in enumerate(data.members):
+        batch = preprocess(pre, {n: v for n, v in data.batch([(k, 20, 0)]).items() if n != 'dataset_index'}); policy.reset()
+        common = policy.predict_action_chunk({n: v for n, v in batch.items() if n != 'action'})
+        robot, rpre, rpost = robot_policy(policy, m, data.slots, n_action_steps=4)
+        raw = {c: torch.rand(3, *m.meta.features[c]['shape'][:2]) for c in m.spec.cameras.values()} | {'observation.state': torch.from_numpy(m.state[20]), 'task': m.tasks[0]}
+        out[m.spec.name] = common, rpost(robot.predict_action_chunk(rpre(raw)))
+    return out
+
+def mixture_run(root, steps=18):
+    "configs/launch/pretrain.yaml with small sizes on a mixture of three unlike datasets, four processes on a 2 × 2 mesh, killed once; its policy is opened, and fine-tuned on one robot."
+    import yaml
+    from halo.mixture import Mixture, MixtureDataset
+    from safetensors.torch import load_file
+    record_robots(root); (root/'robots.yaml').write_text(ROBOTS)
+    c = shrunk('pretrain.yaml', root, steps=steps, replicate=2, shard=2, save_every=3) | dict(data=dict(mixture=str(root/'robots.yaml'), root=str(root), store=str(root/'frames')))
+    (root/'whole.yaml').write_text(yaml.safe_dump(c | dict(out=str(root/'whole')))); (root/'run.yaml').write_text(yaml.safe_dump(c))
+    (root/'launch.yaml').write_text((ROOT/'configs/launch/accelerate_1gpu.yaml').read_text().replace('num_processes: 1', 'num_processes: 4'))
+    said = quiet([sys.executable, '-m', 'halo.scale', root/'run.yaml', '--dry-run', '--launch', root/'launch.yaml']); print('mixture_run: dry run: ' + '; '.join(' '.join(l.split()) for l in said.splitlines()).replace(str(root), '…'))
+    assert not (root/'frames').exists(), 'a dry run built a frame store'
+    cmd = torchrun(4, root/'run.yaml'); at = kill_at(cmd, root/'run/metrics.jsonl', steps // 2); quiet(cmd); quiet(torchrun(4, root/'whole.yaml'))
+    a, b = (read_rows(root/n/'metrics.jsonl') for n in ('run', 'whole')); starts = [r['step'] for r in read_rows(root/'run/events.jsonl') if r['event'].startswith('start')]
+    seen = {n: [r['loss_dataset'][n] for r in a if n in r['loss_dataset']] for n in ('slow', 'mid', 'quick')}
+    print(f"mixture_run: {c['run']['dtype']}, {c['run']['replicate']} copies × {c['run']['shard']} shards; killed at step {at}, starts at steps {starts}; loss {a[0]['loss']:.4f} -> {a[-1]['loss']:.4f}; {sum(x['loss'] != y['loss'] or x['loss_dataset'] != y['loss_dataset'] for x, y in zip(a, b))} of {len(a)} rows differ from a run that was not killed")
+    print('mixture_run: loss of each dataset (rows, mean of the first and last 5): ' + ', '.join(f'{n} ({len(v)}, {np.mean(v[:5]):.3f} -> {np.mean(v[-5:]):.3f})' for n, v in seen.items()))
+    assert len(a) == len(b) == steps and starts[1] > 0 and [r['loss'] for r in a] == [r['loss'] for r in b] and [r['loss_dataset'] for r in a] == [r['loss_dataset'] for r in b] and all(len(v) > steps / 2 for v in seen.values())
+    wa, wb = (load_file(str(root/n/'policy/model.safetensors')) for n in ('run', 'whole')); assert all(torch.equal(wa[k], wb[k]) for k in wb)
+    data = MixtureDataset(Mixture.load(root/'robots.yaml'), preset_of(root/'run/policy'), root, root/'frames', progress=False)
+    got = chunks_for(root/'run/policy', data)
+    print('mixture_run: chunks of the policy folder: ' + ', '.join(f"{n} {tuple(x.shape)}, the robot's {tuple(y.shape)}" for n, (x, y) in got.items()))
+    assert all(torch.isfinite(x).all() and torch.isfinite(y).all() for x, y in got.values()) and [y.shape[-1] for _, y in got.values()] == [7, 6, 8]
+    finetunes(root, wa)
+
+def preset_of(folder):
+    from halo.modeling_halo import HaloPolicy
+    return HaloPolicy.from_pretrained(folder).config.model
+
+def finetunes(root, before, steps=6):
+    "From the mixture's policy: adapters on one robot (finetune_1gpu.yaml), and the expert alone on the mixture; what is frozen must be the mixture's, number by number."
+    import yaml
+    from safetensors.torch import load_file
+    one = shrunk('finetune_1gpu.yaml', root, steps=steps, lora_rank=4, lora_alpha=8, save_every=5) | dict(batch=2, data=dict(root=str(root/'mid'), repo_id='local/mid', store=str(root/'mid_frames')))
+    all_ = shrunk('pretrain.yaml', root, steps=steps, replicate=1, shard=1, freeze=['vision', 'embedding', 'vlm', 'salr'], ema=0.0) | dict(batch=2, data=dict(mixture=str(root/'robots.yaml'), root=str(root), store=str(root/'frames')))
+    for name, c in dict(one=one, mixture=all_).items():
+        file = root/f'finetune_{name}.yaml'; file.write_text(yaml.safe_dump(c | dict(init_from=str(root/'run/policy'), out=str(root/f'finetuned_{name}'))))
+        bad = lambda *sets: [(n, text) for n, ok, text in dry_run(file, sets, processes=1) if not ok]
+        assert not bad() and 'neither a policy folder' in bad('init_from=nowhere/at/all')[0][1] and 'belongs to another model' in bad('policy.preset=small')[0][1]
+        quiet([sys.executable, '-m', 'halo.scale', file, '--device', 'cpu'])
+        after, rows = load_file(str(root/f'finetuned_{name}/policy/model.safetensors')), read_rows(root/f'finetuned_{name}/metrics.jsonl')
+        moved = {p: [not torch.equal(after[k], before[k]) for k in before if part_of(k) == p] for p in ('vision', 'embedding', 'vlm', 'expert', 'salr')}
+        print(f"mixture_run: fine-tuned on {name}: loss {rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}; tensors that differ from the mixture's policy: " + ', '.join(f'{p} {sum(v)} of {len(v)}' for p, v in moved.items()))
+        assert after.keys() == before.keys() and not any(any(moved[p]) for p in (set(c['run']['freeze']))) and any(moved['expert'])
+    assert preset_of(root/'finetuned_one/policy').chunk == 6
 
 
 def compiled(root):
@@ -260,14 +359,14 @@ def job(name): subprocess.run([sys.executable, __file__, name], check=True, cwd=
 
 def test_parts(tmp_path): parts(tmp_path)
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['hsdp', 'kill', 'memory', 'fsdp1', 'cli', 'compiled'])
+@pytest.mark.parametrize('name', ['hsdp', 'kill', 'memory', 'fsdp1', 'cli', 'compiled', 'mixture_run'])
 def test_proof(name): job(name)
 
 
 if __name__ == '__main__':
     import warnings, logging
     warnings.filterwarnings('ignore'); logging.disable(logging.WARNING); torch.set_num_threads(1)
-    for name in (['hsdp', 'kill', 'parts', 'memory', 'fsdp1', 'cli', 'compiled'] if sys.argv[1] == 'all' else sys.argv[1:]):
+    for name in (['hsdp', 'kill', 'parts', 'memory', 'fsdp1', 'cli', 'compiled', 'mixture_run'] if sys.argv[1] == 'all' else sys.argv[1:]):
         place, t0 = Path(tempfile.mkdtemp()), time.time()
         try: memory() if name == 'memory' else globals()[name](place)
         except Exception as e:
