@@ -212,7 +212,7 @@ def shard_model(model, rc: ScaleConfig, world: int, device: torch.device):
     if not dist.is_initialized(): dist.init_process_group('gloo' if device.type == 'cpu' else 'cpu:gloo,cuda:nccl', store=dist.HashStore(), rank=0, world_size=1)
     r, s = mesh_shape(rc, world)
     mesh = init_device_mesh(device.type, (r, s), mesh_dim_names=('replicate', 'shard')) if r > 1 else init_device_mesh(device.type, (s,), mesh_dim_names=('shard',))
-    kw = dict(mesh=mesh, offload_policy=CPUOffloadPolicy() if rc.offload else OffloadPolicy())
+    kw = dict(mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=device.type == 'cuda') if rc.offload else OffloadPolicy())
     low = MixedPrecisionPolicy(param_dtype=getattr(torch, rc.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
     full = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.embed.visual.blocks: fully_shard(block, mp_policy=low, **kw)

@@ -1,5 +1,7 @@
-"""Training at scale, each proof a command that prints its figure: python tests/test_scale.py hsdp | kill | memory | parts | fsdp1 | cli | mixture_run | all."""
-import json, os, random, shutil, signal, subprocess, sys, tempfile, time
+"""Training at scale, each proof a command that prints its figures: python tests/test_scale.py [--json FILE] all, or any of hsdp kill parts memory fsdp1 cli compiled mixture_run lerobot_fsdp offload slurm."""
+import io, json, os, random, shutil, signal, subprocess, sys, tempfile, time
+from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == '__main__': os.environ['OMP_NUM_THREADS'] = '1'
@@ -17,6 +19,7 @@ from halo.train import make_policy, preprocess
 ROOT = Path(__file__).resolve().parent.parent
 LITTLE = dict(model=preset('tiny', chunk=6, sampling__history_frames=2, sampling__history_stride=2, sampling__history_size=28, sampling__view_size=56, sampling__wrist_size=28), n_action_steps=4)
 TINY = dict(preset='tiny')
+ALL = ('hsdp', 'kill', 'parts', 'memory', 'fsdp1', 'cli', 'compiled', 'mixture_run', 'lerobot_fsdp', 'offload', 'slurm')
 
 
 def record(folder, lengths=(40, 44, 38)):
@@ -315,6 +318,106 @@ def finetunes(root, before, steps=6):
     assert preset_of(root/'finetuned_one/policy').chunk == 6
 
 
+def placed(rank, world, dataset, rc, store, q):
+    "Losses, norms and where things lie, of a few steps of one process."
+    from halo.scale import EMA, live_tensors, local, spread_model
+    from torch.distributed.tensor import DTensor
+    torch.set_num_threads(1); os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    if world > 1: dist.init_process_group('gloo', store=dist.FileStore(store, world), rank=rank, world_size=world)
+    policy, pre, _ = fresh(dataset, meta=rank > 0); prepare_parts(policy, rc); torch.manual_seed(0); spread_model(policy.model, rc, rank, world, torch.device('cpu')); policy.train()
+    o, data, out = make_optimizer(policy, rc), OneDataset(dataset, policy, dataset.root.parent/'store'), []
+    for k in range(4):
+        loss, norm = scale_step(policy, [preprocess(pre, data.batch(range(k * 8 + rank * 8 // world, k * 8 + (rank + 1) * 8 // world)))], [flow_draws(policy.config.model, 0, k, range(rank * 8 // world, (rank + 1) * 8 // world))], o, 1.0)
+        out.append((float(loss), float(norm)))
+    if rank == 0: q.put((out, {(type(p).__name__ if not isinstance(p, DTensor) else 'DTensor', str(local(p).device)) for p in policy.parameters()}, {str(local(v).device) for v in live_tensors(policy.model, o, EMA(policy.model, 0.9)).values()}))
+    if dist.is_initialized(): dist.barrier(); dist.destroy_process_group()
+
+
+def offload(root):
+    "run.offload: weights, moments and averages in host memory. On a CPU the arithmetic must not change by a bit: one and two processes, everything trained, and the one-card recipe."
+    dataset = data_in(root)
+    recipes = dict(all=ScaleConfig(lr=1e-3), bf16=ScaleConfig(lr=1e-3, dtype='bfloat16'), card=ScaleConfig(lr=1e-3, dtype='bfloat16', freeze=('vision', 'embedding'), lora_rank=4))
+    ctx = mp.get_context('fork')
+    for name, rc in recipes.items():
+        for world in (1, 2):
+            got = {}
+            for on in (False, True):
+                store, q = tempfile.mktemp(), ctx.Queue()
+                procs = [ctx.Process(target=placed, args=(r, world, dataset, replace(rc, offload=on), store, q)) for r in range(world)]
+                for p in procs: p.start()
+                while q.empty() and all(p.exitcode in (None, 0) for p in procs): time.sleep(0.1)
+                got[on] = q.get(timeout=5)
+                for p in procs: p.join()
+                assert all(p.exitcode == 0 for p in procs)
+            print(f"offload: {name}, {world} process{'es' * (world > 1)}: losses and norms {[tuple(round(x, 4) for x in r) for r in got[True][0]]}, {sum(a != b for a, b in zip(got[False][0], got[True][0]))} of {len(got[True][0])} differ from those without; parameters {sorted(got[True][1])}, state on {sorted(got[True][2])}", flush=True)
+            assert got[False][0] == got[True][0] and got[True][1] == {('DTensor', 'cpu')} and got[True][2] == {'cpu'}
+
+
+ON_CPU = """
+# lerobot-train whose losses are noted. accelerate leaves FSDP to accelerators (AcceleratorState never makes FSDP of MULTI_CPU): two assignments lift that, the rest is its own and LeRobot's.
+# Noise depends on the sample, so that one process and two draw the same.
+import json, os, sys
+import lerobot.scripts.lerobot_train as t
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from lerobot.utils.import_utils import register_third_party_plugins
+from halo.modeling_halo import HaloPolicy
+from halo.scale import flow_draws
+acc = Accelerator(step_scheduler_with_optimizer=False, cpu=True)
+before = str(acc.distributed_type)
+if os.environ.get('ACCELERATE_USE_FSDP') == 'true':
+    for s in (AcceleratorState, PartialState): s._shared_state['distributed_type'] = DistributedType.FSDP
+    AcceleratorState._shared_state['fsdp_plugin'] = FullyShardedDataParallelPlugin()
+forward, update = HaloPolicy.forward, t.update_policy
+def draws(self, batch, reduction='mean', noise=None, time=None): return forward(self, batch, reduction, *flow_draws(self.config.model, 0, 0, batch['index'].flatten().tolist()))
+def noted(metrics, policy, *a, **k):
+    out = update(metrics, policy, *a, **k)
+    with open(f"{os.environ['NOTES']}-{acc.process_index}.jsonl", 'a') as f: f.write(json.dumps(dict(loss=metrics.loss.val, norm=metrics.grad_norm.val, units=sum(isinstance(m, FSDP) for m in policy.modules()), accelerate=before)) + '\\n')
+    return out
+HaloPolicy.forward, t.update_policy = draws, noted
+register_third_party_plugins(); t.train(accelerator=acc)
+"""
+
+def lerobot_fsdp(root, steps=6):
+    "lerobot-train under accelerate launch with FSDP, two CPU processes: losses, checkpoint and --resume against one process; and what accelerate does with FSDP on a CPU by itself."
+    from halo.modeling_halo import HaloPolicy
+    from safetensors.torch import load_file
+    record(root/'data', (20, 24)); (root/'on_cpu.py').write_text(ON_CPU); (root/'probe.py').write_text('from accelerate import Accelerator; print(f"accelerate: {Accelerator(cpu=True).distributed_type}\\n", end="", flush=True)')
+    shipped = (ROOT/'configs/launch/lerobot_fsdp_8gpu.yaml').read_text()
+    cpu = shipped.replace('num_processes: 8', 'num_processes: 2').replace('mixed_precision: bf16', "mixed_precision: 'no'").replace('use_cpu: false', 'use_cpu: true'); unsynced = cpu.replace('fsdp_sync_module_states: true', 'fsdp_sync_module_states: false')
+    for name, text in dict(shipped=cpu, fsdp1=unsynced, fsdp2=cpu.replace('fsdp_version: 1', 'fsdp_version: 2')).items(): (root/f'{name}.yaml').write_text(text)
+    port = iter(range(29600 + os.getpid() % 300, 30000)); launch = lambda name, *args: [sys.executable, '-m', 'accelerate.commands.launch', '--main_process_port', next(port), '--config_file', root/f'{name}.yaml', *args]
+    env = os.environ | dict(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE='1', WANDB_MODE='disabled', OMP_NUM_THREADS='1', MASTER_ADDR='127.0.0.1')
+    for name in ('shipped', 'fsdp1', 'fsdp2'):
+        done = subprocess.run([str(x) for x in launch(name, root/'probe.py')], capture_output=True, text=True, env=env, cwd=ROOT); said = [l for l in (done.stdout + done.stderr).splitlines() if l.startswith(('accelerate: ', 'RuntimeError', 'ValueError'))]
+        print(f'lerobot_fsdp: {name}: {said[0] if said else done.stderr[-500:]}', flush=True)
+    args = lambda out, batch: ['--policy.type=halo', '--policy.device=cpu', '--policy.history_frames=2', '--policy.history_stride=2', '--policy.chunk_size=6', '--policy.n_action_steps=4', '--dataset.repo_id=halo/scale', f'--dataset.root={root}/data', f'--output_dir={root}/{out}',
+                               f'--steps={steps}', f'--batch_size={batch}', '--num_workers=0', f'--save_freq={steps // 2}', '--log_freq=1', '--wandb.enable=false', '--seed=1']
+    notes = lambda name: env | dict(NOTES=str(root/name)); rows = lambda name, n: [read_rows(root/f'{name}-{r}.jsonl') for r in range(n)]; mean = lambda rs: [float(np.mean([r['loss'] for r in step])) for step in zip(*rs, strict=True)]
+    quiet([sys.executable, root/'on_cpu.py', *args('one', 4)], env=notes('one')); quiet(launch('fsdp1', root/'on_cpu.py', *args('two', 2)), env=notes('two'))
+    weights = lambda out, step: load_file(str(root/out/f'checkpoints/{step:06d}/pretrained_model/model.safetensors'))
+    one, two, last = mean(rows('one', 1)), mean(rows('two', 2)), weights('two', steps); gap = max(float((weights('one', steps)[k] - v).abs().max()) for k, v in last.items())
+    loaded = HaloPolicy.from_pretrained(root/f'two/checkpoints/{steps:06d}/pretrained_model').state_dict(); assert all(torch.equal(loaded[k], v) for k, v in last.items()) and loaded.keys() == last.keys()
+    units = {r['units'] for rs in rows('two', 2) for r in rs}
+    print(f"lerobot_fsdp: {units.pop()} units on each of two processes (accelerate alone: {rows('two', 2)[0][0]['accelerate']}); loss {one[0]:.4f} -> {one[-1]:.4f}, largest difference from one process {max(abs(a - b) for a, b in zip(one, two)):.1e}, of the saved weights {gap:.1e}; the checkpoint opens in one process", flush=True)
+    shutil.rmtree(root/f'two/checkpoints/{steps:06d}')
+    quiet(launch('fsdp1', root/'on_cpu.py', f'--config_path={root}/two/checkpoints/{steps // 2:06d}/pretrained_model/train_config.json', '--resume=true'), env=notes('again'))
+    again, end = mean(rows('again', 2)), weights('two', steps)
+    print(f'lerobot_fsdp: --resume=true from step {steps // 2}: losses {[round(x, 4) for x in again]}, largest difference from the run that was not stopped {max(abs(a - b) for a, b in zip(again, two[steps // 2:], strict=True)):.1e}; {sum(not torch.equal(end[k], last[k]) for k in last)} of {len(last)} tensors differ')
+    assert max(abs(a - b) for a, b in zip(one, two)) < 1e-4 and gap < 1e-3 and max(abs(a - b) for a, b in zip(again, two[steps // 2:])) < 1e-6 and all(torch.allclose(end[k], last[k], atol=1e-6) for k in last)
+    assert not units and rows('two', 2)[0][0]['units'] == 1 + 4 + 3
+
+
+def slurm(root):
+    "The shipped Slurm script on a private Slurm of two virtual machines (scripts/slurm_check.py)."
+    sys.path.insert(0, str(ROOT/'scripts'))
+    from slurm_check import check, missing
+    if why := missing(): raise RuntimeError(why)
+    check(root)
+
+
 def compiled(root):
     "torch.compile on every block: the same losses; seconds per step."
     dataset, out = record(root/'data', (24, 26)), {}
@@ -359,18 +462,43 @@ def job(name): subprocess.run([sys.executable, __file__, name], check=True, cwd=
 
 def test_parts(tmp_path): parts(tmp_path)
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['hsdp', 'kill', 'memory', 'fsdp1', 'cli', 'compiled', 'mixture_run'])
+@pytest.mark.parametrize('name', [n for n in ALL if n not in ('parts', 'slurm')])
 def test_proof(name): job(name)
+
+@pytest.mark.slow
+def test_slurm():
+    sys.path.insert(0, str(ROOT/'scripts'))
+    from slurm_check import missing
+    if why := missing(): pytest.skip(why)
+    job('slurm')
+
+
+class Said(io.TextIOBase):
+    "Standard output that is also kept."
+    def __init__(self): self.text = ''
+    def write(self, x): self.text += x; return sys.__stdout__.write(x)
+    def flush(self): sys.__stdout__.flush()
+
+
+def prove(name) -> dict:
+    "Run a proof in a folder of its own: what it printed, and its seconds."
+    place, t0, said = Path(tempfile.mkdtemp()), time.time(), Said()
+    try:
+        with redirect_stdout(said): memory() if name == 'memory' else globals()[name](place)
+    finally: shutil.rmtree(place, ignore_errors=True)
+    print(f'{name}: {time.time() - t0:.0f} s', flush=True)
+    return dict(said=[l for l in said.text.replace(str(place), '…').splitlines() if l.startswith(f'{name}: ')], seconds=round(time.time() - t0))
 
 
 if __name__ == '__main__':
     import warnings, logging
     warnings.filterwarnings('ignore'); logging.disable(logging.WARNING); torch.set_num_threads(1)
-    for name in (['hsdp', 'kill', 'parts', 'memory', 'fsdp1', 'cli', 'compiled', 'mixture_run'] if sys.argv[1] == 'all' else sys.argv[1:]):
-        place, t0 = Path(tempfile.mkdtemp()), time.time()
-        try: memory() if name == 'memory' else globals()[name](place)
+    names, out = sys.argv[1:], None
+    if '--json' in names: k = names.index('--json'); out = Path(names[k + 1]); del names[k:k + 2]
+    for name in ALL if names == ['all'] else names:
+        try: found = prove(name)
         except Exception as e:
+            if names != ['all']: raise
             import traceback; traceback.print_exc(); print(f'{name}: FAILED {type(e).__name__}: {e}', flush=True)
-            if sys.argv[1] != 'all': raise
-        finally: shutil.rmtree(place, ignore_errors=True)
-        print(f'{name}: {time.time() - t0:.0f} s', flush=True)
+        else:
+            if out: out.write_text(json.dumps((json.loads(out.read_text()) if out.exists() else {}) | {name: found}, indent=1, ensure_ascii=False) + '\n')
