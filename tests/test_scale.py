@@ -354,29 +354,34 @@ def offload(root):
 
 
 ON_CPU = """
-# lerobot-train whose losses are noted. accelerate leaves FSDP to accelerators (AcceleratorState never makes FSDP of MULTI_CPU): two assignments lift that, the rest is its own and LeRobot's.
+# lerobot-train whose losses are noted. accelerate leaves FSDP to accelerators (AcceleratorState never makes FSDP of MULTI_CPU, and names the device cpu:0, which FSDP1 calls another one than cpu): three assignments lift that.
+# torch's FSDP1 moves what it gathers for a checkpoint "to the CPU". On a CPU that copies nothing: weights are then read from memory that was freed (SIGSEGV), and moments remain views of one tensor, which safetensors refuses; here both are copied. The rest is theirs.
 # Noise depends on the sample, so that one process and two draw the same.
-import json, os, sys
+import json, os, sys, torch
 import lerobot.scripts.lerobot_train as t
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp._flat_param import FlatParamHandle
+from torch.utils._pytree import tree_map_only
 from lerobot.utils.import_utils import register_third_party_plugins
 from halo.modeling_halo import HaloPolicy
 from halo.scale import flow_draws
 acc = Accelerator(step_scheduler_with_optimizer=False, cpu=True)
 before = str(acc.distributed_type)
 if os.environ.get('ACCELERATE_USE_FSDP') == 'true':
-    for s in (AcceleratorState, PartialState): s._shared_state['distributed_type'] = DistributedType.FSDP
+    for s in (AcceleratorState, PartialState): s._shared_state['distributed_type'], s._shared_state['device'] = DistributedType.FSDP, torch.device('cpu')
     AcceleratorState._shared_state['fsdp_plugin'] = FullyShardedDataParallelPlugin()
-forward, update = HaloPolicy.forward, t.update_policy
+forward, update, move, gather = HaloPolicy.forward, t.update_policy, FlatParamHandle.flat_param_to, t.gather_fsdp_state_dicts
+def copied(self, *a, **k): self.flat_param.data = self.flat_param.clone(); return move(self, *a, **k)
+def owned(model, optimizer): weights, moments = gather(model, optimizer); return weights, tree_map_only(torch.Tensor, torch.clone, moments)
 def draws(self, batch, reduction='mean', noise=None, time=None): return forward(self, batch, reduction, *flow_draws(self.config.model, 0, 0, batch['index'].flatten().tolist()))
 def noted(metrics, policy, *a, **k):
     out = update(metrics, policy, *a, **k)
     with open(f"{os.environ['NOTES']}-{acc.process_index}.jsonl", 'a') as f: f.write(json.dumps(dict(loss=metrics.loss.val, norm=metrics.grad_norm.val, units=sum(isinstance(m, FSDP) for m in policy.modules()), accelerate=before)) + '\\n')
     return out
-HaloPolicy.forward, t.update_policy = draws, noted
+HaloPolicy.forward, t.update_policy, FlatParamHandle.flat_param_to, t.gather_fsdp_state_dicts = draws, noted, copied, owned
 register_third_party_plugins(); t.train(accelerator=acc)
 """
 
