@@ -355,16 +355,15 @@ def offload(root):
 
 ON_CPU = """
 # lerobot-train whose losses are noted. accelerate leaves FSDP to accelerators (AcceleratorState never makes FSDP of MULTI_CPU, and names the device cpu:0, which FSDP1 calls another one than cpu): three assignments lift that.
-# torch's FSDP1 moves what it gathers for a checkpoint "to the CPU". On a CPU that copies nothing: weights are then read from memory that was freed (SIGSEGV), and moments remain views of one tensor, which safetensors refuses; here both are copied. The rest is theirs.
+# torch's FSDP1 moves what it gathers for a checkpoint "to the CPU". On a CPU that copies nothing: weights are then read from memory that was freed (SIGSEGV), and both moments are views of one buffer that is filled twice; here they are copied. The rest is theirs.
 # Noise depends on the sample, so that one process and two draw the same.
 import json, os, sys, torch
 import lerobot.scripts.lerobot_train as t
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP, _optim_utils as optim
 from torch.distributed.fsdp._flat_param import FlatParamHandle
-from torch.utils._pytree import tree_map_only
 from lerobot.utils.import_utils import register_third_party_plugins
 from halo.modeling_halo import HaloPolicy
 from halo.scale import flow_draws
@@ -373,15 +372,17 @@ before = str(acc.distributed_type)
 if os.environ.get('ACCELERATE_USE_FSDP') == 'true':
     for s in (AcceleratorState, PartialState): s._shared_state['distributed_type'], s._shared_state['device'] = DistributedType.FSDP, torch.device('cpu')
     AcceleratorState._shared_state['fsdp_plugin'] = FullyShardedDataParallelPlugin()
-forward, update, move, gather = HaloPolicy.forward, t.update_policy, FlatParamHandle.flat_param_to, t.gather_fsdp_state_dicts
+forward, update, move, unflatten = HaloPolicy.forward, t.update_policy, FlatParamHandle.flat_param_to, optim._unflatten_orig_param_states
 def copied(self, *a, **k): self.flat_param.data = self.flat_param.clone(); return move(self, *a, **k)
-def owned(model, optimizer): weights, moments = gather(model, optimizer); return weights, tree_map_only(torch.Tensor, torch.clone, moments)
+def owned(info, states, name, shard, save, offload):
+    unflatten(info, states, name, shard, save, offload)
+    for s in states.values() if save else (): s[name] = s[name].clone()
 def draws(self, batch, reduction='mean', noise=None, time=None): return forward(self, batch, reduction, *flow_draws(self.config.model, 0, 0, batch['index'].flatten().tolist()))
 def noted(metrics, policy, *a, **k):
     out = update(metrics, policy, *a, **k)
     with open(f"{os.environ['NOTES']}-{acc.process_index}.jsonl", 'a') as f: f.write(json.dumps(dict(loss=metrics.loss.val, norm=metrics.grad_norm.val, units=sum(isinstance(m, FSDP) for m in policy.modules()), accelerate=before)) + '\\n')
     return out
-HaloPolicy.forward, t.update_policy, FlatParamHandle.flat_param_to, t.gather_fsdp_state_dicts = draws, noted, copied, owned
+HaloPolicy.forward, t.update_policy, FlatParamHandle.flat_param_to, optim._unflatten_orig_param_states = draws, noted, copied, owned
 register_third_party_plugins(); t.train(accelerator=acc)
 """
 
@@ -398,7 +399,8 @@ def lerobot_fsdp(root, steps=6):
     for name in ('shipped', 'fsdp1', 'fsdp2'):
         done = subprocess.run([str(x) for x in launch(name, root/'probe.py')], capture_output=True, text=True, env=env, cwd=ROOT); said = [l for l in (done.stdout + done.stderr).splitlines() if l.startswith(('accelerate: ', 'RuntimeError', 'ValueError'))]
         print(f'lerobot_fsdp: {name}: {said[0] if said else done.stderr[-500:]}', flush=True)
-    args = lambda out, batch: ['--policy.type=halo', '--policy.device=cpu', '--policy.history_frames=2', '--policy.history_stride=2', '--policy.chunk_size=6', '--policy.n_action_steps=4', '--dataset.repo_id=halo/scale', f'--dataset.root={root}/data', f'--output_dir={root}/{out}',
+    # one action, so that none is padded: LeRobot's loss is the mean over a process's values, and two means of unlike counts are not one
+    args = lambda out, batch: ['--policy.type=halo', '--policy.device=cpu', '--policy.history_frames=2', '--policy.history_stride=2', '--policy.chunk_size=1', '--policy.n_action_steps=1', '--dataset.repo_id=halo/scale', f'--dataset.root={root}/data', f'--output_dir={root}/{out}',
                                f'--steps={steps}', f'--batch_size={batch}', '--num_workers=0', f'--save_freq={steps // 2}', '--log_freq=1', '--wandb.enable=false', '--seed=1']
     notes = lambda name: env | dict(NOTES=str(root/name)); rows = lambda name, n: [read_rows(root/f'{name}-{r}.jsonl') for r in range(n)]; mean = lambda rs: [float(np.mean([r['loss'] for r in step])) for step in zip(*rs, strict=True)]
     quiet([sys.executable, root/'on_cpu.py', *args('one', 4)], env=notes('one')); quiet(launch('fsdp1', root/'on_cpu.py', *args('two', 2)), env=notes('two'))
@@ -485,14 +487,14 @@ class Said(io.TextIOBase):
     def flush(self): sys.__stdout__.flush()
 
 
-def prove(name) -> dict:
-    "Run a proof in a folder of its own: what it printed, and its seconds."
+def prove(name) -> list[str]:
+    "Run a proof in a folder of its own; what it printed."
     place, t0, said = Path(tempfile.mkdtemp()), time.time(), Said()
     try:
         with redirect_stdout(said): memory() if name == 'memory' else globals()[name](place)
     finally: shutil.rmtree(place, ignore_errors=True)
     print(f'{name}: {time.time() - t0:.0f} s', flush=True)
-    return dict(said=[l for l in said.text.replace(str(place), '…').splitlines() if l.startswith(f'{name}: ')], seconds=round(time.time() - t0))
+    return [l for l in said.text.replace(str(place), '…').splitlines() if l.startswith(f'{name}: ')]
 
 
 if __name__ == '__main__':
