@@ -614,10 +614,10 @@ VIEW = 'observation.images.'
 
 class MixtureDataset(torch.utils.data.Dataset):
     "Samples of all datasets of a mixture, normalised and padded; indices are the picks of a `MixtureSampler`."
-    def __init__(self, mixture: Mixture, cfg: ModelConfig, root=None, store_root=None, seed: int = 0, recompute: bool = False, workers: int = 2, progress: bool = True):
+    def __init__(self, mixture: Mixture, cfg: ModelConfig, root=None, store_root=None, seed: int = 0, recompute: bool = False, workers: int = 2, progress: bool = True, frames: bool = True):
         self.mixture, self.cfg, self.seed = mixture, cfg, seed
         place = lambda d: None if store_root is None else Path(store_root)/d.name
-        self.members = [Member(d, cfg, mixture.rotation, mixture.actions, root, place(d), recompute, workers, progress) for d in mixture.datasets]
+        self.members = [Member(d, cfg, mixture.rotation, mixture.actions, root, place(d), recompute, workers, progress, frames) for d in mixture.datasets]
         self.slots = sorted({s for d in mixture.datasets for s in d.cameras}, key=lambda s: (('primary', 'secondary', 'wrist').index(s.split('_')[0]), s))
         self.names = [d.name for d in mixture.datasets]
 

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist, yaml
 import torch.distributed.checkpoint as dcp
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -21,7 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from .config import at_least, one_of
 from .flow import sample_time
-from .modeling_halo import pad_last
+from .modeling_halo import check_checkpoint, pad_last
 from .salr import KeepFP32
 from .train import lr_at, make_policy, param_groups, preprocess
 
@@ -31,8 +32,8 @@ __all__ = ['PARTS', 'META', 'SAME', 'SIZES', 'ScaleConfig', 'mesh_shape', 'globa
            'start_processes', 'shard_model', 'spread_model', 'set_checkpointing', 'allocator_peak', 'local', 'EMA',
            'live_tensors', 'sha256', 'sync', 'everyone', 'write_shard', 'write_last', 'checkpoints', 'save', 'flaw',
            'newest', 'load', 'Tally', 'Log', 'read_rows', 'peak_memory', 'Feed', 'merge_lora', 'write_policy',
-           'check_same', 'Stopper', 'own_folder', 'scale_train', 'loop', 'read_config', 'build', 'launch_shape',
-           'check_room', 'dry_run', 'dry_run_policy', 'main', 'export']
+           'check_same', 'Stopper', 'own_folder', 'scale_train', 'loop', 'read_config', 'init_weights', 'build',
+           'launch_shape', 'check_room', 'dry_run', 'dry_run_policy', 'main', 'export']
 
 # %% ../nbs/11c_scale.ipynb #8ef5145b
 PARTS = ('vision', 'embedding', 'vlm', 'expert', 'salr')
@@ -211,7 +212,7 @@ def shard_model(model, rc: ScaleConfig, world: int, device: torch.device):
     if not dist.is_initialized(): dist.init_process_group('gloo' if device.type == 'cpu' else 'cpu:gloo,cuda:nccl', store=dist.HashStore(), rank=0, world_size=1)
     r, s = mesh_shape(rc, world)
     mesh = init_device_mesh(device.type, (r, s), mesh_dim_names=('replicate', 'shard')) if r > 1 else init_device_mesh(device.type, (s,), mesh_dim_names=('shard',))
-    kw = dict(mesh=mesh, offload_policy=CPUOffloadPolicy() if rc.offload else OffloadPolicy())
+    kw = dict(mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=device.type == 'cuda') if rc.offload else OffloadPolicy())
     low = MixedPrecisionPolicy(param_dtype=getattr(torch, rc.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
     full = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.embed.visual.blocks: fully_shard(block, mp_policy=low, **kw)
@@ -488,10 +489,12 @@ def check_same(state: dict, rc: ScaleConfig, world: int, fingerprint: str) -> No
 
 # %% ../nbs/11c_scale.ipynb #008d70fb
 class Stopper:
-    "Notes SIGTERM and SIGUSR1 while it is entered; only the main thread can."
+    "Notes `signals` while it is entered; what a `Stopper` around it has noted counts too. Only the main thread can."
+    def __init__(self, *signals): self.signals = signals or (signal.SIGTERM, signal.SIGUSR1)
     def __enter__(self):
         self.asked, self.old = False, {}
-        with contextlib.suppress(ValueError): self.old = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        with contextlib.suppress(ValueError): self.old = {s: signal.signal(s, self.note) for s in self.signals}
+        self.asked |= any(getattr(getattr(h, '__self__', None), 'asked', False) for h in self.old.values())
         return self
     def note(self, *a): self.asked = True
     def __exit__(self, *a):
@@ -574,27 +577,35 @@ def read_config(file: str | Path, changes: list[str] = ()) -> dict:
     if not c.get('data'): raise ValueError(f"{Path(file).name}: 'data' is missing; give data.root (a LeRobot dataset) or data.mixture (a mixture's file)")
     return c | dict(run=ScaleConfig(**{k: float(v) if k in ('lr', 'eps', 'weight_decay') else v for k, v in (c.get('run') or {}).items()}), policy=c.get('policy') or {})
 
+# %% ../nbs/11c_scale.ipynb #9ef81cc1
+def init_weights(policy, init_from: str, meta: bool = False) -> None:
+    "Weights of a policy folder (or of a policy on the hub) into `policy`; a `policy` without memory is only compared with them. Raises `ValueError` that names `init_from`."
+    try: file = Path(init_from)/'model.safetensors' if Path(init_from).is_dir() else Path(hf_hub_download(init_from, 'model.safetensors'))
+    except Exception as e: raise ValueError(f'init_from={init_from} is neither a policy folder nor to be had from the hub ({type(e).__name__}); train it first, or correct the path') from e
+    try: check_checkpoint(file, policy)
+    except ValueError as e: raise ValueError(f"init_from={init_from}: {str(e).rpartition(';')[0]}; give this run the sizes of that one (policy)") from e
+    if not meta: policy.load_state_dict(load_file(str(file)))
+
 # %% ../nbs/11c_scale.ipynb #f7bc13d8
 SIZES = ('preset', 'model', 'history_frames', 'history_stride', 'history_hop', 'chunk_size', 'denoising_steps', 'salr', 'fps', 'vlm_id', 'tokenizer')   # of HaloConfig, already in its `model`
 
 def build(c: dict, meta: bool = False, data_too: bool = True) -> tuple:
     "Policy, processors, data of a run's file. With `meta` the policy takes no memory (dry runs, and all processes but the first)."
     from halo.configuration_halo import HaloConfig
-    from halo.modeling_halo import HaloPolicy
     rc, d, kw = c['run'], c['data'], dict(c['policy'])
     model = HaloConfig(**kw).model.but(dtype=rc.dtype, **(dict(vlm_id='') if meta else {}))
-    torch.manual_seed(rc.seed)
+    torch.manual_seed(rc.seed); kw = {k: v for k, v in kw.items() if k not in SIZES}
     if d.get('mixture'):
-        if find_spec('halo.mixture') is None: raise ImportError('data.mixture needs halo.mixture')
         from halo.mixture import Mixture, MixtureDataset, make_mixture_policy
-        data = MixtureDataset(Mixture.load(d['mixture']), model, d.get('root'), d.get('store'), rc.seed)
-        with torch.device('meta') if meta else contextlib.nullcontext(): policy, pre, post = make_mixture_policy(data, **{k: v for k, v in kw.items() if k not in SIZES})
-        return policy, pre, post, data
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-    dataset = LeRobotDataset(d.get('repo_id') or Path(d['root']).name, d['root'])
-    policy, pre, post = make_policy(dataset, meta, model=model, **{k: v for k, v in kw.items() if k not in SIZES})
-    if c.get('init_from') and not meta: policy.load_state_dict(HaloPolicy.from_pretrained(c['init_from']).state_dict())
-    return policy, pre, post, OneDataset(dataset, policy, d.get('store'), rc.seed) if data_too else dataset
+        data = MixtureDataset(Mixture.load(d['mixture']), model, d.get('root'), d.get('store'), rc.seed, frames=data_too)
+        with torch.device('meta') if meta else contextlib.nullcontext(): policy, pre, post = make_mixture_policy(data, **kw)
+    else:
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset
+        data = LeRobotDataset(d.get('repo_id') or Path(d['root']).name, d['root'])
+        policy, pre, post = make_policy(data, meta, model=model, **kw)
+        if data_too: data = OneDataset(data, policy, d.get('store'), rc.seed)
+    if c.get('init_from'): init_weights(policy, c['init_from'], meta)
+    return policy, pre, post, data
 
 # %% ../nbs/11c_scale.ipynb #00d25d35
 def launch_shape(file: str | Path) -> tuple[int, int]:
@@ -694,9 +705,10 @@ def main(argv=None) -> int:
     rank, world, _ = start_processes(a.device)
     if rank and world > 1: dist.barrier()                     # the first process builds the frame store
     if a.export: return export(c, out, a.export)
-    built = build(c, meta=rank > 0)
-    if rank == 0 and world > 1: dist.barrier()
-    row = scale_train(*built, out, c['run'], a.until, a.device)
+    with Stopper(signal.SIGUSR1):                              # Slurm's warning may come before the first step
+        built = build(c, meta=rank > 0)
+        if rank == 0 and world > 1: dist.barrier()
+        row = scale_train(*built, out, c['run'], a.until, a.device)
     if rank == 0: print(json.dumps(row))
     if dist.is_initialized(): dist.destroy_process_group()
     return 75 if row.get('asked') else 0                       # EX_TEMPFAIL: a scheduler may queue it again
