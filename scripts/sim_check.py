@@ -14,7 +14,7 @@ from openpi_check import clean, root, served
 SHAPES = {   # cameras (height = width), state, action, control rate: what each client sends and executes
     'maniskill': dict(cameras=dict(primary=128, wrist=128), state=7, action=7, hz=20),
     'calvin': dict(cameras=dict(primary=200, wrist=84), state=15, action=7, hz=30),
-    'robomme': dict(cameras=dict(primary=256, wrist=256), state=8, action=8, hz=10)}
+    'robomme': dict(cameras=dict(primary=256, wrist=256), state=8, action=8, hz=10)}   # the published ManiSkill's wrist camera has 128; the server resizes
 
 
 def make_policy(folder, client, preset):
@@ -44,7 +44,7 @@ def main():
     p.add_argument('more', nargs='*', help="for the client, after --")
     args = p.parse_args()
     out = args.out.resolve(); out.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory() as d, served(make_policy(Path(d)/'policy', args.client, args.preset), '--untrained') as (host, port):
+    with tempfile.TemporaryDirectory() as d, served(make_policy(Path(d)/'policy', args.client, args.preset), '--untrained', '--resize') as (host, port):
         command = [args.python, str(root/f'clients/{args.client}.py'), '--address', f'{host}:{port}', '--episodes', str(args.episodes), '--out', str(out), *args.more]
         status = subprocess.run(command, env=clean(), cwd=root).returncode
     wrong = f'the client ended with status {status}' if status else judge(out, args.episodes)
