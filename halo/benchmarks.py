@@ -4,7 +4,7 @@
 
 # %% ../nbs/23_benchmarks.ipynb #cfdac620
 from __future__ import annotations
-import argparse, contextlib, fnmatch, importlib, importlib.metadata, json, logging, math, multiprocessing, os, sys, tempfile, time, xml.etree.ElementTree as ET
+import argparse, contextlib, fcntl, fnmatch, importlib, importlib.metadata, json, logging, math, multiprocessing, os, sys, tempfile, time, xml.etree.ElementTree as ET
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,10 +22,11 @@ __all__ = ['BENCHMARKS', 'LIBERO_SUITES', 'PERTURBATIONS', 'REWORDED', 'LIBERO_S
            'HEIGHTS', 'Benchmark', 'deviations', 'register', 'open_benchmark', 'flash_place', 'metaworld_class',
            'metaworld', 'plain_xml', 'libero_class', 'LiberoPolicyView', 'libero_tasks', 'libero_benchmark', 'libero',
            'libero_pro', 'libero_put', 'libero_reach', 'libero_miss', 'prove_success', 'batched', 'same',
-           'PolicyPlayer', 'first', 'statistics', 'load_any', 'random_policy', 'ServedPolicy', 'pictures', 'connect',
-           'open_player', 'options', 'observation_hash', 'run_episode', 'filmed', 'write_video', 'Journal', 'Plan',
-           'conventions_of', 'result_of', 'begin_worker', 'work', 'run_cases', 'run_plan', 'table_of',
-           'compare_results', 'parser', 'prove', 'main']
+           'PolicyPlayer', 'first', 'chunk_of', 'statistics', 'load_any', 'random_policy', 'ServedPolicy', 'pictures',
+           'connect', 'open_player', 'execute_of', 'options', 'observation_hash', 'run_episode', 'filmed',
+           'write_video', 'Journal', 'Plan', 'conventions_of', 'result_of', 'begin_worker', 'work', 'run_cases',
+           'alone_in', 'run_plan', 'run_alone', 'table_of', 'compare_results', 'frames_of', 'kept', 'rows_of', 'sheet',
+           'parser', 'prove', 'main']
 
 # %% ../nbs/23_benchmarks.ipynb #7a28ad72
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ def same(x): return x
 
 class PolicyPlayer:
     "A LeRobot policy with its processors. The noise of a flow policy depends on the episode's seed and the tick alone; others draw from torch's generator, seeded at the episode's start."
-    def __init__(self, policy, pre, post): self.policy, self.pre, self.post = policy.eval(), pre, post
+    def __init__(self, policy, pre, post, weights: str | None = None): self.policy, self.pre, self.post, self.weights = policy.eval(), pre, post, weights   # `weights` says so where they are random
 
     def reset(self, seed: int):
         self.seed, self.tick = seed, 0
@@ -289,6 +290,8 @@ class PolicyPlayer:
 # %% ../nbs/23_benchmarks.ipynb #0f727441
 def first(*values): return next((v for v in values if v is not None), None)
 
+def chunk_of(config) -> int | None: "Actions in a policy's chunk."; return first(getattr(getattr(config, 'model', None), 'chunk', None), getattr(config, 'chunk_size', None), getattr(config, 'horizon', None))
+
 def statistics(pipeline) -> dict:
     "Keys and SHA-256 of the normalisation statistics in a processor pipeline."
     found = {f'{i}.{k}': v for i, s in enumerate(pipeline.steps) if hasattr(s, 'state_dict') for k, v in s.state_dict().items()}
@@ -298,9 +301,10 @@ def statistics(pipeline) -> dict:
 def describe(self: PolicyPlayer) -> dict:
     "Everything about the policy that its success depends on."
     c, m = self.policy.config, getattr(self.policy.config, 'model', None)
-    out = dict(type=c.type, config_sha256=config_hash(c), checkpoint_sha256=checkpoint_hash(self.policy), parameters=sum(p.numel() for p in self.policy.parameters()), chunk=first(getattr(m, 'chunk', None), getattr(c, 'chunk_size', None), getattr(c, 'horizon', None)),
+    out = dict(type=c.type, config_sha256=config_hash(c), checkpoint_sha256=checkpoint_hash(self.policy), parameters=sum(p.numel() for p in self.policy.parameters()), chunk=chunk_of(c),
                executed_actions=c.n_action_steps, normalisation={str(k): getattr(v, 'value', v) for k, v in c.normalization_mapping.items()}, statistics=statistics(self.pre), cameras={k: list(f.shape) for k, f in c.image_features.items()},
                state=c.robot_state_feature and list(c.robot_state_feature.shape), action=list(c.action_feature.shape), device=str(next(self.policy.parameters()).device), denoising=first(getattr(c, 'num_inference_steps', None), getattr(c, 'num_steps', None)))
+    if self.weights: out['weights'] = self.weights
     if c.type == 'halo': out |= dict(denoising=dict(steps=m.flow.steps, method=m.flow.method), history=asdict(m.sampling), salr=asdict(m.salr), camera_roles=c.roles, dtype=m.dtype, noise='numpy default_rng([seed, tick])')
     return out
 
@@ -376,10 +380,17 @@ def open_player(spec: str, benchmark: Benchmark, execute: int | None = None):
     "The player that `spec` names: a policy folder, ws://host:port, or `random:PRESET[,field=value…]` (fields of HaloConfig, and seed)."
     if spec.startswith(('ws://', 'wss://')): return ServedPolicy(connect(spec), execute)
     if spec.startswith('random:'):
-        preset, *rest = spec.removeprefix('random:').split(',')
-        return PolicyPlayer(*random_policy(benchmark, preset, **options(rest)))
-    player = PolicyPlayer(*load_any(spec))
-    if execute: player.policy.config.n_action_steps = execute
+        preset, *rest = spec.removeprefix('random:').split(','); fields = options(rest)
+        player = PolicyPlayer(*random_policy(benchmark, preset, **fields), weights=f"random (seed {fields.get('seed', 0)})")
+    else: player = PolicyPlayer(*load_any(spec))
+    return execute_of(player, execute)
+
+def execute_of(player: PolicyPlayer, execute: int | None) -> PolicyPlayer:
+    "The player with another number of executed actions. Raises `ValueError` for one that the chunk does not have."
+    if execute is None: return player
+    chunk = chunk_of(player.policy.config)
+    if not 1 <= execute <= (chunk or execute): raise ValueError(f"{execute} executed actions of a chunk of {chunk}: give a number from 1 to that")
+    player.policy.config.n_action_steps = execute
     return player
 
 def options(pairs) -> dict:
@@ -449,7 +460,7 @@ class Journal:
         if whole != text: write_whole(self.path, whole)   # the tail was torn
         head, *self.lines = [json.loads(line) for line in whole.splitlines()] or [None]
         if head is None: self.append(dict(conventions_sha256=key))
-        elif head['conventions_sha256'] != key: raise ValueError(f"{self.path} was begun under other conventions (policy, benchmark, versions …); choose another --out, or delete it to start anew")
+        elif head.get('conventions_sha256') != key: raise ValueError(f"{self.path} was begun under other conventions (policy, benchmark, versions …); choose another --out, or delete it to start anew")
 
     def append(self, line: dict):
         fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -528,8 +539,21 @@ def run_cases(plan: Plan, cases, done) -> None:
         except BrokenProcessPool as e: raise RuntimeError("a worker died (out of memory?); run the same command again to go on, perhaps with fewer --workers") from e
         except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
 
+@contextlib.contextmanager
+def alone_in(folder: Path):
+    "Hold `folder` for this process. Raises `ValueError` while another evaluation holds it; a killed one holds nothing."
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / '.lock').open('w') as f:
+        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e: raise ValueError(f"another evaluation is writing to {folder}; wait for it, or choose another --out") from e
+        yield
+
 def run_plan(plan: Plan, log=print) -> dict:
     "Evaluate, going on where an interrupted run was. Writes result.json, timings.json, episodes.jsonl and videos to `plan.out`; returns the result."
+    with alone_in(Path(plan.out)): return run_alone(plan, log)
+
+def run_alone(plan: Plan, log) -> dict:
+    "`run_plan` in a folder that nobody else writes to."
     out, threads = Path(plan.out), torch.get_num_threads()
     try:
         begin_worker(plan)
@@ -569,6 +593,40 @@ def compare_results(a: dict, b: dict) -> dict:
     paired = [EvalResult([dict(seed=i, success=e['success']) for i, e in enumerate(sorted(r['episodes'], key=lambda e: (e['task'], e['episode'])))], {}) for r in (a, b)]
     return compare(*paired)
 
+# %% ../nbs/23_benchmarks.ipynb #4bedbd1c
+def frames_of(path: str | Path) -> list[np.ndarray]:
+    "All pictures (H, W, 3) of a film."
+    import av
+    with av.open(str(path)) as film: return [f.to_ndarray(format='rgb24') for f in film.decode(video=0)]
+
+def kept(folder: str | Path) -> dict:
+    "Result, seconds and counted film frames of a finished run in one document. Raises `ValueError` for an unfinished run or a film that is not whole."
+    folder = Path(folder)
+    if not (folder / 'result.json').exists(): raise ValueError(f"{folder} holds no result.json: the evaluation has not ended; the command that began it goes on")
+    doc, times = json.loads((folder / 'result.json').read_text()), json.loads((folder / 'timings.json').read_text())
+    by = {(t['task'], t['episode']): t for t in times['episodes']}
+    for e in doc['episodes']:
+        t = by[e['task'], e['episode']]
+        e.update(seconds=t['total_s'], policy_seconds=t['policy_s'], film_frames=len(frames_of(folder / e['video'])) if e['video'] else None)
+        if e['video'] and e['film_frames'] != e['ticks'] + 1: raise ValueError(f"{e['video']} has {e['film_frames']} frames, its episode {e['ticks']} ticks")
+    return doc | dict(seconds=times['seconds'])
+
+# %% ../nbs/23_benchmarks.ipynb #ab18430d
+def rows_of(doc: dict) -> str:
+    "One line per episode of a kept run."
+    policy = doc['conventions']['policy']
+    head = f"{len(doc['episodes'])} episodes of {doc['conventions']['cases']}, {doc['seconds'] / 60:.0f} minutes, weights: {policy.get('weights', 'trained')}"
+    line = lambda e: f"{e['task'][:86]:86} {e['episode']:3d} {e['ticks']:4d}/{e['limit']:<4d} {'success' if e['success'] else '–':8}{e['seconds']:7.1f} s {e['policy_seconds']:6.1f} s {e['film_frames'] or 0:5d}"
+    return '\n'.join([head, f"{'task':86}   #  steps     success    whole    policy  film", *map(line, doc['episodes'])])
+
+def sheet(folder: str | Path, tasks, path: str | Path, moments: int = 3) -> Path:
+    "A picture: one row per task, `moments` frames of its first film from start to end."
+    from PIL import Image
+    films = [frames_of(Path(folder) / 'videos' / f"{t.replace('/', '-')}-000.mp4") for t in tasks]
+    rows = [np.concatenate([f[int(k)] for k in np.linspace(0, len(f) - 1, moments)], 1) for f in films]
+    Image.fromarray(np.concatenate(rows)).save(path, quality=85)
+    return Path(path)
+
 # %% ../nbs/23_benchmarks.ipynb #45978515
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog='python -m halo.benchmarks', description='Evaluate a policy on a benchmark; the same command goes on where an interrupted one was.')
@@ -583,6 +641,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--workers', type=int, default=1, help='processes, one thread each (1)')
     p.add_argument('--list', action='store_true', help='the tasks of the benchmark')
     p.add_argument('--prove', action='store_true', help="LIBERO: set each task's goal state and see success fire, and not before")
+    p.add_argument('--keep', nargs=2, type=Path, metavar=('RUN', 'FILE'), help='write a finished run with seconds and counted film frames to one small file')
+    p.add_argument('--rows', type=Path, metavar='FILE', help='the episodes of such a file, line by line')
+    p.add_argument('--sheet', nargs=2, type=Path, metavar=('RUN', 'FILE'), help='moments of the films of --tasks as one picture')
     p.add_argument('--compare', nargs=2, type=Path, metavar='RESULT', help='compare two result.json on the same episodes')
     return p
 
@@ -601,6 +662,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if args.compare: print(json.dumps(compare_results(*(json.loads(f.read_text()) for f in args.compare)), indent=1)); return 0
+        if args.keep: write_whole(args.keep[1], json.dumps(doc := kept(args.keep[0]), indent=1)); print(table_of(doc)); return 0
+        if args.rows: print(rows_of(json.loads(args.rows.read_text()))); return 0
+        if args.sheet: print(sheet(args.sheet[0], args.tasks, args.sheet[1])); return 0
         if args.list: print('\n'.join(open_benchmark(args.benchmark, **options(args.set)).tasks)); return 0
         if args.prove: return prove(open_benchmark(args.benchmark, **(dict(size=32, quality='plain') | options(args.set))), args.tasks, args.out)
         if not args.policy: raise ValueError('--policy is missing: a policy folder, ws://host:port, or random:small')

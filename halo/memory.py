@@ -11,7 +11,8 @@ from .thin import Player, connect, parser, rate, run_benchmark, run_episode
 
 # %% auto #0
 __all__ = ['PROTOCOL', 'CHANCE', 'ROBOMME', 'chance', 'rpy', 'split_cameras', 'scalar', 'Mikasa', 'Scripted', 'vulkan_hint',
-           'shown_before', 'RoboMME', 'show_first', 'conventions', 'film', 'check', 'main', 'main_robomme']
+           'shown_before', 'RoboMME', 'show_first', 'conventions', 'film', 'check', 'main', 'robomme_versions',
+           'main_robomme']
 
 # %% ../nbs/23c_memory.ipynb #98432cdf
 PROTOCOL = dict(benchmark='MIKASA-Robo VLA', episodes=50, first_seed=4242424242, control_mode='pd_ee_delta_pose', control_rate=20, success='at any tick', observation='rgb',
@@ -83,11 +84,11 @@ class Scripted:
 def vulkan_hint(error: Exception) -> str:
     "What to do when the renderer did not start."
     return (f"ManiSkill's renderer did not start ({str(error)[:100]}). On a machine without GPU: Mesa 25 or later with lavapipe (Debian 12: apt install -t bookworm-backports mesa-vulkan-drivers, "
-            "or unpack that package and set VK_ICD_FILENAMES to its lvp_icd.json), and --device cpu")
+            "or unpacked by eval \"$(scripts/lavapipe.sh FOLDER)\"), and --device cpu")
 
 # %% ../nbs/23c_memory.ipynb #c08583a2
 ROBOMME = dict(benchmark='RoboMME', episodes=50, dataset='test', action='eight joint angles (rad) and gripper', control_rate=10, cameras=dict(primary='front 256×256', wrist='wrist 256×256'),
-               orientation='as rendered (upright)', state='seven joint angles (rad), gripper: 8', ticks=300, prompts='the episode\'s own goal', success='status "success"')
+               orientation='as rendered (upright)', state='seven joint angles (rad), gripper: 8', ticks=300, prompts='the episode\'s own goal', success='status "success"', versions='its own fork of ManiSkill')
 
 def shown_before(raw: dict, name: str = 'front_rgb_list') -> np.ndarray:
     "Frames (k, H, W, 3) that an observation shows before the present one: all but the last of a list, none of a single frame."
@@ -96,14 +97,16 @@ def shown_before(raw: dict, name: str = 'front_rgb_list') -> np.ndarray:
 
 # %% ../nbs/23c_memory.ipynb #06965190
 class RoboMME:
-    "A RoboMME task through LeRobot's class; `demo` holds the frames shown before the episode. Not verified here: it needs a clone and its assets."
+    "A RoboMME task through LeRobot's class; `demo` holds the frames shown before the episode, `about()` what it showed."
     def __init__(self, task: str, dataset: str = 'test', limit: int = ROBOMME['ticks']):
         try: from lerobot.envs.robomme import RoboMMEGymEnv
         except ImportError as e: raise ImportError(f"RoboMME runs through LeRobot's class ({e}); see configs/requirements/robomme.txt") from e
         self.make, self.limit = (lambda episode: RoboMMEGymEnv(task=task, dataset=dataset, episode_idx=episode, max_steps=limit)), limit
         self.task = task
 
-    def seen(self, obs): return dict(primary=obs['pixels']['image'], wrist=obs['pixels']['wrist_image']), obs['agent_pos'], self.prompt
+    def seen(self, obs): self.images = dict(primary=obs['pixels']['image'], wrist=obs['pixels']['wrist_image']); return self.images, obs['agent_pos'], self.prompt
+
+    def about(self) -> dict: "What the running episode showed."; return dict(pictures={k: list(v.shape) for k, v in self.images.items()}, shown_before=len(self.demo))
 
     def reset(self, seed: int):
         self.env = self.make(int(seed))
@@ -167,14 +170,20 @@ def main(arguments=None):
     print(f"{args.task}: {s['successes']}/{s['n']} = {s['rate']:.1%}, 95 % interval {s['lo']:.1%} to {s['hi']:.1%}" + (f"; guessing gives {guess:.1%}" if guess else ''))
 
 # %% ../nbs/23c_memory.ipynb #07403d42
+def robomme_versions() -> str:
+    "What the simulation stands on."
+    import importlib.metadata as m
+    return ', '.join(f'{n} {m.version(n)}' for n in ('mani_skill', 'gymnasium', 'numpy'))
+
 def main_robomme(arguments=None):
     "Command line of `clients/robomme.py`."
-    p = parser('robomme', 'Play a RoboMME task with a served policy (not verified here).')
+    p = parser('robomme', 'Play a RoboMME task with a served policy.')
     p.add_argument('--task', default='PickXtimes'); p.add_argument('--dataset', default='test')
+    p.add_argument('--limit', type=int, default=ROBOMME['ticks'], help='ticks per episode')
     args = p.parse_args(arguments)
-    env, policy = RoboMME(args.task, args.dataset), connect(args.address, args.token)
+    env, policy = RoboMME(args.task, args.dataset, args.limit), connect(args.address, args.token)
     begin = lambda player, seed: show_first(player, env.demo, seed)
-    own = dict(ROBOMME) | dict(episodes=args.episodes, dataset=args.dataset, task=args.task, frames=args.frames, chunk_executed=args.replan or 'all', server=dict(policy.get_server_metadata()))
-    play = lambda env, player, seed, limit: run_episode(env, player, seed, limit, start=begin)
+    own = dict(ROBOMME) | dict(episodes=args.episodes, dataset=args.dataset, ticks=args.limit, versions=robomme_versions(), task=args.task, frames=args.frames, chunk_executed=args.replan or 'all', server=dict(policy.get_server_metadata()))
+    play = lambda env, player, seed, limit: run_episode(env, player, seed, limit, start=begin) | env.about()
     out = run_benchmark(env, Player(policy, args.replan, args.frames, 8), range(args.episodes), env.limit, args.out, own, ROBOMME, episode=play)
     print(f"{args.task}: {out['success']['successes']}/{out['success']['n']}")

@@ -504,10 +504,10 @@ async def run(self: Worker) -> None:
 # %% ../nbs/22_serve.ipynb #627ad4b9
 class PolicyServer:
     "Serves an engine over openpi's protocol. `run` it in an event loop, or use `running`."
-    def __init__(self, engine, host: str = '127.0.0.1', port: int = 8000, token: str | None = None, batch: int = 1, execute: int = 1, keys: list[str] = (), limits: Limits = Limits()):
+    def __init__(self, engine, host: str = '127.0.0.1', port: int = 8000, token: str | None = None, batch: int = 1, execute: int = 1, keys: list[str] = (), limits: Limits = Limits(), untrained: bool = False):
         if execute < 1: raise ValueError(f"execute={execute} must be at least 1: the ticks from one observation to the next")
         self.engine, self.host, self.port, self.token, self.execute, self.limits = engine, host, port, token, execute, limits
-        self.keys, self.worker = key_map(engine.contract, keys), Worker(engine, batch)
+        self.keys, self.worker, self.untrained = key_map(engine.contract, keys), Worker(engine, batch), untrained
         self.clients, self.refused, self.began, self.stopping = 0, 0, time.monotonic(), None
 
     def metadata(self) -> dict:
@@ -518,7 +518,7 @@ class PolicyServer:
                     cameras={n: dict(shape=[*s, 3], dtype='uint8', role=c.roles[n], needed=n in c.need) for n, s in c.cameras.items()}, state=c.state, action=c.action,
                     chunk=getattr(getattr(p.config, 'model', None), 'chunk', None) or getattr(p.config, 'chunk_size', None) or getattr(p.config, 'horizon', None), n_action_steps=getattr(p.config, 'n_action_steps', None), observation_steps=getattr(p.config, 'n_obs_steps', 1),
                     history=history if c.frames else None, keys=self.keys, control=list(CONTROL), default_tick=f'{e} after the last observation, 1 after the last frame',
-                    batch=self.worker.size, limits=asdict(self.limits))
+                    batch=self.worker.size, limits=asdict(self.limits)) | (dict(weights='random') if self.untrained else {})
 
 # %% ../nbs/22_serve.ipynb #70afe9b7
 @patch
@@ -750,6 +750,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--resize', action='store_true', help='accept pictures of any size')
     p.add_argument('--seed', type=int, default=0, help='of the noise of clients that give none')
     p.add_argument('--threads', type=int, help='CPU threads of the model')
+    p.add_argument('--untrained', action='store_true', help='tell clients that the weights are random, so that no result is taken for the policy\'s')
     for name, what in (('clients', 'connections at once'), ('idle', 'seconds without a message'), ('wait', 'seconds for an answer')): p.add_argument(f'--{name}', type=type(getattr(d, name)), default=getattr(d, name), help=what)
     p.add_argument('--message-mb', type=float, default=d.message / (1 << 20), help='size of a message in MiB')
     return p
@@ -762,7 +763,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger('halo.serve.websockets').setLevel(logging.CRITICAL)
     if args.threads: torch.set_num_threads(args.threads)
     token, limits = read_token(args), Limits(clients=args.clients, idle=args.idle, wait=args.wait, message=int(args.message_mb * (1 << 20)))
-    server = PolicyServer(make_engine(*open_policy(args.policy, args.device), seed=args.seed, resize=args.resize), args.host, args.port, token, args.batch, args.execute, args.key, limits)
+    server = PolicyServer(make_engine(*open_policy(args.policy, args.device), seed=args.seed, resize=args.resize), args.host, args.port, token, args.batch, args.execute, args.key, limits, args.untrained)
     if not token and args.host not in ('127.0.0.1', '::1', 'localhost'): log.warning('%s is reachable by other machines and no token is set', args.host)
     async def serve():
         stop = asyncio.Event()

@@ -14,9 +14,9 @@ import halo
 __all__ = ['ROOT', 'TABLE_DIR', 'ABLATIONS', 'RESULTS', 'PAPER', 'OURS', 'WIDOWX', 'PAPER_TABLES', 'COLOURS', 'ABLATION', 'NEEDS',
            'RUNS', 'CLIENTS', 'PaperTable', 'paper_table', 'read_csv', 'printed', 'number', 'half_unit', 'recomputed',
            'slack', 'audit', 'bold_audit', 'cell', 'claims', 'counts', 'wilson95', 'fisher', 'field_rows', 'Result',
-           'rate_of', 'benchmark_name', 'task_entries', 'read_result', 'pooled', 'our_cells', 'our_row', 'find_results',
-           'total_counts', 'table_rows', 'draw_rows', 'draw_table', 'markdown', 'ablation', 'missing', 'run_table',
-           'reproduce', 'ablation_lines', 'parser', 'main']
+           'rate_of', 'benchmark_name', 'task_entries', 'read_result', 'untrained', 'pooled', 'our_cells', 'our_row',
+           'find_results', 'total_counts', 'table_rows', 'draw_rows', 'draw_table', 'markdown', 'ablation', 'missing',
+           'run_table', 'reproduce', 'ablation_lines', 'parser', 'main']
 
 # %% ../nbs/24_tables.ipynb #3c72e994
 ROOT = Path(halo.__file__).resolve().parent.parent
@@ -174,6 +174,7 @@ class Result:
     file: str = ''
     parameters: int | None = None                  # of the policy, if the file says so
     differs: tuple[str, ...] = ()                  # from the benchmark's standard protocol, as the file says
+    untrained: bool = False                        # random weights: a check of the machinery, never a row
 
     def names(self) -> dict[str, tuple[float, int | None]]:
         "'benchmark/task' in lower case with underscores → (rate, episodes)."
@@ -222,7 +223,12 @@ def read_result(path: str | Path) -> Result:
     if not tasks and total is None: raise ValueError(f"{path.name} ({name}) has neither per_task nor total; run the evaluation to its end")
     entries = {t: rate_of(v, f"{path.name}: {t}") for t, v in tasks.items()} or {'total': rate_of(total, f"{path.name}: total")}
     differs = tuple(said.get('differs') or ()) + (() if d.get('complete', True) else ('the evaluation is not complete',))
-    return Result(name, entries, path.name, (said.get('policy') or {}).get('parameters'), differs)
+    return Result(name, entries, path.name, (said.get('policy') or {}).get('parameters'), differs, untrained(said))
+
+def untrained(said: dict) -> bool:
+    "Do the conventions of a result name random weights, those of the policy here or of the server that was asked?"
+    policy = said.get('policy') or {}
+    return any(str(p.get('weights', '')).startswith('random') for p in (policy, policy.get('server') or {}, said.get('server') or {}))
 
 # %% ../nbs/24_tables.ipynb #3f3687b6
 def pooled(entries: list[tuple[float, int | None]]) -> tuple[float, int | None] | None:
@@ -235,7 +241,7 @@ def our_cells(n: int, results: list[Result], setting: str | None = None) -> dict
     "Column → (rate, episodes) of table `n` for what `results` hold of it."
     t = paper_table(n)
     block = t.settings.get(setting or next(iter(t.settings), ''), '')
-    found = {k: v for r in results for k, v in r.names().items() if not block or re.search(block, k)}
+    found = {k: v for r in results if not r.untrained for k, v in r.names().items() if not block or re.search(block, k)}
     cells = {c: pooled([v for k, v in found.items() if re.search(p, k)]) for c, p in t.cells.items()}
     return {c: v for c, v in cells.items() if v}
 
@@ -372,6 +378,7 @@ def reproduce(n: int, results: str | Path = RESULTS, figure: str | Path | None =
     for r in used:
         cells = {c for s in t.settings or (None,) for c in our_cells(n, [r], s)}
         lines += [f"ours from {r.file} ({r.benchmark}): {', '.join(c for c in t.cells if c in cells)}", *(f'  differs from the standard protocol: {d}' for d in r.differs)]
+    lines += [f"not taken for a row: {r.file} ({r.benchmark}) has random weights, a check of the machinery" for r in found if r.untrained]
     have = {c for s in t.settings or (None,) for c in our_cells(n, used, s)}
     if used and (lacks := [c for c in t.cells if c not in have]): lines.append(f"our row lacks {', '.join(lacks)}")
     if not used: lines += [f"No result of ours for {', '.join(t.benchmarks)}. Missing:", *(f'  - {m}' for m in missing(n))]

@@ -43,9 +43,9 @@ def relay(host, port):
 
 
 @contextlib.contextmanager
-def served(policy):
-    "A policy server as a process; gives (host, port)."
-    process = subprocess.Popen([sys.executable, '-m', 'halo.serve', '--policy', str(policy), '--port', '0', '--threads', '1'], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+def served(policy, *more):
+    "A policy server as a process, with `more` arguments; gives (host, port)."
+    process = subprocess.Popen([sys.executable, '-m', 'halo.serve', '--policy', str(policy), '--port', '0', '--threads', '1', *more], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         line = process.stdout.readline()
         found = re.search(r'ws://([\d.]+):(\d+)', line)

@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from halo.benchmarks import Benchmark, Plan, PolicyPlayer, ServedPolicy, compare_results, connect, main, open_benchmark, open_player, random_policy, run_episode, run_plan, same
+from halo.benchmarks import Benchmark, Journal, Plan, PolicyPlayer, ServedPolicy, alone_in, compare_results, kept, connect, main, open_benchmark, open_player, random_policy, rows_of, run_episode, run_plan, same, write_video
 from halo.evaluate import sha256
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +87,34 @@ def test_other_conventions_are_refused(whole):
     with pytest.raises(ValueError, match='other conventions'): run_plan(plan(whole, options=dict(shift=1)), log=quiet)
     with pytest.raises(ValueError, match='fixes 5'): run_plan(plan(whole, episodes=6), log=quiet)
     with pytest.raises(ValueError, match='no task'): run_plan(plan(whole, tasks=('c/*',)), log=quiet)
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with alone_in(tmp_path), pytest.raises(ValueError, match='another evaluation is writing'): run_plan(plan(tmp_path), log=quiet)
+    (tmp_path / 'episodes.jsonl').write_text('{"task": "a/left", "episode": 0}\n')   # a journal without its first line
+    with pytest.raises(ValueError, match='other conventions'): Journal(tmp_path / 'episodes.jsonl', 'x')
+
+
+def test_execute_holds_for_random_policies_and_has_bounds(tmp_path):
+    spec = 'random:tiny,seed=1,chunk_size=4,n_action_steps=3'
+    assert open_player(spec, drift(), execute=2).policy.config.n_action_steps == 2
+    for wrong in (0, 5):
+        with pytest.raises(ValueError, match=f'{wrong} executed actions of a chunk of 4'): open_player(spec, drift(), execute=wrong)
+    d = open_player(spec, drift()).describe()
+    assert d['weights'] == 'random (seed 1)' and 'weights' not in PolicyPlayer(*random_policy(drift(), 'tiny')).describe()
+
+
+def test_a_kept_run_counts_its_films(tmp_path, capsys):
+    run = tmp_path / 'run'
+    with pytest.raises(ValueError, match='has not ended'): kept(run)
+    run_plan(plan(run, tasks=('a/*',), videos=1), log=quiet)
+    assert main(['--keep', str(run), str(tmp_path / 'kept.json')]) == 0 and main(['--rows', str(tmp_path / 'kept.json')]) == 0
+    doc, out = json.loads((tmp_path / 'kept.json').read_text()), capsys.readouterr().out
+    assert [e['film_frames'] for e in doc['episodes']] == [e['ticks'] + 1 if e['episode'] == 0 else None for e in doc['episodes']] and doc['conventions']['policy']['weights'] == 'random (seed 1)'
+    assert 'weights: random (seed 1)' in out and sum(line.startswith('a/') for line in out.splitlines()) == 4
+    film = run / 'videos' / 'a-left-000.mp4'
+    write_video(film, [np.zeros((56, 56, 3), np.uint8)] * 2, 10)
+    with pytest.raises(ValueError, match='2 frames'): kept(run)
 
 
 @pytest.mark.slow

@@ -58,6 +58,15 @@ def test_part_of_a_table_gives_no_average(tmp_path, capsys):
     assert '| HALO (here) | 50.0 | – | – | – | – |' in out and 'our row lacks LIBERO-Object, LIBERO-Spatial, LIBERO-Long' in out
 
 
+@pytest.mark.parametrize('conventions', [dict(policy=dict(weights='random (seed 0)')), dict(policy=dict(type='server', server=dict(weights='random'))), dict(server=dict(weights='random'))])
+def test_random_weights_are_no_row(tmp_path, capsys, conventions):
+    libero(tmp_path)
+    for f in tmp_path.glob('libero*.json'): f.write_text(json.dumps(json.loads(f.read_text()) | dict(conventions=conventions)))
+    assert T.our_row(3, T.find_results(tmp_path)) is None and T.main(['table3', '--results', str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert 'HALO (here)' not in out and out.count('random weights, a check of the machinery') == 4 and 'No result of ours' in out
+
+
 def test_evaluation_json_of_halo_is_read():
     r = T.read_result(T.ABLATIONS / 'full' / 'evaluation.json')
     assert r.benchmark == 'flash_place' and len(r.tasks) == 3 and round(T.pooled(list(r.tasks.values()))[0] * 60) == 59
