@@ -128,11 +128,11 @@ def check(place: Path, steps: int = 24, time_limit: bool = False) -> dict:
         smaller = ['--nodes=2', '--ntasks-per-node=2', '--gpus-per-node=2', *(['--time=3', '--signal=USR1@60'] if time_limit else [])]
         job = c.call('sbatch', '--parsable', f'--output={place}/job.log', *smaller, SCRIPT, place/'slurm.yaml', '--device', 'cpu')
         if not time_limit:
-            wait('a third of the steps', lambda: len(rows()) >= steps // 3, 400)
+            wait('a third of the steps', lambda: len(rows()) >= steps // 3, 1800)
             c.call('scancel', '--signal=USR1', job)
-        wait('a saved stop', lambda: any('asked to stop; saved' in e for e in events()), 400)
+        wait('a saved stop', lambda: any('asked to stop; saved' in e for e in events()), 1800)
         wait('queued again', lambda: c.job(job).get('Restarts') == '1', 60); stopped = [e for e in events() if 'asked' in e][0]
-        wait('the end of the job', lambda: c.job(job)['JobState'] not in ('PENDING', 'RUNNING', 'COMPLETING', 'CONFIGURING'), 600, 1)
+        wait('the end of the job', lambda: c.job(job)['JobState'] not in ('PENDING', 'RUNNING', 'COMPLETING', 'CONFIGURING'), 3600, 1)
         state = c.job(job)
     log = (place/'job.log').read_text(); left = log.count('exit code 75') and sorted({l.split()[2].rstrip(':') for l in log.splitlines() if 'exit code 75' in l})
     print(f"slurm: job {job}: {stopped}; left with 75 on {left}; restarts {state['Restarts']}, {state['JobState']}, exit code {state['ExitCode']}; starts: {[e.split(':')[0] for e in events() if e.startswith('start')]}", flush=True)
