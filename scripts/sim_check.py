@@ -35,17 +35,17 @@ def judge(out, episodes):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog='What follows -- goes to the client.')
     p.add_argument('client', choices=SHAPES)
     p.add_argument('--python', required=True, help="interpreter of the simulator's environment")
     p.add_argument('--preset', default='small')
     p.add_argument('--episodes', type=int, default=1)
     p.add_argument('--out', type=Path, default=Path('outputs/sim_check.json'), help="the client's result file; made anew")
-    p.add_argument('more', nargs='*', help="for the client, after --")
-    args = p.parse_args()
+    cut = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
+    args, more = p.parse_args(sys.argv[1:cut]), sys.argv[cut + 1:]
     out = args.out.resolve(); out.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as d, served(make_policy(Path(d)/'policy', args.client, args.preset), '--untrained', '--resize') as (host, port):
-        command = [args.python, str(root/f'clients/{args.client}.py'), '--address', f'{host}:{port}', '--episodes', str(args.episodes), '--out', str(out), *args.more]
+        command = [args.python, str(root/f'clients/{args.client}.py'), '--address', f'{host}:{port}', '--episodes', str(args.episodes), '--out', str(out), *more]
         status = subprocess.run(command, env=clean(), cwd=root).returncode
     wrong = f'the client ended with status {status}' if status else judge(out, args.episodes)
     print(wrong or f'{args.client}: {args.episodes} episodes through the server, with random weights: a check of the machinery, not a result')

@@ -175,6 +175,10 @@ def test_diffusion_keeps_its_observations_apart():
     assert all(np.array_equal(x, y) for c in a for x, y in zip(a[c], b[c])) and a[0][0].shape == (4, 4)
 
 
+def test_only_an_untrained_policy_says_so(engine):
+    assert PolicyServer(engine, untrained=True).metadata()['weights'] == 'random' and 'weights' not in PolicyServer(engine).metadata()
+
+
 def test_the_command(tmp_path):
     (tmp_path/'token').write_text('hush\n')
     process = subprocess.Popen([sys.executable, '-m', 'halo.serve', '--policy', str(checkpoint), '--port', '0', '--threads', '1', '--token-file', str(tmp_path/'token')], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
