@@ -1211,6 +1211,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'halo.viz.attention.token_boxes': ('attention.html#token_boxes', 'halo/viz/attention.py'),
                                     'halo.viz.attention.watch_attention': ('attention.html#watch_attention', 'halo/viz/attention.py'),
                                     'halo.viz.attention.watched_attention': ('attention.html#watched_attention', 'halo/viz/attention.py'),
+                                    'halo.viz.attention.watched_expert': ('attention.html#watched_expert', 'halo/viz/attention.py'),
                                     'halo.viz.attention.without': ('attention.html#without', 'halo/viz/attention.py')},
             'halo.viz.denoising': { 'halo.viz.denoising.DenoisingPanels': ('denoising.html#denoisingpanels', 'halo/viz/denoising.py'),
                                     'halo.viz.denoising.DenoisingPanels.__init__': ( 'denoising.html#denoisingpanels.__init__',

@@ -20,9 +20,9 @@ from .recording import Recording, shipped, shipped_folder
 from ..vlm import Context, Observation, Packed, frame_pairs, get_tokenizer, pack
 
 # %% auto #0
-__all__ = ['PALE', 'HEAT', 'watched_attention', 'watch_attention', 'Attention', 'attend', 'TokenBox', 'grids', 'token_boxes',
-           'groups_of', 'masses', 'rollout', 'image_heat', 'droppable', 'without', 'Ablation', 'AttentionFilm',
-           'AttentionPanels', 'attention_explorer']
+__all__ = ['PALE', 'HEAT', 'watched_attention', 'watched_expert', 'watch_attention', 'Attention', 'attend', 'TokenBox', 'grids',
+           'token_boxes', 'groups_of', 'masses', 'rollout', 'image_heat', 'droppable', 'without', 'Ablation',
+           'AttentionFilm', 'AttentionPanels', 'attention_explorer']
 
 # %% ../../nbs/16_attention.ipynb #eb0bce06
 _SEEN: dict[int, list] = {}   # id of an attention module -> weights of its calls
@@ -37,7 +37,13 @@ def watched_attention(module, query, key, value, attention_mask, scaling=None, d
     if id(module) in _SEEN: _SEEN[id(module)].append(w.detach())
     return (w.to(v.dtype) @ v).transpose(1, 2).contiguous(), w
 
+def watched_expert(module, query, key, value, attention_mask, **kwargs):
+    "`watched_attention` for the expert, where no mask means that all see all (`halo.expert.grouped_attention`)."
+    if attention_mask is None: attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    return watched_attention(module, query, key, value, attention_mask, **kwargs)
+
 AttentionInterface.register('halo_watched', watched_attention)
+AttentionInterface.register('halo_watched_expert', watched_expert)
 AttentionMaskInterface.register('halo_watched', sdpa_mask)
 
 # %% ../../nbs/16_attention.ipynb #304e3656
@@ -49,7 +55,8 @@ def watch_attention(model: HaloModel):
     before = [a.config._attn_implementation for a in every]
     _SEEN.update({id(a): [] for a in every})
     try:
-        for a in every: a.config._attn_implementation = 'halo_watched'
+        for p, name in zip(parts, ('halo_watched', 'halo_watched_expert')):
+            for a in p: a.config._attn_implementation = name
         yield tuple([_SEEN[id(a)] for a in p] for p in parts)
     finally:
         for a, name in zip(every, before): a.config._attn_implementation = name; _SEEN.pop(id(a), None)

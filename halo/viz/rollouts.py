@@ -227,7 +227,8 @@ class AttentionOverlay:
     def _keep(self, obs) -> None:
         "Heat of the first row's image tokens: name -> (t, h, w)."
         cfg = self.policy.config.model; packed = pack(obs, cfg)
-        w = torch.stack(self._seen[1][self.layer])[:, 0].mean((0, 1)).cpu().numpy()[cfg.expert.state_token:].mean(0)
+        seen = self._seen[1][self.layer]; keys = max(x.shape[3] for x in seen)        # the state token's own pass sees no actions
+        w = torch.stack([x[0, :, -cfg.chunk:] for x in seen if x.shape[3] == keys]).mean((0, 1, 2)).cpu().numpy()
         row = packed.groups[0]; one = pack(type(obs)(*(([v[:1] for v in x] if isinstance(x, list) else x[:1]) for x in vars(obs).values())), cfg) if len(obs) > 1 else packed
         self.heat = {n: w[row[n]].reshape(g) for n, g in grids(one).items()}
 
