@@ -351,6 +351,7 @@ def main(arguments=None):
     args = p.parse_args(arguments)
     table = Calvin(args.root, args.scene, args.state, args.egl)
     if args.check: return report_check(check_predicates(table), run_chain(table, Player(Presser(), dim=7), 0, args.limit, chain=(initial_states()[0], Presser.chain)))
+    chains()                                                   # made on first use, for longer than a server may wait for a silent client on a busy machine
     policy = connect(args.address, args.token)
     run = lambda env, player, seed, limit: run_chain(env, player, seed, limit, keep_history=args.keep_history)
     out = run_benchmark(table, Player(policy, args.replan, args.frames, 7), range(args.episodes), args.limit, args.out, conventions(args, dict(policy.get_server_metadata())), PROTOCOL, in_a_row, episode=run)

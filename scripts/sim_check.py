@@ -44,7 +44,7 @@ def main():
     cut = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
     args, more = p.parse_args(sys.argv[1:cut]), sys.argv[cut + 1:]
     out = args.out.resolve(); out.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory() as d, served(make_policy(Path(d)/'policy', args.client, args.preset), '--untrained', '--resize') as (host, port):
+    with tempfile.TemporaryDirectory() as d, served(make_policy(Path(d)/'policy', args.client, args.preset), '--untrained', '--resize', '--idle', '3600') as (host, port):
         command = [args.python, str(root/f'clients/{args.client}.py'), '--address', f'{host}:{port}', '--episodes', str(args.episodes), '--out', str(out), *more]
         status = subprocess.run(command, env=clean(), cwd=root).returncode
     wrong = f'the client ended with status {status}' if status else judge(out, args.episodes)
