@@ -2,7 +2,7 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[0] = str(Path(__file__).resolve().parent.parent)   # instead of this folder, in which this file would hide the package robomme
 from halo.memory import main_robomme as main  # noqa: E402
 
 if __name__ == '__main__': main()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import chromium
 
 root = Path(__file__).resolve().parent.parent
 clone = os.environ.get('CALVIN_ROOT')
@@ -106,6 +107,15 @@ def test_a_client_without_its_simulator_says_what_to_do(tmp_path):
         assert done.returncode and word in done.stderr, (client, done.stderr[-400:])
 
 
+def test_robommes_client_does_not_hide_its_package(tmp_path):
+    "clients/robomme.py has the name of the benchmark's package, which LeRobot's class imports."
+    for name, text in (('lerobot/envs/robomme', 'import robomme.env_record_wrapper'), ('robomme/env_record_wrapper', 'raise SystemExit("the package was found")')):
+        file = tmp_path/f'{name}.py'; file.parent.mkdir(parents=True); file.write_text(text)
+        for folder in file.relative_to(tmp_path).parents[:-1]: (tmp_path/folder/'__init__.py').touch()
+    done = subprocess.run([sys.executable, str(root/'clients/robomme.py')], env=os.environ | {'PYTHONPATH': str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True)
+    assert 'the package was found' in done.stderr, done.stderr[-400:]
+
+
 def rollout(tmp_path, robot, *more, duration=2, seed=0, task='put the puck on the pad that flashed red'):
     "LeRobot's own lerobot-rollout with the shipped checkpoint; what the mock robot logged."
     env = os.environ | {'PYTHONPATH': os.pathsep.join([str(root), str(root/'tests'), os.environ.get('PYTHONPATH', '')]), 'HF_LEROBOT_CALIBRATION': str(tmp_path/'calibration'), 'OMP_NUM_THREADS': '1'}
@@ -147,10 +157,10 @@ def test_simpler_message_round_trip(tmp_path):
 
 
 @pytest.mark.browser
+@pytest.mark.skipif(chromium() is None, reason='needs Debian\'s Chromium')
 def test_the_scoring_form_in_a_browser(tmp_path):
     "Two trials entered with clicks; the download is what read_form takes."
     from playwright.sync_api import sync_playwright
-    from browser import chromium
     from halo.robot import Sheet, read_form, schedule, write_form
     sheet = Sheet({'A': 'a', 'B': 'b'}, share=0.1)
     form = write_form(sheet, tmp_path/'form.html')
