@@ -23,8 +23,8 @@ from .vlm import Observation
 # %% auto #0
 __all__ = ['PEERS', 'BENCHES', 'wait', 'alternate', 'summary', 'PeakMemory', 'peak_bytes', 'bench_salr', 'bench_config', 'build',
            'episode', 'recomputed', 'cached', 'bench_denoise', 'without_history', 'past_removed', 'Runner',
-           'compare_ticks', 'tick_operations', 'bench_tick', 'bench_cost', 'Stopwatch', 'groups_of_parts', 'parts',
-           'Pick', 'training_step', 'bench_share', 'linears', 'int8_weights', 'weight_bytes', 'option_errors',
+           'compare_ticks', 'tick_operations', 'tick_bound', 'bench_tick', 'bench_cost', 'Stopwatch', 'groups_of_parts',
+           'parts', 'Pick', 'training_step', 'bench_share', 'linears', 'int8_weights', 'weight_bytes', 'option_errors',
            'bench_options', 'count', 'pi0', 'smolvla', 'like_sized', 'peers', 'compare_peer', 'bench_peers', 'machine',
            'keep', 'parser', 'main']
 
@@ -156,9 +156,9 @@ def past_removed(obs: Observation) -> Observation:
 
 class Runner:
     "One way of getting an action chunk from an observation, tick after tick: 'plain' is `HaloModel.sample`, 'full' recomputes too but lays the denoising out once, 'stream' reuses, 'none' has no history."
-    def __init__(self, model: HaloModel, how: str, graph: bool):
+    def __init__(self, model: HaloModel, how: str, graph: bool, compiled: bool = False):
         self.how, self.model = how, without_history(model) if how == 'none' else model
-        self.program = GraphStreamer(self.model, reuse=how == 'stream') if graph and how != 'plain' else None
+        self.program = GraphStreamer(self.model, reuse=how == 'stream', compiled=compiled) if graph and how != 'plain' else None
         self.stream = Streamer(self.model) if how == 'stream' and not graph else None
 
     def __call__(self, obs: Observation, noise: Tensor) -> Tensor:
@@ -169,9 +169,9 @@ class Runner:
 
 # %% ../nbs/26_bench.ipynb #e0185acd
 @torch.inference_mode()
-def compare_ticks(model: HaloModel, ticks: range, graph: bool, device, warm: int = 4, views: int = 2, size: int = 224, ways=('full', 'stream', 'none')) -> tuple[dict, float, list[int]]:
+def compare_ticks(model: HaloModel, ticks: range, graph: bool, device, warm: int = 4, views: int = 2, size: int = 224, ways=('full', 'stream', 'none'), compiled: bool = False) -> tuple[dict, float, list[int]]:
     "Milliseconds per way and tick, the largest difference between recomputed and streamed actions, and the ticks that hop."
-    runners = {how: Runner(model, how, graph) for how in ways}
+    runners = {how: Runner(model, how, graph, compiled) for how in ways}
     took, worst, hops, before = {n: [] for n in runners}, 0.0, [], 0
     noise = torch.randn(1, model.cfg.chunk, model.cfg.max_action_dim, device=device)
     for obs in episode(model.cfg, range(ticks.start - warm - graph * 2 * model.cfg.sampling.history_hop, ticks.start), views, size, device):   # programs for both shapes are made here
@@ -180,7 +180,7 @@ def compare_ticks(model: HaloModel, ticks: range, graph: bool, device, warm: int
         out = {}
         for n, r in runners.items():
             wait(device); began = time.perf_counter(); out[n] = r(obs, noise); wait(device); took[n].append(1e3 * (time.perf_counter() - began))
-        worst = max(worst, float((out['full'] - out['stream']).abs().max()))
+        if 'full' in out: worst = max(worst, float((out['full'] - out['stream']).abs().max()))
         if obs.history.shape[1] < before: hops.append(k)
         before = obs.history.shape[1]
     return took, worst, hops
@@ -191,19 +191,31 @@ def tick_operations(cfg: ModelConfig, views: int = 2, size: int = 224, words: in
     ways = dict(full=dict(streaming=False), stream=dict(streaming=True), none=dict(history=0))
     return {how: sum(w.flops for w in tick_cost(cfg, views=((size, size),) * views, words=words, **kw).values()) for how, kw in ways.items()}
 
+def tick_bound(cfg: ModelConfig, device, views: int = 2, size: int = 224, words: int = 16) -> dict[str, float] | None:
+    "Milliseconds that no bf16 tick can go below on this card, by way: `halo.plan.roofline` at its full rates; None for an unknown card or another dtype."
+    from halo.plan import GPUS, roofline, tick_cost
+    if torch.device(device).type != 'cuda' or cfg.dtype != 'bfloat16': return None
+    name = torch.cuda.get_device_name().lower().replace(' ', '')
+    card = next((g for g in GPUS if g.replace('-', '') in name), None)
+    ways = dict(full=dict(streaming=False), stream=dict(streaming=True), none=dict(history=0))
+    return card and {how: 1e3 * sum(roofline(tick_cost(cfg, views=((size, size),) * views, words=words, **kw), card, 1, 1).values()) for how, kw in ways.items()}
+
 def bench_tick(args) -> dict:
     "Recomputed, streamed, none: eagerly, and as graphs where asked."
     cfg, out = bench_config(args), {}; model = build(cfg, args.device); s = cfg.sampling; first = s.history_frames + 2 * s.history_hop + 8; ops = tick_operations(cfg)
-    for graph in ([False, True] if args.graph else [False]):
-        took, worst, hops = compare_ticks(model, range(first, first + args.ticks), graph, args.device, ways=('plain', 'full', 'stream', 'none')[args.no_plain:])
+    bound = tick_bound(cfg, args.device)
+    if bound: print(f"{torch.cuda.get_device_name()} needs at least " + ', '.join(f"{x:.1f} ms {dict(full='recomputed', stream='streamed', none='without history')[k]}" for k, x in bound.items()) + f": recomputed / streamed {bound['full'] / bound['stream']:.2f} (operations and bytes at the peak rates of its data sheet)", flush=True)
+    for kind in ['eager', 'graph', 'compiled'][args.no_eager:3 if args.compile else 2 if args.graph else 1]:
+        took, worst, hops = compare_ticks(model, range(first, first + args.ticks), kind != 'eager', args.device, ways=('plain', 'full', 'stream', 'none')[args.no_plain or kind != 'eager':], compiled=kind == 'compiled')
         t, mean = summary(took), {k: statistics.mean(x) for k, x in took.items()}
         times = {f'{a}_over_{b}': round(t[a]['ms'] / t[b]['ms'], 2) for a, b in (('plain', 'stream'), ('full', 'stream'), ('stream', 'none')) if a in t}
         row = dict(t, **times, mean_full_over_stream=round(mean['full'] / mean['stream'], 2), mean_stream_over_none=round(mean['stream'] / mean['none'], 2), mean_ms={k: round(x, 2) for k, x in mean.items()},
                    operations={k: round(x) for k, x in ops.items()}, hops=len(hops), hop_ms=[round(took['stream'][k], 2) for k in hops], difference=worst, ticks=args.ticks)
-        out['graph' if graph else 'eager'] = row
+        if bound: row |= dict(bound_ms=bound)
+        out[kind] = row
         names = dict(plain='HaloModel.sample', full='recomputed', stream='streamed', none='without history')
         spent = ', '.join(f"{names[k]} {x['ms']:.1f} ms" for k, x in t.items())
-        print(f"{cfg.name}{f' ({args.layers} layers)' if args.layers else ''}, {s.history_frames} frames, hop {s.history_hop}, {'graphs' if graph else 'eager'}: {spent} (medians of {args.ticks} ticks with {len(hops)} hops)\n"
+        print(f"{cfg.name}{f' ({args.layers} layers)' if args.layers else ''}, {s.history_frames} frames, hop {s.history_hop}, {dict(eager='eager', graph='graphs', compiled='compiled, in graphs')[kind]}: {spent} (medians of {args.ticks} ticks with {len(hops)} hops)\n"
               + (f"  HaloModel.sample / streamed {row['plain_over_stream']:.2f}\n" if 'plain' in t else '') +
               f"  recomputed / streamed {row['full_over_stream']:.2f} (means {row['mean_full_over_stream']:.2f}; operations {ops['full'] / ops['stream']:.2f}); streamed / none {row['stream_over_none']:.2f} (means {row['mean_stream_over_none']:.2f}; operations {ops['stream'] / ops['none']:.2f})\n"
               f"  a hop {statistics.mean(row['hop_ms']) if hops else 0:.1f} ms; largest difference of actions {worst:.0e}", flush=True)
@@ -214,13 +226,14 @@ def bench_tick(args) -> dict:
 def bench_cost(args) -> dict:
     "A tick against history length, number of views, denoising steps and batch; parts of a streamed and of a recomputed tick."
     cfg, dev = bench_config(args), args.device; model = build(cfg, dev); out = dict(history={}, views={}, steps={}, batch={})
+    ways = ('full', 'stream', 'none') if args.graph is False or args.device == 'cpu' else ('stream', 'none')   # graphs of a recomputed tick differ for every length of the history
     for n in (0, 8, 16, 32, 48, 64, 80):
         model.cfg = cfg.but(sampling__history_frames=n, sampling__history_hop=min(args.hop, n // 2 // 2 * 2))
-        took, _, _ = compare_ticks(model, range(140, 140 + args.rounds), args.graph, dev)
+        took, _, _ = compare_ticks(model, range(140, 140 + args.rounds), args.graph, dev, compiled=args.compile, ways=ways)
         out['history'][n] = summary(took); print(f'history {n:2}: ' + ', '.join(f"{k} {v['ms']:.1f} ms" for k, v in out['history'][n].items()))
     model.cfg = cfg
     for v in (1, 2, 3):
-        took, _, _ = compare_ticks(model, range(140, 140 + args.rounds), args.graph, dev, views=v); out['views'][v] = summary(took)
+        took, _, _ = compare_ticks(model, range(140, 140 + args.rounds), args.graph, dev, views=v, compiled=args.compile, ways=ways); out['views'][v] = summary(took)
         print(f'views {v}: ' + ', '.join(f"{k} {x['ms']:.1f} ms" for k, x in out['views'][v].items()))
     obs = next(episode(cfg, range(140, 141), device=dev)); prefix = model.encode(obs); noise = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev)
     t = summary(alternate({str(k): partial(lambda k: model.integrate(Denoiser(model, prefix), noise, k), k) for k in (1, 2, 5, 10, 20)}, args.rounds, dev)); out['steps'] = t
@@ -281,8 +294,8 @@ def bench_share(args) -> dict:
     t = summary(alternate({'with': lambda: training_step(model.train(), obs, actions), 'without': lambda: training_step(free.train(), obs, actions)}, args.rounds, dev)); model.eval(); free.eval()
     out['training step'] = dict(t, share=round(1 - t['without']['ms'] / t['with']['ms'], 4))
     with torch.inference_mode():
-        for graph in ([False, True] if args.graph else [False]):
-            runs, noise, took = {n: Runner(m, 'stream', graph) for n, m in (('with', model), ('without', free))}, torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev), {'with': [], 'without': []}
+        for graph in [False, True][args.no_eager:1 + args.graph]:
+            runs, noise, took = {n: Runner(m, 'stream', graph, args.compile) for n, m in (('with', model), ('without', free))}, torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev), {'with': [], 'without': []}
             for k, obs in enumerate(episode(cfg, range(s + 8, s + 14 + 2 * args.rounds), device=dev)):
                 for n, r in runs.items():
                     wait(dev); began = time.perf_counter(); r(obs, noise); wait(dev)
@@ -336,10 +349,10 @@ def bench_options(args) -> dict:
     if args.dtype == 'float32': models['bf16'] = copy.deepcopy(model).to(torch.bfloat16)
     if not args.no_int8: models['int8'] = int8_weights(model)
     noise, runs = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev), {}
-    for n, m in models.items(): out['bytes'][n] = weight_bytes(m); runs[f'{n}, 10 steps'] = Runner(m, 'stream', args.graph)
-    for k in (5, 2): runs[f'{args.dtype}, {k} steps'] = r = Runner(model, 'stream', args.graph); r.model = copy.copy(model); r.model.cfg = cfg.but(flow__steps=k)
+    for n, m in models.items(): out['bytes'][n] = weight_bytes(m); runs[f'{n}, 10 steps'] = Runner(m, 'stream', args.graph, args.compile)
+    for k in (5, 2): runs[f'{args.dtype}, {k} steps'] = r = Runner(model, 'stream', args.graph, args.compile); r.model = copy.copy(model); r.model.cfg = cfg.but(flow__steps=k)
     for r in runs.values():
-        if r.program: r.program = GraphStreamer(r.model, steps=r.model.cfg.flow.steps)
+        if r.program: r.program = GraphStreamer(r.model, steps=r.model.cfg.flow.steps, compiled=args.compile)
     took = {n: [] for n in runs}
     for k, obs in enumerate(episode(cfg, range(140, 146 + args.rounds), device=dev)):
         for n, r in runs.items():
@@ -375,8 +388,8 @@ def smolvla(chunk: int, dtype: str, layers: int = 16) -> nn.Module:
     from halo.baselines import smolvlm_folder
     with tempfile.TemporaryDirectory() as d:
         folder = smolvlm_folder(d, 224, 16, dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072), dict(hidden_size=960, num_hidden_layers=layers, num_attention_heads=15, num_key_value_heads=5, head_dim=64, intermediate_size=2560, vocab_size=49280))
-        out = VLAFlowMatching(SmolVLAConfig(vlm_model_name=str(folder), load_vlm_weights=False, chunk_size=chunk, n_action_steps=chunk, num_vlm_layers=layers, expert_width_multiplier=0.75, freeze_vision_encoder=False, train_expert_only=False)).to(getattr(torch, dtype)).eval()
-    out.vlm_with_expert.vlm.lm_head = nn.Identity()
+        out = VLAFlowMatching(SmolVLAConfig(vlm_model_name=str(folder), load_vlm_weights=False, chunk_size=chunk, n_action_steps=chunk, num_vlm_layers=layers, expert_width_multiplier=0.75, freeze_vision_encoder=False, train_expert_only=False)).eval()
+    out.vlm_with_expert.to(getattr(torch, dtype)).vlm.lm_head = nn.Identity()   # LeRobot keeps the projections around it in float32
     return out
 
 def like_sized(target: int, chunk: int, dtype: str, width: int, heads: int, kv: int, mlp: int, expert_width: int, expert_mlp: int, vision: dict, vocab: int, mrope: tuple = (16, 24, 24), tokenizer: str = preset('paper').tokenizer) -> ModelConfig:
@@ -406,9 +419,9 @@ def compare_peer(name: str, make: Callable, beside: dict, args, chunk: int = 50)
     with torch.device(dev): other = make().to(dev)
     cfg = like_sized(count(other), chunk, kind, **beside); model = build(cfg, dev)
     obs = next(episode(cfg, range(1), device=dev)); noise = torch.randn(1, chunk, 32, device=dev)
-    images = [torch.rand(1, 3, 224, 224, device=dev).to(next(other.parameters()).dtype) * 2 - 1 for _ in range(2)]; there = [torch.ones(1, dtype=torch.bool, device=dev)] * 2; words = torch.randint(20, 400, (1, 16), device=dev); state = torch.randn(1, 32, device=dev)
-    runs = {name: lambda: other.sample_actions(images, there, words, torch.ones_like(words, dtype=torch.bool), state, noise=noise, num_steps=10), 'HALO': lambda: cached(model, obs, noise)}
-    if args.graph: program = GraphStreamer(model); runs['HALO, graph'] = lambda: program.sample(obs, noise)
+    images = [torch.rand(1, 3, 224, 224, device=dev).to(getattr(torch, kind)) * 2 - 1 for _ in range(2)]; there = [torch.ones(1, dtype=torch.bool, device=dev)] * 2; words = torch.randint(20, 400, (1, 16), device=dev); state, start = torch.randn(1, 32, device=dev).to(other.state_proj.weight.dtype), noise.to(other.action_in_proj.weight.dtype)
+    runs = {name: lambda: other.sample_actions(images, there, words, torch.ones_like(words, dtype=torch.bool), state, noise=start, num_steps=10), 'HALO': lambda: cached(model, obs, noise)}
+    if args.graph: program = GraphStreamer(model, compiled=args.compile); runs['HALO, graph'] = lambda: program.sample(obs, noise)
     t = summary(alternate(runs, args.rounds, dev)); n = {name: count(other), 'HALO': count(model)}
     print(f"parameters: {name} {n[name]:,}, HALO without history {n['HALO']:,} ({n['HALO'] / n[name] - 1:+.1%}; {cfg.text.layers} layers)")
     for k, x in t.items(): print(f"{k:12}: {x['ms']:.1f} ms a chunk, {x['ms'] / t[name]['ms']:.2f} of {name}'s time")
@@ -437,7 +450,7 @@ def keep(file: Path, name: str, result: dict) -> None:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog='python -m halo.bench', description='Time HALO: medians of things timed in turns.')
     p.add_argument('what', choices=sorted(BENCHES)); p.add_argument('--preset', default='small'); p.add_argument('--layers', type=int, default=0, help='cut the preset to this many layers')
-    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu'); p.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16']); p.add_argument('--graph', action='store_true', help='static programs, replayed as CUDA graphs on a GPU')
+    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu'); p.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16']); p.add_argument('--graph', action='store_true', help='static programs, replayed as CUDA graphs on a GPU'); p.add_argument('--compile', action='store_true', help='with --graph: layers through torch.compile'); p.add_argument('--no-eager', action='store_true', help='with --graph: graphs alone')
     p.add_argument('--history', type=int, default=80); p.add_argument('--hop', type=int, default=16); p.add_argument('--ticks', type=int, default=40); p.add_argument('--no-plain', action='store_true', help='leave HaloModel.sample out of `tick`'); p.add_argument('--rounds', type=int, default=20); p.add_argument('--batch', type=int, default=1)
     p.add_argument('--checkpoint', default='', help='a shipped policy for the errors of `options`'); p.add_argument('--no-int8', action='store_true'); p.add_argument('--size', default='third', choices=sorted(PEERS), help='sizes for `peers`')
     p.add_argument('--out', type=Path, help='JSON file to add the result to'); p.add_argument('--name', help='its name there')
@@ -447,6 +460,7 @@ def main(argv: list[str] | None = None) -> int:
     "Run one bench; exit status 0."
     args = parser().parse_args(argv)
     if args.device.startswith('cuda') and not torch.cuda.is_available(): sys.exit(f"--device {args.device}: torch sees no CUDA device here; use --device cpu")
+    if args.compile: torch._dynamo.config.recompile_limit = 64   # a tick that recomputes has a shape for every length of the history
     began = time.perf_counter(); result = BENCHES[args.what](args)
     settings = {k: v for k, v in vars(args).items() if k not in ('out', 'name', 'what')}
     if args.out: keep(args.out, args.name or args.what, dict(result=result, settings=settings, machine=machine(args.device), seconds=round(time.perf_counter() - began, 1)))

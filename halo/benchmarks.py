@@ -72,7 +72,8 @@ def open_benchmark(name: str, **options) -> Benchmark:
 @register('flash_place')
 def flash_place(size: int = 112) -> Benchmark:
     "HALO's demonstration task (notebook 12): 60 seeds from `EVAL_SEED` on."
-    from halo.envs import EVAL_SEED, FlashPlaceEnv, FlashPlaceSpec, CAMERAS
+    from halo.envs import EVAL_SEED, FlashPlaceEnv, FlashPlaceSpec, CAMERAS, choose_gl
+    with contextlib.suppress(RuntimeError): choose_gl()   # conventions name the renderer, so it is chosen before they are written; a machine without one can list the tasks
     rules = FlashPlaceSpec()
     protocol = dict(episodes_per_task=60, max_steps=rules.max_ticks, image_size=size, control_hz=rules.fps, settling_steps=0)
     conventions = dict(cameras={c: [size, size, 3] for c in CAMERAS}, primary='primary', flips='none', state='hand x, y, z (m), gripper opening 0 … 1', state_size=4, action='hand displacement x, y, z (1 = 4 cm a tick), gripper (−1 open, 1 closed)',

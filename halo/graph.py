@@ -5,19 +5,41 @@
 # %% ../nbs/06c_graph.ipynb #fd43a07c
 from __future__ import annotations
 from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
-import torch
-from torch import Tensor
+from functools import lru_cache
+import copy, torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from .config import ModelConfig, preset
 from .model import HaloModel, Prefix
-from .stream import Denoiser, Streamer
-from .vlm import Context, Observation, equal_pieces, frame_pairs, normalize_pixels, patchify, row_layout, special_ids
+from .stream import Denoiser, Streamer, compiled_layer, expert_layer, window_pairs
+from .vlm import Context, Observation, equal_pieces, normalize_pixels, patchify, row_layout, special_ids
 
 # %% auto #0
-__all__ = ['VisionPlan', 'Slots', 'Inputs', 'TickProgram', 'through', 'GraphStreamer']
+__all__ = ['padded_mlp', 'vision_block', 'VisionPlan', 'Slots', 'Inputs', 'TickProgram', 'through', 'vlm_layer', 'compiled_vlm',
+           'compiled_vision', 'laid_out', 'GraphStreamer']
+
+# %% ../nbs/06c_graph.ipynb #09f6db4e
+def padded_mlp(mlp: nn.Module, of: int = 64) -> nn.Module:
+    "A copy of a gated MLP whose inner width is the next multiple of `of`: the rest are zeros, the results are the same."
+    out, n = copy.copy(mlp), mlp.gate_proj.out_features; wide = -(-n // of) * of
+    out._modules = dict(mlp._modules)
+    for name in ('gate_proj', 'up_proj', 'down_proj'):
+        old, into = getattr(mlp, name), name == 'down_proj'; w, bias = old.weight.detach(), old.bias
+        new = nn.Linear(*((wide, w.shape[0]) if into else (w.shape[1], wide)), bias=bias is not None, device='meta'); more = wide - n
+        new.weight = nn.Parameter(F.pad(w, (0, more) if into else (0, 0, 0, more)), requires_grad=False)
+        if bias is not None: new.bias = nn.Parameter(bias.detach() if into else F.pad(bias.detach(), (0, more)), requires_grad=False)
+        out._modules[name] = new
+    return out
 
 # %% ../nbs/06c_graph.ipynb #f0f47782
+def vision_block(block, x: Tensor, cu_seqlens: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    "One block of the tower over patches (n, width)."
+    return block(x, cu_seqlens=cu_seqlens, position_embeddings=rope)
+
 class VisionPlan:
     "Qwen2.5-VL's vision tower for fixed `grids` [(t, h, w) in patches]: everything that only depends on them is laid out once."
     def __init__(self, visual, grids: list[tuple[int, int, int]], device=None):
@@ -37,11 +59,10 @@ class VisionPlan:
         cu_seqlens.pieces = equal_pieces(cu_seqlens)
         return cu_seqlens
 
-    def __call__(self, patches: Tensor) -> Tensor:
-        "Patches (n, values) -> tokens (n / 4, width), as the tower's own forward gives them."
-        x = self.visual.patch_embed(patches.to(self.visual.dtype))[self.patches]
-        for i, block in enumerate(self.visual.blocks):
-            x = block(x, cu_seqlens=self.whole if i in self.visual.fullatt_block_indexes else self.windows, position_embeddings=self.rope)
+    def __call__(self, patches: Tensor, run: Callable | None = None) -> Tensor:
+        "Patches (n, values) -> tokens (n / 4, width), as the tower's own forward gives them; `run(block, x, cu_seqlens, rope)` runs a block."
+        x, run = self.visual.patch_embed(patches.to(self.visual.dtype))[self.patches], run or vision_block
+        for i, block in enumerate(self.visual.blocks): x = run(block, x, self.whole if i in self.visual.fullatt_block_indexes else self.windows, self.rope)
         return self.visual.merger(x)[self.back]
 
 # %% ../nbs/06c_graph.ipynb #ba79b2be
@@ -77,8 +98,8 @@ class Inputs:
 # %% ../nbs/06c_graph.ipynb #15e1089a
 class TickProgram:
     "Observation tensors to an action chunk over fixed memory (equations 3-5 and the denoising)."
-    def __init__(self, model: HaloModel, slots: list[Slots], example: Inputs, grids: list[tuple[int, int, int]], steps: int | None = None, method: str | None = None):
-        self.model, self.slots, self.steps, self.method = model, slots, steps, method
+    def __init__(self, model: HaloModel, slots: list[Slots], example: Inputs, grids: list[tuple[int, int, int]], steps: int | None = None, method: str | None = None, pool=None, compiled: bool = False, mlps: dict | None = None):
+        self.model, self.slots, self.steps, self.method, self.pool, self.compiled, self.mlps = model, slots, steps, method, pool, compiled, mlps or {}
         self.inputs = Inputs(**{n: x.clone() for n, x in vars(example).items()})
         self.plan = VisionPlan(model.embed.visual, grids, example.ids.device) if grids else None
         pads = [special_ids(model.cfg.tokenizer)[f'<|{n}_pad|>'] for n in ('video', 'image')]
@@ -88,30 +109,58 @@ class TickProgram:
     def embed(self) -> Tensor:
         "Embeddings (1, q, width) of the suffix."
         i, x = self.inputs, self.model.embed.embed_tokens(self.inputs.ids)
-        feats = [i.known] + ([self.plan(i.patches)] if self.plan else [])
+        feats = [i.known] + ([self.plan(i.patches, compiled_vision() if self.compiled else None)] if self.plan else [])
         self.features = feats[-1]
         return x.index_copy(0, self.places, torch.cat(feats).to(x.dtype))[None]
 
     def run(self) -> Tensor:
         "The chunk (1, s, d)."
+        with laid_out(self.model, self.mlps): return self.compute()
+
+    def compute(self) -> Tensor:
         m, i = self.model, self.inputs
         x, order = self.embed(), torch.arange(self.slots[0].k.shape[2], device=i.ids.device)
-        ctx = Context((order <= i.at[:, None])[None, None], m.embed.rotary(x, i.positions), (order <= i.at[-1])[None], i.positions.amax((0, 2)) + 1, None)
+        seen = order <= i.at[:, None]; mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)[None, None]
+        ctx = Context(mask, m.embed.rotary(x, i.positions), (order <= i.at[-1])[None], i.positions.amax((0, 2)) + 1, None)
         state, cache = i.state if m.state_tokens is None else m.state_tokens(i.state), []
         for block, slots in zip(m.blocks, self.slots):
             slots.at = i.at
-            x, k, v = through(block.vlm, x, ctx, slots)
+            x, k, v = through(block.vlm, x, ctx, slots, compiled_vlm() if self.compiled else expert_layer)
             state, k, v = block.represent(k, v, state, ctx, None)
             cache.append((k, v))
-        velocity = Denoiser(m, Prefix(cache, i.state, ctx), whole=False)   # later slots are empty
+        velocity = Denoiser(m, Prefix(cache, i.state, ctx), whole=False, compiled=self.compiled)   # later slots are empty
         return m.integrate(lambda x_t, t: velocity(x_t, t) * i.dims, i.noise, self.steps, self.method)
 
 # %% ../nbs/06c_graph.ipynb #4bb532b7
-def through(layer, x: Tensor, ctx: Context, slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
-    "New tokens x (1, q, width) through a VLM layer -> their next hidden state, and K, V (1, j, L, h) of all slots."
-    if hasattr(layer, 'layer'): return layer.layer(x, attention_mask=ctx.mask, position_embeddings=ctx.rope, past_key_values=slots), slots.k, slots.v
+def through(layer, x: Tensor, ctx: Context, slots: Slots, run: Callable = expert_layer) -> tuple[Tensor, Tensor, Tensor]:
+    "New tokens x (1, q, width) through a VLM layer -> their next hidden state, and K, V (1, j, L, h) of all slots; `run(layer, x, mask, rope, slots)` runs a whole layer."
+    if hasattr(layer, 'layer'): return run(layer.layer, x, ctx.mask, ctx.rope, slots), slots.k, slots.v
     x, k, v = layer(x, ctx)
     return x, *slots.update(k, v)
+
+# %% ../nbs/06c_graph.ipynb #b576e7f0
+def vlm_layer(layer, x: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor], slots: Slots) -> Tensor:
+    "`halo.stream.expert_layer` for the VLM: a function of its own, for torch.compile counts variants by function."
+    return layer(x, attention_mask=mask, position_embeddings=rope, past_key_values=slots)
+
+@lru_cache
+def compiled_vlm() -> Callable: return torch.compile(vlm_layer, dynamic=False)
+
+@lru_cache
+def compiled_vision() -> Callable: return torch.compile(vision_block, dynamic=False)
+
+@contextmanager
+def laid_out(model: HaloModel, mlps: dict[int, nn.Module]):
+    "Within the block all VLM layers have number 0, and block k of the tower has the MLP `mlps[k]`."
+    attention, blocks = [b.vlm.layer.self_attn for b in model.blocks if hasattr(b.vlm, 'layer')], model.embed.visual.blocks
+    before, kept = [a.layer_idx for a in attention], {k: blocks[k].mlp for k in mlps}
+    try:
+        for a in attention: a.layer_idx = 0
+        for k, m in mlps.items(): blocks[k].mlp = m
+        yield
+    finally:
+        for a, k in zip(attention, before): a.layer_idx = k
+        for k, m in kept.items(): blocks[k].mlp = m
 
 # %% ../nbs/06c_graph.ipynb #b7637252
 from fastcore.basics import patch
@@ -127,23 +176,26 @@ def __call__(self: TickProgram, inputs: Inputs) -> Tensor:
     return self.out
 
 @patch
-def record(self: TickProgram, warm_up: int = 3) -> None:
+def record(self: TickProgram, warm_up: int = 1) -> None:
     "Capture the program as a CUDA graph."
     side = torch.cuda.Stream(); side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(warm_up): self.run()
     torch.cuda.current_stream().wait_stream(side)
     self.graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(self.graph): self.out = self.run()
+    with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode='thread_local'): self.out = self.run()   # other threads may use the device meanwhile
 
 # %% ../nbs/06c_graph.ipynb #5ab2b39f
 class GraphStreamer:
     "Action chunks for one running robot: a streaming tick with static shapes, replayed as a CUDA graph where there is a GPU. Same actions as `HaloModel.sample`."
-    def __init__(self, model: HaloModel, steps: int | None = None, method: str | None = None, reuse: bool = True, programs: int = 8):
+    def __init__(self, model: HaloModel, steps: int | None = None, method: str | None = None, reuse: bool = True, programs: int = 16, compiled: bool = False):
         if model.blocks[0].before: raise ValueError("salr.keys='before_rope' turns keys of old tokens anew in every tick; use halo.stream.Streamer for it")
         if model.embed.text_config._attn_implementation == 'flash_attention_2': raise ValueError("a tick with slots is masked by slot number, which flash-attn 2 cannot do; build the model with SDPA attention")
         self.model, self.steps, self.method, self.reuse, self.limit, self.programs = model, steps, method, reuse, programs, OrderedDict()
-        self.follow, self.slots = Streamer(model), None
+        self.follow, self.slots, self.compiled = Streamer(model), None, compiled
+        gpu = model.embed.embed_tokens.weight.is_cuda
+        self.pool = torch.cuda.graph_pool_handle() if gpu else None   # programs run one at a time, in the same memory
+        self.mlps = {k: padded_mlp(b.mlp) for k, b in enumerate(model.embed.visual.blocks) if gpu and model.cfg.vision.mlp % 8}
 
     def reset(self) -> None:
         "A new episode: what was encoded is forgotten, the programs stay."
@@ -160,9 +212,7 @@ class GraphStreamer:
 @patch
 def split(self: GraphStreamer, obs: Observation) -> tuple[list[Tensor], int, list[Tensor], list[Tensor]]:
     "All frame pairs of an observation, how many stand, features of those known behind them, and the new ones."
-    frames = obs.history[0][obs.history_mask[0]]
-    idx = frame_pairs(torch.ones(1, len(frames), dtype=torch.bool))[0]
-    pairs = list(frames[idx.to(frames.device)].unflatten(0, (-1, 2))) if len(idx) else []
+    pairs = window_pairs(obs)
     if not self.reuse: return pairs, 0, [], pairs
     keep, known = self.follow.common(pairs), []
     for p in pairs[keep:]:
@@ -171,8 +221,8 @@ def split(self: GraphStreamer, obs: Observation) -> tuple[list[Tensor], int, lis
     return pairs, keep, known, pairs[keep + len(known):]
 
 @patch
-def inputs(self: GraphStreamer, obs: Observation, noise: Tensor, dims: Tensor | None = None) -> tuple[Inputs, list, list[Tensor], list[Tensor]]:
-    "The program's inputs, the grids of its pictures, all pairs and the new ones."
+def inputs(self: GraphStreamer, obs: Observation, noise: Tensor, dims: Tensor | None = None) -> tuple[Inputs, int, list, list[Tensor], list[Tensor]]:
+    "The program's inputs, the row's length, the grids of its pictures, all pairs and the new ones."
     cfg, v, dev = self.model.cfg, self.model.cfg.vision, obs.state.device
     pairs, keep, known, new = self.split(obs)
     views = [x[0] for x, there in zip(obs.views, obs.view_mask[0]) if there]
@@ -184,19 +234,18 @@ def inputs(self: GraphStreamer, obs: Observation, noise: Tensor, dims: Tensor | 
     wide = torch.cat(known) if known else torch.zeros(0, cfg.text.width, dtype=self.model.embed.visual.dtype, device=dev)
     flat = torch.cat(patches) if patches else torch.zeros(0, 3 * v.temporal_patch * v.patch**2, device=dev)
     dims = torch.ones(cfg.max_action_dim, device=dev) if dims is None else dims
-    return Inputs(flat, wide, ids[start:].to(dev), pos[:, None, start:].to(dev), torch.arange(start, len(ids), device=dev), obs.state, noise, dims), grids, pairs, new
+    return Inputs(flat, wide, ids[start:].to(dev), pos[:, None, start:].to(dev), torch.arange(start, len(ids), device=dev), obs.state, noise, dims), len(ids), grids, pairs, new
 
 # %% ../nbs/06c_graph.ipynb #dabc5b41
 @patch
 @torch.no_grad()
 def sample(self: GraphStreamer, obs: Observation, noise: Tensor, dims: Tensor | None = None) -> Tensor:
-    "An action chunk (1, s, d). Raises `ValueError` for a batch of several, and for a row longer than the first observation left room for."
+    "An action chunk (1, s, d). Raises `ValueError` for a batch of several."
     if len(obs) != 1: raise ValueError(f"a streamer follows one robot, this batch holds {len(obs)}; use one GraphStreamer for each")
-    inputs, grids, pairs, new = self.inputs(obs, noise, dims)
-    l = int(inputs.at[-1]) + 1 if not inputs.at.is_cuda else len(inputs.at) + self.begin(pairs)
+    inputs, l, grids, pairs, new = self.inputs(obs, noise, dims)
     if self.slots is None or l > self.slots[0].k.shape[2]: self.make_room(max(l, self.room(obs)))
     key = inputs.signature(), tuple(grids), obs.history.shape[-1]
-    if key not in self.programs: self.programs[key] = TickProgram(self.model, self.slots, inputs, grids, self.steps, self.method)
+    if key not in self.programs: self.programs[key] = TickProgram(self.model, self.slots, inputs, grids, self.steps, self.method, self.pool, self.compiled, self.mlps)
     self.programs.move_to_end(key)
     while len(self.programs) > self.limit: self.programs.popitem(last=False)
     program = self.programs[key]; out = program(inputs).clone()
@@ -206,15 +255,9 @@ def sample(self: GraphStreamer, obs: Observation, noise: Tensor, dims: Tensor | 
     return out
 
 @patch
-def begin(self: GraphStreamer, pairs: list[Tensor]) -> int:
-    "First slot of the suffix."
-    keep = self.follow.common(pairs) if self.reuse else 0
-    return 1 + keep * (self.model.cfg.sampling.history_size // self.model.cfg.vision.factor) ** 2 if keep else 0
-
-@patch
 def make_room(self: GraphStreamer, l: int) -> None:
-    "New slots, at the start of an episode; programs over old ones are forgotten. Raises `ValueError` within an episode."
-    if self.slots is not None and self.follow.pairs: raise ValueError(f"a row of {l} tokens needs more than the {self.slots[0].k.shape[2]} slots that the first observation called for; reset() before views or instruction grow")
+    "Slots for rows of `l` tokens; what is in the present ones is kept, programs over them are forgotten."
+    t, w, old = self.model.cfg.text, self.model.embed.embed_tokens.weight, self.slots
     self.programs.clear()
-    t, w = self.model.cfg.text, self.model.embed.embed_tokens.weight
-    self.slots = [Slots(t.kv_heads, l, t.head_dim, w.dtype, w.device) for _ in self.model.blocks]
+    self.slots = [Slots(t.kv_heads, -(-l // 8) * 8, t.head_dim, w.dtype, w.device) for _ in self.model.blocks]
+    for a, b in zip(self.slots, old or ()): a.k[:, :, :b.k.shape[2]], a.v[:, :, :b.v.shape[2]] = b.k, b.v

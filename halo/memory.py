@@ -106,6 +106,8 @@ class RoboMME:
 
     def seen(self, obs): self.images = dict(primary=obs['pixels']['image'], wrist=obs['pixels']['wrist_image']); return self.images, obs['agent_pos'], self.prompt
 
+    def cameras(self) -> dict: "The cameras as they are, in the protocol's words."; return {k: f"{name} {self.images[k].shape[1]}×{self.images[k].shape[0]}" for k, name in (('primary', 'front'), ('wrist', 'wrist'))}
+
     def about(self) -> dict: "What the running episode showed."; return dict(pictures={k: list(v.shape) for k, v in self.images.items()}, shown_before=len(self.demo))
 
     def reset(self, seed: int):
@@ -181,9 +183,11 @@ def main_robomme(arguments=None):
     p.add_argument('--task', default='PickXtimes'); p.add_argument('--dataset', default='test')
     p.add_argument('--limit', type=int, default=ROBOMME['ticks'], help='ticks per episode')
     args = p.parse_args(arguments)
-    env, policy = RoboMME(args.task, args.dataset, args.limit), connect(args.address, args.token)
+    env = RoboMME(args.task, args.dataset, args.limit)
+    env.reset(0)                                              # only pictures say how large they are; before a server waits
+    policy = connect(args.address, args.token)
     begin = lambda player, seed: show_first(player, env.demo, seed)
-    own = dict(ROBOMME) | dict(episodes=args.episodes, dataset=args.dataset, ticks=args.limit, versions=robomme_versions(), task=args.task, frames=args.frames, chunk_executed=args.replan or 'all', server=dict(policy.get_server_metadata()))
+    own = dict(ROBOMME) | dict(episodes=args.episodes, dataset=args.dataset, ticks=args.limit, cameras=env.cameras(), versions=robomme_versions(), task=args.task, frames=args.frames, chunk_executed=args.replan or 'all', server=dict(policy.get_server_metadata()))
     play = lambda env, player, seed, limit: run_episode(env, player, seed, limit, start=begin) | env.about()
     out = run_benchmark(env, Player(policy, args.replan, args.frames, 8), range(args.episodes), env.limit, args.out, own, ROBOMME, episode=play)
     print(f"{args.task}: {out['success']['successes']}/{out['success']['n']}")

@@ -196,7 +196,7 @@ def denoise(self: HaloPolicy, obs: Observation, noise: Tensor | None = None, **r
     "Normalised action chunk (b, s, d) for an observation."
     x, dims = self._noise(obs, noise)
     if self.config.graph and len(obs) == 1 and not (self.training or torch.is_grad_enabled() or self._rtc_enabled()):
-        self._graphs = getattr(self, '_graphs', None) or GraphStreamer(self.model)
+        self._graphs = getattr(self, '_graphs', None) or GraphStreamer(self.model, compiled=self.config.compile_model)
         return self._graphs.sample(obs, x, dims)[..., :self.config.action_feature.shape[0]]
     prefix = self.encode(obs)
     velocity = partial(self.model.velocity, prefix) if self._rtc_enabled() or torch.is_grad_enabled() else Denoiser(self.model, prefix)   # RTC differentiates

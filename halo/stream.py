@@ -6,16 +6,26 @@
 from __future__ import annotations
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from .config import ModelConfig, preset
 from .model import HaloModel, Prefix
-from .vlm import Context, Observation, frame_pairs, normalize_pixels, patchify, rope_positions, row_ids, row_layout, special_ids
+from .vlm import Context, Observation, normalize_pixels, patchify, rope_positions, row_ids, row_layout, special_ids
 
 # %% auto #0
-__all__ = ['PairFeatures', 'KVBuffer', 'extend', 'Streamer', 'ExpertBuffer', 'Denoiser']
+__all__ = ['window_pairs', 'PairFeatures', 'KVBuffer', 'extend', 'Streamer', 'ExpertBuffer', 'expert_layer', 'compiled_layer',
+           'Denoiser']
+
+# %% ../nbs/06b_stream.ipynb #2fb8faba
+def window_pairs(obs: Observation) -> list[Tensor]:
+    "Frame pairs (2, 3, S, S) of one observation's history, the last frame repeated if their number is odd, in memory of their own (a caller may overwrite its frames)."
+    n = int(obs.history_mask[0].sum()); frames = obs.history[0, obs.history.shape[1] - n:]
+    frames = torch.cat([frames, frames[-1:]]) if n % 2 else frames.clone()
+    return list(frames.unflatten(0, (len(frames) // 2, 2)))
 
 # %% ../nbs/06b_stream.ipynb #6a2bbd66
 class PairFeatures:
@@ -100,6 +110,8 @@ class Streamer:
 
     def common(self, pairs: list[Tensor]) -> int:
         "How many pairs from the front are those of the last tick."
+        n = min(len(self.pairs), len(pairs))
+        if n and pairs[0].is_cuda: return int((torch.stack(self.pairs[:n]) == torch.stack(pairs[:n])).flatten(1).all(1).cumprod(0).sum())   # waits for the device once
         n = 0
         for a, b in zip(self.pairs, pairs):
             if not torch.equal(a, b): break
@@ -122,9 +134,7 @@ def row(self: Streamer, obs: Observation, pairs: list[Tensor], views: list[Tenso
 def suffix(self: Streamer, obs: Observation) -> tuple[Tensor, Context, int]:
     "Embeddings (1, q, width) of the tokens that must be computed, their context, and how many tokens before them stand."
     cfg, dev, embed = self.model.cfg, obs.state.device, self.model.embed
-    frames = obs.history[0][obs.history_mask[0]]
-    idx = frame_pairs(torch.ones(1, len(frames), dtype=torch.bool))[0]
-    pairs = list(frames[idx.to(dev)].unflatten(0, (-1, 2))) if len(idx) else []
+    pairs = window_pairs(obs)
     views = [v[0] for v, there in zip(obs.views, obs.view_mask[0]) if there]
     keep, side = self.common(pairs), obs.history.shape[-1] // cfg.vision.factor
     ids, pos = (x.to(dev) for x in self.row(obs, pairs, views))
@@ -178,35 +188,46 @@ def rope(self: Streamer, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
 
 # %% ../nbs/06b_stream.ipynb #a5da2aac
 class ExpertBuffer(Cache):
-    "K_u, V_u (b, o, l, h) of one layer with room for the expert's own `q` tokens behind them: `update` writes at `at` and returns everything up to there."
-    def __init__(self, k: Tensor, v: Tensor, q: int, dtype: torch.dtype):
-        self.at = l = k.shape[2]
-        with torch.inference_mode(False): self.k, self.v = (x.new_empty(*x.shape[:2], l + q, x.shape[3], dtype=dtype) for x in (k, v))
-        self.k[:, :, :l], self.v[:, :, :l] = k, v
+    "K_u, V_u (b, o, l, h) of one layer with room for the expert's own `q` tokens behind them, in all a multiple of `of`: `update` writes at `at` and returns everything up to there, or, once `full` is set, all (a mask hides the rest)."
+    def __init__(self, k: Tensor, v: Tensor, q: int, dtype: torch.dtype, of: int = 1):
+        self.at, self.full = k.shape[2], False; room = -(-(self.at + q) // of) * of
+        with torch.inference_mode(False): self.k, self.v = (x.new_zeros(*x.shape[:2], room, x.shape[3], dtype=dtype) for x in (k, v))
+        self.k[:, :, :self.at], self.v[:, :, :self.at] = k, v
     def update(self, key_states, value_states, layer_idx=0, *args, **kwargs):
         end = self.at + key_states.shape[2]
         self.k[:, :, self.at:end], self.v[:, :, self.at:end] = key_states, value_states
+        if self.full: end = self.k.shape[2]
         return self.k[:, :, :end], self.v[:, :, :end]
 
 # %% ../nbs/06b_stream.ipynb #574f0236
+def expert_layer(layer, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor], buffer: ExpertBuffer) -> Tensor:
+    "One layer over tokens (b, q, width), keys and values in `buffer`."
+    return layer(x, attention_mask=mask, position_embeddings=rope, past_key_values=buffer)
+
+@lru_cache
+def compiled_layer():
+    "`expert_layer` through torch.compile: the same code for every layer."
+    return torch.compile(expert_layer, dynamic=False)
+
 class Denoiser:
     "`HaloModel.velocity` for one prefix, with everything that does not depend on the noisy actions computed once. `whole`: no prefix token is padding (None: look). Not differentiable."
-    def __init__(self, model: HaloModel, prefix: Prefix, s: int | None = None, whole: bool | None = None):
-        self.model, self.prefix, s = model, prefix, s or model.cfg.chunk
+    def __init__(self, model: HaloModel, prefix: Prefix, s: int | None = None, whole: bool | None = None, compiled: bool = False):
+        self.model, self.prefix, self.compiled, s = model, prefix, compiled, s or model.cfg.chunk
         b, dev = len(prefix.state), prefix.state.device
         x, ectx = model.expert_start(prefix.state, prefix.ctx, torch.zeros(b, s, model.cfg.max_action_dim, device=dev), torch.zeros(b, device=dev))
-        self.buffers, n = [ExpertBuffer(k, v, x.shape[1], x.dtype) for k, v in prefix.cache], x.shape[1] - s
-        if n: self.through(x[:, :n], ectx.mask[:, :, :n, :-s], tuple(r[:, :n] for r in ectx.rope))
-        for buffer in self.buffers: buffer.at += n
         whole = bool(prefix.ctx.valid.all()) if whole is None else whole
-        self.mask, self.rope = None if whole else ectx.mask[:, :, n:], tuple(r[:, n:] for r in ectx.rope)
+        self.buffers, n = [ExpertBuffer(k, v, x.shape[1], x.dtype, 1 if whole else 8) for k, v in prefix.cache], x.shape[1] - s   # a GPU multiplies by lengths that 8 divides several times faster
+        if n: self.through(x[:, :n], ectx.mask[:, :, :n, :-s], tuple(r[:, :n] for r in ectx.rope), expert_layer)
+        for buffer in self.buffers: buffer.at += n; buffer.full = not whole
+        own = nn.functional.pad(ectx.mask[:, :, -1:], (0, self.buffers[0].k.shape[2] - ectx.mask.shape[3]))   # actions see all that is valid: one row for all of them
+        self.mask, self.rope = None if whole else torch.zeros_like(own, dtype=x.dtype).masked_fill(~own, -torch.inf), tuple(r[:, n:] for r in ectx.rope)
 
-    def through(self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def through(self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor], run: Callable) -> Tensor:
         "Tokens (b, q, width) through the expert's layers."
-        for block, buffer in zip(self.model.blocks, self.buffers): x = block.expert.layer(x, attention_mask=mask, position_embeddings=rope, past_key_values=buffer)
+        for block, buffer in zip(self.model.blocks, self.buffers): x = run(block.expert.layer, x, mask, rope, buffer)
         return x
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         "Velocity (b, s, d)."
         h = self.model.heads
-        return h.velocity(self.through(h.embed_actions(x_t, t), self.mask, self.rope))
+        return h.velocity(self.through(h.embed_actions(x_t, t), self.mask, self.rope, compiled_layer() if self.compiled else expert_layer))

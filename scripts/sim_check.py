@@ -1,9 +1,10 @@
 """Play a simulator that lives in an environment of its own through the policy server, with an untrained HALO of that robot's shapes: a check of the machinery, never a result.
 
 Two processes: `python -m halo.serve --untrained`, and the simulator's client under the interpreter of its own environment (configs/requirements/). What follows `--` goes to the client.
-Exit status 1 unless the client ends well, plays every episode, and names the random weights in its result.
+Exit status 1 unless the client ends well, plays every episode, and names the random weights in its result. `--keep` puts the episodes and conventions of a run that ended well into one small
+file for all simulators, without the rates, which mean nothing here.
 
-    python scripts/sim_check.py maniskill --python /path/to/maniskill/bin/python --out result.json -- --task RememberColor3-VLA-v0
+    python scripts/sim_check.py maniskill --python /path/to/maniskill/bin/python --keep bench/sims.json -- --task RememberColor3-VLA-v0
 """
 import argparse, json, subprocess, sys, tempfile
 from pathlib import Path
@@ -34,6 +35,14 @@ def judge(out, episodes):
     return '' if d['conventions']['server'].get('weights') == 'random' else f'{out} does not say that the weights are random'
 
 
+def keep(path, client, out):
+    "Put episodes and conventions of a client's result file into the file `path` of all simulators, under the client's name."
+    from halo.evaluate import write_whole
+    kept, d = json.loads(path.read_text()) if path.exists() else {}, json.loads(out.read_text())
+    kept[client] = {k: d[k] for k in ('benchmark', 'seconds', 'conventions', 'episodes')}
+    write_whole(path, json.dumps(kept, indent=1, sort_keys=True) + '\n')
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog='What follows -- goes to the client.')
     p.add_argument('client', choices=SHAPES)
@@ -41,6 +50,7 @@ def main():
     p.add_argument('--preset', default='small')
     p.add_argument('--episodes', type=int, default=1)
     p.add_argument('--out', type=Path, default=Path('outputs/sim_check.json'), help="the client's result file; made anew")
+    p.add_argument('--keep', type=Path, metavar='FILE', help="add the run to this file, under the client's name")
     cut = sys.argv.index('--') if '--' in sys.argv else len(sys.argv)
     args, more = p.parse_args(sys.argv[1:cut]), sys.argv[cut + 1:]
     out = args.out.resolve(); out.unlink(missing_ok=True)
@@ -48,6 +58,7 @@ def main():
         command = [args.python, str(root/f'clients/{args.client}.py'), '--address', f'{host}:{port}', '--episodes', str(args.episodes), '--out', str(out), *more]
         status = subprocess.run(command, env=clean(), cwd=root).returncode
     wrong = f'the client ended with status {status}' if status else judge(out, args.episodes)
+    if args.keep and not wrong: keep(args.keep, args.client, out)
     print(wrong or f'{args.client}: {args.episodes} episodes through the server, with random weights: a check of the machinery, not a result')
     sys.exit(bool(wrong))
 

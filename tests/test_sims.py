@@ -116,6 +116,20 @@ def test_robommes_client_does_not_hide_its_package(tmp_path):
     assert 'the package was found' in done.stderr, done.stderr[-400:]
 
 
+def test_a_kept_check_has_no_rate(tmp_path, monkeypatch):
+    "scripts/sim_check.py --keep: one file for all simulators, each under its name, later runs in place of earlier ones; random weights get no rate."
+    monkeypatch.syspath_prepend(str(root/'scripts'))
+    import sim_check
+    kept, out = tmp_path/'sims.json', tmp_path/'out.json'
+    for client, ticks in (('calvin', 1), ('robomme', 2), ('calvin', 3)):
+        out.write_text(json.dumps(dict(benchmark=client, success=dict(rate=0), per_task={}, seconds=1, conventions=dict(server=dict(weights='random')), episodes=[dict(ticks=ticks)])))
+        sim_check.keep(kept, client, out)
+    d = json.loads(kept.read_text())
+    assert {k: v['episodes'][0]['ticks'] for k, v in d.items()} == dict(calvin=3, robomme=2) and all('success' not in v and 'per_task' not in v for v in d.values())
+    shipped = json.loads((root/'bench/sims.json').read_text())
+    assert {*shipped} == {*sim_check.SHAPES} and all(v['conventions']['server']['weights'] == 'random' for v in shipped.values())
+
+
 def rollout(tmp_path, robot, *more, duration=2, seed=0, task='put the puck on the pad that flashed red'):
     "LeRobot's own lerobot-rollout with the shipped checkpoint; what the mock robot logged."
     env = os.environ | {'PYTHONPATH': os.pathsep.join([str(root), str(root/'tests'), os.environ.get('PYTHONPATH', '')]), 'HF_LEROBOT_CALIBRATION': str(tmp_path/'calibration'), 'OMP_NUM_THREADS': '1'}
