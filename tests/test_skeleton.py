@@ -151,12 +151,24 @@ def test_readme_links_from_the_top(project):
 def test_flags_decide_which_cells_run(project, monkeypatch):
     path = project/'nbs/00_one.ipynb'
     monkeypatch.setattr(test_notebooks, 'root', project)
-    passed, _, out = test_notebooks.test(path, [], 120)
+    def test(flags, limit): return next(test_notebooks.test_all([path], flags, limit, 1, fresh=True))[1::2]
+    passed, out = test([], 120)
     assert passed, out  # the slow cell, which raises, was skipped
-    passed, _, out = test_notebooks.test(path, ['slow'], 120)
+    passed, out = test(['slow'], 120)
     assert not passed and 'RuntimeError' in out
     assert test_notebooks.flagged(path, ['slow']) and not test_notebooks.flagged(path, ['gpu'])
-    assert not test_notebooks.test(path, [], 0.01)[0]  # a limit stops it
+    assert not test([], 0.01)[0]  # a limit stops it
+
+
+def test_forked_notebooks_pass_and_fail_like_fresh_ones(project):
+    "Two at a time from one process; what one of them does to its interpreter, the other does not see."
+    code = f"""import sys; sys.path.insert(0, {str(root/'scripts')!r})
+import test_notebooks as t, nbdev.test, os; from pathlib import Path
+t.root = Path({str(project)!r}); os.chdir(t.root); path = t.root/'nbs/00_one.ipynb'
+for flags, limit in (([], 120), (['slow'], 120), ([], 0.01)): print([passed for _, passed, *_ in t.test_all([path, path.with_name('01_two.ipynb')], flags, limit, 2)])"""
+    (project/'nbs/01_two.ipynb').write_text((project/'nbs/00_one.ipynb').read_text())
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert out.stdout.splitlines() == ['[True, True]', '[False, False]', '[False, False]'], out.stdout + out.stderr
 
 
 def test_tests_have_no_network():
