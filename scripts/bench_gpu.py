@@ -21,8 +21,8 @@ def main():
     from halo import bench
     failed = []
     for name in args.names or RUNS:
-        command = f'{RUNS[name]} {args.more}'.split() + ['--out', str(args.file)]
-        if args.small: command = [x for x in command if x not in ('--preset', 'paper', '--dtype', 'bfloat16')] + '--preset tiny --device cpu --history 8 --hop 4 --ticks 6 --rounds 2'.split()
+        command = f'{RUNS[name]} --device cuda {args.more}'.split() + ['--out', str(args.file)]
+        if args.small: command = [x for x in command if x not in ('--preset', 'paper', '--dtype', 'bfloat16', 'cuda', '--device')] + '--preset tiny --device cpu --history 8 --hop 4 --ticks 6 --rounds 2'.split()
         print('==', *command, flush=True); began = time.monotonic()
         try: bench.main(command)
         except Exception: traceback.print_exc(); failed.append(name)
