@@ -62,3 +62,12 @@ def test_compiled_layers_give_the_same_actions():
     torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
     model = build(preset('tiny', **TINY), 'cpu'); runner = GraphStreamer(model, compiled=True)
     assert worst(runner.sample, model, 14) < 1e-4 and torch._dynamo.utils.counters['stats']['unique_graphs'] <= 3 * len(runner.programs)
+
+
+def test_the_gpu_benches_name_what_exists():
+    "Every command of scripts/bench_gpu.py, and of scripts/bench_cpu.sh, is one that `halo bench` takes."
+    import re, sys; from pathlib import Path; from halo.bench import parser
+    root = Path(__file__).resolve().parent.parent; sys.path.insert(0, str(root/'scripts')); import bench_gpu
+    lines = re.findall(r'^bench (.+)$', (root/'scripts/bench_cpu.sh').read_text(), re.M)
+    assert len(lines) == 8
+    for line in [*bench_gpu.RUNS.values(), *lines]: parser().parse_args(__import__('shlex').split(line))
