@@ -69,5 +69,5 @@ def test_the_gpu_benches_name_what_exists():
     import re, sys; from pathlib import Path; from halo.bench import parser
     root = Path(__file__).resolve().parent.parent; sys.path.insert(0, str(root/'scripts')); import bench_gpu
     lines = re.findall(r'^bench (.+)$', (root/'scripts/bench_cpu.sh').read_text(), re.M)
-    assert len(lines) == 8
+    assert len(lines) == 9
     for line in [*bench_gpu.RUNS.values(), *lines]: parser().parse_args(__import__('shlex').split(line))
