@@ -101,7 +101,9 @@ def test_an_overloaded_server_says_so(engine):
             for f in [pool.submit(c.infer, observation(1)) for c in (a, b)]:
                 with pytest.raises(RuntimeError, match='overloaded'): f.result()
         with pytest.raises(RuntimeError, match='still being answered|overloaded'): a.infer(observation(2))
-        assert b.frame(observation(3)['images'])['ack']
+        for late in range(50):   # whose pass is running when the server gives up is chance: that client is refused until it ends
+            try: assert b.frame(observation(3)['images'])['ack']; break
+            except RuntimeError as e: assert 'still being answered' in str(e) and late < 49; time.sleep(0.1)
 
 
 def test_a_client_that_went_is_not_computed_for(engine):
