@@ -507,6 +507,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'halo.graph.compiled_vlm': ('graph.html#compiled_vlm', 'halo/graph.py'),
                             'halo.graph.laid_out': ('graph.html#laid_out', 'halo/graph.py'),
                             'halo.graph.padded_mlp': ('graph.html#padded_mlp', 'halo/graph.py'),
+                            'halo.graph.refill': ('graph.html#refill', 'halo/graph.py'),
                             'halo.graph.through': ('graph.html#through', 'halo/graph.py'),
                             'halo.graph.vision_block': ('graph.html#vision_block', 'halo/graph.py'),
                             'halo.graph.vlm_layer': ('graph.html#vlm_layer', 'halo/graph.py')},

@@ -15,25 +15,31 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from .config import ModelConfig, preset
 from .model import HaloModel, Prefix
-from .stream import Denoiser, Streamer, compiled_layer, expert_layer, window_pairs
+from .stream import Denoiser, Streamer, window_pairs
 from .vlm import Context, Observation, equal_pieces, normalize_pixels, patchify, row_layout, special_ids
 
 # %% auto #0
-__all__ = ['padded_mlp', 'vision_block', 'VisionPlan', 'Slots', 'Inputs', 'TickProgram', 'through', 'vlm_layer', 'compiled_vlm',
-           'compiled_vision', 'laid_out', 'GraphStreamer']
+__all__ = ['padded_mlp', 'refill', 'vision_block', 'VisionPlan', 'Slots', 'Inputs', 'TickProgram', 'vlm_layer', 'through',
+           'compiled_vlm', 'compiled_vision', 'laid_out', 'GraphStreamer']
 
 # %% ../nbs/06c_graph.ipynb #09f6db4e
 def padded_mlp(mlp: nn.Module, of: int = 64) -> nn.Module:
-    "A copy of a gated MLP whose inner width is the next multiple of `of`: the rest are zeros, the results are the same."
+    "A copy of a gated MLP whose inner width is the next multiple of `of`: the rest are zeros, the results are the same. `refill` brings it up to date."
     out, n = copy.copy(mlp), mlp.gate_proj.out_features; wide = -(-n // of) * of
     out._modules = dict(mlp._modules)
-    for name in ('gate_proj', 'up_proj', 'down_proj'):
-        old, into = getattr(mlp, name), name == 'down_proj'; w, bias = old.weight.detach(), old.bias
-        new = nn.Linear(*((wide, w.shape[0]) if into else (w.shape[1], wide)), bias=bias is not None, device='meta'); more = wide - n
-        new.weight = nn.Parameter(F.pad(w, (0, more) if into else (0, 0, 0, more)), requires_grad=False)
-        if bias is not None: new.bias = nn.Parameter(bias.detach() if into else F.pad(bias.detach(), (0, more)), requires_grad=False)
-        out._modules[name] = new
+    with torch.inference_mode(False), torch.no_grad():            # may be refilled in either mode
+        for name in ('gate_proj', 'up_proj', 'down_proj'):
+            old = getattr(mlp, name); sizes = (wide, old.out_features) if name == 'down_proj' else (old.in_features, wide)
+            new = out._modules[name] = nn.Linear(*sizes, old.bias is not None, old.weight.device, old.weight.dtype).requires_grad_(False)
+            for p in new.parameters(): p.zero_()
+    refill(out, mlp)
     return out
+
+@torch.no_grad()
+def refill(padded: nn.Module, mlp: nn.Module) -> None:
+    "Copy the weights of `mlp` into `padded` in place, so that recorded programs see them."
+    for name in ('gate_proj', 'up_proj', 'down_proj'):
+        for new, old in zip(getattr(padded, name).parameters(), getattr(mlp, name).parameters()): new[tuple(map(slice, old.shape))] = old
 
 # %% ../nbs/06c_graph.ipynb #f0f47782
 def vision_block(block, x: Tensor, cu_seqlens: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -125,24 +131,24 @@ class TickProgram:
         state, cache = i.state if m.state_tokens is None else m.state_tokens(i.state), []
         for block, slots in zip(m.blocks, self.slots):
             slots.at = i.at
-            x, k, v = through(block.vlm, x, ctx, slots, compiled_vlm() if self.compiled else expert_layer)
+            x, k, v = through(block.vlm, x, ctx, slots, compiled_vlm() if self.compiled else vlm_layer)
             state, k, v = block.represent(k, v, state, ctx, None)
             cache.append((k, v))
         velocity = Denoiser(m, Prefix(cache, i.state, ctx), whole=False, compiled=self.compiled)   # later slots are empty
         return m.integrate(lambda x_t, t: velocity(x_t, t) * i.dims, i.noise, self.steps, self.method)
 
 # %% ../nbs/06c_graph.ipynb #4bb532b7
-def through(layer, x: Tensor, ctx: Context, slots: Slots, run: Callable = expert_layer) -> tuple[Tensor, Tensor, Tensor]:
-    "New tokens x (1, q, width) through a VLM layer -> their next hidden state, and K, V (1, j, L, h) of all slots; `run(layer, x, mask, rope, slots)` runs a whole layer."
+def vlm_layer(layer, x: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor], slots: Slots) -> Tensor:
+    "A VLM layer over tokens x (1, q, width), keys and values in `slots`."
+    return layer(x, attention_mask=mask, position_embeddings=rope, past_key_values=slots)
+
+def through(layer, x: Tensor, ctx: Context, slots: Slots, run: Callable = vlm_layer) -> tuple[Tensor, Tensor, Tensor]:
+    "New tokens x (1, q, width) through a VLM layer -> their next hidden state, and K, V (1, j, L, h) of all slots; `run` is `vlm_layer` or its compiled form."
     if hasattr(layer, 'layer'): return run(layer.layer, x, ctx.mask, ctx.rope, slots), slots.k, slots.v
     x, k, v = layer(x, ctx)
     return x, *slots.update(k, v)
 
 # %% ../nbs/06c_graph.ipynb #b576e7f0
-def vlm_layer(layer, x: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor], slots: Slots) -> Tensor:
-    "`halo.stream.expert_layer` for the VLM: a function of its own, for torch.compile counts variants by function."
-    return layer(x, attention_mask=mask, position_embeddings=rope, past_key_values=slots)
-
 @lru_cache
 def compiled_vlm() -> Callable: return torch.compile(vlm_layer, dynamic=False)
 
@@ -198,8 +204,9 @@ class GraphStreamer:
         self.mlps = {k: padded_mlp(b.mlp) for k, b in enumerate(model.embed.visual.blocks) if gpu and model.cfg.vision.mlp % 8}
 
     def reset(self) -> None:
-        "A new episode: what was encoded is forgotten, the programs stay."
+        "A new episode: what was encoded is forgotten, the programs stay; weights may have changed in place."
         self.follow.reset()
+        for k, m in self.mlps.items(): refill(m, self.model.embed.visual.blocks[k].mlp)
 
     def room(self, obs: Observation) -> int:
         "Slots needed for the longest row of this robot: full history, these views, this instruction."
