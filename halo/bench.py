@@ -226,7 +226,7 @@ def bench_tick(args) -> dict:
 def bench_cost(args) -> dict:
     "A tick against history length, number of views, denoising steps and batch; parts of a streamed and of a recomputed tick."
     cfg, dev = bench_config(args), args.device; model = build(cfg, dev); out = dict(history={}, views={}, steps={}, batch={})
-    ways = ('full', 'stream', 'none') if args.graph is False or args.device == 'cpu' else ('stream', 'none')   # graphs of a recomputed tick differ for every length of the history
+    ways = ('full', 'stream', 'none') if not args.graph or args.device == 'cpu' else ('stream', 'none')   # graphs of a recomputed tick differ for every length of the history
     for n in (0, 8, 16, 32, 48, 64, 80):
         model.cfg = cfg.but(sampling__history_frames=n, sampling__history_hop=min(args.hop, n // 2 // 2 * 2))
         took, _, _ = compare_ticks(model, range(140, 140 + args.rounds), args.graph, dev, compiled=args.compile, ways=ways)
@@ -458,7 +458,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     "Run one bench; exit status 0."
-    args = parser().parse_args(argv)
+    p = parser(); args = p.parse_args(argv)
+    if (args.compile or args.no_eager) and not args.graph: p.error('--compile and --no-eager speak of static programs: add --graph')
     if args.device.startswith('cuda') and not torch.cuda.is_available(): sys.exit(f"--device {args.device}: torch sees no CUDA device here; use --device cpu")
     if args.compile: torch._dynamo.config.recompile_limit = 64   # a tick that recomputes has a shape for every length of the history
     began = time.perf_counter(); result = BENCHES[args.what](args)

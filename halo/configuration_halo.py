@@ -67,7 +67,7 @@ class HaloConfig(PreTrainedConfig):
     tokenizer_max_length: int = 128
     stream: bool = True                       # one robot at a time: reuse what the last tick computed (exact; halo.stream)
     graph: bool = False                       # one robot at a time, without RTC: the whole tick as one static program, replayed as a CUDA graph on a GPU (halo.graph)
-    compile_model: bool = False               # with graph: its layers through torch.compile (tens of seconds at the first ticks, then the fastest)
+    compile_model: bool = False               # with graph: its layers through torch.compile (which takes its time at the first ticks)
 
     normalization_mapping: dict[str, NormalizationMode] = field(default_factory=lambda: {
         'VISUAL': NormalizationMode.IDENTITY, 'STATE': NormalizationMode.MEAN_STD, 'ACTION': NormalizationMode.MEAN_STD})

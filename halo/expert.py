@@ -20,10 +20,10 @@ __all__ = ['FEW', 'attend_few', 'grouped_attention', 'expert_config', 'expert_ma
            'ExpertHeads']
 
 # %% ../nbs/05_expert.ipynb #75a06030
-FEW = 1024   # rows of a key head (queries times the heads that share it) up to which a GPU runs attention as products
+FEW = 1024   # rows (samples, heads and queries together) up to which a GPU runs attention as products
 
 def attend_few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    "Attention of few rows (b, o, r, h) to many keys and values (b, o, l, h) as two products with FP32 scores between: a fused kernel gives 64 rows to one multiprocessor and leaves most of a large GPU idle. Not differentiable."
+    "Attention of few rows (b, o, r, h) to many keys and values (b, o, l, h) as two products with FP32 scores between: a fused kernel gives a block of rows to one multiprocessor and leaves the rest of a large GPU idle. Not differentiable."
     a, b = query.flatten(0, 1), key.flatten(0, 1).mT
     scores = torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else torch.bmm(a, b).float()
     scores = scores.unflatten(0, query.shape[:2]) * scaling
@@ -32,10 +32,10 @@ def attend_few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
 
 def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, dropout: float = 0.0, **kw) -> tuple[Tensor, None]:
     "Attention of query heads (b, o * g, q, h) to keys and values (b, o, l, h) that g of them share, none copied. `attention_mask` (b, 1, q or 1, l) bool or additive, None = all see all. Returns (b, q, o * g, h), None."
-    b, n, q, h = query.shape; o, l = key.shape[1:3]; mask = attention_mask
+    b, n, q, h = query.shape; o, mask = key.shape[1], attention_mask
     query = query.reshape(b, o, -1, h)
     if mask is not None: mask = mask.expand(-1, -1, query.shape[2], -1) if mask.shape[2] == 1 else mask.repeat(1, 1, n // o, 1)
-    if query.is_cuda and query.shape[2] <= FEW and not torch.is_grad_enabled(): out = attend_few(query, key, value, mask, h ** -0.5 if scaling is None else scaling)
+    if query.is_cuda and b * n * q <= FEW and not torch.is_grad_enabled(): out = attend_few(query, key, value, mask, h ** -0.5 if scaling is None else scaling)
     else: out = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
     return out.view(b, n, q, h).transpose(1, 2).contiguous(), None
 
@@ -77,7 +77,7 @@ class ExpertContext:
 # %% ../nbs/05_expert.ipynb #e20139b5
 class ExpertLayer(nn.Module):
     "One Qwen2 layer over [state, noisy actions] that also reads K_u, V_u."
-    def __init__(self, config: Qwen2Config, index: int): super().__init__(); self.layer = Qwen2DecoderLayer(config, 0)   # all layers alike: compiled once for all
+    def __init__(self, config: Qwen2Config): super().__init__(); self.layer = Qwen2DecoderLayer(config, 0)   # all layers have one number: torch.compile takes them for one
     def forward(self, x: Tensor, k: Tensor, v: Tensor, ctx: ExpertContext) -> Tensor:
         "x (b, q, width), k and v (b, o, l, h) -> (b, q, width)."
         return self.layer(x, attention_mask=ctx.mask, position_embeddings=ctx.rope, past_key_values=_Prefix(k, v))

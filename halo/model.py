@@ -63,7 +63,7 @@ class HaloBlock(nn.Module):
         self.state = StateLayer(state_config(cfg), index) if deep else None
         self.rerep = (SALR(None if deep else cfg.max_state_dim, s.state_heads, n2, no, h, compression=s.compression, mask=s.mask, fused=s.fused)
                       if s.enabled else HeadConverter(n2, no, h))
-        self.expert = ExpertLayer(expert_config(cfg), index)
+        self.expert = ExpertLayer(expert_config(cfg))
 
 # %% ../nbs/06_model.ipynb #b4d1df8a
 from fastcore.basics import patch

@@ -216,7 +216,7 @@ class Denoiser:
         b, dev = len(prefix.state), prefix.state.device
         x, ectx = model.expert_start(prefix.state, prefix.ctx, torch.zeros(b, s, model.cfg.max_action_dim, device=dev), torch.zeros(b, device=dev))
         whole = bool(prefix.ctx.valid.all()) if whole is None else whole
-        self.buffers, n = [ExpertBuffer(k, v, x.shape[1], x.dtype, 1 if whole else 8) for k, v in prefix.cache], x.shape[1] - s   # a GPU multiplies by lengths that 8 divides several times faster
+        self.buffers, n = [ExpertBuffer(k, v, x.shape[1], x.dtype, 1 if whole else 8) for k, v in prefix.cache], x.shape[1] - s   # a GPU is faster where 8 divides the length
         if n: self.through(x[:, :n], ectx.mask[:, :, :n, :-s], tuple(r[:, :n] for r in ectx.rope), expert_layer)
         for buffer in self.buffers: buffer.at += n; buffer.full = not whole
         own = nn.functional.pad(ectx.mask[:, :, -1:], (0, self.buffers[0].k.shape[2] - ectx.mask.shape[3]))   # actions see all that is valid: one row for all of them

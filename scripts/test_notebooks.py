@@ -1,10 +1,10 @@
 """Run nbdev_test on each notebook in a process of its own, two at a time, with one line per notebook.
 
 A process per notebook keeps state (default dtypes, seeds, registries, memory) from leaking between notebooks, as workers shared by nbdev_test would let it.
-The processes are forks of one that has already imported what nearly all notebooks import (some seven seconds of each, otherwise); `--fresh` starts them from nothing.
+The processes are forks of one that has already imported what nearly all notebooks import; `--fresh` starts them from nothing.
 Flags name cells that are skipped otherwise: `--flags "slow sim"` runs them too, in the notebooks that have any.
 """
-import argparse, json, os, re, signal, subprocess, sys, tempfile, time, warnings
+import argparse, contextlib, json, os, re, signal, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
@@ -50,19 +50,23 @@ def start(path, flags, fresh):
 def test_all(paths, flags, limit, workers, fresh=False):
     "Test notebooks, `workers` at a time: yields (path, passed, seconds, output), in their order."
     waiting, running, done = list(paths), {}, {}
-    for path in paths:
-        while path not in done:
-            while waiting and len(running) < workers:
-                p = waiting.pop(0); running[p] = (*start(p, flags, fresh), time.monotonic())
-            for p, (pid, out, began) in list(running.items()):
-                late = time.monotonic() - began > limit
-                if late: os.killpg(pid, signal.SIGKILL)
-                ended, status = os.waitpid(pid, 0 if late else os.WNOHANG)
-                if not ended: continue
-                out.seek(0); why = f'Stopped after {limit:.0f} s; mark slow cells with `#| slow` or raise --limit.\n' if late else ''
-                done[p] = (not late and os.waitstatus_to_exitcode(status) == 0, time.monotonic() - began, out.read() + why); out.close(); del running[p]
-            time.sleep(0.1)
-        yield (path, *done[path])
+    try:
+        for path in paths:
+            while path not in done:
+                while waiting and len(running) < workers:
+                    p = waiting.pop(0); running[p] = (*start(p, flags, fresh), time.monotonic())
+                for p, (pid, out, began) in list(running.items()):
+                    late = time.monotonic() - began > limit
+                    if late: os.killpg(pid, signal.SIGKILL)
+                    ended, status = os.waitpid(pid, 0 if late else os.WNOHANG)
+                    if not ended: continue
+                    out.seek(0); why = f'Stopped after {limit:.0f} s; mark slow cells with `#| slow` or raise --limit.\n' if late else ''
+                    done[p] = (not late and os.waitstatus_to_exitcode(status) == 0, time.monotonic() - began, out.read() + why); out.close(); del running[p]
+                time.sleep(0.1)
+            yield (path, *done[path])
+    finally:                      # interrupted: no process stays behind
+        for pid, *_ in running.values():
+            with contextlib.suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL)
 
 
 def main():

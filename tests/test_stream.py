@@ -1,7 +1,10 @@
-"""Streaming: what a caller, a mask or a compiler could break."""
+"""Streaming: what a caller, a mask or a compiler could break; and the benches that time it."""
+import json, re, shlex, sys
+from pathlib import Path
+
 import pytest, torch
 import torch.nn.functional as F
-from halo.bench import build, episode
+from halo.bench import build, episode, parser
 from halo.config import preset
 from halo.expert import attend_few, grouped_attention
 from halo.graph import GraphStreamer, padded_mlp
@@ -76,10 +79,10 @@ def test_compiled_layers_give_the_same_actions():
     assert worst(runner.sample, model, 14) < 1e-4 and torch._dynamo.utils.counters['stats']['unique_graphs'] <= 3 * len(runner.programs)
 
 
-def test_the_gpu_benches_name_what_exists():
-    "Every command of scripts/bench_gpu.py, and of scripts/bench_cpu.sh, is one that `halo bench` takes."
-    import re, sys; from pathlib import Path; from halo.bench import parser
+def test_the_listed_benches_are_what_the_notebook_reads():
+    "Every command of scripts/bench_gpu.py and scripts/bench_cpu.sh is one that `halo bench` takes, and the kept files hold nothing that they would not write."
     root = Path(__file__).resolve().parent.parent; sys.path.insert(0, str(root/'scripts')); import bench_gpu
-    lines = re.findall(r'^bench (.+)$', (root/'scripts/bench_cpu.sh').read_text(), re.M)
-    assert len(lines) == 9
-    for line in [*bench_gpu.RUNS.values(), *lines]: parser().parse_args(__import__('shlex').split(line))
+    written = dict(cpu=re.findall(r'^bench (.+)$', (root/'scripts/bench_cpu.sh').read_text(), re.M), h200=bench_gpu.RUNS.values())
+    for file, lines in written.items():
+        args = [parser().parse_args(shlex.split(line)) for line in lines]
+        assert set(json.loads((root/f'bench/{file}.json').read_text())) <= {a.name or a.what for a in args}, file
