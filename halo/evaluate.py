@@ -19,7 +19,7 @@ from .modeling_halo import HaloPolicy
 # %% auto #0
 __all__ = ['wilson', 'rate', 'sha256', 'config_hash', 'checkpoint_hash', 'versions', 'conventions', 'write_whole', 'EvalResult',
            'open_envs', 'split_seeds', 'episode_noise', 'watch', 'row_info', 'Recorder', 'choose_action', 'batch_noise',
-           'run_batch', 'evaluate', 'load_policy', 'observation_at', 'compare', 'summary']
+           'run_batch', 'evaluate', 'policy_folder', 'load_policy', 'observation_at', 'compare', 'summary']
 
 # %% ../nbs/13_evaluate.ipynb #06cee2fd
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -273,12 +273,23 @@ def evaluate(policy, pre, post, env_cfg, seeds, n_envs: int = 10, record=(), pro
     return EvalResult(episodes, conventions(policy, env_cfg, len(batches[0])), time.perf_counter() - start, records)
 
 # %% ../nbs/13_evaluate.ipynb #e34c02ab
+def policy_folder(folder: str | Path) -> Path:
+    "`folder` if it holds a policy of LeRobot with its processors: whole, or as LoRA adapters. Raises `ValueError` naming what is missing."
+    folder = Path(folder)
+    adapters = (folder / 'adapter_config.json').is_file()
+    weights = 'adapter_model.safetensors' if adapters else 'model.safetensors'
+    for name in ('config.json', weights, 'policy_preprocessor.json', 'policy_postprocessor.json'):
+        if not (folder / name).exists():
+            raise ValueError(
+                f"{folder} is not a policy folder: {name} is missing; train one (halo.train.train, "
+                "lerobot-train) or copy it again")
+    return folder
+
 def load_policy(folder: str | Path):
     "Policy, preprocessor and postprocessor of a LeRobot policy folder. Raises `ValueError` if there is none, or for a truncated or foreign checkpoint."
-    folder = Path(folder)
-    for name in ('config.json', 'model.safetensors', 'policy_preprocessor.json', 'policy_postprocessor.json'):
-        if not (folder / name).exists(): raise ValueError(f"{folder} is not a policy folder: {name} is missing; train one (halo.train.train, lerobot-train) or copy it again")
-    with contextlib.redirect_stdout(io.StringIO()): policy = HaloPolicy.from_pretrained(folder)   # LeRobot prints where it loads from
+    folder = policy_folder(folder)
+    with contextlib.redirect_stdout(io.StringIO()):   # LeRobot prints where it loads from
+        policy = HaloPolicy.from_pretrained(folder)
     policy.config.pretrained_path = folder
     device = {'device_processor': {'device': str(next(policy.parameters()).device)}}
     return policy.eval(), *make_pre_post_processors(policy.config, pretrained_path=str(folder), preprocessor_overrides=device)

@@ -709,13 +709,13 @@ def stack_views(views: dict, slots: list[str], b: int) -> dict[str, Tensor]:
     return out
 
 # %% ../nbs/10b_mixture.ipynb #bdf279d6
-def make_mixture_policy(data: MixtureDataset, **config) -> tuple[HaloPolicy, object, object]:
+def make_mixture_policy(data: MixtureDataset, tokenizer=None, **config) -> tuple[HaloPolicy, object, object]:
     "A fresh HALO policy and its processors for a mixture; `config` are further fields of `HaloConfig`."
     feats = data.features()
     same = dict(VISUAL=NormalizationMode.IDENTITY, STATE=NormalizationMode.IDENTITY, ACTION=NormalizationMode.IDENTITY)
     cfg = HaloConfig(model=data.cfg, input_features={k: f for k, f in feats.items() if k != 'action'}, output_features={'action': feats['action']}, normalization_mapping=same,
                      camera_roles={VIEW + s: s.split('_')[0] for s in data.slots}, **config)
-    return HaloPolicy(cfg), *make_halo_pre_post_processors(cfg, {})
+    return HaloPolicy(cfg), *make_halo_pre_post_processors(cfg, {}, tokenizer)
 
 # %% ../nbs/10b_mixture.ipynb #ceb9eb79
 def mixture_loss(policy, pre, batch: dict, names: list[str]) -> tuple[Tensor, dict[str, float]]:

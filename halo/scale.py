@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist, yaml
 import torch.distributed.checkpoint as dcp
-from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -22,7 +21,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from .config import at_least, one_of
 from .flow import sample_time
-from .modeling_halo import check_checkpoint, pad_last
+from .modeling_halo import init_weights, pad_last, vlm_source, write_weights
+from .configuration_halo import weights_origin
+from .processor_halo import saved_tokenizer
 from .salr import KeepFP32
 from .train import lr_at, make_policy, param_groups, preprocess
 
@@ -32,7 +33,7 @@ __all__ = ['PARTS', 'META', 'SAME', 'SIZES', 'ScaleConfig', 'mesh_shape', 'globa
            'start_processes', 'shard_model', 'spread_model', 'set_checkpointing', 'allocator_peak', 'local', 'EMA',
            'live_tensors', 'sha256', 'sync', 'everyone', 'write_shard', 'write_last', 'checkpoints', 'save', 'flaw',
            'newest', 'load', 'Tally', 'Log', 'read_rows', 'peak_memory', 'Feed', 'merge_lora', 'write_policy',
-           'check_same', 'Stopper', 'own_folder', 'scale_train', 'loop', 'read_config', 'init_weights', 'build',
+           'check_same', 'Stopper', 'own_folder', 'scale_train', 'loop', 'read_config', 'has_weights', 'build',
            'launch_shape', 'check_room', 'dry_run', 'dry_run_policy', 'main', 'export']
 
 # %% ../nbs/11c_scale.ipynb #8ef5145b
@@ -473,7 +474,7 @@ def write_policy(policy, pre, post, folder: str | Path, rc: ScaleConfig, ema: EM
     if rank: return folder
     cast = lambda n, w: w if n in fp32 else w.to(getattr(torch, policy.config.model.dtype))
     tmp = folder.with_name(folder.name + '.tmp'); shutil.rmtree(tmp, ignore_errors=True)
-    policy.save_pretrained(tmp, state_dict={f'model.{n}': cast(n, w).contiguous() for n, w in merge_lora(full, rc).items()})
+    write_weights(policy, tmp, {f'model.{n}': cast(n, w) for n, w in merge_lora(full, rc).items()})
     pre.save_pretrained(tmp); post.save_pretrained(tmp)
     shutil.rmtree(folder, ignore_errors=True); tmp.rename(folder)
     return folder
@@ -577,34 +578,34 @@ def read_config(file: str | Path, changes: list[str] = ()) -> dict:
     if not c.get('data'): raise ValueError(f"{Path(file).name}: 'data' is missing; give data.root (a LeRobot dataset) or data.mixture (a mixture's file)")
     return c | dict(run=ScaleConfig(**{k: float(v) if k in ('lr', 'eps', 'weight_decay') else v for k, v in (c.get('run') or {}).items()}), policy=c.get('policy') or {})
 
-# %% ../nbs/11c_scale.ipynb #9ef81cc1
-def init_weights(policy, init_from: str, meta: bool = False) -> None:
-    "Weights of a policy folder (or of a policy on the hub) into `policy`; a `policy` without memory is only compared with them. Raises `ValueError` that names `init_from`."
-    try: file = Path(init_from)/'model.safetensors' if Path(init_from).is_dir() else Path(hf_hub_download(init_from, 'model.safetensors'))
-    except Exception as e: raise ValueError(f'init_from={init_from} is neither a policy folder nor to be had from the hub ({type(e).__name__}); train it first, or correct the path') from e
-    try: check_checkpoint(file, policy)
-    except ValueError as e: raise ValueError(f"init_from={init_from}: {str(e).rpartition(';')[0]}; give this run the sizes of that one (policy)") from e
-    if not meta: policy.load_state_dict(load_file(str(file)))
-
 # %% ../nbs/11c_scale.ipynb #f7bc13d8
-SIZES = ('preset', 'model', 'history_frames', 'history_stride', 'history_hop', 'chunk_size', 'denoising_steps', 'salr', 'fps', 'vlm_id', 'tokenizer')   # of HaloConfig, already in its `model`
+SIZES = ('preset', 'model', 'history_frames', 'history_stride', 'history_hop', 'chunk_size', 'denoising_steps', 'salr',
+         'fps', 'max_state_dim', 'max_action_dim', 'vlm_id', 'tokenizer')   # of HaloConfig, already in its `model`
+
+def has_weights(c: dict) -> bool:
+    "Whether a run's weights come from another policy or from its own checkpoints, so that the VLM's own are not read."
+    return bool(c.get('init_from') or checkpoints(Path(c.get('out') or 'runs/scale')/'checkpoints'))
 
 def build(c: dict, meta: bool = False, data_too: bool = True) -> tuple:
     "Policy, processors, data of a run's file. With `meta` the policy takes no memory (dry runs, and all processes but the first)."
     from halo.configuration_halo import HaloConfig
     rc, d, kw = c['run'], c['data'], dict(c['policy'])
-    model = HaloConfig(**kw).model.but(dtype=rc.dtype, **(dict(vlm_id='') if meta else {}))
+    named, start = HaloConfig(**kw).model, c.get('init_from')
+    model = named.but(dtype=rc.dtype, **(dict(vlm_id='') if meta or has_weights(c) else {}))
     torch.manual_seed(rc.seed); kw = {k: v for k, v in kw.items() if k not in SIZES}
     if d.get('mixture'):
         from halo.mixture import Mixture, MixtureDataset, make_mixture_policy
         data = MixtureDataset(Mixture.load(d['mixture']), model, d.get('root'), d.get('store'), rc.seed, frames=data_too)
-        with torch.device('meta') if meta else contextlib.nullcontext(): policy, pre, post = make_mixture_policy(data, **kw)
+        with torch.device('meta') if meta else contextlib.nullcontext():
+            policy, pre, post = make_mixture_policy(data, saved_tokenizer(start), **kw)
+        if start: init_weights(policy, start, meta)
     else:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
         data = LeRobotDataset(d.get('repo_id') or Path(d['root']).name, d['root'])
-        policy, pre, post = make_policy(data, meta, model=model, **kw)
+        policy, pre, post = make_policy(data, meta, start, model=model, **kw)
         if data_too: data = OneDataset(data, policy, d.get('store'), rc.seed)
-    if c.get('init_from'): init_weights(policy, c['init_from'], meta)
+    if not model.vlm_id and not policy.config.vlm_source:
+        policy.config.vlm_source = vlm_source(start) if start else weights_origin(named.vlm_id) if named.vlm_id else ''
     return policy, pre, post, data
 
 # %% ../nbs/11c_scale.ipynb #00d25d35
