@@ -315,14 +315,17 @@ def load_any(folder: str | Path, device: str | None = None):
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
     import halo.modeling_halo, halo.processor_halo   # registers HALO
-    folder = Path(folder)
-    for name in ('config.json', 'model.safetensors', 'policy_preprocessor.json', 'policy_postprocessor.json'):
-        if not (folder / name).exists(): raise ValueError(f"{folder} is not a policy folder: {name} is missing; train one (halo.train.train, lerobot-train), or give a server's address (ws://host:port)")
+    from halo.evaluate import policy_folder
+    folder = policy_folder(folder)
     config = PreTrainedConfig.from_pretrained(folder)
+    if config.type != 'halo' and (folder / 'adapter_config.json').exists():
+        raise ValueError(f"{folder} holds LoRA adapters of a {config.type!r} policy; merge them into it first (peft's merge_and_unload)")
     config.device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    with contextlib.redirect_stdout(open(os.devnull, 'w')): policy = get_policy_class(config.type).from_pretrained(folder, config=config)   # LeRobot prints where it loads from
+    with contextlib.redirect_stdout(open(os.devnull, 'w')):   # LeRobot prints where it loads from
+        policy = get_policy_class(config.type).from_pretrained(folder, config=config)
     policy.config.pretrained_path = folder
-    return policy.eval(), *make_pre_post_processors(policy.config, pretrained_path=str(folder), preprocessor_overrides={'device_processor': {'device': config.device}})
+    overrides = {'device_processor': {'device': config.device}}
+    return policy.eval(), *make_pre_post_processors(policy.config, pretrained_path=str(folder), preprocessor_overrides=overrides)
 
 # %% ../nbs/23_benchmarks.ipynb #08691148
 def random_policy(benchmark: Benchmark, preset: str = 'small', seed: int = 0, **fields):

@@ -104,7 +104,10 @@ class RoboMME:
         self.make, self.limit = (lambda episode: RoboMMEGymEnv(task=task, dataset=dataset, episode_idx=episode, max_steps=limit)), limit
         self.task = task
 
-    def seen(self, obs): self.images = dict(primary=obs['pixels']['image'], wrist=obs['pixels']['wrist_image']); return self.images, obs['agent_pos'], self.prompt
+    def seen(self, obs):
+        front, wrist = list(obs['pixels'].values())[:2]   # LeRobot names them image, wrist_image; its successor camera1, camera2
+        self.images = dict(primary=front, wrist=wrist)
+        return self.images, obs['agent_pos'], self.prompt
 
     def cameras(self) -> dict: "The cameras as they are, in the protocol's words."; return {k: f"{name} {self.images[k].shape[1]}×{self.images[k].shape[0]}" for k, name in (('primary', 'front'), ('wrist', 'wrist'))}
 
