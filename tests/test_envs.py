@@ -1,5 +1,5 @@
 "The flash_place task: nothing leaks the goal, seeds fix episodes, LeRobot runs it, and an interrupted recording goes on."
-import json, os, pickle, subprocess, sys
+import json, os, pickle, subprocess, sys, time
 
 import numpy as np
 import pytest
@@ -289,3 +289,27 @@ def test_recording_refuses_a_foreign_folder_and_evaluation_seeds(tmp_path):
     with pytest.raises(ValueError, match='no flash_place recording'): E.record_demonstrations(tmp_path, 1)
     with pytest.raises(ValueError, match='reserved for evaluation'): E.record_demonstrations(tmp_path / 'set', 1, seed=E.EVAL_SEED, image_size=32)
     assert (tmp_path / 'note.txt').read_text() == 'mine'
+
+
+@sim
+def test_two_recordings_into_one_folder(tmp_path):
+    "The second says in one line that the first is under way and leaves with status 1; the first is not disturbed; a finished one is only read."
+    root = tmp_path / 'set'
+    code = "import sys, halo.envs as E; E.main(sys.argv[1:])"
+    start = lambda: subprocess.Popen([sys.executable, '-c', code, '--root', str(root), '--episodes', '3', '--image-size', '32'], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    first, end = start(), time.time() + 120
+    while not (root / E.LOG).exists() and first.poll() is None and time.time() < end: time.sleep(0.02)
+    second = start(); said = second.communicate(timeout=120)[1]
+    assert first.poll() is None, 'the first was over before the second began: this test shows nothing'
+    assert second.returncode == 1 and said.strip().splitlines() == [f'halo.envs: another recording into {root} is under way: wait for it, or choose another folder'], said
+    assert 'Traceback' not in first.communicate(timeout=300)[1] and first.returncode == 0
+    check(root, 3)
+    with E.recording_lock(root): assert E.record_demonstrations(root, 3, image_size=32) == root      # finished: no lock is asked for
+
+
+@pytest.mark.parametrize('make, words', [(lambda d: d, 'holds files but no flash_place recording: choose an empty folder'), (lambda d: d / 'note.txt/set', 'cannot be written')])
+def test_a_recording_that_cannot_begin_is_one_line(tmp_path, capsys, make, words):
+    (tmp_path / 'note.txt').write_text('mine')
+    with pytest.raises(SystemExit) as e: E.main(['--root', str(make(tmp_path)), '--episodes', '1'])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert e.value.code == 1 and len(said) == 1 and words in said[0]
