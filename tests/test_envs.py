@@ -1,5 +1,5 @@
 "The flash_place task: nothing leaks the goal, seeds fix episodes, LeRobot runs it, and an interrupted recording goes on."
-import json, os, pickle, subprocess, sys, time
+import json, os, pickle, subprocess, sys
 
 import numpy as np
 import pytest
@@ -292,19 +292,22 @@ def test_recording_refuses_a_foreign_folder_and_evaluation_seeds(tmp_path):
 
 
 @sim
+@pytest.mark.slow
 def test_two_recordings_into_one_folder(tmp_path):
     "The second says in one line that the first is under way and leaves with status 1; the first is not disturbed; a finished one is only read."
     root = tmp_path / 'set'
-    code = "import sys, halo.envs as E; E.main(sys.argv[1:])"
-    start = lambda: subprocess.Popen([sys.executable, '-c', code, '--root', str(root), '--episodes', '3', '--image-size', '32'], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    first, end = start(), time.time() + 120
-    while not (root / E.LOG).exists() and first.poll() is None and time.time() < end: time.sleep(0.02)
-    second = start(); said = second.communicate(timeout=120)[1]
-    assert first.poll() is None, 'the first was over before the second began: this test shows nothing'
+    code = """import sys, time, pathlib, halo.envs as E
+while len(sys.argv) > 7 and not pathlib.Path(sys.argv[7]).exists(): time.sleep(0.02)
+E.main(sys.argv[1:7])"""
+    def start(*after):
+        command = [sys.executable, '-c', code, '--root', str(root), '--episodes', '6', '--image-size', '32', *after]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    second, first = start(str(root / E.LOG)), start()
+    said = second.communicate(timeout=300)[1]
     assert second.returncode == 1 and said.strip().splitlines() == [f'halo.envs: another recording into {root} is under way: wait for it, or choose another folder'], said
     assert 'Traceback' not in first.communicate(timeout=300)[1] and first.returncode == 0
-    check(root, 3)
-    with E.recording_lock(root): assert E.record_demonstrations(root, 3, image_size=32) == root      # finished: no lock is asked for
+    check(root, 6)
+    with E.recording_lock(root): assert E.record_demonstrations(root, 6, image_size=32) == root      # finished: no lock is asked for
 
 
 @pytest.mark.parametrize('make, words', [(lambda d: d, 'holds files but no flash_place recording: choose an empty folder'), (lambda d: d / 'note.txt/set', 'cannot be written')])
@@ -313,3 +316,10 @@ def test_a_recording_that_cannot_begin_is_one_line(tmp_path, capsys, make, words
     with pytest.raises(SystemExit) as e: E.main(['--root', str(make(tmp_path)), '--episodes', '1'])
     said = capsys.readouterr().err.strip().splitlines()
     assert e.value.code == 1 and len(said) == 1 and words in said[0]
+
+
+def test_a_second_recording_is_one_line(tmp_path, capsys):
+    with E.recording_lock(tmp_path / 'set'), pytest.raises(SystemExit) as e: E.main(['--root', str(tmp_path / 'set'), '--episodes', '1'])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert e.value.code == 1 and len(said) == 1 and 'is under way: wait for it, or choose another folder' in said[0]
+    assert not (tmp_path / 'set').exists()
