@@ -20,7 +20,7 @@ from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from tqdm.auto import tqdm
-from .data import EpisodeSampler, FrameStore, as_meta, episode_bounds, matrix, opened, read_columns, tasks_by_index
+from .data import EpisodeSampler, FrameStore, as_meta, default_store, episode_bounds, matrix, opened, read_columns, tasks_by_index
 from .demo import ACTIONS, CHECKPOINTS, DATA, ROOT, SEEDS, TRAIN, device, shown
 from .envs import COLOURS, require_sim
 from .evaluate import EvalResult, checkpoint_hash, compare, config_hash, open_envs, run_batch, split_seeds, versions, wilson
@@ -126,8 +126,8 @@ class Demonstrations:
     def __init__(self, dataset, size: int = 112, store_root=None, progress: bool = True):
         dataset = opened(dataset); self.meta = as_meta(dataset)
         self.cameras, self.bounds, self.tasks = list(self.meta.camera_keys), episode_bounds(self.meta), tasks_by_index(self.meta)
-        root = Path(store_root or self.meta.root.with_name(f'{self.meta.root.name}.frames{size}'))
-        self.store = FrameStore.build(dataset, {c: size for c in self.cameras}, root, 2, progress)
+        sizes = {c: size for c in self.cameras}
+        self.store = FrameStore.build(dataset, sizes, store_root or default_store(self.meta, sizes), 2, progress)
         self.columns = read_columns(dataset, ['observation.state', 'action', 'episode_index', 'task_index'])
 
     def __len__(self) -> int: return int(self.bounds[-1, 1])

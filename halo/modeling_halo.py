@@ -27,7 +27,7 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from .configuration_halo import HaloConfig, weights_origin
 from .model import HaloModel, Prefix
 from . import processor_halo   # registers HALO's tokenizer step, which saved processors name
-from .sampling import HistoryBuffer, downsample, resize_view, stack_histories
+from .sampling import HistoryBuffer, downsample, resize_view, stack_histories, view_limit
 from .graph import GraphStreamer
 from .stream import Denoiser, Streamer
 from .vlm import Observation
@@ -181,7 +181,7 @@ def entries(batch: dict, camera: str) -> list[str]:
 def views(self: HaloPolicy, batch: dict, present: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
     "Present views as the VLM takes them, and which exist (b, v): a camera missing from the batch is an absent view, as is a row of `{camera}_is_pad` (b,)."
     s, f, roles = self.config.model.sampling, self.config.model.vision.factor, self.config.roles
-    limit = lambda k: s.wrist_size if roles[k.partition('@')[0]] == 'wrist' and s.wrist_size else s.view_size
+    limit = lambda k: view_limit(s, roles[k.partition('@')[0]])
     there = lambda k, x: ~p.bool() if (p := batch.get(f'{k}_is_pad')) is not None and p.ndim == 1 else torch.ones(len(x), dtype=torch.bool)
     return [resize_view(x, f, limit(k)) for k, x in present.items()], torch.stack([there(k, x).to(x.device) for k, x in present.items()], 1)
 

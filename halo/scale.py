@@ -28,13 +28,13 @@ from .salr import KeepFP32
 from .train import lr_at, make_policy, param_groups, preprocess
 
 # %% auto #0
-__all__ = ['PARTS', 'META', 'SAME', 'SIZES', 'ScaleConfig', 'mesh_shape', 'global_batch', 'slots', 'flow_draws', 'value_losses',
-           'sample_losses', 'OneDataset', 'scale_step', 'part_of', 'add_lora', 'prepare_parts', 'make_optimizer',
-           'start_processes', 'shard_model', 'spread_model', 'set_checkpointing', 'allocator_peak', 'local', 'EMA',
-           'live_tensors', 'sha256', 'sync', 'everyone', 'write_shard', 'write_last', 'checkpoints', 'save', 'flaw',
-           'newest', 'load', 'Tally', 'Log', 'read_rows', 'peak_memory', 'Feed', 'merge_lora', 'write_policy',
-           'check_same', 'Stopper', 'own_folder', 'scale_train', 'loop', 'read_config', 'has_weights', 'build',
-           'launch_shape', 'check_room', 'dry_run', 'dry_run_policy', 'main', 'export']
+__all__ = ['PARTS', 'META', 'SAME', 'CHECKS', 'SIZES', 'ScaleConfig', 'mesh_shape', 'global_batch', 'slots', 'flow_draws',
+           'value_losses', 'sample_losses', 'OneDataset', 'scale_step', 'part_of', 'add_lora', 'prepare_parts',
+           'make_optimizer', 'start_processes', 'shard_model', 'spread_model', 'set_checkpointing', 'allocator_peak',
+           'local', 'EMA', 'live_tensors', 'sha256', 'sync', 'everyone', 'write_shard', 'write_last', 'checkpoints',
+           'save', 'flaw', 'newest', 'load', 'Tally', 'Log', 'read_rows', 'peak_memory', 'Feed', 'merge_lora',
+           'write_policy', 'check_same', 'Stopper', 'own_folder', 'scale_train', 'loop', 'read_config', 'has_weights',
+           'build', 'launch_shape', 'check_room', 'dry_run', 'dry_run_policy', 'main', 'export']
 
 # %% ../nbs/11c_scale.ipynb #8ef5145b
 PARTS = ('vision', 'embedding', 'vlm', 'expert', 'salr')
@@ -124,10 +124,12 @@ def sample_losses(square: Tensor, mask: Tensor) -> Tensor:
 # %% ../nbs/11c_scale.ipynb #04199124
 class OneDataset:
     "A LeRobot dataset as the loop wants its data: `batch(picks)`, `sampler(batch)`, `names`, `fingerprint`."
-    def __init__(self, dataset, policy, store=None, seed: int = 0, progress: bool = False):
-        from halo.data import HistoryDataset, check_dataset, fingerprint
-        check_dataset(dataset, primary=policy.cameras[0], cameras=policy.cameras, fps=policy.config.model.sampling.fps)
-        self.data = HistoryDataset(dataset, policy.config.model, policy.cameras[0], policy.cameras, store_root=store, progress=progress)
+    def __init__(self, dataset, policy, store=None, seed: int = 0, progress: bool = False,
+                 **checks):       # allow_short, tolerance_s, frames: of `HistoryDataset`
+        from halo.data import HistoryDataset, fingerprint
+        self.data = HistoryDataset(dataset, policy.config.model, policy.config.roles, store_root=store,
+                                   stats=True, progress=progress, **checks)
+        self.notices = self.data.notices
         self.names, self.fingerprint, self.seed = [dataset.repo_id], str(fingerprint(dataset)), seed
     def __len__(self): return len(self.data)
     def batch(self, picks) -> dict: return self.data.batch(picks)
@@ -562,6 +564,8 @@ def loop(policy, data, out, rc, until, step, sampler, pre, optimizer, ema, tenso
     return last
 
 # %% ../nbs/11c_scale.ipynb #1a4903c8
+CHECKS = ('allow_short', 'tolerance_s')   # of the data, in a run's file
+
 def read_config(file: str | Path, changes: list[str] = ()) -> dict:
     "A run's file with `--set` changes applied: {data, policy, run (`ScaleConfig`), out, batch}. Raises `ValueError` for unknown keys."
     c = yaml.safe_load(Path(file).read_text()) or {}
@@ -571,7 +575,7 @@ def read_config(file: str | Path, changes: list[str] = ()) -> dict:
         *path, last = key.split('.'); at = c
         for k in path: at = at.setdefault(k, {})
         at[last] = yaml.safe_load(value)
-    known = dict(data=('root', 'repo_id', 'store', 'mixture'), run=[f.name for f in fields(ScaleConfig)])
+    known = dict(data=('root', 'repo_id', 'store', 'mixture', *CHECKS), run=[f.name for f in fields(ScaleConfig)])
     for k in c:
         if k not in ('data', 'policy', 'run', 'out', 'batch', 'init_from'): raise ValueError(f'{Path(file).name}: {k!r} is unknown; the keys are data, policy, run, out, batch, init_from')
         for sub in c[k] if k in known else (): one_of(f'{Path(file).name}: {k}.…', sub, tuple(known[k]))
@@ -592,10 +596,11 @@ def build(c: dict, meta: bool = False, data_too: bool = True) -> tuple:
     rc, d, kw = c['run'], c['data'], dict(c['policy'])
     named, start = HaloConfig(**kw).model, c.get('init_from')
     model = named.but(dtype=rc.dtype, **(dict(vlm_id='') if meta or has_weights(c) else {}))
+    checks = {k: d[k] for k in CHECKS if k in d}
     torch.manual_seed(rc.seed); kw = {k: v for k, v in kw.items() if k not in SIZES}
     if d.get('mixture'):
         from halo.mixture import Mixture, MixtureDataset, make_mixture_policy
-        data = MixtureDataset(Mixture.load(d['mixture']), model, d.get('root'), d.get('store'), rc.seed, frames=data_too)
+        data = MixtureDataset(Mixture.load(d['mixture']), model, d.get('root'), d.get('store'), rc.seed, frames=data_too, **checks)
         with torch.device('meta') if meta else contextlib.nullcontext():
             policy, pre, post = make_mixture_policy(data, saved_tokenizer(start), **kw)
         if start: init_weights(policy, start, meta)
@@ -603,7 +608,7 @@ def build(c: dict, meta: bool = False, data_too: bool = True) -> tuple:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
         data = LeRobotDataset(d.get('repo_id') or Path(d['root']).name, d['root'])
         policy, pre, post = make_policy(data, meta, start, model=model, **kw)
-        if data_too: data = OneDataset(data, policy, d.get('store'), rc.seed)
+        if data_too: data = OneDataset(data, policy, d.get('store'), rc.seed, **checks)
     if not model.vlm_id and not policy.config.vlm_source:
         policy.config.vlm_source = vlm_source(start) if start else weights_origin(named.vlm_id) if named.vlm_id else ''
     return policy, pre, post, data
@@ -676,9 +681,14 @@ def dry_run_policy(c: dict, world: int) -> list[tuple[str, bool, str]]:
         return d.get('mixture') or d.get('root') or d['repo_id']
     if not check('data', paths): return out
     def policy():
-        got['policy'], *_ = build(c, meta=True, data_too=False); got['parts'] = prepare_parts(got['policy'], rc)
+        got['policy'], *_, got['data'] = build(c, meta=True, data_too=False); got['parts'] = prepare_parts(got['policy'], rc)
         return ', '.join(f'{k} {a / 1e6:.1f} of {b / 1e6:.1f} M' for k, (a, b) in got['parts'].items())
     if not check('trained parameters', policy): return out
+    def episodes():
+        data, checks = got['data'], {k: d[k] for k in CHECKS if k in d}
+        if not d.get('mixture'): data = OneDataset(data, got['policy'], frames=False, **checks)
+        return '; '.join([f'{len(data)} frames', *data.notices])
+    check('episodes', episodes)
     trained, total = (sum(x[i] for x in got['parts'].values()) for i in (0, 1))
     one = 4 * total + trained * (8 + 4 * bool(rc.ema))
     folder = Path(c.get('out') or 'runs/scale')

@@ -19,7 +19,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from lerobot.configs import FeatureType
 from .configuration_halo import HaloConfig
-from .data import EpisodeSampler, HistoryDataset, check_dataset, fingerprint
+from .data import EpisodeSampler, HistoryDataset, fingerprint
 from .modeling_halo import HaloPolicy, check_checkpoint, init_weights, vlm_source
 from .processor_halo import make_halo_pre_post_processors, saved_tokenizer
 from .salr import fp32_parameter_names
@@ -176,15 +176,16 @@ def preprocess(pre, batch: dict) -> dict:
     return pre({k: v for k, v in batch.items() if k not in ('episode_index', 'frame_index')})
 
 # %% ../nbs/11_train.ipynb #0fa32513
-def train(dataset: LeRobotDataset, out: str | Path, tc: TrainConfig = TrainConfig(), store=None, resume: bool = True, until: int | None = None, progress: bool = True, init_from=None, **config) -> Path:
+def train(dataset: LeRobotDataset, out: str | Path, tc: TrainConfig = TrainConfig(), store=None, resume: bool = True, until: int | None = None, progress: bool = True, init_from=None,
+          allow_short: bool = True, tolerance_s: float | None = None, **config) -> Path:
     "Train HALO on `dataset` into `out/checkpoint` (a LeRobot policy folder); resumes by itself. `until` stops early; `init_from` starts from a policy folder's weights. Returns the folder."
     out = Path(out); out.mkdir(parents=True, exist_ok=True); target = out / 'checkpoint'
     acc = Accelerator(cpu=not torch.cuda.is_available()); set_seed(tc.seed)
     found = find_checkpoint(target) if resume else None
     policy, pre, post = make_policy(dataset, init_from=None if found else init_from, load_vlm=not found, **config)
     m = policy.config.model
-    check_dataset(dataset, primary=policy.cameras[0], cameras=policy.cameras, fps=m.sampling.fps)
-    data = HistoryDataset(dataset, m, policy.cameras[0], policy.cameras, store_root=store)
+    data = HistoryDataset(dataset, m, policy.config.roles, store_root=store, stats=True,
+                          allow_short=allow_short, tolerance_s=tolerance_s)
     sampler = EpisodeSampler(len(data), tc.batch, seed=tc.seed)
     optimizer = torch.optim.AdamW(param_groups(policy, tc.weight_decay), lr=tc.lr, betas=(0.9, 0.95))
     step, log_file = 0, out / 'log.jsonl'

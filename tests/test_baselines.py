@@ -44,7 +44,7 @@ def test_batches_are_the_dataset_s(dataset, tmp_path):
 
 
 def test_ticks_are_halo_s(dataset, tmp_path):
-    halo = HistoryDataset(dataset, preset('tiny', chunk=16), 'observation.images.primary', dataset.meta.camera_keys, store_root=tmp_path / 'h', progress=False)
+    halo = HistoryDataset(dataset, preset('tiny', chunk=16), dict(zip(dataset.meta.camera_keys, ('primary', 'wrist'))), store_root=tmp_path / 'h', progress=False)
     assert halo.rows.tolist() == list(range(len(B.Demonstrations(dataset, store_root=tmp_path / 's', progress=False))))
 
 
