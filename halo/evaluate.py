@@ -14,12 +14,13 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from tqdm.auto import tqdm
 import halo.processor_halo   # registers the tokenizer step that saved processors name
+from .files import locate, shown
 from .modeling_halo import HaloPolicy
 
 # %% auto #0
 __all__ = ['wilson', 'rate', 'sha256', 'config_hash', 'checkpoint_hash', 'versions', 'conventions', 'write_whole', 'EvalResult',
            'open_envs', 'split_seeds', 'episode_noise', 'watch', 'row_info', 'Recorder', 'choose_action', 'batch_noise',
-           'run_batch', 'evaluate', 'load_policy', 'observation_at', 'compare', 'summary']
+           'run_batch', 'evaluate', 'policy_folder', 'load_policy', 'observation_at', 'compare', 'summary']
 
 # %% ../nbs/13_evaluate.ipynb #06cee2fd
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -272,10 +273,21 @@ def evaluate(policy, pre, post, env_cfg, seeds, n_envs: int = 10, record=(), pro
     finally: bar.close(); vec.close()
     return EvalResult(episodes, conventions(policy, env_cfg, len(batches[0])), time.perf_counter() - start, records)
 
+# %% ../nbs/13_evaluate.ipynb #f2000002
+def policy_folder(path: str | Path) -> Path:
+    "The folder that `path` means. Raises `ValueError` if it holds the record of a run only."
+    folder = locate(path)
+    record = folder / 'provenance.json'
+    if (folder / 'model.safetensors').exists() or not record.is_file():
+        return folder
+    if said := json.loads(record.read_text(encoding='utf-8')).get('weights'):
+        raise ValueError(f"{shown(folder)} holds the record of a run, no weights: {said}")
+    return folder
+
 # %% ../nbs/13_evaluate.ipynb #e34c02ab
 def load_policy(folder: str | Path):
     "Policy, preprocessor and postprocessor of a LeRobot policy folder. Raises `ValueError` if there is none, or for a truncated or foreign checkpoint."
-    folder = Path(folder)
+    folder = policy_folder(folder)
     for name in ('config.json', 'model.safetensors', 'policy_preprocessor.json', 'policy_postprocessor.json'):
         if not (folder / name).exists(): raise ValueError(f"{folder} is not a policy folder: {name} is missing; train one (halo.train.train, lerobot-train) or copy it again")
     with contextlib.redirect_stdout(io.StringIO()): policy = HaloPolicy.from_pretrained(folder)   # LeRobot prints where it loads from
