@@ -7,6 +7,7 @@ from __future__ import annotations
 import math, os
 from pathlib import Path
 import numpy as np
+from .files import locate, shown
 from .thin import Player, connect, parser, rate, run_benchmark, run_episode
 
 # %% auto #0
@@ -51,7 +52,7 @@ class Mikasa:
             import gymnasium as gym
             import mikasa_robo_suite.vla.memory_envs  # noqa: F401 - registers the tasks
             from mikasa_robo_suite.vla.utils.apply_wrappers import apply_mikasa_vla_wrappers
-        except ImportError as e: raise ImportError(f"MIKASA-Robo is not installed here ({e}); see configs/requirements/maniskill.txt") from e
+        except ImportError as e: raise ImportError(f"MIKASA-Robo is not installed here ({e}); see {shown(locate('configs/requirements/maniskill.txt'))}") from e
         env = gym.make(task, num_envs=1, obs_mode='rgb', control_mode=PROTOCOL['control_mode'], reward_mode='normalized_dense', sim_backend=device, render_backend=device, render_mode='all')
         self.env = apply_mikasa_vla_wrappers(env, include_overlays=False)
         self.task, self.limit, self.prompt = task, int(self.env.max_episode_steps), env.unwrapped.LANGUAGE_INSTRUCTION
@@ -83,8 +84,10 @@ class Scripted:
 # %% ../nbs/23c_memory.ipynb #13cac618
 def vulkan_hint(error: Exception) -> str:
     "What to do when the renderer did not start."
-    return (f"ManiSkill's renderer did not start ({str(error)[:100]}). On a machine without GPU: Mesa 25 or later with lavapipe (Debian 12: apt install -t bookworm-backports mesa-vulkan-drivers, "
-            "or unpacked by eval \"$(scripts/lavapipe.sh FOLDER)\"), and --device cpu")
+    unpack = f"""eval "$(bash '{shown(locate('scripts/lavapipe.sh'))}' FOLDER)\""""
+    return (f"ManiSkill's renderer did not start ({str(error)[:100]}). On a machine without GPU: "
+            "Mesa 25 or later with lavapipe (Debian 12: apt install -t bookworm-backports "
+            f"mesa-vulkan-drivers, or unpacked by {unpack}), and --device cpu")
 
 # %% ../nbs/23c_memory.ipynb #c08583a2
 ROBOMME = dict(benchmark='RoboMME', episodes=50, dataset='test', action='eight joint angles (rad) and gripper', control_rate=10, cameras=dict(primary='front 256×256', wrist='wrist 256×256'),
@@ -100,7 +103,7 @@ class RoboMME:
     "A RoboMME task through LeRobot's class; `demo` holds the frames shown before the episode, `about()` what it showed."
     def __init__(self, task: str, dataset: str = 'test', limit: int = ROBOMME['ticks']):
         try: from lerobot.envs.robomme import RoboMMEGymEnv
-        except ImportError as e: raise ImportError(f"RoboMME runs through LeRobot's class ({e}); see configs/requirements/robomme.txt") from e
+        except ImportError as e: raise ImportError(f"RoboMME runs through LeRobot's class ({e}); see {shown(locate('configs/requirements/robomme.txt'))}") from e
         self.make, self.limit = (lambda episode: RoboMMEGymEnv(task=task, dataset=dataset, episode_idx=episode, max_steps=limit)), limit
         self.task = task
 

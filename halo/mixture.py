@@ -21,6 +21,7 @@ from .config import ModelConfig, at_least, one_of, preset
 from .configuration_halo import ROLES, HaloConfig
 from .data import (FrameStore, HistoryDataset, View, as_meta, beside, camera_size, check_cameras, check_lengths, check_stamps, check_tasks, default_store, episode_bounds, episodes_of,
                        fingerprint, fit_shape, matrix, notices, read_columns, tasks_by_index)
+from .files import locate
 from .modeling_halo import HaloPolicy
 from .processor_halo import make_halo_pre_post_processors
 from .sampling import downsample, history_ticks, view_limit
@@ -190,7 +191,9 @@ def convert(hint, v, where: str):
 def load(cls: Mixture, file) -> Mixture:
     "A mixture from a YAML file, or by its name in configs/mixtures. Raises `ValueError` naming file and field."
     path = Path(file)
-    here = [path] if path.suffix else [d/'configs/mixtures'/f'{path}.yaml' for d in (Path.cwd(), *Path.cwd().parents)]
+    named = Path('configs/mixtures')/f'{path}.yaml'
+    near = [d/named for d in (Path.cwd(), *Path.cwd().parents)]
+    here = [locate(path)] if path.suffix else [*near, locate(named)]
     found = next((p for p in here if p.is_file()), None)
     if found is None: raise ValueError(f"there is no mixture {str(file)!r}; give a YAML file, or a name in configs/mixtures")
     try: d = yaml.safe_load(found.read_text())

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json, math
 from dataclasses import dataclass
 import numpy as np
+from .files import locate, shown
 from .thin import Player, connect, parser, run_benchmark
 
 # %% auto #0
@@ -176,7 +177,7 @@ class Simpler:
     "A task of the user's SIMPLER installation behind `reset(seed)` and `step(action)`; the seed is the episode's number."
     def __init__(self, task: str):
         try: import simpler_env
-        except ImportError as e: raise ImportError(f"SIMPLER is not installed here ({e}); see configs/requirements/simpler.txt") from e
+        except ImportError as e: raise ImportError(f"SIMPLER is not installed here ({e}); see {shown(locate('configs/requirements/simpler.txt'))}") from e
         self.sim, self.task, self.d, self.list = simpler_env, task, dialect(task), episodes(task)
         self.gripper, self.env, self.kwargs = Gripper(self.d), None, None
 
