@@ -28,9 +28,9 @@ __all__ = ['log', 'as_meta', 'opened', 'episodes_of', 'episode_bounds', 'column_
            'short_episodes', 'check_lengths', 'tasks_by_index', 'check_tasks', 'check_stats', 'check_finite',
            'tolerance_of', 'picture_times', 'stamp_gaps', 'off_beat', 'check_stamps', 'check_dataset', 'notices',
            'fingerprint', 'View', 'fit', 'fit_shape', 'resizing_probe', 'store_plan', 'FrameStore', 'check_plan',
-           'partial_root', 'episode_frames', 'episode_images', 'writable', 'cache_folder', 'beside', 'open_partial',
-           'decode_jobs', 'write_episode', 'write_frames', 'policy_sizes', 'default_store', 'check_episodes',
-           'HistoryDataset', 'split_episodes', 'EpisodeSampler']
+           'partial_root', 'episode_frames', 'episode_images', 'writable', 'cache_folder', 'near_dataset',
+           'open_partial', 'decode_jobs', 'write_episode', 'write_frames', 'policy_sizes', 'default_store',
+           'check_episodes', 'HistoryDataset', 'split_episodes', 'EpisodeSampler']
 
 # %% ../nbs/10_data.ipynb #9e6b8089
 def as_meta(dataset # `LeRobotDataset`, its metadata, or its folder
@@ -439,10 +439,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'halo'
 
 # %% ../nbs/10_data.ipynb #a1d40c22
-def beside(meta, kind: str,     # 'frames' or 'statistics'
-           name: str,           # of the file or folder
-           mark: str = ''       # file in it that says that it is finished
-          ) -> Path:
+def near_dataset(meta, kind: str, # 'frames' or 'statistics'
+                 name: str,       # of the file or folder
+                 mark: str = ''   # file in it that says that it is finished
+                ) -> Path:
     "`<dataset>.<kind>/<name>` if it exists or can be made, else in the cache. Raises `ValueError` if neither can."
     root = Path(meta.root) if Path(meta.root).name not in ('', '..') else Path(meta.root).resolve()
     near = root.with_name(f'{root.name}.{kind}')
@@ -556,9 +556,9 @@ def policy_sizes(meta, cfg: ModelConfig,
 
 # %% ../nbs/10_data.ipynb #87dafcff
 def default_store(meta, sizes: dict) -> Path:
-    "Folder of a dataset's frame store, one for each set of sizes: `beside` the dataset."
+    "Folder of a dataset's frame store, one for each set of sizes: `near_dataset`."
     name = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:8]
-    return beside(meta, 'frames', name, 'store.json')
+    return near_dataset(meta, 'frames', name, 'store.json')
 
 # %% ../nbs/10_data.ipynb #5b77106d
 def check_episodes(dataset, episodes: list[int]) -> list[int]:

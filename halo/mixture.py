@@ -19,7 +19,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.configs.video import RGBEncoderConfig
 from .config import ModelConfig, at_least, one_of, preset
 from .configuration_halo import ROLES, HaloConfig
-from .data import (FrameStore, HistoryDataset, View, as_meta, beside, camera_size, check_cameras, check_lengths, check_stamps, check_tasks, default_store, episode_bounds, episodes_of,
+from .data import (FrameStore, HistoryDataset, View, as_meta, near_dataset, camera_size, check_cameras, check_lengths, check_stamps, check_tasks, default_store, episode_bounds, episodes_of,
                        fingerprint, fit_shape, matrix, notices, read_columns, tasks_by_index)
 from .files import locate
 from .modeling_halo import HaloPolicy
@@ -497,7 +497,7 @@ def read_numbers(self: Member, dataset, rotation: str) -> None:
 def read_statistics(self: Member, rotation: str, recompute: bool, progress: bool) -> None:
     "Load or compute statistics of what the policy sees, and check them against a sample of it."
     spec, what = self.spec, dict(state=self.spec.state, action=self.spec.action, space=asdict(self.spec.action_space), rotation=rotation, actions=self.actions, fps=self.cfg.sampling.fps if self.actions == 'resampled' else 0, of=self.fingerprint)
-    file = beside(self.meta, 'statistics', f'{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}.json')
+    file = near_dataset(self.meta, 'statistics', f'{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}.json')
     seen = lambda rows: {k: v for k, v in (('observation.state', self.state[rows]), ('action', self.chunks(rows, 1)[0][:, 0])) if v.shape[1]}
     self.stats = kept_statistics(file, lambda: {k: compute_statistics(v, f'{spec.name} {k}', progress) for k, v in seen(self.rows).items()}, recompute)
     sample = seen(np.random.default_rng(0).choice(self.rows, min(len(self.rows), 20_000), replace=False))

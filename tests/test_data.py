@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from halo.config import preset
-from halo.data import EpisodeSampler, FrameStore, HistoryDataset, View, beside, check_dataset, depth_cameras, fingerprint, partial_root, split_episodes
+from halo.data import EpisodeSampler, FrameStore, HistoryDataset, View, near_dataset, check_dataset, depth_cameras, fingerprint, partial_root, split_episodes
 from halo.sampling import downsample, history_ticks, resize_view
 
 TOP, HAND = 'observation.images.top', 'observation.images.wrist_cam'
@@ -413,4 +413,4 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 def test_a_dataset_named_by_the_folder_one_stands_in(unlike, monkeypatch):
     monkeypatch.chdir(unlike.root)
     meta = type('Meta', (), dict(root=Path('.'), repo_id='r'))
-    assert beside(meta, 'frames', 'x') == unlike.root.with_name(f'{unlike.root.name}.frames')/'x'
+    assert near_dataset(meta, 'frames', 'x') == unlike.root.with_name(f'{unlike.root.name}.frames')/'x'
