@@ -357,11 +357,16 @@ class ServedPolicy:
 
     def ask(self, message: dict) -> np.ndarray:
         "A chunk (s, d). Raises `ValueError` for anything but finite numbers in that shape."
-        chunk = np.asarray(self.client.infer(message).get('actions', ()), np.float32)
+        answer = self.client.infer(message)
+        chunk = np.asarray(answer.get('actions', ()), np.float32)
         if chunk.ndim != 2 or not len(chunk) or not np.isfinite(chunk).all(): raise ValueError(f"the server's answer at tick {message['tick']} is not a chunk of finite actions but {chunk.shape}; look at its log")
-        return chunk[:self.execute]
+        return chunk[:self.execute or answer.get('execute')]
 
-    def describe(self) -> dict: return dict(type='server', executed_actions=self.execute, frames_between_requests=self.frames, noise='by the server', server=json.loads(json.dumps(getattr(self.client, 'metadata', {}), default=str)))
+    def describe(self) -> dict:
+        said = json.loads(json.dumps(getattr(self.client, 'metadata', {}), default=str))
+        n = self.execute or said.get('execute') or 'all'
+        return dict(type='server', executed_actions=n, frames_between_requests=self.frames,
+                    noise='by the server', server=said)
 
     def close(self): getattr(self.client, 'close', lambda: None)()
 

@@ -8,7 +8,7 @@ import math, os
 from pathlib import Path
 import numpy as np
 from .files import locate, shown
-from .thin import Player, connect, parser, rate, run_benchmark, run_episode
+from .thin import Player, connect, executed, parser, rate, run_benchmark, run_episode
 
 # %% auto #0
 __all__ = ['PROTOCOL', 'CHANCE', 'ROBOMME', 'chance', 'rpy', 'split_cameras', 'scalar', 'Mikasa', 'Scripted', 'vulkan_hint',
@@ -141,7 +141,7 @@ def conventions(args, env, metadata: dict) -> dict:
     import importlib.metadata as m, platform
     v = lambda name: m.version(name)
     own = dict(PROTOCOL) | dict(episodes=args.episodes, first_seed=args.seed, simulation=args.device.upper(), versions=f"ManiSkill {v('mani_skill')}, gymnasium {v('gymnasium')}")
-    return own | dict(task=args.task, chance=chance(args.task), ticks=env.limit, frames=args.frames, chunk_executed=args.replan or 'all', python=platform.python_version(), server=metadata)
+    return own | dict(task=args.task, chance=chance(args.task), ticks=env.limit, frames=args.frames, chunk_executed=executed(args.replan, metadata), python=platform.python_version(), server=metadata)
 
 # %% ../nbs/23c_memory.ipynb #a9ac6718
 def film(env: Mikasa, seed: int, path: Path, ticks: int = 12, columns: int = 6):
@@ -193,7 +193,7 @@ def main_robomme(arguments=None):
     env.reset(0)                                              # only pictures say how large they are; before a server waits
     policy = connect(args.address, args.token)
     begin = lambda player, seed: show_first(player, env.demo, seed)
-    own = dict(ROBOMME) | dict(episodes=args.episodes, dataset=args.dataset, ticks=args.limit, cameras=env.cameras(), versions=robomme_versions(), task=args.task, frames=args.frames, chunk_executed=args.replan or 'all', server=dict(policy.get_server_metadata()))
+    own = dict(ROBOMME) | dict(episodes=args.episodes, dataset=args.dataset, ticks=args.limit, cameras=env.cameras(), versions=robomme_versions(), task=args.task, frames=args.frames, chunk_executed=executed(args.replan, dict(policy.get_server_metadata())), server=dict(policy.get_server_metadata()))
     play = lambda env, player, seed, limit: run_episode(env, player, seed, limit, start=begin) | env.about()
     out = run_benchmark(env, Player(policy, args.replan, args.frames, 8), range(args.episodes), env.limit, args.out, own, ROBOMME, episode=play)
     print(f"{args.task}: {out['success']['successes']}/{out['success']['n']}")

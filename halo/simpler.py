@@ -8,7 +8,7 @@ import json, math
 from dataclasses import dataclass
 import numpy as np
 from .files import locate, shown
-from .thin import Player, connect, parser, run_benchmark
+from .thin import Player, connect, executed, parser, run_benchmark
 
 # %% auto #0
 __all__ = ['DIALECTS', 'BRIDGE_TOOL', 'OPENING', 'TASKS', 'LIMITS', 'BRIDGE_EPISODES', 'PROTOCOL', 'Dialect', 'dialect',
@@ -203,6 +203,6 @@ def main(arguments=None):
         images, state, prompt = env.reset(0)
         return print(prompt, {k: (v.shape, str(v.dtype)) for k, v in images.items()}, dict(zip(env.d.state, state.round(4).tolist())), sep='\n')
     policy = connect(args.address, args.token)
-    own = dict(PROTOCOL) | dict(task=args.task, layouts=len(env.list), episodes=args.episodes, frames=args.frames, chunk_executed=args.replan or 'all', server=dict(policy.get_server_metadata()))
+    own = dict(PROTOCOL) | dict(task=args.task, layouts=len(env.list), episodes=args.episodes, frames=args.frames, chunk_executed=executed(args.replan, dict(policy.get_server_metadata())), server=dict(policy.get_server_metadata()))
     out = run_benchmark(env, Player(policy, args.replan, args.frames, 7), range(min(args.episodes, len(env.list))), limit(args.task), args.out, own, PROTOCOL)
     print(f"{args.task}: {out['success']['successes']}/{out['success']['n']}")
