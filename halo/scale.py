@@ -712,12 +712,19 @@ def main(argv=None) -> int:
         found = dry_run(a.config, a.set, a.launch, a.processes)
         for name, ok, text in found: print(f"{'ok   ' if ok else 'WRONG'}  {name:22s} {text}")
         return int(not all(ok for _, ok, _ in found))
-    c = read_config(a.config, a.set); out = Path(c.get('out') or 'runs/scale')
+    try: c = read_config(a.config, a.set)
+    except (ValueError, OSError) as e:
+        print(e, file=sys.stderr)
+        return 1
+    out = Path(c.get('out') or 'runs/scale')
     rank, world, _ = start_processes(a.device)
     if rank and world > 1: dist.barrier()                     # the first process builds the frame store
     if a.export: return export(c, out, a.export)
     with Stopper(signal.SIGUSR1):                              # Slurm's warning may come before the first step
-        built = build(c, meta=rank > 0)
+        try: built = build(c, meta=rank > 0)
+        except (ValueError, OSError) as e:                     # what the dry run says, without one; torchrun ends the others
+            print(e, file=sys.stderr)
+            return 1
         if rank == 0 and world > 1: dist.barrier()
         row = scale_train(*built, out, c['run'], a.until, a.device)
     if rank == 0: print(json.dumps(row))

@@ -440,3 +440,13 @@ def test_lerobots_signatures_are_those_we_know():
         have = list(inspect.signature(here[name]).parameters)
         assert have == want, (f"LeRobot {lerobot.__version__}: {name} takes {have}, HALO was written for {want}; "
                               "read what changed there, adapt HALO, then this list")
+
+
+def test_a_run_that_cannot_begin_is_one_line(tmp_path, capsys):
+    import halo.scale as S
+    record(tmp_path/'data', state=14, action=14)
+    run = tmp_path/'run.yaml'
+    run.write_text(json.dumps(dict(data=dict(root=str(tmp_path/'data')), out=str(tmp_path/'out'), policy=SMALL, run=dict(steps=1))))
+    assert S.main([str(run), '--device', 'cpu']) == 1
+    assert capsys.readouterr().err.strip().endswith('set --policy.max_state_dim=14 for a new policy (a trained one cannot grow)')
+    assert S.main([str(tmp_path/'none.yaml')]) == 1 and 'none.yaml' in capsys.readouterr().err
