@@ -21,6 +21,7 @@ class Command:
     extra: str = ''
 
 COMMANDS = {'plan': Command('halo.plan', 'memory, time and days of a training run, and the rate of inference'),
+            'check': Command('halo.check', 'what is wrong with a dataset, and the command to train on it'),
             'train': Command('halo.scale', 'pretrain or fine-tune, on one process or many'),
             'mixture': Command('halo.mixture', 'check a mixture of data sets, compute its statistics'),
             'serve': Command('halo.serve', 'serve a policy to robots and simulators'),
