@@ -322,7 +322,7 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
 
 def state_step(a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> float:
     "How far states (d,) lie apart in spreads, but for the numbers that moved most."
-    apart = np.sort(np.abs(a - b) / scale)
+    apart = np.sort(np.abs(np.subtract(a, b, dtype=np.float64)) / scale)
     return float(apart[-1 if len(apart) < 3 else -max(2, math.ceil(len(apart) / 4))])
 
 # %% ../nbs/22_serve.ipynb #ep150006
