@@ -236,6 +236,9 @@ class Clone:
             shutil.move(self.root/'data/new', self.shared/'little')
         shutil.copytree(self.shared/'little', self.root/'data/little')
 
+    def make_demonstrations(self):
+        self.do('python -m halo.envs --root data/flash_place --episodes 1')
+
     def make_run(self):
         self.need('data')
         (self.root/'run.yaml').write_text(RUN)
@@ -282,7 +285,7 @@ class Clone:
     def make_benchmark_run(self):
         "A finished evaluation under the folders' names of LIBERO's."
         for name in ('libero', 'libero_pro'):
-            self.do('python -m halo.benchmarks --benchmark flash_place --policy random:tiny --episodes 1 --tasks "*red*" '
+            self.do('python -m halo.benchmarks --benchmark flash_place --policy random:tiny --episodes 1 '
                     f'--out outputs/benchmarks/{name}')
 
     def make_sheet(self):

@@ -230,7 +230,7 @@ RULES = (
     Rule(r'halo\.envs ', ((r'--episodes \d+', '--episodes 1'),), slow=True),
     Rule(r'lerobot-train', ((r'--batch_size=\d+', '--batch_size=2 --num_workers=0'), (r'--steps=1000', '--steps=1'),
                             (r'--steps=2000', '--steps=2')), slow=True),
-    Rule(r'lerobot-train\)? --policy.type=halo( \.\.\.)?$', (
+    Rule(r'lerobot-train\)?"? --policy.type=halo( \.\.\.)?$', (
         (r'( \.\.\.)?$', f' {DATA} --policy.device=cpu --steps=1 --batch_size=1 --num_workers=0 --wandb.enable=false '
          '--policy.push_to_hub=false'),), needs=('data',)),
     Rule(r'lerobot-eval', ((r'\.path=…', '.path=checkpoints/flash_place/full --env.type=flash_place'),
@@ -240,7 +240,7 @@ RULES = (
     Rule(r'halo (evaluate|demo) --bench', ((r'$', ' --episodes 1'),), slow=True),
     Rule(r'halo check (?!data/flash)', ((r'check \S+', 'check data/little'),), ('data',), slow=True),
     Rule(r'halo\.pretrain', ((r'$', ' --steps 2 --batch 2'),), slow=True),
-    Rule(r'halo\.baselines train', ((r'NAME', 'act'), (r'$', ' --data data/little --steps 1')), ('data',), slow=True),
+    Rule(r'halo\.baselines train', ((r'NAME', 'act'), (r'$', ' --steps 1')), ('demonstrations',), slow=True),
     Rule(r'halo\.scale (?!.*--dry-run)|halo train (?!--)', needs=('run',), slow=True),
     Rule(r'accelerate launch', ((r'(--config_file \S+)', r'\1 --num_machines 1 --num_processes 1 --cpu'),
                                 (r'--machine_rank N --main_process_ip FIRST ', '')), slow=True),
