@@ -210,7 +210,7 @@ RULES = (
     Rule(r'^make\b', ((r'^make', 'make -o .venv/halo-setup.stamp'),)),
     Rule(r'make .*\b(demo|demo-train)\b', ((r'(demo-train|demo)\b', r'\1 ARGS="--quick --out outputs/demo"'),), slow=True),
     Rule(r'make .*\b(test|test-slow|test-sim|test-gpu|notebooks)$', ((r'$', ' NB=nbs/25_cli.ipynb'),), slow=True),
-    Rule(r'make .*\b(test|test-slow|test-sim|test-gpu)\b', ((r'$', ' TESTS="tests/test_tables.py -k sources_of_every_row"'),)),
+    Rule(r'make .*\b(test|test-slow|test-sim|test-gpu)(?![\w-])', ((r'$', ' TESTS="tests/test_tables.py -k sources_of_every_row"'),)),
     Rule(r'make .*\btest-browser\b', ((r'$', ' TESTS="tests/test_sims.py -k scoring_form"'),), slow=True),
     Rule(r'make .*\brun$', ((r'$', ' NB=nbs/25_cli.ipynb'),)),
     Rule(r'make .*\brun\b', ((r'nbs/index.ipynb', 'nbs/25_cli.ipynb'),), slow=True),
@@ -228,10 +228,10 @@ RULES = (
     Rule(r'lavapipe\.sh', needs=('lavapipe',)),
     # recording, training, evaluation
     Rule(r'halo\.envs ', ((r'--episodes \d+', '--episodes 1'),), slow=True),
-    Rule(r'lerobot-train', ((r'--batch_size=\d+', '--batch_size=2'), (r'--steps=1000', '--steps=1'),
+    Rule(r'lerobot-train', ((r'--batch_size=\d+', '--batch_size=2 --num_workers=0'), (r'--steps=1000', '--steps=1'),
                             (r'--steps=2000', '--steps=2')), slow=True),
-    Rule(r'lerobot-train\)? --policy.type=halo( \.\.\.)?$', (
-        (r'( \.\.\.)?$', f' {DATA} --policy.device=cpu --steps=1 --batch_size=1 --wandb.enable=false '
+    Rule(r'lerobot-train\)?"? --policy.type=halo( \.\.\.)?$', (
+        (r'( \.\.\.)?$', f' {DATA} --policy.device=cpu --steps=1 --batch_size=1 --num_workers=0 --wandb.enable=false '
          '--policy.push_to_hub=false'),), needs=('data',)),
     Rule(r'lerobot-eval', ((r'\.path=…', '.path=checkpoints/flash_place/full --env.type=flash_place'),
                            (r'( --eval\.\S+)*$', ' --eval.n_episodes=1 --eval.batch_size=1')), slow=True),
@@ -243,12 +243,13 @@ RULES = (
                                    (r'\.device=cuda', '.device=cpu'), (r'--steps=\d+', '--steps=1')), ('data',), slow=True),
     Rule(r'halo check (?!data/flash)', ((r'check \S+', 'check data/little'),), ('data',), slow=True),
     Rule(r'halo\.pretrain', ((r'$', ' --steps 2 --batch 2'),), slow=True),
-    Rule(r'halo\.baselines train', ((r'NAME', 'act'), (r'$', ' --data data/little --steps 1')), ('data',), slow=True),
+    Rule(r'halo\.baselines train', ((r'NAME', 'act'), (r'$', ' --steps 1')), ('demonstrations',), slow=True),
     Rule(r'halo\.scale (?!.*--dry-run)|halo train (?!--)', needs=('run',), slow=True),
     Rule(r'accelerate launch', ((r'(--config_file \S+)', r'\1 --num_machines 1 --num_processes 1 --cpu'),
                                 (r'--machine_rank N --main_process_ip FIRST ', '')), slow=True),
     Rule(r'sbatch|halo\.scale', needs=('run',), slow=True),
     Rule(r'test_scale\.py', ((r'NAME', 'parts'),), slow=True),
+    Rule(r'halo\.mixture show MIXTURE', needs=('mixture',), slow=True),
     Rule(r'halo\.mixture (check|stats|store)', ((r'$', ' --quiet'),), ('mixture',), slow=True),
     Rule(r'halo\.mixture check oxe', ((r'check oxe', 'check LITTLE'),)),
     Rule(r'halo\.mixture (check|stats|store)(?!.*--root)', ((r'$', ' --root data'),)),
@@ -262,7 +263,7 @@ RULES = (
     Rule(r'fuzz_serve', ((r'( --messages \d+ --clients \d+)?$', ' --messages 40 --clients 2 --rounds 1 --limit 120'),),
          slow=True),
     Rule(r'sim_check\.py', ((r'--python \S+', '--python VENV/bin/python --preset tiny'),), ('simulator',), slow=True),
-    Rule(r'sim_check\.py calvin', ((r'$', ' -- --limit 12'),)),
+    Rule(r'sim_check\.py calvin', ((r'preset tiny', 'preset small'), (r'$', ' -- --limit 12'))),    # 15 numbers of state
     Rule(r'sim_check\.py robomme', ((r'--limit \d+', '--limit 12'),)),
     Rule(r'clients/calvin\.py', ((r'\bpython ', 'VENV/bin/python '), (r'--episodes \d+', '--episodes 1 --limit 12'),
                                  (r'127.0.0.1:8000', '127.0.0.1:SERVED'), (r'^(?!CALVIN)', 'CALVIN_ROOT=calvin ')),
