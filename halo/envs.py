@@ -88,7 +88,7 @@ def require_sim():
         importlib.import_module("metaworld.sawyer_xyz_env")
         return importlib.import_module("mujoco")
     except ImportError as e:
-        raise ImportError(f"flash_place needs MuJoCo and Meta-World ({e}): pip install -e .[sim]") from e
+        raise ImportError(f"flash_place needs MuJoCo and Meta-World ({e}): pip install 'lerobot_policy_halo[sim]'") from e
 
 # %% ../nbs/12_envs.ipynb #46ccc863
 def look_at(eye, target, up) -> np.ndarray:

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from .config import at_least, one_of
+from .files import locate
 from .flow import sample_time
 from .modeling_halo import init_weights, pad_last, vlm_source, write_weights
 from .configuration_halo import weights_origin
@@ -568,7 +569,7 @@ CHECKS = ('allow_short', 'tolerance_s')   # of the data, in a run's file
 
 def read_config(file: str | Path, changes: list[str] = ()) -> dict:
     "A run's file with `--set` changes applied: {data, policy, run (`ScaleConfig`), out, batch}. Raises `ValueError` for unknown keys."
-    c = yaml.safe_load(Path(file).read_text()) or {}
+    c = yaml.safe_load(locate(file).read_text()) or {}
     for change in changes:
         key, eq, value = change.partition('=')
         if not eq: raise ValueError(f'--set {change!r} is not key=value; write e.g. --set run.steps=10')
@@ -616,7 +617,7 @@ def build(c: dict, meta: bool = False, data_too: bool = True) -> tuple:
 # %% ../nbs/11c_scale.ipynb #00d25d35
 def launch_shape(file: str | Path) -> tuple[int, int]:
     "(machines, processes on each) of an accelerate configuration (.yaml) or a Slurm script. Raises `ValueError` where they are not said or do not divide."
-    file = Path(file); text = file.read_text()
+    file = locate(file); text = file.read_text()
     if file.suffix in ('.yaml', '.yml'):
         from accelerate.commands.config.config_args import load_config_from_file
         a = load_config_from_file(str(file)); nodes, world = a.num_machines, a.num_processes
@@ -674,7 +675,7 @@ def dry_run_policy(c: dict, world: int) -> list[tuple[str, bool, str]]:
         return out[-1][1]
     def paths():
         for k in ('root', 'mixture'):
-            if d.get(k) and not Path(d[k]).exists(): raise FileNotFoundError(f'data.{k}={d[k]} does not exist')
+            if d.get(k) and not locate(d[k]).exists(): raise FileNotFoundError(f'data.{k}={d[k]} does not exist')
         for k in ('vlm_id', 'tokenizer'):
             v = c['policy'].get(k)
             if v and v != 'tiny' and ('/' not in v or v.startswith(('.', '/'))) and not Path(v).exists(): raise FileNotFoundError(f'policy.{k}={v} is no folder')

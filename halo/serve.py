@@ -17,6 +17,7 @@ from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
 from .configuration_halo import assign_roles
 from .evaluate import checkpoint_hash, episode_noise, load_policy, versions, watch
+from .files import locate
 from .sampling import HistoryBuffer, stack_histories
 from .stream import Streamer
 from .vlm import Observation
@@ -27,7 +28,7 @@ try:
     from websockets.exceptions import ConnectionClosed, WebSocketException
     from websockets.sync.client import connect as ws_connect
 except ImportError as e:
-    need = f"websockets and msgpack are needed ({e}): pip install -e '.[serve]'"
+    need = f"websockets and msgpack are needed ({e}): pip install 'lerobot_policy_halo[serve]'"
     if __name__ == '__main__': sys.exit(f'halo serve: {need}')
     raise ModuleNotFoundError(f'halo.serve: {need}', name=e.name) from e
 
@@ -619,7 +620,7 @@ def policy_kind(folder: Path) -> str:
 
 def open_policy(folder: str | Path, device: str | None = None):
     "Policy, preprocessor and postprocessor of any LeRobot policy folder, on `device` (default: the configuration's). Raises `ValueError` if there is none."
-    folder = Path(folder)
+    folder = locate(folder)
     kind = policy_kind(folder)
     if kind == 'halo' and device is None: return load_policy(folder)
     config = PreTrainedConfig.from_pretrained(folder)

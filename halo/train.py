@@ -20,6 +20,7 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from lerobot.configs import FeatureType
 from .configuration_halo import HaloConfig
 from .data import EpisodeSampler, HistoryDataset, fingerprint
+from .files import CLONE
 from .modeling_halo import HaloPolicy, check_checkpoint, init_weights, vlm_source
 from .processor_halo import make_halo_pre_post_processors, saved_tokenizer
 from .salr import fp32_parameter_names
@@ -92,8 +93,11 @@ def make_policy(dataset: LeRobotDataset, meta: bool = False, init_from=None, loa
 # %% ../nbs/11_train.ipynb #3c502f00
 def provenance(dataset, tc: TrainConfig, seconds: float, log: list[dict]) -> dict:
     "What a result needs to be believed: data, code, versions, seed, time."
-    try: commit = subprocess.run(['git', 'rev-parse', '--verify', 'HEAD'], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
-    except (OSError, NameError, subprocess.CalledProcessError): commit = 'unknown'
+    ask = ['git', 'rev-parse', '--verify', 'HEAD']
+    try:   # in a clone only: a wheel may lie inside somebody else's repository
+        commit = subprocess.run(ask, capture_output=True, text=True, check=True, cwd=CLONE).stdout.strip() if CLONE else 'unknown'
+    except (OSError, subprocess.CalledProcessError):
+        commit = 'unknown'
     return dict(data=dict(repo_id=dataset.repo_id, fingerprint=fingerprint(dataset), episodes=dataset.meta.total_episodes, frames=dataset.meta.total_frames), train=asdict(tc), commit=commit,
                 versions={p: version(p) for p in ('torch', 'transformers', 'lerobot')}, threads=torch.get_num_threads(), seconds=round(seconds, 1), final_loss=log[-1]['loss'] if log else None)
 
