@@ -129,11 +129,11 @@ def run_demo(args) -> Path:
     return report
 
 # %% ../nbs/20_demo.ipynb #a099f945
-def train_variants(dataset: LeRobotDataset, runs: Path, checkpoints: Path, tc: TrainConfig, stage) -> dict[str, Path]:
+def train_variants(dataset: LeRobotDataset, runs: Path, checkpoints: Path, tc: TrainConfig, stage, quick: bool = False) -> dict[str, Path]:
     "Train every variant in `runs/NAME` (going on where it was) and ship it to `checkpoints/NAME`."
     shipped, vlm = {}, runs / 'vlm'
     if not vlm.exists():
-        with stage('pretrain the tiny VLM by pointing'): pretrain(vlm)
+        with stage('pretrain the tiny VLM by pointing'): pretrain(vlm, **(dict(steps=4, batch=4) if quick else {}))
     for name, changes in VARIANTS.items():
         with stage(f'train {name}: {tc.steps} steps of {tc.batch}'):
             train(dataset, runs / name, tc, device=device(), vlm_id=os.path.relpath(vlm), n_action_steps=ACTIONS, **changes)
@@ -145,7 +145,7 @@ def run_training(args) -> Path:
     "Record, train the three variants from nothing, ship them, evaluate, report. Returns the report."
     stage, tc = Stages(3 + len(VARIANTS) + (not (args.runs / 'vlm').exists())), replace(TRAIN, steps=args.steps, batch=args.batch, save_every=min(TRAIN.save_every, args.steps))
     with stage(f'{args.episodes} demonstrations by the scripted expert'): data = demonstrations(args.data, args.episodes, 0)
-    checkpoints = train_variants(data, args.runs, args.checkpoints, tc, stage)
+    checkpoints = train_variants(data, args.runs, args.checkpoints, tc, stage, args.quick)
     with stage(f'three policies on the same {args.seeds} unseen seeds'): results = evaluate_all(checkpoints, SEEDS[:args.seeds], args.out / 'results', min(FILMS, args.seeds))
     for name, r in results.items(): EvalResult(r.episodes, r.conventions, r.seconds).save(checkpoints[name] / 'evaluation.json')
     with stage('the report'): report = write_report(args.out / 'report.html', results, checkpoints, args.command, inside=not args.quick)
