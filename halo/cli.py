@@ -21,12 +21,14 @@ class Command:
     extra: str = ''
 
 COMMANDS = {'plan': Command('halo.plan', 'memory, time and days of a training run, and the rate of inference'),
+            'check': Command('halo.check', 'what is wrong with a dataset, and the command to train on it'),
             'train': Command('halo.scale', 'pretrain or fine-tune, on one process or many'),
             'mixture': Command('halo.mixture', 'check a mixture of data sets, compute its statistics'),
             'serve': Command('halo.serve', 'serve a policy to robots and simulators'),
             'evaluate': Command('halo.benchmarks', 'success rates on simulated benchmarks', 'sim'),
             'reproduce': Command('halo.tables', "the paper's tables beside our own numbers"),
             'bench': Command('halo.bench', 'speed: every performance claim is one of its commands'),
+            'files': Command('halo.files', 'what comes with HALO: configurations, policies, clients, and where'),
             'demo': Command('halo.demo', 'the demonstration: train, run and see a small HALO', 'sim')}
 
 # %% ../nbs/25_cli.ipynb #093f3932

@@ -63,7 +63,7 @@ def ours(text):
     "`text` as a command of ours, or None. The [optional] parts and (remarks) of a usage go."
     text = re.sub(r'\s+(?:\[[^\]]*\]|\(.*)(?=\s|$)', '', uncomment(text.strip()))
     text = re.sub(r' {2,}', ' ', text).strip()
-    text = text if text.endswith('...') else text.rstrip('.,;')
+    text = text if text.endswith(('...', ' .')) else text.rstrip('.,;')
     return text if OURS.match(text) else None
 
 
@@ -238,6 +238,9 @@ RULES = (
     Rule(r'lerobot-rollout', ((r'--policy.path=\.\.\.|(?<=rollout )\.\.\.', '--policy.path=checkpoints/flash_place/full'),
                               (r'$', f' {ROLLOUT}')), slow=True),
     Rule(r'halo (evaluate|demo) --bench', ((r'$', ' --episodes 1'),), slow=True),
+    Rule(r'halo files NAME', ((r'NAME', 'configs/mixtures'),)),
+    Rule(r'--policy\.path=POLICY', ((r'--dataset\.\S+ --dataset\.\S+', DATA), (r'\.fps=\d+', '.fps=10'),
+                                   (r'\.device=cuda', '.device=cpu'), (r'--steps=\d+', '--steps=1')), ('data',), slow=True),
     Rule(r'halo check (?!data/flash)', ((r'check \S+', 'check data/little'),), ('data',), slow=True),
     Rule(r'halo\.pretrain', ((r'$', ' --steps 2 --batch 2'),), slow=True),
     Rule(r'halo\.baselines train', ((r'NAME', 'act'), (r'$', ' --steps 1')), ('demonstrations',), slow=True),
@@ -279,7 +282,7 @@ RULES = (
                                     (r'(read.*)$', r'\1 --answers outputs/answers.json')), ('sheet',), slow=True),
 )
 VALUES = {   # placeholder (a regular expression) -> what it stands for
-    r'\bRUN\.yaml': 'run.yaml', r'\bSHEET\.json': 'sheet.json', r'\bDIR/': 'data/', r'\bDIR\b': 'data',
+    r'\bPOLICY\b': 'checkpoints/flash_place/full', r'\bRUN\.yaml': 'run.yaml', r'\bSHEET\.json': 'sheet.json', r'\bDIR/': 'data/', r'\bDIR\b': 'data',
     r'\bMIXTURE\b|\bLITTLE\b|\bmy_robot\.yaml': 'my_robot.yaml', r'\bOUT\b': 'outputs/out', r'\bID\b': 'halo/old',
     r'\bFOLDER\b': 'outputs/lavapipe', r'\btableN\b': 'table6', r'…/calvin_env': 'calvin', r'VENV/': 'outputs/openpi_client/'}
 EXCUSED = {  # a regular expression -> why such commands cannot run here
