@@ -8,6 +8,9 @@ RUN := scripts/env.sh
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 FLAGS ?=
 ARGS ?=
+# What is tested, all by default: make test NB=nbs/04_flow.ipynb TESTS="tests/test_salr.py -k fused"
+NB ?=
+TESTS ?=
 
 .PHONY: help setup system export gates notebooks run test test-slow test-sim test-browser test-gpu lab demo demo-train docs lock clean
 
@@ -30,23 +33,23 @@ demo-train: system ## the demonstration with a policy trained from nothing
 
 test: system ## every gate, notebook and test that needs neither a GPU nor patience
 	@$(PY) scripts/gates.py
-	@$(OFFLINE) $(RUN) python scripts/test_notebooks.py
-	@OMP_NUM_THREADS=1 $(OFFLINE) $(RUN) pytest -q -n 2 --dist loadfile
+	@$(OFFLINE) $(RUN) python scripts/test_notebooks.py $(NB)
+	@OMP_NUM_THREADS=1 $(OFFLINE) $(RUN) pytest -q -n 2 --dist loadfile $(TESTS)
 
 test-slow: system ## the slow cells and tests
-	@$(OFFLINE) $(RUN) python scripts/test_notebooks.py --flags "slow sim" --limit 3600
-	@$(OFFLINE) $(RUN) pytest -q -m "slow and not gpu"
+	@$(OFFLINE) $(RUN) python scripts/test_notebooks.py $(NB) --flags "slow sim" --limit 3600
+	@$(OFFLINE) $(RUN) pytest -q -m "slow and not gpu" $(TESTS)
 
 test-sim: system ## the cells and tests that run a simulator
-	@$(OFFLINE) $(RUN) python scripts/test_notebooks.py --flags sim
-	@$(OFFLINE) $(RUN) pytest -q -m "sim and not slow and not gpu"
+	@$(OFFLINE) $(RUN) python scripts/test_notebooks.py $(NB) --flags sim
+	@$(OFFLINE) $(RUN) pytest -q -m "sim and not slow and not gpu" $(TESTS)
 
 test-browser: system ## the explorers in JupyterLab and on the site, in a real browser (Debian's Chromium)
-	@$(OFFLINE) $(RUN) pytest -q -m browser
+	@$(OFFLINE) $(RUN) pytest -q -m browser $(TESTS)
 
 test-gpu: system ## the cells and tests that need a CUDA device
-	@$(OFFLINE) $(RUN) python scripts/test_notebooks.py --flags "gpu" --workers 1
-	@$(OFFLINE) $(RUN) pytest -q -m gpu
+	@$(OFFLINE) $(RUN) python scripts/test_notebooks.py $(NB) --flags "gpu" --workers 1
+	@$(OFFLINE) $(RUN) pytest -q -m gpu $(TESTS)
 
 lab: system ## open the workbook in JupyterLab
 	@$(RUN) jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) nbs $(ARGS)
@@ -60,7 +63,7 @@ gates: $(STAMP) ## notebooks clean, halo/ exported, README.md fresh (changes not
 	@$(PY) scripts/gates.py
 
 notebooks: system ## test the notebooks only (FLAGS="slow sim" adds those cells)
-	@$(OFFLINE) $(RUN) python scripts/test_notebooks.py --flags "$(FLAGS)"
+	@$(OFFLINE) $(RUN) python scripts/test_notebooks.py $(NB) --flags "$(FLAGS)"
 
 run: system ## run notebooks in place and clean them: make run NB=nbs/index.ipynb (FLAGS="slow sim")
 	@$(OFFLINE) $(RUN) python scripts/run_notebook.py $(NB) --flags "$(FLAGS)"

@@ -1,8 +1,17 @@
-"""RoboMME's client: run it where RoboMME and LeRobot's class for it are installed (configs/requirements/robomme.txt). It needs a checkout of this repository, no installation of it."""
+"""RoboMME's client: run it where RoboMME and LeRobot's class for it are installed
+(configs/requirements/robomme.txt).
+
+HALO need not be installed there: this file finds the folder halo/ that it came with, in a
+checkout or in an installation elsewhere.
+"""
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)   # instead of this folder, in which this file would hide the package robomme
+home = next(d for d in Path(__file__).resolve().parents if (d/'halo/__init__.py').exists())
+sys.path[0] = str(home)  # for a moment, in place of this folder
+import halo  # noqa: E402
+
+del sys.path[0]  # what lies beside halo (a wheel's site-packages) is not for this interpreter
 from halo.memory import main_robomme as main  # noqa: E402
 
 if __name__ == '__main__': main()

@@ -1,8 +1,16 @@
-"""SIMPLER's client: run it where SIMPLER is installed (configs/requirements/simpler.txt). It needs a checkout of this repository, no installation of it. Not verified here."""
+"""SIMPLER's client: run it where SIMPLER is installed (configs/requirements/simpler.txt).
+
+HALO need not be installed there: this file finds the folder halo/ that it came with, in a
+checkout or in an installation elsewhere. Not verified here.
+"""
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+home = next(d for d in Path(__file__).resolve().parents if (d/'halo/__init__.py').exists())
+sys.path[0] = str(home)  # for a moment, in place of this folder
+import halo  # noqa: E402
+
+del sys.path[0]  # what lies beside halo (a wheel's site-packages) is not for this interpreter
 from halo.simpler import main  # noqa: E402 - imports numpy and the standard library only
 
 if __name__ == '__main__': main()

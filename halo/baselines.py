@@ -4,7 +4,7 @@
 
 # %% ../nbs/24b_baselines.ipynb #cbeded5d
 from __future__ import annotations
-import argparse, contextlib, importlib, io, json, math, shutil, sys, time
+import argparse, contextlib, copy, importlib, io, json, math, sys, time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np, torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from fastcore.basics import patch
-from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.envs.factory import make_env_config, make_env_pre_post_processors
 from lerobot.policies.factory import make_pre_post_processors
@@ -20,18 +20,19 @@ from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from tqdm.auto import tqdm
-from .data import EpisodeSampler, FrameStore, as_meta, episode_bounds, matrix, opened, read_columns, tasks_by_index
-from .demo import ACTIONS, CHECKPOINTS, DATA, ROOT, SEEDS, TRAIN, device, shown
+from .data import EpisodeSampler, FrameStore, as_meta, default_store, episode_bounds, matrix, opened, read_columns, tasks_by_index
+from .demo import ACTIONS, CHECKPOINTS, DATA, SEEDS, TRAIN, device
 from .envs import COLOURS, require_sim
-from .evaluate import EvalResult, checkpoint_hash, compare, config_hash, open_envs, run_batch, split_seeds, versions, wilson
+from .evaluate import EvalResult, checkpoint_hash, compare, config_hash, open_envs, policy_folder, run_batch, split_seeds, versions, wilson, write_whole
+from .files import locate, place, shipped, shown
 from .train import TrainConfig, load_optimizer, lr_at, find_checkpoint, param_groups, provenance, save_checkpoint, train_step
 from .vlm import tiny_tokenizer
 
 # %% auto #0
-__all__ = ['TINY_SMOLVLM', 'CHUNK', 'SMOLVLM', 'BASELINES', 'SHIPPED', 'NAMES', 'LIMIT', 'GoalColourStep', 'smolvlm_folder',
-           'Baseline', 'make_baseline', 'Demonstrations', 'settle_frozen_norms', 'restore', 'train_baseline',
-           'load_baseline', 'baseline_conventions', 'evaluate_baseline', 'load_results', 'comparison', 'table',
-           'draw_comparison', 'ship_result', 'parser', 'run', 'main']
+__all__ = ['TINY_SMOLVLM', 'CHUNK', 'SMOLVLM', 'MADE_BY', 'BASELINES', 'SHIPPED', 'NAMES', 'LIMIT', 'GoalColourStep',
+           'smolvlm_folder', 'Baseline', 'portable', 'make_baseline', 'Demonstrations', 'settle_frozen_norms',
+           'restore', 'train_baseline', 'load_baseline', 'baseline_conventions', 'evaluate_baseline', 'load_results',
+           'comparison', 'table', 'draw_comparison', 'ship_file', 'ship_result', 'left_out', 'parser', 'run', 'main']
 
 # %% ../nbs/24b_baselines.ipynb #24d31136
 @ProcessorStepRegistry.register(name='halo_goal_colour')
@@ -63,7 +64,7 @@ def smolvlm_folder(root: str | Path, image: int = 112, patch: int = 14, vision: 
     "A folder with configuration, tokenizer and processor of a SmolVLM (random weights; views of `image` pixels, 2 x 2 patches to a token), made once; the ordinary loaders read it offline."
     from transformers import PreTrainedTokenizerFast, SmolVLMConfig, SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
     root = Path(root)
-    if (root / 'processor_config.json').exists(): return root
+    if (root / 'config.json').exists(): return root   # written last
     named = dict(fake_image_token='<fake_token_around_image>', image_token='<image>', global_image_token='<global-img>', end_of_utterance_token='<end_of_utterance>')
     tok = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, eos_token='<|im_end|>', pad_token='<|endoftext|>', extra_special_tokens=named)
     size = dict(size={'longest_edge': image}, max_image_size={'longest_edge': image})
@@ -92,7 +93,8 @@ class Baseline:
 
 # %% ../nbs/24b_baselines.ipynb #3b611cc0
 CHUNK = 16
-SMOLVLM = 'runs/baselines/smolvlm'   # from where the command is run
+SMOLVLM = place('runs/baselines/smolvlm')   # made where it is missing
+MADE_BY = 'halo.baselines.smolvlm_folder'   # in its place in what is shipped
 BASELINES = {
     'act': Baseline('ACT', 'act', 'ACT', 2e-4, True, True, config=dict(chunk_size=CHUNK, dim_model=256, n_heads=4, dim_feedforward=512, pretrained_backbone_weights=None)),
     'diffusion': Baseline('Diffusion Policy', 'diffusion', 'Diffusion', 4e-4, True, True, config=dict(
@@ -104,6 +106,15 @@ BASELINES = {
 }
 BASELINES['smolvla_clock'] = replace(BASELINES['smolvla'], label="SmolVLA architecture, HALO's wall-clock", steps=6000)   # a step costs it 0.4 of HALO's
 
+# %% ../nbs/24b_baselines.ipynb #f3000002
+def portable(config):
+    "A policy's configuration without a folder of this machine."
+    if not hasattr(config, 'vlm_model_name'):
+        return config
+    config = copy.copy(config)
+    config.vlm_model_name = MADE_BY
+    return config
+
 # %% ../nbs/24b_baselines.ipynb #cfed5ba8
 def make_baseline(name: str, meta, dev: str = 'cpu'):
     "An untrained policy `name` and its processors for a dataset's metadata. Raises `ValueError` for an unknown name, `ImportError` with the fix where LeRobot lacks a package."
@@ -111,11 +122,11 @@ def make_baseline(name: str, meta, dev: str = 'cpu'):
     b, feats = BASELINES[name], dataset_to_policy_features(meta.features)
     out = {k: f for k, f in feats.items() if f.type is FeatureType.ACTION}
     inputs = {k: f for k, f in feats.items() if k not in out} | ({OBS_ENV_STATE: PolicyFeature(FeatureType.ENV, (len(COLOURS),))} if b.goal else {})
-    extra = dict(vlm_model_name=str(smolvlm_folder(SMOLVLM))) if b.classes == 'SmolVLA' else {}
+    extra = dict(vlm_model_name=str(smolvlm_folder(SMOLVLM).resolve())) if b.classes == 'SmolVLA' else {}
     cfg = b.config_class(input_features=inputs, output_features=out, n_action_steps=ACTIONS, device=dev, **b.config, **extra)
     try:
         with contextlib.redirect_stdout(io.StringIO()): policy = b.policy_class(cfg)
-    except ImportError as e: raise ImportError(f"LeRobot's {b.label} needs a package that is not installed ({e}): pip install -e .[baselines]") from e
+    except ImportError as e: raise ImportError(f"LeRobot's {b.label} needs a package that is not installed ({e}): pip install 'lerobot_policy_halo[baselines]'") from e
     pre, post = make_pre_post_processors(cfg, dataset_stats=meta.stats)
     if b.goal: pre.steps = [*pre.steps[:2], GoalColourStep(), *pre.steps[2:]]   # after the batch axis, before device and normalisation
     return policy, pre, post
@@ -126,8 +137,8 @@ class Demonstrations:
     def __init__(self, dataset, size: int = 112, store_root=None, progress: bool = True):
         dataset = opened(dataset); self.meta = as_meta(dataset)
         self.cameras, self.bounds, self.tasks = list(self.meta.camera_keys), episode_bounds(self.meta), tasks_by_index(self.meta)
-        root = Path(store_root or self.meta.root.with_name(f'{self.meta.root.name}.frames{size}'))
-        self.store = FrameStore.build(dataset, {c: size for c in self.cameras}, root, 2, progress)
+        sizes = {c: size for c in self.cameras}
+        self.store = FrameStore.build(dataset, sizes, store_root or default_store(self.meta, sizes), 2, progress)
         self.columns = read_columns(dataset, ['observation.state', 'action', 'episode_index', 'task_index'])
 
     def __len__(self) -> int: return int(self.bounds[-1, 1])
@@ -205,15 +216,16 @@ def train_baseline(name: str, dataset: LeRobotDataset, out: str | Path, tc: Trai
 # %% ../nbs/24b_baselines.ipynb #2b02d8e2
 def load_baseline(folder: str | Path):
     "Name, policy, preprocessor and postprocessor of a trained baseline's folder. Raises `ValueError` if there is none."
-    folder = Path(folder)
-    for f in ('config.json', 'model.safetensors', 'policy_preprocessor.json', 'policy_postprocessor.json'):
-        if not (folder / f).exists(): raise ValueError(f"{shown(folder)} is not a policy folder: {f} is missing; train it: python -m halo.baselines train NAME")
+    folder = policy_folder(folder)
     name = json.loads((folder / 'config.json').read_text()).get('type')
     if name not in BASELINES: raise ValueError(f"{shown(folder)} holds a policy of type {name!r}; baselines are {', '.join(BASELINES)}")
-    if name == 'smolvla': smolvlm_folder(SMOLVLM)
-    with contextlib.redirect_stdout(io.StringIO()): policy = BASELINES[name].policy_class.from_pretrained(folder)
+    config, on = PreTrainedConfig.from_pretrained(folder), {}
+    if name == 'smolvla':   # whatever folder it was trained with
+        config.vlm_model_name = str(smolvlm_folder(SMOLVLM).resolve())
+        on = {'tokenizer_processor': {'tokenizer_name': config.vlm_model_name}}
+    with contextlib.redirect_stdout(io.StringIO()): policy = BASELINES[name].policy_class.from_pretrained(folder, config=config)
     policy.config.pretrained_path = folder
-    on = {'device_processor': {'device': str(next(policy.parameters()).device)}}
+    on |= {'device_processor': {'device': str(next(policy.parameters()).device)}}
     return name, policy.eval(), *make_pre_post_processors(policy.config, pretrained_path=str(folder), preprocessor_overrides=on)
 
 # %% ../nbs/24b_baselines.ipynb #6d87f9ef
@@ -222,7 +234,7 @@ def baseline_conventions(name: str, policy, env_cfg, n_envs: int, trained: dict)
     import draccus
     c, b = policy.config, BASELINES[name]
     return dict(env=dict(type=env_cfg.type, **draccus.encode(env_cfg)), fps=env_cfg.fps, envs_per_batch=n_envs, versions=versions(),
-                policy=dict(type=c.type, config_sha256=config_hash(c), checkpoint_sha256=checkpoint_hash(policy), parameters=sum(p.numel() for p in policy.parameters())),
+                policy=dict(type=c.type, config_sha256=config_hash(portable(c)), checkpoint_sha256=checkpoint_hash(policy), parameters=sum(p.numel() for p in policy.parameters())),
                 settings=json.loads(json.dumps(b.config)), chunk=CHUNK, n_action_steps=c.n_action_steps, n_obs_steps=c.n_obs_steps, goal='one-hot of the colour' if b.goal else 'the instruction',
                 normalisation={k: getattr(v, 'value', v) for k, v in c.normalization_mapping.items()}, cameras={k: list(f.shape) for k, f in c.image_features.items()},
                 device=str(next(policy.parameters()).device), dtype='float32', noise="torch's generator, seeded with the first seed of each batch", training=trained)
@@ -243,12 +255,12 @@ def evaluate_baseline(folder: str | Path, seeds=SEEDS, n_envs: int = 10, progres
     return EvalResult(episodes, baseline_conventions(name, policy, env_cfg, len(batches[0]), trained), time.perf_counter() - start)
 
 # %% ../nbs/24b_baselines.ipynb #915aebe4
-SHIPPED = ROOT / 'checkpoints/baselines'
+SHIPPED = shipped('checkpoints/baselines')
 NAMES = {'full': 'HALO', 'no_history': 'HALO without history'} | {k: b.label for k, b in BASELINES.items()}
 
 def load_results(halo_folder: str | Path = CHECKPOINTS, folder: str | Path = SHIPPED) -> dict[str, EvalResult]:
-    "Results by name: HALO, HALO without history, and every baseline that has an `evaluation.json` in `folder`."
-    found = {n: Path(halo_folder) / n for n in ('full', 'no_history')} | {n: Path(folder) / n for n in BASELINES}
+    "Results by name: HALO, HALO without history, and every baseline that has an `evaluation.json` in `folder` (or in what ships, by the same name)."
+    found = {n: Path(halo_folder) / n for n in ('full', 'no_history')} | {n: locate(Path(folder) / n) for n in BASELINES}
     out = {n: EvalResult.load(f / 'evaluation.json') for n, f in found.items() if (f / 'evaluation.json').exists()}
     for n, r in out.items():
         trained = r.conventions.setdefault('training', json.loads((found[n] / 'provenance.json').read_text()))
@@ -295,13 +307,31 @@ def draw_comparison(rows: list[dict]):
 # %% ../nbs/24b_baselines.ipynb #4e30c061
 LIMIT = 5e6   # bytes of weights that are shipped
 
+def ship_file(file: Path, target: Path, folder: str | None) -> None:
+    "Copy `file` into `target`, whole or not at all; in JSON, `folder` becomes the name of what makes it."
+    data = file.read_bytes()
+    if folder and file.suffix == '.json':
+        data = data.replace(json.dumps(folder).encode(), json.dumps(MADE_BY).encode())
+    write_whole(target / file.name, data)
+
 def ship_result(run: Path, result: EvalResult, target: Path) -> Path:
-    "Put a baseline's evaluation, log, configuration and provenance into `target`, and its weights if they are at most `LIMIT`."
-    target.mkdir(parents=True, exist_ok=True)
-    files = [run / 'log.jsonl', *(f for f in sorted((run / 'checkpoint').iterdir()) if f.is_file() and (f.suffix != '.safetensors' or (run / 'checkpoint/model.safetensors').stat().st_size <= LIMIT))]
-    for f in files: shutil.copy2(f, target / (f.name + '.tmp')); (target / (f.name + '.tmp')).replace(target / f.name)
+    "Put a baseline's evaluation, log, configuration and provenance into `target`, and its weights if they are at most `LIMIT`; if not, its provenance says how to make them."
+    made = run / 'checkpoint'
+    light = (made / 'model.safetensors').stat().st_size <= LIMIT
+    folder = json.loads((made / 'config.json').read_text()).get('vlm_model_name')
+    for f in [run / 'log.jsonl', *sorted(made.iterdir())]:
+        if f.is_file() and (light or f.suffix != '.safetensors'): ship_file(f, target, folder)
+    if not light: left_out(target)
     result.save(target / 'evaluation.json')
     return target
+
+# %% ../nbs/24b_baselines.ipynb #f3000003
+def left_out(target: Path) -> None:
+    "Note in `target`'s provenance that its weights stayed behind, and the command that makes them."
+    file = target / 'provenance.json'
+    how = f'they are made by `python -m halo.baselines train {target.name}`'
+    said = json.loads(file.read_text(encoding='utf-8')) | dict(weights=how)
+    write_whole(file, json.dumps(said, indent=1))
 
 # %% ../nbs/24b_baselines.ipynb #8011c113
 def parser() -> argparse.ArgumentParser:
@@ -309,9 +339,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog='python -m halo.baselines', description="LeRobot's ACT, Diffusion Policy and SmolVLA architecture on the demonstration task, beside HALO.")
     p.add_argument('what', choices=('train', 'evaluate', 'table'))
     p.add_argument('names', nargs='*', help=f"{', '.join(BASELINES)} (all)")
-    p.add_argument('--data', type=Path, default=DATA / 'flash_place', help='folder of the demonstrations (data/flash_place: make demo-train records them)')
-    p.add_argument('--runs', type=Path, default=ROOT / 'runs/baselines', help='folder of the training runs')
-    p.add_argument('--out', type=Path, default=SHIPPED, help='folder of the evaluations (checkpoints/baselines)')
+    p.add_argument('--data', type=Path, default=DATA / 'flash_place', help='folder of the demonstrations (data/flash_place; python -m halo.demo --train-from-scratch records them)')
+    p.add_argument('--runs', type=Path, default=place('runs/baselines'), help='folder of the training runs')
+    p.add_argument('--out', type=Path, default=place('checkpoints/baselines'), help='folder of the evaluations (checkpoints/baselines)')
     p.add_argument('--steps', type=int, help=f'training steps ({TRAIN.steps}, as HALO)')
     p.add_argument('--until', type=int, help='stop after this step; the same command goes on from there')
     p.add_argument('--seeds', type=int, default=len(SEEDS), help=f'evaluation episodes ({len(SEEDS)})')
@@ -322,7 +352,7 @@ def run(args) -> None:
     "Carry out what the options say."
     if strange := set(args.names) - set(BASELINES): raise ValueError(f"no baseline {', '.join(sorted(strange))}; choose among {', '.join(BASELINES)}")
     if not 1 <= args.seeds <= len(SEEDS) or (args.steps or 1) < 1: raise ValueError(f"--steps {args.steps} --seeds {args.seeds}: give at least 1 step and 1 to {len(SEEDS)} seeds")
-    if args.what == 'train' and not (args.data / 'meta/info.json').exists(): raise FileNotFoundError(f"no demonstrations in {shown(args.data)}: make demo-train records them")
+    if args.what == 'train' and not (args.data / 'meta/info.json').exists(): raise FileNotFoundError(f"no demonstrations in {shown(args.data)}: python -m halo.demo --train-from-scratch records them")
     for name in () if args.what == 'table' else args.names or BASELINES:
         if args.what == 'train': print(shown(train_baseline(name, LeRobotDataset('halo/flash_place', root=args.data), args.runs / name, replace(TRAIN, steps=args.steps or BASELINES[name].steps, lr=BASELINES[name].lr), args.until)))
         else: print(shown(ship_result(args.runs / name, evaluate_baseline(args.runs / name / 'checkpoint', SEEDS[:args.seeds]), args.out / name)))

@@ -15,7 +15,8 @@ from pathlib import Path
 import gymnasium as gym, numpy as np, torch
 from fastcore.basics import patch
 import halo
-from .evaluate import batch_noise, checkpoint_hash, choose_action, config_hash, rate, sha256, versions, wilson, write_whole
+from .evaluate import batch_noise, checkpoint_hash, choose_action, config_hash, policy_folder, rate, sha256, versions, wilson, write_whole
+from .files import place
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'LIBERO_SUITES', 'PERTURBATIONS', 'REWORDED', 'LIBERO_SEED', 'NO_LIBERO', 'LIBERO_REST', 'OFFSETS',
@@ -117,7 +118,8 @@ LIBERO_SUITES = ('libero_spatial', 'libero_object', 'libero_goal', 'libero_10')
 PERTURBATIONS = ('lan', 'object', 'swap', 'task')   # LIBERO-PRO: wording, objects' looks, positions, another task in the same scene
 REWORDED = ('_lan', '_task')                        # suites whose prompt is the :language of the BDDL file; elsewhere it is the file's name, as in the published evaluations
 LIBERO_SEED = 7                                     # of the simulator's generator; positions come from the initial states
-NO_LIBERO = "LIBERO is not installed ({e}); pip install -c constraints.txt -r configs/requirements/libero.txt, in this environment or one of its own"
+NO_LIBERO = ('LIBERO is not installed ({e}); pip install -c "$(halo files constraints.txt)" '
+             '-r "$(halo files configs/requirements/libero.txt)", in this environment or one of its own')
 
 def plain_xml(xml: str) -> str:
     "A MuJoCo model without multisampling, reflections and shadows."
@@ -315,14 +317,16 @@ def load_any(folder: str | Path, device: str | None = None):
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
     import halo.modeling_halo, halo.processor_halo   # registers HALO
-    folder = Path(folder)
-    for name in ('config.json', 'model.safetensors', 'policy_preprocessor.json', 'policy_postprocessor.json'):
-        if not (folder / name).exists(): raise ValueError(f"{folder} is not a policy folder: {name} is missing; train one (halo.train.train, lerobot-train), or give a server's address (ws://host:port)")
+    folder = policy_folder(folder)
     config = PreTrainedConfig.from_pretrained(folder)
+    if config.type != 'halo' and (folder / 'adapter_config.json').exists():
+        raise ValueError(f"{folder} holds LoRA adapters of a {config.type!r} policy; merge them into it first (peft's merge_and_unload)")
     config.device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    with contextlib.redirect_stdout(open(os.devnull, 'w')): policy = get_policy_class(config.type).from_pretrained(folder, config=config)   # LeRobot prints where it loads from
+    with contextlib.redirect_stdout(open(os.devnull, 'w')):   # LeRobot prints where it loads from
+        policy = get_policy_class(config.type).from_pretrained(folder, config=config)
     policy.config.pretrained_path = folder
-    return policy.eval(), *make_pre_post_processors(policy.config, pretrained_path=str(folder), preprocessor_overrides={'device_processor': {'device': config.device}})
+    overrides = {'device_processor': {'device': config.device}}
+    return policy.eval(), *make_pre_post_processors(policy.config, pretrained_path=str(folder), preprocessor_overrides=overrides)
 
 # %% ../nbs/23_benchmarks.ipynb #08691148
 def random_policy(benchmark: Benchmark, preset: str = 'small', seed: int = 0, **fields):
@@ -353,11 +357,16 @@ class ServedPolicy:
 
     def ask(self, message: dict) -> np.ndarray:
         "A chunk (s, d). Raises `ValueError` for anything but finite numbers in that shape."
-        chunk = np.asarray(self.client.infer(message).get('actions', ()), np.float32)
+        answer = self.client.infer(message)
+        chunk = np.asarray(answer.get('actions', ()), np.float32)
         if chunk.ndim != 2 or not len(chunk) or not np.isfinite(chunk).all(): raise ValueError(f"the server's answer at tick {message['tick']} is not a chunk of finite actions but {chunk.shape}; look at its log")
-        return chunk[:self.execute]
+        return chunk[:self.execute or answer.get('execute')]
 
-    def describe(self) -> dict: return dict(type='server', executed_actions=self.execute, frames_between_requests=self.frames, noise='by the server', server=json.loads(json.dumps(getattr(self.client, 'metadata', {}), default=str)))
+    def describe(self) -> dict:
+        said = json.loads(json.dumps(getattr(self.client, 'metadata', {}), default=str))
+        n = self.execute or said.get('execute') or 'all'
+        return dict(type='server', executed_actions=n, frames_between_requests=self.frames,
+                    noise='by the server', server=said)
 
     def close(self): getattr(self.client, 'close', lambda: None)()
 
@@ -371,7 +380,7 @@ def connect(address: str):
     try: from halo.serve import PolicyClient
     except ImportError:
         try: from openpi_client.websocket_client_policy import WebsocketClientPolicy
-        except ImportError as e: raise ImportError("a server's address needs a client: pip install -e '.[serve]', or openpi-client") from e
+        except ImportError as e: raise ImportError("a server's address needs a client: pip install 'lerobot_policy_halo[serve]', or openpi-client") from e
         host, port = address.split('://')[-1].rsplit(':', 1)
         client = WebsocketClientPolicy(host, int(port)); client.metadata = client.get_server_metadata()
         return client
@@ -670,7 +679,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.prove: return prove(open_benchmark(args.benchmark, **(dict(size=32, quality='plain') | options(args.set))), args.tasks, args.out)
         if not args.policy: raise ValueError('--policy is missing: a policy folder, ws://host:port, or random:small')
         if args.workers < 1: raise ValueError(f'--workers is {args.workers}; give at least 1')
-        out = args.out or Path('outputs/benchmarks') / args.benchmark.replace(':', '.')
+        out = args.out or place('outputs/benchmarks') / args.benchmark.replace(':', '.')
         result = run_plan(Plan(args.benchmark, args.policy, str(out), options(args.set), args.episodes, tuple(args.tasks), args.execute, args.videos, args.workers), log=partial(print, flush=True))
     except (ValueError, ImportError, RuntimeError, OSError) as e: print(f'\n{e}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('\nInterrupted: the same command goes on from here.', file=sys.stderr); return 130

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib, functools, itertools, json, os, sys, tempfile
 from pathlib import Path
 import numpy as np
-from .thin import Player, connect, parser, rate, run_benchmark, start_hash
+from .thin import Player, connect, executed, parser, rate, run_benchmark, start_hash
 
 # %% auto #0
 __all__ = ['BLOCKS', 'STATE', 'TASKS', 'CHAINS_SHA256', 'ROBOT', 'SPOTS', 'SCENE', 'WORDS', 'PROTOCOL', 'STATES', 'PARK', 'HAND',
@@ -337,7 +337,7 @@ def conventions(args, metadata: dict) -> dict:
     import platform
     own = dict(PROTOCOL) | dict(scene=args.scene, chains=args.episodes, ticks_per_instruction=args.limit, renderer='EGL' if args.egl else 'PyBullet TinyRenderer (software)')
     if args.keep_history: own['history'] = 'kept over the chain'
-    return own | dict(state=args.state, chunk_executed=args.replan or 'all', frames=args.frames, versions=dict(python=platform.python_version(), numpy=np.__version__), server=metadata)
+    return own | dict(state=args.state, chunk_executed=executed(args.replan, metadata), frames=args.frames, versions=dict(python=platform.python_version(), numpy=np.__version__), server=metadata)
 
 # %% ../nbs/23b_calvin.ipynb #63a92ad6
 def main(arguments=None):

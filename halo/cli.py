@@ -28,6 +28,7 @@ COMMANDS = {'plan': Command('halo.plan', 'memory, time and days of a training ru
             'evaluate': Command('halo.benchmarks', 'success rates on simulated benchmarks', 'sim'),
             'reproduce': Command('halo.tables', "the paper's tables beside our own numbers"),
             'bench': Command('halo.bench', 'speed: every performance claim is one of its commands'),
+            'files': Command('halo.files', 'what comes with HALO: configurations, policies, clients, and where'),
             'demo': Command('halo.demo', 'the demonstration: train, run and see a small HALO', 'sim')}
 
 # %% ../nbs/25_cli.ipynb #093f3932

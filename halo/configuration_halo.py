@@ -4,14 +4,22 @@
 
 # %% ../nbs/07_configuration.ipynb #6723e9d9
 from __future__ import annotations
-from dataclasses import dataclass, field
-from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
+import hashlib, logging
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import get_type_hints
+import draccus
+from draccus.parsers.decoding import decode_dataclass
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from .config import ModelConfig, one_of, preset
 
+log = logging.getLogger(__name__)
+
 # %% auto #0
-__all__ = ['ROLES', 'infer_role', 'assign_roles', 'HaloConfig']
+__all__ = ['log', 'ROLES', 'ModelChanges', 'infer_role', 'assign_roles', 'optional_twin', 'given', 'deep_update', 'changed_model',
+           'HaloConfig', 'is_picture', 'weights_origin']
 
 # %% ../nbs/07_configuration.ipynb #da7fbb5f
 ROLES = ('primary', 'secondary', 'wrist')
@@ -42,13 +50,40 @@ def assign_roles(keys: list[str], primary: str | None = None, roles: dict[str, s
     if len(firsts) != 1: raise ValueError(f"which camera is the primary view? the data has {keys}; set --policy.primary_camera to one of them")
     return {firsts[0]: 'primary'} | {k: ('secondary' if r == 'primary' else r) for k, r in full.items() if k != firsts[0]}
 
+# %% ../nbs/07_configuration.ipynb #a7d0c0a2
+def optional_twin(cls: type) -> type:
+    "A dataclass with the fields of `cls`, level by level, each None where nothing is said."
+    hints = get_type_hints(cls)
+    part = lambda t: optional_twin(t) if is_dataclass(t) else t
+    made = [(f.name, part(hints[f.name]) | None, field(default=None)) for f in fields(cls)]
+    return make_dataclass(f'{cls.__name__}Changes', made)
+
+ModelChanges = optional_twin(ModelConfig)
+
+def given(changes) -> dict:
+    "The values of an `optional_twin` that are not None, as a nested dictionary."
+    said = {f.name: getattr(changes, f.name) for f in fields(changes)}
+    return {k: given(v) if is_dataclass(v) else v for k, v in said.items() if v is not None}
+
+# %% ../nbs/07_configuration.ipynb #a7d0c0a4
+def deep_update(old: dict, new: dict, where: str = 'model') -> dict:
+    "`old` with the values of `new`, level by level. Raises `ValueError` for a key that `old` lacks."
+    for k in new:
+        one_of(f'a field of {where}', k, tuple(old))
+    deeper = lambda k, v: deep_update(old[k], v, f'{where}.{k}') if isinstance(old[k], dict) else v
+    return old | {k: deeper(k, v) for k, v in new.items()}
+
+def changed_model(base: ModelConfig, changes: dict) -> ModelConfig:
+    "`base` with a nested dictionary of changes."
+    return decode_dataclass(ModelConfig, deep_update(draccus.encode(base), changes))
+
 # %% ../nbs/07_configuration.ipynb #433bf106
 @PreTrainedConfig.register_subclass('halo')
 @dataclass
 class HaloConfig(PreTrainedConfig):
     "LeRobot configuration of a HALO policy."
-    preset: str = 'tiny'                      # 'tiny', 'small', 'paper', 'paper_v2': sizes, unless `model` is given
-    model: ModelConfig | None = None          # everything about the model; filled in from the preset and the fields below
+    preset: str | None = None                 # 'tiny' (where nothing is said), 'small', 'paper', 'paper_v2'
+    model: ModelChanges | None = None         # a whole `ModelConfig` in the end; until then, changes to the preset
 
     history_frames: int | None = None         # n; 0 = no history
     history_stride: int | None = None         # control ticks between history frames
@@ -57,20 +92,25 @@ class HaloConfig(PreTrainedConfig):
     denoising_steps: int | None = None
     salr: bool | None = None                  # False converts heads with an MLP (the ablation)
     fps: float | None = None                  # control rate of dataset and robot, Hz
-    vlm_id: str | None = None                 # hub id or folder of Qwen2.5-VL weights; '' = random weights
+    max_state_dim: int | None = None          # room for the state; shorter ones are padded with zeros
+    max_action_dim: int | None = None         # room for an action
+    vlm_id: str | None = None                 # where a new policy takes its VLM's weights: hub id or folder; '' = random
+    vlm_source: str = ''                      # where they came from; never read again
     tokenizer: str | None = None              # hub id or folder; 'tiny' = offline
 
     n_action_steps: int = 8                   # actions executed per inference
     primary_camera: str | None = None         # camera that gives the history; inferred from names if None
-    camera_roles: dict[str, str] = field(default_factory=dict)  # camera key -> 'primary' | 'secondary' | 'wrist'
-    history_clock: str = 'calls'              # what counts control ticks: 'calls' of select_action, or 'wall' time (asynchronous robots)
+    camera_roles: dict[str, str] = field(default_factory=dict)  # camera -> 'primary' | 'secondary' | 'wrist'
+    history_clock: str = 'calls'              # counts control ticks: 'calls' of select_action, or 'wall' time
     tokenizer_max_length: int = 128
-    stream: bool = True                       # one robot at a time: reuse what the last tick computed (exact; halo.stream)
-    graph: bool = False                       # one robot at a time, without RTC: the whole tick as one static program, replayed as a CUDA graph on a GPU (halo.graph)
-    compile_model: bool = False               # with graph: its layers through torch.compile (which takes its time at the first ticks)
+    stream: bool = True                       # one robot at a time: reuse the last tick (exact; halo.stream)
+    graph: bool = False                       # one robot, without RTC: a tick as one static program (halo.graph)
+    compile_model: bool = False               # with graph: its layers through torch.compile
 
     normalization_mapping: dict[str, NormalizationMode] = field(default_factory=lambda: {
-        'VISUAL': NormalizationMode.IDENTITY, 'STATE': NormalizationMode.MEAN_STD, 'ACTION': NormalizationMode.MEAN_STD})
+        'VISUAL': NormalizationMode.IDENTITY,
+        'STATE': NormalizationMode.MEAN_STD,
+        'ACTION': NormalizationMode.MEAN_STD})
 
     freeze_vision: bool = False               # keep the vision tower as it is
     freeze_vlm: bool = False                  # keep the whole VLM as it is (Table 6 of the paper: do not)
@@ -89,21 +129,50 @@ class HaloConfig(PreTrainedConfig):
     def __post_init__(self):
         super().__post_init__()
         self.model = self._resolved()
+        self.preset = self.model.name
         one_of('history_clock', self.history_clock, ('calls', 'wall'))
-        if self.compile_model and not self.graph: raise ValueError("compile_model=true works on the static program of a tick; set graph=true too")
+        if self.compile_model and not self.graph:
+            raise ValueError("compile_model=true works on the static program of a tick; set graph=true too")
         if not 1 <= self.n_action_steps <= self.model.chunk:
-            raise ValueError(f"n_action_steps={self.n_action_steps} must lie between 1 and the chunk of {self.model.chunk}; lower it or raise chunk_size")
+            raise ValueError(
+                f"n_action_steps={self.n_action_steps} must lie between 1 and the chunk of "
+                f"{self.model.chunk}; lower it or raise chunk_size")
+        if getattr(self.rtc_config, 'mode', 'guided') != 'guided':
+            raise ValueError(
+                f"rtc_config.mode={self.rtc_config.mode!r} needs a policy trained for it; "
+                "HALO guides: set it to 'guided'")
 
 # %% ../nbs/07_configuration.ipynb #ef20faca
 from fastcore.basics import patch
 
-_SHORT = dict(history_frames='sampling__history_frames', history_stride='sampling__history_stride', history_hop='sampling__history_hop', fps='sampling__fps', chunk_size='chunk', denoising_steps='flow__steps', salr='salr__enabled', vlm_id='vlm_id', tokenizer='tokenizer')
+_SHORT = dict(
+    history_frames='sampling__history_frames', history_stride='sampling__history_stride',
+    history_hop='sampling__history_hop', fps='sampling__fps', chunk_size='chunk',
+    denoising_steps='flow__steps', salr='salr__enabled', max_state_dim='max_state_dim',
+    max_action_dim='max_action_dim', vlm_id='vlm_id', tokenizer='tokenizer')
+_PARTS = ('name', 'vision', 'text', 'salr', 'expert', 'sampling', 'flow')   # what a written-out model has
+
+@patch
+def _whole_model(self: HaloConfig, m: ModelConfig) -> ModelConfig:
+    "`m`, unless a preset was given that is not its own: a `ValueError`."
+    if self.preset not in (None, m.name):
+        raise ValueError(
+            f"preset={self.preset!r} was given on top of a whole model (name {m.name!r}), such as a "
+            "trained policy's; leave it out, or begin a new policy with --policy.type=halo")
+    return m
 
 @patch
 def _resolved(self: HaloConfig) -> ModelConfig:
-    "`model`, or the preset, with the short fields applied."
-    changes = {long: getattr(self, short) for short, long in _SHORT.items() if getattr(self, short) is not None}
-    return (self.model or preset(self.preset)).but(**changes)
+    "`model`, or the preset with what `model` changes, with the short fields applied."
+    m = given(self.model) if isinstance(self.model, ModelChanges) else self.model or {}
+    if isinstance(m, dict) and all(k in m for k in _PARTS):
+        m = decode_dataclass(ModelConfig, draccus.encode(m))
+    if isinstance(m, ModelConfig):
+        m = self._whole_model(m)
+    else:
+        m = changed_model(preset(self.preset or 'tiny'), m)
+    short = {long: getattr(self, short) for short, long in _SHORT.items()}
+    return m.but(**{k: v for k, v in short.items() if v is not None})
 
 # %% ../nbs/07_configuration.ipynb #9935fb43
 @patch(as_prop=True)
@@ -113,10 +182,34 @@ def observation_delta_indices(self: HaloConfig) -> list[int]:
     return delta_indices(s.history_frames, s.history_stride)
 
 @patch(as_prop=True)
+def state_observation_delta_indices(self: HaloConfig) -> list[int]: return [0]
+
+@patch(as_prop=True)
 def action_delta_indices(self: HaloConfig) -> list[int]: return list(range(self.model.chunk))
 
 @patch(as_prop=True)
 def reward_delta_indices(self: HaloConfig): return None
+
+# %% ../nbs/07_configuration.ipynb #a7d0c002
+def is_picture(feature: PolicyFeature) -> bool:
+    "Whether a visual feature has three channels, first (3, H, W) or last (H, W, 3); depth maps have one."
+    return len(feature.shape) == 3 and 3 in (feature.shape[0], feature.shape[2])
+
+@patch(as_prop=True)
+def image_features(self: HaloConfig) -> dict[str, PolicyFeature]:
+    "Visual features that are pictures."
+    found = self.input_features or {}
+    return {k: f for k, f in found.items() if f.type is FeatureType.VISUAL and is_picture(f)}
+
+@patch
+def leave_out_depth(self: HaloConfig, depth_keys: list[str] = ()) -> None:
+    "Take depth maps (`depth_keys`, and whatever has not three channels) out of the inputs, with a warning."
+    keep, visual = self.image_features, FeatureType.VISUAL
+    for k, f in list((self.input_features or {}).items()):
+        if f.type is visual and (k not in keep or k in depth_keys):
+            log.warning("%r is left out: its shape %s is a depth map's, HALO reads pictures with "
+                        "three channels", k, tuple(f.shape))
+            self.input_features = {n: x for n, x in self.input_features.items() if n != k}
 
 # %% ../nbs/07_configuration.ipynb #6af815e6
 @patch(as_prop=True)
@@ -128,11 +221,42 @@ def roles(self: HaloConfig) -> dict[str, str]:
 @patch
 def validate_features(self: HaloConfig) -> None:
     "Raise `ValueError` where the data cannot feed the model."
-    if not self.image_features: raise ValueError("the data has no camera; HALO needs at least the primary view")
+    if not self.image_features:
+        raise ValueError("the data has no camera; HALO needs at least the primary view")
     self.roles
-    for name, feat, most, key in (('observation.state', self.robot_state_feature, self.model.max_state_dim, 'max_state_dim'), ('action', self.action_feature, self.model.max_action_dim, 'max_action_dim')):
-        if feat is None: raise ValueError(f"the data has no {name!r}; HALO needs it")
-        if feat.shape[0] > most: raise ValueError(f"{name!r} has {feat.shape[0]} dimensions, the model takes {most}; raise {key} in the model configuration")
+    m = self.model
+    for name, feat, most, key in (
+            ('observation.state', self.robot_state_feature, m.max_state_dim, 'max_state_dim'),
+            ('action', self.action_feature, m.max_action_dim, 'max_action_dim')):
+        if feat is None:
+            raise ValueError(f"the data has no {name!r}; HALO needs it")
+        if feat.shape[0] > most:
+            raise ValueError(
+                f"{name!r} has {feat.shape[0]} dimensions, the model takes {most}; set "
+                f"--policy.{key}={feat.shape[0]} for a new policy (a trained one cannot grow)")
+
+# %% ../nbs/07_configuration.ipynb #a7d0c004
+def weights_origin(vlm_id: str) -> str:
+    "What is remembered of `vlm_id`: a hub id as it is; a folder as its name and a hash of its weights (or their index)."
+    folder = Path(vlm_id)
+    if not folder.is_dir():
+        return folder.name if folder.is_absolute() else vlm_id
+    found = [*sorted(folder.glob('*.safetensors.index.json')), *sorted(folder.glob('*.safetensors'))]
+    if not found:
+        return folder.resolve().name
+    with open(found[0], 'rb') as f:
+        digest = hashlib.file_digest(f, 'sha256').hexdigest()
+    return f'{folder.resolve().name} ({found[0].name} {digest[:12]})'
+
+@patch
+def weights_are_in(self: HaloConfig, read: bool = True) -> None:
+    "Turn `vlm_id` into provenance: the policy holds its weights. `read=False`: they came in the policy's own file."
+    name = self.model.vlm_id
+    if name and self.vlm_source and not read:
+        log.warning("vlm_id=%r is not read: the policy's own file holds the VLM's weights", name)
+    elif name:
+        self.vlm_source = weights_origin(name)
+    self.vlm_id, self.model = None, self.model.but(vlm_id='')
 
 # %% ../nbs/07_configuration.ipynb #66fb2dc7
 @patch

@@ -224,7 +224,7 @@ def latency(checkpoint: Path, seeds: list[int], delays=(0, 1, 2, 4), hows=('repl
 def main(argv: list[str] | None = None) -> int:
     "Command line of the latency study."
     p = argparse.ArgumentParser(prog='python -m halo.control', description='Success on flash_place under injected latency, with and without real-time chunking.')
-    p.add_argument('--checkpoint', type=Path, default=Path('checkpoints/flash_place/full')); p.add_argument('--seeds', type=int, default=60); p.add_argument('--first-seed', type=int, default=0, help='0: the evaluation seeds of the demonstration')
+    p.add_argument('--checkpoint', type=Path, default=Path('checkpoints/flash_place/full'), help='policy folder (the shipped one of that name)'); p.add_argument('--seeds', type=int, default=60); p.add_argument('--first-seed', type=int, default=0, help='0: the evaluation seeds of the demonstration')
     p.add_argument('--delays', type=int, nargs='+', default=[0, 1, 2, 4], help='ticks of 100 ms'); p.add_argument('--hand-over', nargs='+', default=['replace', 'rtc'], choices=['replace', 'rtc', 'ensemble']); p.add_argument('--n-envs', type=int, default=10)
     p.add_argument('--ahead', type=int, default=4, help='ticks that RTC guides beyond those it freezes'); p.add_argument('--guidance', type=float, default=10.0, help="RTC's largest weight (LeRobot's default: 10)"); p.add_argument('--out', type=Path, help='JSON file; its rows of other hand-overs, weights or delays stay')
     args = p.parse_args(argv)

@@ -4,28 +4,32 @@
 
 # %% ../nbs/10_data.ipynb #edd38ff9
 from __future__ import annotations
-import hashlib, json, os, shutil, threading
+import hashlib, json, logging, math, os, shutil, tempfile, threading
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
+import av, numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
 from fastcore.basics import patch
 from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-from lerobot.datasets.video_utils import decode_video_frames
-from .config import ModelConfig, SamplingConfig, at_least
-from .sampling import downsample, history_ticks, resize_view, view_shape
+from lerobot.datasets.video_utils import FrameTimestampError, decode_video_frames
+from .config import ModelConfig, at_least, one_of
+from .sampling import downsample, history_ticks, resize_view, view_limit, view_shape
+
+log = logging.getLogger('halo.data')
 
 # %% auto #0
-__all__ = ['as_meta', 'opened', 'episodes_of', 'episode_bounds', 'column_array', 'read_columns', 'matrix', 'check_cameras',
-           'check_vectors', 'check_fps', 'check_lengths', 'tasks_by_index', 'check_tasks', 'check_stats',
-           'check_finite', 'check_dataset', 'fingerprint', 'View', 'fit', 'fit_shape', 'resizing_probe', 'camera_size',
-           'store_plan', 'FrameStore', 'check_plan', 'partial_root', 'episode_frames', 'episode_images', 'open_partial',
-           'decode_jobs', 'write_episode', 'write_frames', 'view_limit', 'policy_sizes', 'default_store',
+__all__ = ['log', 'as_meta', 'opened', 'episodes_of', 'episode_bounds', 'column_array', 'read_columns', 'matrix', 'picture_shape',
+           'camera_size', 'depth_cameras', 'check_camera', 'check_roles', 'check_cameras', 'check_vectors', 'check_fps',
+           'short_episodes', 'check_lengths', 'tasks_by_index', 'check_tasks', 'check_stats', 'check_finite',
+           'tolerance_of', 'picture_times', 'stamp_gaps', 'off_beat', 'check_stamps', 'check_dataset', 'notices',
+           'fingerprint', 'View', 'fit', 'fit_shape', 'resizing_probe', 'store_plan', 'FrameStore', 'check_plan',
+           'partial_root', 'episode_frames', 'episode_images', 'writable', 'cache_folder', 'near_dataset',
+           'open_partial', 'decode_jobs', 'write_episode', 'write_frames', 'policy_sizes', 'default_store',
            'check_episodes', 'HistoryDataset', 'split_episodes', 'EpisodeSampler']
 
 # %% ../nbs/10_data.ipynb #9e6b8089
@@ -91,20 +95,65 @@ def matrix(x: np.ndarray) -> np.ndarray:
     "A column as (frames, d) float32, also where a dataset keeps one number as (frames,)."
     return x.reshape(len(x), -1).astype(np.float32, copy=False)
 
+# %% ../nbs/10_data.ipynb #a1d40c11
+def picture_shape(meta, camera: str) -> tuple[int, int, int]:
+    "Height, width and channels of a camera's frames."
+    shape, names = meta.features[camera]['shape'], list(meta.features[camera].get('names') or ())
+    if len(names) == 3 and names[0].startswith('channel'):
+        shape = (*shape[1:], shape[0])
+    return tuple(int(n) for n in (*shape, 1)[:3])
+
+def camera_size(meta, camera: str) -> tuple[int, int]:
+    "Height and width of a camera's frames in pixels."
+    return picture_shape(meta, camera)[:2]
+
+def depth_cameras(meta) -> list[str]:
+    "Keys of the depth maps: features that are marked as such, and pictures of one channel."
+    one = [k for k in meta.camera_keys if picture_shape(meta, k)[2] == 1]
+    return [k for k in meta.camera_keys if k in meta.depth_keys or k in one]
+
 # %% ../nbs/10_data.ipynb #7e69c025
-def check_cameras(meta, primary: str, cameras: list[str]) -> None:
-    "Raise `ValueError` if a camera is not in the dataset, or is a depth map."
-    have, listed = meta.camera_keys, ', '.join(meta.camera_keys) or 'none'
-    if primary not in have: raise ValueError(f"dataset {meta.repo_id} has no primary camera {primary!r}; choose the primary camera among its cameras: {listed}")
-    for c in cameras:
-        if c not in have: raise ValueError(f"dataset {meta.repo_id} has no camera {c!r}; choose among its cameras: {listed}")
-        if c in meta.depth_keys: raise ValueError(f"camera {c!r} of dataset {meta.repo_id} is a depth map; name an RGB camera instead")
+def check_camera(meta, camera: str) -> None:
+    "Raise `ValueError` if the dataset has no such camera, or its pictures have no three colours."
+    have = [k for k in meta.camera_keys if k not in depth_cameras(meta)]
+    if camera in depth_cameras(meta):
+        raise ValueError(f"camera {camera!r} of dataset {meta.repo_id} is a depth map; "
+                         f"name an RGB camera instead: {', '.join(have) or 'it has none'}")
+    if camera not in have:
+        raise ValueError(f"dataset {meta.repo_id} has no camera {camera!r}; "
+                         f"choose among its cameras: {', '.join(have) or 'it has none'}")
+    h, w, c = picture_shape(meta, camera)
+    if c != 3:
+        raise ValueError(f"camera {camera!r} of dataset {meta.repo_id} has pictures of {h} x {w} "
+                         f"with {c} channels; record it as RGB, or leave it out")
+
+# %% ../nbs/10_data.ipynb #a1d40c12
+def check_roles(roles: dict[str, str]) -> None:
+    "Raise `ValueError` unless the first camera, and no other, is primary and each role is one."
+    if list(roles.values())[:1] != ['primary'] or list(roles.values()).count('primary') > 1:
+        raise ValueError(f"the roles of the cameras are {roles}; give exactly one camera the role "
+                         "'primary', and name it first")
+    for camera, role in roles.items():
+        one_of(f'role of camera {camera!r}', role, ('primary', 'secondary', 'wrist'))
+
+def check_cameras(meta, roles: dict[str, str]) -> None:
+    "Raise `ValueError` unless the cameras of `roles` (`HaloConfig.roles`) are in the dataset."
+    check_roles(roles)
+    primary, have = next(iter(roles)), meta.camera_keys
+    if primary not in have:
+        raise ValueError(f"dataset {meta.repo_id} has no primary camera {primary!r}; choose the "
+                         f"primary camera among its cameras: {', '.join(have) or 'it has none'}")
+    for camera in roles:
+        check_camera(meta, camera)
 
 # %% ../nbs/10_data.ipynb #e18fef92
 def check_vectors(meta, state_dim: int | None, action_dim: int | None) -> None:
     "Raise `ValueError` if state or action is absent or has another size than the policy's."
     for key, want in (('observation.state', state_dim), ('action', action_dim)):
-        if key not in meta.features: raise ValueError(f"dataset {meta.repo_id} has no column {key!r}; rename the column that holds it")
+        if key not in meta.features:
+            have = ', '.join(k for k in meta.features if k not in meta.camera_keys)
+            raise ValueError(f"dataset {meta.repo_id} has no column {key!r} (it has {have}); rename the "
+                             "column that holds it, or name it in a mixture (state: [...], action: [...])")
         have = int(np.prod(meta.features[key]['shape']))
         if want is not None and have != want:
             raise ValueError(f"{key} of dataset {meta.repo_id} has {have} numbers but the policy expects {want}; "
@@ -114,17 +163,24 @@ def check_vectors(meta, state_dim: int | None, action_dim: int | None) -> None:
 def check_fps(meta, fps: float | None) -> None:
     "Raise `ValueError` unless the dataset's rate is the policy's control rate (Hz)."
     if fps is not None and abs(meta.fps - fps) > 1e-6:
-        raise ValueError(f"dataset {meta.repo_id} was recorded at {meta.fps:g} fps but sampling.fps={fps:g}; set sampling.fps={meta.fps:g}, or resample the dataset")
+        raise ValueError(f"dataset {meta.repo_id} was recorded at {meta.fps:g} fps but the policy's control rate "
+                         f"is {fps:g} Hz; make the policy with fps={meta.fps:g}, or train on it in a mixture, "
+                         "which translates between rates")
 
 # %% ../nbs/10_data.ipynb #42884691
-def check_lengths(meta, episodes: list[int], chunk: int | None, allow_short: bool = False) -> None:
-    "Raise `ValueError` for an episode shorter than one action chunk."
+def short_episodes(meta, episodes: list[int], chunk: int | None) -> list[int]:
+    "Those of `episodes` that have fewer ticks than a chunk of actions; none for `chunk=None`."
     lengths = np.diff(episode_bounds(meta))[:, 0]
-    if chunk is None or allow_short: return
-    for e in episodes:
-        if lengths[e] < chunk:
-            raise ValueError(f"episode {e} of dataset {meta.repo_id} has {lengths[e]} ticks, fewer than the chunk of {chunk}; lower chunk, drop the episode "
-                             "(lerobot-edit-dataset --operation.type delete_episodes), or pass allow_short=True to pad it with masked steps")
+    return [e for e in episodes if chunk is not None and lengths[e] < chunk]
+
+def check_lengths(meta, episodes: list[int], chunk: int | None, allow_short: bool = True) -> None:
+    "Raise `ValueError` for an episode shorter than one action chunk, unless `allow_short`."
+    short = short_episodes(meta, episodes, chunk)
+    if short and not allow_short:
+        a, z = episode_bounds(meta)[short[0]]
+        raise ValueError(f"episode {short[0]} of dataset {meta.repo_id} has {z - a} ticks, fewer than the chunk "
+                         f"of {chunk}; lower chunk_size, drop the episode (lerobot-edit-dataset --operation.type "
+                         "delete_episodes), or give allow_short=True to pad it with masked steps")
 
 # %% ../nbs/10_data.ipynb #e62f1110
 def tasks_by_index(meta) -> dict[int, str]:
@@ -159,26 +215,98 @@ def check_finite(dataset) -> None:
             raise ValueError(f"{key}[{dim}] of dataset {meta.repo_id} is {matrix(x)[row, dim]} in episode {e}, frame {row - bounds[e, 0]}; "
                              "repair it or drop the episode (lerobot-edit-dataset --operation.type delete_episodes)")
 
+# %% ../nbs/10_data.ipynb #a1d40c15
+def tolerance_of(dataset, tolerance_s: float | None = None) -> float:
+    "Seconds between a row's stamp and its picture that are allowed: `tolerance_s`, the dataset's own, or 1e-4."
+    if tolerance_s is None:
+        return float(getattr(dataset, 'tolerance_s', 1e-4))
+    try:
+        if (allowed := float(tolerance_s)) > 0:
+            return allowed
+    except (TypeError, ValueError): pass
+    raise ValueError(f"tolerance_s={tolerance_s!r} must be a positive number of seconds, e.g. 0.01")
+
+# %% ../nbs/10_data.ipynb #a1d40c16
+def picture_times(file) -> np.ndarray:
+    "Times of a video's pictures in order, s, (pictures,), without decoding them."
+    with av.open(str(file)) as video:
+        stream = video.streams.video[0]
+        times = [p.pts * stream.time_base for p in video.demux(stream) if p.pts is not None]
+    return np.sort(np.array(times, np.float64))
+
+def stamp_gaps(meta, camera: str, episode: int, stamps: np.ndarray) -> np.ndarray:
+    "Seconds from each of an episode's `stamps` (frames,) to the nearest picture of its video."
+    times = picture_times(meta.root/meta.get_video_file_path(episode, camera))
+    at = meta.episodes[episode][f'videos/{camera}/from_timestamp'] + stamps.astype(np.float64)
+    after = np.searchsorted(times, at).clip(1, max(1, len(times) - 1))
+    around = times[np.stack([after - 1, np.minimum(after, len(times) - 1)])]
+    return np.abs(around - at).min(0)
+
+# %% ../nbs/10_data.ipynb #a1d40c17
+def off_beat(meta, camera: str, episode: int, stamps: np.ndarray, tolerance_s: float) -> str:
+    "Why an episode's `stamps` (frames,) do not meet their pictures, in one sentence; '' where they do."
+    gaps = stamp_gaps(meta, camera, episode, stamps)
+    k = int(gaps.argmax())
+    if gaps[k] < tolerance_s:
+        return ''
+    enough = f"tolerance_s={math.ceil(gaps[k] * 1e3 + .5) / 1e3:g}"
+    what = "the picture is missing: download or record it again"
+    if gaps[k] < .5 / meta.fps:
+        what = (f"where that is how it was recorded, give {enough} (to LeRobotDataset, train or HistoryDataset; "
+                f"as data.{enough.split('=')[0]} in a run file), else record it again")
+    return (f"frame {k} of episode {episode} in dataset {meta.repo_id} is stamped {stamps[k]:.4f} s, "
+            f"{gaps[k] * 1e3:.1f} ms from the nearest picture in {meta.get_video_file_path(episode, camera)}, "
+            f"more than tolerance_s={tolerance_s:g}; {what}")
+
+# %% ../nbs/10_data.ipynb #a1d40c18
+def check_stamps(dataset, cameras: list[str], tolerance_s: float | None = None) -> None:
+    "Raise `ValueError` for an episode whose time stamps lie too far from the pictures of a video camera."
+    meta, allowed = as_meta(dataset), tolerance_of(dataset, tolerance_s)
+    columns = read_columns(dataset, ['timestamp', 'frame_index'])
+    stamps = columns['timestamp'].reshape(-1)
+    off = np.abs(stamps - columns['frame_index'].reshape(-1) / meta.fps) >= allowed
+    for e in episodes_of(dataset):
+        a, z = episode_bounds(meta)[e]
+        for camera in (c for c in cameras if c in meta.video_keys and off[a:z].any()):
+            if why := off_beat(meta, camera, e, stamps[a:z], allowed):
+                raise ValueError(why)
+
 # %% ../nbs/10_data.ipynb #f001f4ad
 def check_dataset(dataset,                     # `LeRobotDataset`, its metadata, or its folder
-                  *, primary: str,             # key of the camera whose past is read
-                  cameras: list[str],          # keys of all views
+                  *, roles: dict[str, str],    # {camera key: role}, primary first: `HaloConfig.roles`
                   state_dim: int | None = None, action_dim: int | None = None,  # the policy's sizes; None = any
                   fps: float | None = None,    # the policy's control rate in Hz; None = any
                   chunk: int | None = None,    # actions in a chunk; None = do not ask
                   stats: bool = True,          # need normalisation statistics
-                  allow_short: bool = False    # accept episodes shorter than a chunk
+                  allow_short: bool = True,    # accept episodes shorter than a chunk
+                  tolerance_s: float | None = None  # of time stamps, s; None = the dataset's own
                  ) -> None:
     "Raise `ValueError`, one sentence with the fix, unless a policy can be trained on `dataset`."
     dataset = opened(dataset)
     meta = as_meta(dataset)
-    check_cameras(meta, primary, cameras)
+    check_cameras(meta, roles)
     check_vectors(meta, state_dim, action_dim)
     check_fps(meta, fps)
     check_lengths(meta, episodes_of(dataset), chunk, allow_short)
     check_tasks(meta)
     check_finite(dataset)
     if stats: check_stats(meta)
+    check_stamps(dataset, list(roles), tolerance_s)
+
+# %% ../nbs/10_data.ipynb #a1d40c1a
+def notices(dataset, chunk: int | None = None) -> list[str]:
+    "What training on `dataset` does without being asked, one sentence each."
+    dataset = opened(dataset)
+    meta, episodes = as_meta(dataset), episodes_of(dataset)
+    out = [f"camera {k!r} of dataset {meta.repo_id} is a depth map "
+           f"({' x '.join(map(str, picture_shape(meta, k)))}): HALO reads colour pictures and leaves it out"
+           for k in depth_cameras(meta)]
+    if short := short_episodes(meta, episodes, chunk):
+        least = int(np.diff(episode_bounds(meta))[short, 0].min())
+        out.append(f"{len(short)} of {len(episodes)} episodes of dataset {meta.repo_id} are shorter than the chunk "
+                   f"of {chunk} (the shortest has {least} tick{'s' * (least > 1)}): the steps that "
+                   "they lack are padded and masked in the loss")
+    return out
 
 # %% ../nbs/10_data.ipynb #80d366db
 def fingerprint(dataset) -> str:
@@ -211,20 +339,13 @@ def resizing_probe() -> list[int]:
     pattern = ((y * y * 37 + x * 91 + x * y * 13) % 256).to(torch.uint8)
     return downsample(pattern.expand(1, 3, 24, 32).contiguous(), 8)[0, 0].flatten().tolist()
 
-# %% ../nbs/10_data.ipynb #58c2b71b
-def camera_size(meta, camera: str) -> tuple[int, int]:
-    "Height and width of a camera's frames in pixels."
-    shape, names = meta.features[camera]['shape'], list(meta.features[camera].get('names') or ())
-    if len(names) == 3 and names[0].startswith('channel'): return int(shape[1]), int(shape[2])
-    return int(shape[0]), int(shape[1])
-
 # %% ../nbs/10_data.ipynb #5fb60c48
 def store_plan(dataset, sizes: dict[str, int | View]) -> dict:
     "What a store of `dataset` holds: the content of its `store.json`. Keys of `sizes` are a camera, or `camera@anything`."
     meta, entries = as_meta(dataset), {}
     for name, size in sizes.items():
         camera = name.partition('@')[0]
-        check_cameras(meta, camera, [camera])
+        check_camera(meta, camera)
         shape = [meta.total_frames, 3, *fit_shape(*camera_size(meta, camera), size)]
         entries[name] = dict(camera=camera, size=size if isinstance(size, int) else list(View(*size)), shape=shape)
     return dict(format=1, repo_id=meta.repo_id, fingerprint=fingerprint(meta), episodes=episodes_of(dataset), resizing=resizing_probe(), entries=entries)
@@ -276,14 +397,23 @@ def open(cls: FrameStore, root, dataset, sizes: dict[str, int | View]) -> FrameS
     return cls(root, plan)
 
 # %% ../nbs/10_data.ipynb #34c87abd
-def episode_frames(meta, camera: str, episode: int, timestamps: np.ndarray, some: int = 64):
+def episode_frames(meta, camera: str, episode: int,
+                   timestamps: np.ndarray,    # (frames,) of the episode, s
+                   tolerance_s: float = 1e-4, # between a stamp and its picture, s
+                   some: int = 64             # frames decoded at a time
+                  ):
     "Yield an episode's frames in order, (k, 3, H, W) uint8 with k <= `some`. Raises `ValueError` for an unreadable video."
-    if camera not in meta.video_keys: yield from episode_images(meta, camera, episode, some); return
+    if camera not in meta.video_keys:
+        yield from episode_images(meta, camera, episode, some)
+        return
     file, start = meta.root/meta.get_video_file_path(episode, camera), meta.episodes[episode][f'videos/{camera}/from_timestamp']
     for i in range(0, len(timestamps), some):
-        try: yield decode_video_frames(file, [start + t for t in timestamps[i:i + some].tolist()], 1e-4, return_uint8=True)
+        at = [start + t for t in timestamps[i:i + some].tolist()]
+        try: yield decode_video_frames(file, at, tolerance_s, return_uint8=True)
         except Exception as e:
-            raise ValueError(f"{file} does not give frames {i} to {i + some - 1} of episode {episode} ({type(e).__name__}); download or record it again") from e
+            late = isinstance(e, FrameTimestampError) and off_beat(meta, camera, episode, timestamps, tolerance_s)
+            raise ValueError(late or f"{file} does not give frames {i} to {min(i + some, len(timestamps)) - 1} of episode "
+                             f"{episode} ({type(e).__name__}); download or record it again") from e
 
 # %% ../nbs/10_data.ipynb #dd7e4a78
 def episode_images(meta, camera: str, episode: int, some: int = 64):
@@ -293,6 +423,39 @@ def episode_images(meta, camera: str, episode: int, some: int = 64):
         images = [Image.open(BytesIO(x['bytes'])).convert('RGB') for x in table[camera][i:i + some].to_pylist()]
         yield torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2).contiguous()
 
+# %% ../nbs/10_data.ipynb #a1d40c21
+def writable(folder) -> bool:
+    "Whether a file can be made in `folder`, or in the nearest one above it that exists."
+    at = os.path.abspath(folder)
+    while not os.path.exists(at):
+        at = os.path.dirname(at)
+    try:
+        with tempfile.TemporaryFile(dir=at): return True
+    except OSError: return False
+
+def cache_folder() -> Path:
+    "Where HALO keeps what can be computed again: `$HALO_CACHE`, or `halo` in `$XDG_CACHE_HOME` (~/.cache)."
+    if own := os.environ.get('HALO_CACHE'): return Path(own)
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'halo'
+
+# %% ../nbs/10_data.ipynb #a1d40c22
+def near_dataset(meta, kind: str, # 'frames' or 'statistics'
+                 name: str,       # of the file or folder
+                 mark: str = ''   # file in it that says that it is finished
+                ) -> Path:
+    "`<dataset>.<kind>/<name>` if it exists or can be made, else in the cache. Raises `ValueError` if neither can."
+    root = Path(meta.root) if Path(meta.root).name not in ('', '..') else Path(meta.root).resolve()
+    near = root.with_name(f'{root.name}.{kind}')
+    if (near/name/mark).exists() or writable(near):
+        return near/name
+    far = cache_folder()/f'{root.name}-{fingerprint(meta)}.{kind}'
+    if not writable(far):
+        raise ValueError(f"the {kind} of dataset {meta.repo_id} can be written neither beside it ({near.parent}) "
+                         f"nor in {far.parent}; set HALO_CACHE to a folder that can be written")
+    log.warning(f"{near.parent} cannot be written: the {kind} of dataset {meta.repo_id} are kept in {far.parent} "
+                "(set HALO_CACHE to choose another folder)")
+    return far/name
+
 # %% ../nbs/10_data.ipynb #0b6e9cf1
 def open_partial(root: Path, plan: dict) -> tuple[FrameStore, set]:
     "The unfinished store for `plan` and the (camera, episode) pairs it already holds. Raises `ValueError` if the disk is too small."
@@ -301,7 +464,7 @@ def open_partial(root: Path, plan: dict) -> tuple[FrameStore, set]:
         shutil.rmtree(partial, ignore_errors=True); partial.mkdir(parents=True)
         need, free = sum(int(np.prod(e['shape'], dtype=np.int64)) for e in plan['entries'].values()), shutil.disk_usage(partial).free
         if need > free:
-            raise ValueError(f"frame store {root} needs {need / 1e9:.1f} GB but {free / 1e9:.1f} GB are free; name a folder on a larger disk, or choose smaller sizes")
+            raise ValueError(f"frame store {root} needs {need / 1e9:.1f} GB but {free / 1e9:.1f} GB are free; name a folder on a larger disk (store=, data.store in a run file), or choose smaller sizes")
         FrameStore(partial, plan, 'w+')
         (partial/'store.json').write_text(text)
     done = partial/'done.txt'
@@ -320,10 +483,11 @@ def decode_jobs(meta, plan: dict, done: set) -> list[list[tuple[str, int]]]:
     return list(jobs.values())
 
 # %% ../nbs/10_data.ipynb #0c71a674
-def write_episode(store: FrameStore, meta, camera: str, episode: int, timestamps: np.ndarray, stop: threading.Event) -> None:
+def write_episode(store: FrameStore, meta, camera: str, episode: int, timestamps: np.ndarray,
+                  stop: threading.Event, tolerance_s: float = 1e-4) -> None:
     "Decode one episode of one camera into every entry of that camera."
     a, z = episode_bounds(meta)[episode]
-    for frames in episode_frames(meta, camera, episode, timestamps[a:z]):
+    for frames in episode_frames(meta, camera, episode, timestamps[a:z], tolerance_s):
         if stop.is_set(): return
         for name, e in store.plan['entries'].items():
             size = e['size'] if isinstance(e['size'], int) else View(*e['size'])
@@ -332,9 +496,11 @@ def write_episode(store: FrameStore, meta, camera: str, episode: int, timestamps
     if a != z: raise ValueError(f"{camera} of episode {episode} in dataset {meta.repo_id} lacks its last {z - a} frames; download or record it again")
 
 # %% ../nbs/10_data.ipynb #0d1c5eb3
-def write_frames(store: FrameStore, dataset, done: set, workers: int, progress: bool) -> None:
+def write_frames(store: FrameStore, dataset, done: set, workers: int, progress: bool,
+                 tolerance_s: float | None = None) -> None:
     "Fill `store` with what is not `done` yet."
     meta, stop, lock = as_meta(dataset), threading.Event(), threading.Lock()
+    allowed = tolerance_of(dataset, tolerance_s)
     jobs, length = decode_jobs(meta, store.plan, done), np.diff(episode_bounds(meta))[:, 0]
     timestamps = read_columns(dataset, ['timestamp'])['timestamp']
     total = sum(length[e] for job in jobs for _, e in job)
@@ -342,7 +508,7 @@ def write_frames(store: FrameStore, dataset, done: set, workers: int, progress: 
     with bar, ThreadPoolExecutor(workers) as pool, (store.root/'done.txt').open('a') as log:
         def run(job):
             for camera, e in job:
-                if not stop.is_set(): write_episode(store, meta, camera, e, timestamps, stop)
+                if not stop.is_set(): write_episode(store, meta, camera, e, timestamps, stop, allowed)
                 if stop.is_set(): return
                 with lock: log.write(f'{camera} {e}\n'); log.flush(); bar.update(int(length[e]))
         try:
@@ -353,43 +519,46 @@ def write_frames(store: FrameStore, dataset, done: set, workers: int, progress: 
 @patch(cls_method=True)
 def build(cls: FrameStore, dataset, sizes: dict[str, int | View], root,
           workers: int = 2,        # video files decoded at the same time
-          progress: bool = True    # show a progress bar
+          progress: bool = True,   # show a progress bar
+          tolerance_s: float | None = None  # of time stamps, s; None = the dataset's own
          ) -> FrameStore:
     "Decode every frame of `dataset` once into folder `root`, or open what is there. Raises `ValueError` as `open` does."
     root, dataset = Path(root), opened(dataset)
+    if (root/'store.json').exists():                         # also on a disk that cannot be written
+        return cls.open(root, dataset, sizes)
     plan = store_plan(dataset, sizes)
+    if not writable(root.parent):
+        raise ValueError(f"frame store {root} cannot be written; name another folder (store=, data.store in a run file)")
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f'.{root.name}.lock')):     # a second process waits, then finds the finished store
         if root.exists() and any(root.iterdir()) and not (root/'store.json').exists():
             raise ValueError(f"{root} holds other files; name a new or empty folder for the frame store")
         if not (root/'store.json').exists():
             store, done = open_partial(root, plan)
-            write_frames(store, dataset, done, workers, progress)
+            write_frames(store, dataset, done, workers, progress, tolerance_s)
             for m in store.maps.values(): m.flush()
             os.replace(store.root, root)
     return cls.open(root, dataset, sizes)
 
-# %% ../nbs/10_data.ipynb #47bd9693
-def view_limit(cfg: SamplingConfig, camera: str) -> int:
-    "Longest side of this camera's current view: `wrist_size` for keys with 'wrist' in them where it is set, else `view_size`; 0 keeps the camera's."
-    return cfg.wrist_size if 'wrist' in camera and cfg.wrist_size else cfg.view_size
-
 # %% ../nbs/10_data.ipynb #d9515122
-def policy_sizes(meta, cfg: ModelConfig, primary: str, cameras: list[str]) -> tuple[dict, dict]:
+def policy_sizes(meta, cfg: ModelConfig,
+                 roles: dict[str, str]     # {camera key: role}, primary first
+                ) -> tuple[dict, dict]:
     "Store entries {name: size} that the policy reads, and {key of the sample: name}."
     sizes, names, s = {}, {}, cfg.sampling
     def add(key, camera, size):
         h, w = fit_shape(*camera_size(meta, camera), size)
         names[key] = f'{camera}@{h}' if h == w else f'{camera}@{h}x{w}'
         sizes[names[key]] = h if h == w else size
-    if s.history_frames: add('observation.history', primary, s.history_size)
-    for c in cameras: add(c, c, View(cfg.vision.factor, view_limit(s, c)))
+    if s.history_frames: add('observation.history', next(iter(roles)), s.history_size)
+    for c, role in roles.items(): add(c, c, View(cfg.vision.factor, view_limit(s, role)))
     return sizes, names
 
 # %% ../nbs/10_data.ipynb #87dafcff
 def default_store(meta, sizes: dict) -> Path:
-    "Folder of a dataset's frame store: beside the dataset, one for each set of sizes."
-    return Path(f'{meta.root}.frames')/hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:8]
+    "Folder of a dataset's frame store, one for each set of sizes: `near_dataset`."
+    name = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:8]
+    return near_dataset(meta, 'frames', name, 'store.json')
 
 # %% ../nbs/10_data.ipynb #5b77106d
 def check_episodes(dataset, episodes: list[int]) -> list[int]:
@@ -404,20 +573,31 @@ def check_episodes(dataset, episodes: list[int]) -> list[int]:
 class HistoryDataset(torch.utils.data.Dataset):
     "Ticks of a LeRobot dataset, each with its history, current views, state, action chunk and instruction."
     def __init__(self, dataset,               # `LeRobotDataset` or its folder
-                 cfg: ModelConfig, primary: str,
-                 cameras: list[str],          # view order, primary first
+                 cfg: ModelConfig,
+                 roles: dict[str, str],       # {camera key: role}, primary first: `HaloConfig.roles`
                  store_root=None,             # folder of the frame store; None = beside the dataset
                  episodes: list[int] | None = None,  # only ticks of these; None = all
-                 allow_short: bool = False, workers: int = 2, progress: bool = True):
+                 stats: bool = False,         # need normalisation statistics
+                 allow_short: bool = True,    # accept episodes shorter than a chunk
+                 tolerance_s: float | None = None,   # of time stamps, s; None = the dataset's own
+                 workers: int = 2, progress: bool = True,
+                 frames: bool = True):        # False: every check, no frame store (dry runs)
         dataset = opened(dataset)
-        check_dataset(dataset, primary=primary, cameras=cameras, fps=cfg.sampling.fps, chunk=cfg.chunk, stats=False, allow_short=allow_short)
-        meta, self.cfg, self.cameras = as_meta(dataset), cfg, list(cameras)
-        sizes, self.names = policy_sizes(meta, cfg, primary, cameras)
-        self.store = FrameStore.build(dataset, sizes, store_root or default_store(meta, sizes), workers, progress)
+        check_dataset(dataset, roles=roles, fps=cfg.sampling.fps, chunk=cfg.chunk, stats=stats,
+                      allow_short=allow_short, tolerance_s=tolerance_s)
+        meta, self.cfg, self.cameras = as_meta(dataset), cfg, list(roles)
+        self.notices = notices(dataset, cfg.chunk)
+        for text in self.notices if os.environ.get('RANK', '0') == '0' else ():
+            log.warning(text)
         self.bounds, self.tasks = episode_bounds(meta), tasks_by_index(meta)
         self.columns = read_columns(dataset, ['observation.state', 'action', 'episode_index', 'frame_index', 'task_index'])
         self.episodes = episodes_of(dataset) if episodes is None else check_episodes(dataset, episodes)
         self.rows = np.concatenate([np.arange(*self.bounds[e]) for e in self.episodes])
+        sizes, self.names = policy_sizes(meta, cfg, roles)
+        self.store = None
+        if frames:
+            root = store_root or default_store(meta, sizes)
+            self.store = FrameStore.build(dataset, sizes, root, workers, progress, tolerance_s)
 
     def __len__(self): return len(self.rows)
     def __getitem__(self, i: int) -> dict: return {k: v[0] for k, v in self.batch([i]).items()}

@@ -11,16 +11,16 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.envs.factory import make_env_config
-import halo
 from .envs import EVAL_SEED, FlashPlaceSpec, record_demonstrations, require_sim
 from .evaluate import EvalResult, compare, evaluate, load_policy, sha256, summary, write_whole
+from .files import locate, place, shipped, shown
 from .report import continued_text, write_report
 from .pretrain import pretrain
 from .train import TrainConfig, train
 
 # %% auto #0
-__all__ = ['VARIANTS', 'TRAIN', 'ACTIONS', 'SEEDS', 'FRESH_SEED', 'FILMS', 'ROOT', 'CHECKPOINTS', 'DATA', 'RUNS', 'OUT', 'shown',
-           'ship', 'find_checkpoints', 'Stages', 'clock', 'demonstrations', 'device', 'continue_training', 'reusable',
+__all__ = ['VARIANTS', 'TRAIN', 'ACTIONS', 'SEEDS', 'FRESH_SEED', 'FILMS', 'CHECKPOINTS', 'DATA', 'RUNS', 'OUT', 'ship',
+           'find_checkpoints', 'Stages', 'clock', 'demonstrations', 'device', 'continue_training', 'reusable',
            'evaluate_variant', 'evaluate_all', 'run_demo', 'train_variants', 'run_training', 'parser', 'defaults',
            'main']
 
@@ -33,13 +33,8 @@ FRESH_SEED = 500_000                       # first seed of the demonstrations th
 FILMS = 6                                  # evaluation seeds that are recorded for the report
 
 # %% ../nbs/20_demo.ipynb #2412bafc
-ROOT = Path(halo.__file__).resolve().parent.parent
-CHECKPOINTS, DATA, RUNS, OUT = ROOT / 'checkpoints/flash_place', ROOT / 'data', ROOT / 'runs/flash_place', ROOT / 'outputs/demo'
-
-def shown(path: Path) -> str:
-    "A path as a reader types it: relative to where they are, if it lies below."
-    try: return str(Path(path).resolve().relative_to(Path.cwd()))
-    except ValueError: return str(path)
+CHECKPOINTS, DATA = shipped('checkpoints/flash_place'), place('data')
+RUNS, OUT = place('runs/flash_place'), place('outputs/demo')
 
 # %% ../nbs/20_demo.ipynb #72860a1a
 def ship(run: Path, target: Path) -> Path:
@@ -54,10 +49,12 @@ def ship(run: Path, target: Path) -> Path:
 
 # %% ../nbs/20_demo.ipynb #a24e3a77
 def find_checkpoints(folder: Path) -> dict[str, Path]:
-    "The checkpoint of every variant in `folder`. Raises `FileNotFoundError` naming what is missing and how to get it."
+    "The checkpoint of every variant in `folder`, or those that ship if it has none. Raises `FileNotFoundError` naming what is missing and how to get it."
+    def whole(f): return (f / 'model.safetensors').exists()
     found = {name: folder / name for name in VARIANTS}
-    if missing := [k for k, f in found.items() if not (f / 'model.safetensors').exists()]:
-        raise FileNotFoundError(f"no trained checkpoint for {', '.join(missing)} in {shown(folder)}: run make demo-train, which trains them")
+    if not any(map(whole, found.values())): found = {name: locate(f) for name, f in found.items()}
+    if missing := [k for k, f in found.items() if not whole(f)]:
+        raise FileNotFoundError(f"no trained checkpoint for {', '.join(missing)} in {shown(folder)}: train them with python -m halo.demo --train-from-scratch")
     return found
 
 # %% ../nbs/20_demo.ipynb #da8b7a6b
@@ -132,11 +129,11 @@ def run_demo(args) -> Path:
     return report
 
 # %% ../nbs/20_demo.ipynb #a099f945
-def train_variants(dataset: LeRobotDataset, runs: Path, checkpoints: Path, tc: TrainConfig, stage) -> dict[str, Path]:
+def train_variants(dataset: LeRobotDataset, runs: Path, checkpoints: Path, tc: TrainConfig, stage, quick: bool = False) -> dict[str, Path]:
     "Train every variant in `runs/NAME` (going on where it was) and ship it to `checkpoints/NAME`."
     shipped, vlm = {}, runs / 'vlm'
     if not vlm.exists():
-        with stage('pretrain the tiny VLM by pointing'): pretrain(vlm)
+        with stage('pretrain the tiny VLM by pointing'): pretrain(vlm, **(dict(steps=4, batch=4) if quick else {}))
     for name, changes in VARIANTS.items():
         with stage(f'train {name}: {tc.steps} steps of {tc.batch}'):
             train(dataset, runs / name, tc, device=device(), vlm_id=os.path.relpath(vlm), n_action_steps=ACTIONS, **changes)
@@ -148,7 +145,7 @@ def run_training(args) -> Path:
     "Record, train the three variants from nothing, ship them, evaluate, report. Returns the report."
     stage, tc = Stages(3 + len(VARIANTS) + (not (args.runs / 'vlm').exists())), replace(TRAIN, steps=args.steps, batch=args.batch, save_every=min(TRAIN.save_every, args.steps))
     with stage(f'{args.episodes} demonstrations by the scripted expert'): data = demonstrations(args.data, args.episodes, 0)
-    checkpoints = train_variants(data, args.runs, args.checkpoints, tc, stage)
+    checkpoints = train_variants(data, args.runs, args.checkpoints, tc, stage, args.quick)
     with stage(f'three policies on the same {args.seeds} unseen seeds'): results = evaluate_all(checkpoints, SEEDS[:args.seeds], args.out / 'results', min(FILMS, args.seeds))
     for name, r in results.items(): EvalResult(r.episodes, r.conventions, r.seconds).save(checkpoints[name] / 'evaluation.json')
     with stage('the report'): report = write_report(args.out / 'report.html', results, checkpoints, args.command, inside=not args.quick)
@@ -173,9 +170,10 @@ def parser() -> argparse.ArgumentParser:
 # %% ../nbs/20_demo.ipynb #08c63740
 def defaults(args) -> argparse.Namespace:
     "Fill in what was left out. Raises `ValueError` for counts that cannot be."
-    scratch, base = args.train_from_scratch, ROOT / 'outputs/quick' if args.quick else None
-    usual = dict(episodes=400 if scratch else 100, seeds=len(SEEDS), steps=TRAIN.steps if scratch else 20, batch=TRAIN.batch, data=DATA / ('flash_place' if scratch else 'flash_place_demo'), checkpoints=CHECKPOINTS, runs=RUNS, out=OUT)
-    if args.quick: usual |= dict(episodes=2, seeds=2, steps=3, batch=4, data=base / ('data' if scratch else 'data_demo'), checkpoints=base / 'checkpoints' if scratch else CHECKPOINTS, runs=base / 'runs', out=base / 'out')
+    scratch, base = args.train_from_scratch, place('outputs/quick') if args.quick else None
+    ours = place('checkpoints/flash_place')   # what training replaces
+    usual = dict(episodes=400 if scratch else 100, seeds=len(SEEDS), steps=TRAIN.steps if scratch else 20, batch=TRAIN.batch, data=DATA / ('flash_place' if scratch else 'flash_place_demo'), checkpoints=ours, runs=RUNS, out=OUT)
+    if args.quick: usual |= dict(episodes=2, seeds=2, steps=3, batch=4, data=base / ('data' if scratch else 'data_demo'), checkpoints=base / 'checkpoints' if scratch else ours, runs=base / 'runs', out=base / 'out')
     for k, v in usual.items():
         if getattr(args, k) is None: setattr(args, k, v)
     for k, most in (('episodes', FRESH_SEED), ('seeds', len(SEEDS)), ('steps', 10**9), ('batch', 10**6)):

@@ -8,8 +8,8 @@ __all__ = ['COLOURS', 'CAMERAS', 'EVAL_SEED', 'NO_GL', 'PUCK', 'PAD_GREY', 'TABL
            'add_pads', 'repaint', 'hide_unseen', 'scene_class', 'make_renderer', 'close_all', 'FlashPlaceEnv',
            'FlashPlaceExpert', 'disturb', 'demonstrate', 'expert_success', 'FreezeUntilReset', 'make_one',
            'FlashPlaceEnvConfig', 'dataset_features', 'video_encoder', 'open_dataset', 'quiet', 'add_episode',
-           'write_json', 'save_checkpoint', 'restore_checkpoint', 'stop_gently', 'open_log', 'record_some',
-           'record_demonstrations', 'main']
+           'write_json', 'save_checkpoint', 'restore_checkpoint', 'stop_gently', 'open_log', 'recording_lock',
+           'finished', 'record_some', 'record_demonstrations', 'main']
 
 # %% ../nbs/12_envs.ipynb #e86c3879
 """The demonstration task `flash_place`: MuJoCo manipulation whose goal is visible only in the past.
@@ -25,6 +25,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 from fastcore.basics import patch
+from filelock import FileLock, Timeout
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.utils import NEW_ROLLOUT_OPTION, FreezeAfterEpisodeEnd
@@ -87,7 +88,7 @@ def require_sim():
         importlib.import_module("metaworld.sawyer_xyz_env")
         return importlib.import_module("mujoco")
     except ImportError as e:
-        raise ImportError(f"flash_place needs MuJoCo and Meta-World ({e}): pip install -e .[sim]") from e
+        raise ImportError(f"flash_place needs MuJoCo and Meta-World ({e}): pip install 'lerobot_policy_halo[sim]'") from e
 
 # %% ../nbs/12_envs.ipynb #46ccc863
 def look_at(eye, target, up) -> np.ndarray:
@@ -576,6 +577,26 @@ def open_log(root: Path, settings: dict) -> dict:
             raise ValueError(f"{root} was recorded with {name}={log['settings'].get(name)!r}, not {value!r}: choose another folder")
     return log
 
+# %% ../nbs/12_envs.ipynb #b7c1e0a2
+@contextlib.contextmanager
+def recording_lock(root: Path):
+    "Hold the folder `root` within this block. Raises `ValueError` while another recording does, or where nothing can be written."
+    root, lock = root.absolute(), None
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root.with_name(f".{root.name}.lock"))
+        lock.acquire(timeout=0)
+    except Timeout: raise ValueError(f"another recording into {root} is under way: wait for it, or choose another folder") from None
+    except OSError as e: raise ValueError(f"{root} cannot be written ({e.strerror}): choose another folder") from e
+    try: yield
+    finally: lock.release()
+
+# %% ../nbs/12_envs.ipynb #b7c1e0a3
+def finished(root: Path, settings: dict, episodes: int) -> bool:
+    "Whether `root` holds a closed recording of at least `episodes`. Raises `ValueError` for one with other settings."
+    if not (root / LOG).exists() or json.loads((root / LOG).read_text())["open"]: return False
+    return open_log(root, settings)["episodes"] >= episodes
+
 # %% ../nbs/12_envs.ipynb #9d7607c2
 def record_some(env, dataset, log: dict, episodes: int, root: Path, bar, stop):
     "Record until `dataset` holds `episodes` episodes or `stop` is set; failed episodes are dropped and counted in `log`."
@@ -598,11 +619,15 @@ def record_demonstrations(root, episodes: int = 100, seed: int = 0, repo_id: str
     loadable and is continued by the same call. `KeyboardInterrupt` after an interruption.
     """
     from tqdm.auto import tqdm
-    root = Path(root)
-    log = open_log(root, {"seed": seed, "noise": noise, "image_size": image_size})
-    env, done = FlashPlaceEnv(image_size), log["episodes"]
-    bar = tqdm(total=episodes, initial=min(done, episodes), desc="demonstrations", unit="episode")
-    with stop_gently() as stop, contextlib.closing(bar), contextlib.closing(env):
+    root, settings = Path(root), {"seed": seed, "noise": noise, "image_size": image_size}
+    if finished(root, settings, episodes): return root
+    with contextlib.ExitStack() as held:
+        held.enter_context(recording_lock(root))
+        log = open_log(root, settings)
+        env, done = held.enter_context(contextlib.closing(FlashPlaceEnv(image_size))), log["episodes"]
+        bar = tqdm(total=episodes, initial=min(done, episodes), desc="demonstrations", unit="episode")
+        held.enter_context(contextlib.closing(bar))
+        stop = held.enter_context(stop_gently())
         while done < episodes and not stop.is_set():
             if not done: shutil.rmtree(root, ignore_errors=True)  # LeRobot cannot continue an empty dataset
             dataset = open_dataset(root, repo_id, image_size)
@@ -614,7 +639,7 @@ def record_demonstrations(root, episodes: int = 100, seed: int = 0, repo_id: str
 
 # %% ../nbs/12_envs.ipynb #7a8db121
 def main(arguments=None):
-    "Command line of the recorder; exit status 130 after an interruption."
+    "Command line of the recorder; exit status 130 after an interruption, 1 with a sentence where nothing can be recorded."
     parser = argparse.ArgumentParser(prog="python -m halo.envs", description="Record demonstrations of flash_place.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="folder of the LeRobotDataset; an unfinished one is continued")
@@ -626,6 +651,9 @@ def main(arguments=None):
     except KeyboardInterrupt as e:
         print(f"interrupted: {e}", file=sys.stderr)
         sys.exit(130)
+    except (ValueError, ImportError) as e:
+        print(f"halo.envs: {e}", file=sys.stderr)
+        sys.exit(1)
 
 # %% ../nbs/12_envs.ipynb #cf51f60a
 if __name__ == "__main__" and globals().get("__spec__") is not None: main()  # python -m, but not a notebook

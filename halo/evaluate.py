@@ -14,12 +14,13 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from tqdm.auto import tqdm
 import halo.processor_halo   # registers the tokenizer step that saved processors name
+from .files import locate, shown
 from .modeling_halo import HaloPolicy
 
 # %% auto #0
 __all__ = ['wilson', 'rate', 'sha256', 'config_hash', 'checkpoint_hash', 'versions', 'conventions', 'write_whole', 'EvalResult',
            'open_envs', 'split_seeds', 'episode_noise', 'watch', 'row_info', 'Recorder', 'choose_action', 'batch_noise',
-           'run_batch', 'evaluate', 'load_policy', 'observation_at', 'compare', 'summary']
+           'run_batch', 'evaluate', 'policy_folder', 'load_policy', 'observation_at', 'compare', 'summary']
 
 # %% ../nbs/13_evaluate.ipynb #06cee2fd
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -272,13 +273,31 @@ def evaluate(policy, pre, post, env_cfg, seeds, n_envs: int = 10, record=(), pro
     finally: bar.close(); vec.close()
     return EvalResult(episodes, conventions(policy, env_cfg, len(batches[0])), time.perf_counter() - start, records)
 
+# %% ../nbs/13_evaluate.ipynb #f2000002
+def policy_folder(path: str | Path) -> Path:
+    """The folder that `path` means, if it holds a policy of LeRobot with its processors: whole, or as LoRA adapters.
+
+    Raises `ValueError` naming what is missing, or saying that it is the record of a run only.
+    """
+    folder = locate(path)
+    adapters = (folder / 'adapter_config.json').is_file()
+    weights, record = 'adapter_model.safetensors' if adapters else 'model.safetensors', folder / 'provenance.json'
+    if not (folder / weights).exists() and record.is_file():
+        if said := json.loads(record.read_text(encoding='utf-8')).get('weights'):
+            raise ValueError(f"{shown(folder)} holds the record of a run, no weights: {said}")
+    for name in ('config.json', weights, 'policy_preprocessor.json', 'policy_postprocessor.json'):
+        if not (folder / name).exists():
+            raise ValueError(
+                f"{shown(folder)} is not a policy folder: {name} is missing; train one (halo train, "
+                "lerobot-train) or copy it again")
+    return folder
+
 # %% ../nbs/13_evaluate.ipynb #e34c02ab
 def load_policy(folder: str | Path):
     "Policy, preprocessor and postprocessor of a LeRobot policy folder. Raises `ValueError` if there is none, or for a truncated or foreign checkpoint."
-    folder = Path(folder)
-    for name in ('config.json', 'model.safetensors', 'policy_preprocessor.json', 'policy_postprocessor.json'):
-        if not (folder / name).exists(): raise ValueError(f"{folder} is not a policy folder: {name} is missing; train one (halo.train.train, lerobot-train) or copy it again")
-    with contextlib.redirect_stdout(io.StringIO()): policy = HaloPolicy.from_pretrained(folder)   # LeRobot prints where it loads from
+    folder = policy_folder(folder)
+    with contextlib.redirect_stdout(io.StringIO()):   # LeRobot prints where it loads from
+        policy = HaloPolicy.from_pretrained(folder)
     policy.config.pretrained_path = folder
     device = {'device_processor': {'device': str(next(policy.parameters()).device)}}
     return policy.eval(), *make_pre_post_processors(policy.config, pretrained_path=str(folder), preprocessor_overrides=device)

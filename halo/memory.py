@@ -7,7 +7,8 @@ from __future__ import annotations
 import math, os
 from pathlib import Path
 import numpy as np
-from .thin import Player, connect, parser, rate, run_benchmark, run_episode
+from .files import locate, shown
+from .thin import Player, connect, executed, parser, rate, run_benchmark, run_episode
 
 # %% auto #0
 __all__ = ['PROTOCOL', 'CHANCE', 'ROBOMME', 'chance', 'rpy', 'split_cameras', 'scalar', 'Mikasa', 'Scripted', 'vulkan_hint',
@@ -51,7 +52,7 @@ class Mikasa:
             import gymnasium as gym
             import mikasa_robo_suite.vla.memory_envs  # noqa: F401 - registers the tasks
             from mikasa_robo_suite.vla.utils.apply_wrappers import apply_mikasa_vla_wrappers
-        except ImportError as e: raise ImportError(f"MIKASA-Robo is not installed here ({e}); see configs/requirements/maniskill.txt") from e
+        except ImportError as e: raise ImportError(f"MIKASA-Robo is not installed here ({e}); see {shown(locate('configs/requirements/maniskill.txt'))}") from e
         env = gym.make(task, num_envs=1, obs_mode='rgb', control_mode=PROTOCOL['control_mode'], reward_mode='normalized_dense', sim_backend=device, render_backend=device, render_mode='all')
         self.env = apply_mikasa_vla_wrappers(env, include_overlays=False)
         self.task, self.limit, self.prompt = task, int(self.env.max_episode_steps), env.unwrapped.LANGUAGE_INSTRUCTION
@@ -83,8 +84,10 @@ class Scripted:
 # %% ../nbs/23c_memory.ipynb #13cac618
 def vulkan_hint(error: Exception) -> str:
     "What to do when the renderer did not start."
-    return (f"ManiSkill's renderer did not start ({str(error)[:100]}). On a machine without GPU: Mesa 25 or later with lavapipe (Debian 12: apt install -t bookworm-backports mesa-vulkan-drivers, "
-            "or unpacked by eval \"$(scripts/lavapipe.sh FOLDER)\"), and --device cpu")
+    unpack = f"""eval "$(bash '{shown(locate('scripts/lavapipe.sh'))}' FOLDER)\""""
+    return (f"ManiSkill's renderer did not start ({str(error)[:100]}). On a machine without GPU: "
+            "Mesa 25 or later with lavapipe (Debian 12: apt install -t bookworm-backports "
+            f"mesa-vulkan-drivers, or unpacked by {unpack}), and --device cpu")
 
 # %% ../nbs/23c_memory.ipynb #c08583a2
 ROBOMME = dict(benchmark='RoboMME', episodes=50, dataset='test', action='eight joint angles (rad) and gripper', control_rate=10, cameras=dict(primary='front 256×256', wrist='wrist 256×256'),
@@ -100,11 +103,14 @@ class RoboMME:
     "A RoboMME task through LeRobot's class; `demo` holds the frames shown before the episode, `about()` what it showed."
     def __init__(self, task: str, dataset: str = 'test', limit: int = ROBOMME['ticks']):
         try: from lerobot.envs.robomme import RoboMMEGymEnv
-        except ImportError as e: raise ImportError(f"RoboMME runs through LeRobot's class ({e}); see configs/requirements/robomme.txt") from e
+        except ImportError as e: raise ImportError(f"RoboMME runs through LeRobot's class ({e}); see {shown(locate('configs/requirements/robomme.txt'))}") from e
         self.make, self.limit = (lambda episode: RoboMMEGymEnv(task=task, dataset=dataset, episode_idx=episode, max_steps=limit)), limit
         self.task = task
 
-    def seen(self, obs): self.images = dict(primary=obs['pixels']['image'], wrist=obs['pixels']['wrist_image']); return self.images, obs['agent_pos'], self.prompt
+    def seen(self, obs):
+        front, wrist = list(obs['pixels'].values())[:2]   # LeRobot names them image, wrist_image; its successor camera1, camera2
+        self.images = dict(primary=front, wrist=wrist)
+        return self.images, obs['agent_pos'], self.prompt
 
     def cameras(self) -> dict: "The cameras as they are, in the protocol's words."; return {k: f"{name} {self.images[k].shape[1]}×{self.images[k].shape[0]}" for k, name in (('primary', 'front'), ('wrist', 'wrist'))}
 
@@ -135,7 +141,7 @@ def conventions(args, env, metadata: dict) -> dict:
     import importlib.metadata as m, platform
     v = lambda name: m.version(name)
     own = dict(PROTOCOL) | dict(episodes=args.episodes, first_seed=args.seed, simulation=args.device.upper(), versions=f"ManiSkill {v('mani_skill')}, gymnasium {v('gymnasium')}")
-    return own | dict(task=args.task, chance=chance(args.task), ticks=env.limit, frames=args.frames, chunk_executed=args.replan or 'all', python=platform.python_version(), server=metadata)
+    return own | dict(task=args.task, chance=chance(args.task), ticks=env.limit, frames=args.frames, chunk_executed=executed(args.replan, metadata), python=platform.python_version(), server=metadata)
 
 # %% ../nbs/23c_memory.ipynb #a9ac6718
 def film(env: Mikasa, seed: int, path: Path, ticks: int = 12, columns: int = 6):
@@ -187,7 +193,7 @@ def main_robomme(arguments=None):
     env.reset(0)                                              # only pictures say how large they are; before a server waits
     policy = connect(args.address, args.token)
     begin = lambda player, seed: show_first(player, env.demo, seed)
-    own = dict(ROBOMME) | dict(episodes=args.episodes, dataset=args.dataset, ticks=args.limit, cameras=env.cameras(), versions=robomme_versions(), task=args.task, frames=args.frames, chunk_executed=args.replan or 'all', server=dict(policy.get_server_metadata()))
+    own = dict(ROBOMME) | dict(episodes=args.episodes, dataset=args.dataset, ticks=args.limit, cameras=env.cameras(), versions=robomme_versions(), task=args.task, frames=args.frames, chunk_executed=executed(args.replan, dict(policy.get_server_metadata())), server=dict(policy.get_server_metadata()))
     play = lambda env, player, seed, limit: run_episode(env, player, seed, limit, start=begin) | env.about()
     out = run_benchmark(env, Player(policy, args.replan, args.frames, 8), range(args.episodes), env.limit, args.out, own, ROBOMME, episode=play)
     print(f"{args.task}: {out['success']['successes']}/{out['success']['n']}")

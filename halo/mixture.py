@@ -4,7 +4,7 @@
 
 # %% ../nbs/10b_mixture.ipynb #92a1d66d
 from __future__ import annotations
-import contextlib, difflib, hashlib, json, os, time, typing
+import contextlib, difflib, hashlib, json, logging, os, time, typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 import numpy as np, torch, yaml
@@ -18,20 +18,23 @@ from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.configs.video import RGBEncoderConfig
 from .config import ModelConfig, at_least, one_of, preset
-from .configuration_halo import HaloConfig, infer_role
-from .data import (FrameStore, HistoryDataset, View, as_meta, camera_size, check_cameras, check_tasks, default_store, episode_bounds, episodes_of, fingerprint,
-                       fit_shape, matrix, read_columns, tasks_by_index)
+from .configuration_halo import ROLES, HaloConfig
+from .data import (FrameStore, HistoryDataset, View, as_meta, near_dataset, camera_size, check_cameras, check_lengths, check_stamps, check_tasks, default_store, episode_bounds, episodes_of,
+                       fingerprint, fit_shape, matrix, notices, read_columns, tasks_by_index)
+from .files import locate
 from .modeling_halo import HaloPolicy
 from .processor_halo import make_halo_pre_post_processors
-from .sampling import downsample, history_ticks
+from .sampling import downsample, history_ticks, view_limit
+
+log = logging.getLogger('halo.mixture')
 
 # %% auto #0
-__all__ = ['ROTATIONS', 'GRIPPERS', 'NORMALIZATIONS', 'TOPICS', 'STATISTICS', 'GOLDEN', 'VIEW', 'ActionSpace', 'DatasetSpec',
-           'Augmentation', 'Mixture', 'inside', 'from_dict', 'convert', 'axis_rotation', 'cross_matrix', 'to_rotation',
-           'rotation_quaternion', 'from_rotation', 'unify', 'unified', 'to_robot', 'clock_frames', 'silent',
-           'record_clock', 'compute_statistics', 'check_statistics', 'check_dimension', 'scale', 'kept_statistics',
-           'frames_at', 'resample_actions', 'open_dataset', 'check_columns', 'view_sizes', 'Member', 'weyl',
-           'dataset_of', 'shuffled', 'MixtureSampler', 'augment', 'MixtureDataset', 'stack_views',
+__all__ = ['log', 'ROTATIONS', 'GRIPPERS', 'NORMALIZATIONS', 'TOPICS', 'STATISTICS', 'GOLDEN', 'VIEW', 'ActionSpace', 'slot_role',
+           'DatasetSpec', 'Augmentation', 'Mixture', 'inside', 'from_dict', 'convert', 'axis_rotation', 'cross_matrix',
+           'to_rotation', 'rotation_quaternion', 'from_rotation', 'unify', 'unified', 'to_robot', 'clock_frames',
+           'silent', 'record_clock', 'compute_statistics', 'check_statistics', 'check_dimension', 'scale',
+           'kept_statistics', 'frames_at', 'resample_actions', 'open_dataset', 'check_columns', 'view_sizes', 'Member',
+           'weyl', 'dataset_of', 'shuffled', 'MixtureSampler', 'augment', 'MixtureDataset', 'stack_views',
            'make_mixture_policy', 'mixture_loss', 'mixture_loader', 'robot_statistics', 'robot_policy', 'aligned',
            'declared', 'needed', 'verification', 'timed', 'store_speed', 'bench_store', 'check_mixture', 'main', 'run']
 
@@ -73,6 +76,10 @@ def grippers(self: ActionSpace) -> list[int]:
     return list(self.gripper_at) if self.frame == 'joint' else [(k + 1) * self.arm - 1 for k in range(self.arms)]
 
 # %% ../nbs/10b_mixture.ipynb #5866da6c
+def slot_role(slot: str) -> str:
+    "The role of a camera slot: 'wrist' of 'wrist_left'."
+    return slot.split('_')[0]
+
 TOPICS = ('id', 'cameras', 'state', 'control', 'rotation', 'gripper')   # of a declaration: 'state' is order and constant dimensions, 'control' the frame too
 
 @dataclass(frozen=True)
@@ -97,11 +104,22 @@ class DatasetSpec:
         if not self.id: raise ValueError("id is empty; give a folder or a LeRobot hub id")
         if not self.weight > 0: raise ValueError(f"weight={self.weight!r} must be positive; remove the dataset to leave it out")
         if 'primary' not in self.cameras: raise ValueError(f"cameras have no 'primary' (they are {list(self.cameras)}); name the camera whose past is read")
-        for slot in self.cameras: one_of(f'camera slot {slot!r}', slot.split('_')[0], ('primary', 'secondary', 'wrist'))
+        for slot in self.cameras: one_of(f'camera slot {slot!r}', slot_role(slot), ROLES)
+        if more := [s for s in self.cameras if slot_role(s) == 'primary' and s != 'primary']:
+            raise ValueError(f"camera slot {more[0]!r} would be a second primary view; call it 'secondary_2'")
+        keys = list(self.cameras.values())
+        if twice := [c for c in keys if keys.count(c) > 1]:
+            raise ValueError(f"camera {twice[0]!r} stands in {keys.count(twice[0])} slots; give it one")
         if not self.action: raise ValueError("action is empty; name the column that holds it")
         for k in ('state_norm', 'action_norm'): one_of(k, getattr(self, k), tuple(NORMALIZATIONS))
         for k in self.verified: one_of('topic of verified', k, TOPICS)
         if not self.name: object.__setattr__(self, 'name', self.id.rstrip('/').split('/')[-1])
+
+    @property
+    def roles(self) -> dict[str, str]:
+        "{camera key: role}, primary first."
+        first = sorted(self.cameras, key=lambda slot: ROLES.index(slot_role(slot)))
+        return {self.cameras[slot]: slot_role(slot) for slot in first}
 
 # %% ../nbs/10b_mixture.ipynb #f447ba05
 @dataclass(frozen=True)
@@ -173,7 +191,9 @@ def convert(hint, v, where: str):
 def load(cls: Mixture, file) -> Mixture:
     "A mixture from a YAML file, or by its name in configs/mixtures. Raises `ValueError` naming file and field."
     path = Path(file)
-    here = [path] if path.suffix else [d/'configs/mixtures'/f'{path}.yaml' for d in (Path.cwd(), *Path.cwd().parents)]
+    named = Path('configs/mixtures')/f'{path}.yaml'
+    near = [d/named for d in (Path.cwd(), *Path.cwd().parents)]
+    here = [locate(path)] if path.suffix else [*near, locate(named)]
     found = next((p for p in here if p.is_file()), None)
     if found is None: raise ValueError(f"there is no mixture {str(file)!r}; give a YAML file, or a name in configs/mixtures")
     try: d = yaml.safe_load(found.read_text())
@@ -427,25 +447,31 @@ def view_sizes(meta, spec: DatasetSpec, cfg: ModelConfig) -> tuple[dict, dict]:
         names[slot] = f'{camera}@{h}' if h == w else f'{camera}@{h}x{w}'
         sizes[names[slot]] = h if h == w else size
     if s.history_frames: add('history', spec.cameras['primary'], s.history_size)
-    for slot, c in spec.cameras.items(): add(slot, c, View(cfg.vision.factor, s.wrist_size if slot.startswith('wrist') and s.wrist_size else s.view_size))
+    for slot, c in spec.cameras.items(): add(slot, c, View(cfg.vision.factor, view_limit(s, slot_role(slot))))
     return sizes, names
 
 # %% ../nbs/10b_mixture.ipynb #5b2691ff
 class Member:
     "One dataset of a mixture: its frames, numbers, statistics and conventions."
-    def __init__(self, spec: DatasetSpec, cfg: ModelConfig, rotation: str = '', actions: str = 'native', root=None, store_root=None, recompute: bool = False, workers: int = 2, progress: bool = True, frames: bool = True):
+    def __init__(self, spec: DatasetSpec, cfg: ModelConfig, rotation: str = '', actions: str = 'native', root=None, store_root=None, recompute: bool = False, workers: int = 2, progress: bool = True, frames: bool = True,
+                 allow_short: bool = True, tolerance_s: float | None = None):
         dataset, self.spec, self.cfg, self.actions = open_dataset(spec, root), spec, cfg, actions
         meta = self.meta = as_meta(dataset)
-        check_cameras(meta, spec.cameras['primary'], list(spec.cameras.values())); check_tasks(meta); check_columns(meta, spec)
+        check_cameras(meta, spec.roles); check_tasks(meta); check_columns(meta, spec)
+        ticks = cfg.chunk if actions == 'native' else -int(-cfg.chunk * meta.fps // cfg.sampling.fps)
+        check_lengths(meta, episodes_of(dataset), ticks, allow_short)
+        check_stamps(dataset, list(spec.roles), tolerance_s)
+        self.notices = notices(dataset, ticks)
+        for text in self.notices if os.environ.get('RANK', '0') == '0' else (): log.warning(text)
         self.fps, self.bounds, self.tasks, self.fingerprint = float(meta.fps), episode_bounds(meta), tasks_by_index(meta), fingerprint(meta)
-        self.columns = read_columns(dataset, ['episode_index', 'frame_index', 'task_index', 'timestamp'])
+        self.columns = read_columns(dataset, ['episode_index', 'frame_index', 'task_index'])
         self.episodes = episodes_of(dataset)
         self.rows = np.concatenate([np.arange(*self.bounds[e]) for e in self.episodes])
         self.space = unified(spec.action_space, rotation)
         self.read_numbers(dataset, rotation)
         self.read_statistics(rotation, recompute, progress)
         sizes, self.names = view_sizes(meta, spec, cfg)
-        self.store = FrameStore.build(dataset, sizes, store_root or default_store(meta, sizes), workers, progress) if frames else None
+        self.store = FrameStore.build(dataset, sizes, store_root or default_store(meta, sizes), workers, progress, tolerance_s) if frames else None
 
     def __len__(self): return len(self.rows)
 
@@ -471,7 +497,7 @@ def read_numbers(self: Member, dataset, rotation: str) -> None:
 def read_statistics(self: Member, rotation: str, recompute: bool, progress: bool) -> None:
     "Load or compute statistics of what the policy sees, and check them against a sample of it."
     spec, what = self.spec, dict(state=self.spec.state, action=self.spec.action, space=asdict(self.spec.action_space), rotation=rotation, actions=self.actions, fps=self.cfg.sampling.fps if self.actions == 'resampled' else 0, of=self.fingerprint)
-    file = Path(f'{self.meta.root}.statistics')/f'{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}.json'
+    file = near_dataset(self.meta, 'statistics', f'{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}.json')
     seen = lambda rows: {k: v for k, v in (('observation.state', self.state[rows]), ('action', self.chunks(rows, 1)[0][:, 0])) if v.shape[1]}
     self.stats = kept_statistics(file, lambda: {k: compute_statistics(v, f'{spec.name} {k}', progress) for k, v in seen(self.rows).items()}, recompute)
     sample = seen(np.random.default_rng(0).choice(self.rows, min(len(self.rows), 20_000), replace=False))
@@ -501,8 +527,8 @@ def history(self: Member, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     n, size = s.history_frames, s.history_size
     frames, mask = np.zeros((len(rows), n, 3, size, size), np.uint8), np.zeros((len(rows), n), bool)
     for i, (row, a) in enumerate(zip(rows, first)) if n else ():
-        stamps = self.columns['timestamp'][a:row + 1].reshape(-1).astype(np.float64)
-        tick = int(np.floor((stamps[-1] - stamps[0]) * s.fps + 1e-3))
+        stamps = np.arange(row - a + 1) / self.fps
+        tick = int(np.floor(stamps[-1] * s.fps + 1e-3))
         if ticks := history_ticks(tick, n, s.history_stride, s.history_hop):
             frames[i, n - len(ticks):] = self.store.maps[self.names['history']][a + frames_at(stamps, row - a, ticks, tick, s.fps)]
             mask[i, n - len(ticks):] = True
@@ -614,11 +640,14 @@ VIEW = 'observation.images.'
 
 class MixtureDataset(torch.utils.data.Dataset):
     "Samples of all datasets of a mixture, normalised and padded; indices are the picks of a `MixtureSampler`."
-    def __init__(self, mixture: Mixture, cfg: ModelConfig, root=None, store_root=None, seed: int = 0, recompute: bool = False, workers: int = 2, progress: bool = True, frames: bool = True):
+    def __init__(self, mixture: Mixture, cfg: ModelConfig, root=None, store_root=None, seed: int = 0, recompute: bool = False, workers: int = 2, progress: bool = True, frames: bool = True,
+                 allow_short: bool = True,              # accept episodes shorter than a chunk
+                 tolerance_s: float | None = None):     # of time stamps, s; None = LeRobot's 1e-4
         self.mixture, self.cfg, self.seed = mixture, cfg, seed
         place = lambda d: None if store_root is None else Path(store_root)/d.name
-        self.members = [Member(d, cfg, mixture.rotation, mixture.actions, root, place(d), recompute, workers, progress, frames) for d in mixture.datasets]
-        self.slots = sorted({s for d in mixture.datasets for s in d.cameras}, key=lambda s: (('primary', 'secondary', 'wrist').index(s.split('_')[0]), s))
+        self.members = [Member(d, cfg, mixture.rotation, mixture.actions, root, place(d), recompute, workers, progress, frames, allow_short, tolerance_s) for d in mixture.datasets]
+        self.slots = sorted({s for d in mixture.datasets for s in d.cameras}, key=lambda s: (ROLES.index(slot_role(s)), s))
+        self.notices = [text for m in self.members for text in m.notices]
         self.names = [d.name for d in mixture.datasets]
 
     @property
@@ -645,7 +674,7 @@ def sampler(self: MixtureDataset, batch: int, rank: int = 0, world: int = 1) -> 
 def features(self: MixtureDataset) -> dict[str, PolicyFeature]:
     "LeRobot features of a batch: one camera per slot, state and action at the policy's sizes."
     s = self.cfg.sampling
-    side = lambda slot: (s.wrist_size if slot.startswith('wrist') and s.wrist_size else s.view_size) or 224
+    side = lambda slot: view_limit(s, slot_role(slot)) or 224
     views = {VIEW + slot: PolicyFeature(FeatureType.VISUAL, (3, side(slot), side(slot))) for slot in self.slots}
     return views | {'observation.state': PolicyFeature(FeatureType.STATE, (self.cfg.max_state_dim,)), 'action': PolicyFeature(FeatureType.ACTION, (self.cfg.max_action_dim,))}
 
@@ -709,13 +738,13 @@ def stack_views(views: dict, slots: list[str], b: int) -> dict[str, Tensor]:
     return out
 
 # %% ../nbs/10b_mixture.ipynb #bdf279d6
-def make_mixture_policy(data: MixtureDataset, **config) -> tuple[HaloPolicy, object, object]:
+def make_mixture_policy(data: MixtureDataset, tokenizer=None, **config) -> tuple[HaloPolicy, object, object]:
     "A fresh HALO policy and its processors for a mixture; `config` are further fields of `HaloConfig`."
     feats = data.features()
     same = dict(VISUAL=NormalizationMode.IDENTITY, STATE=NormalizationMode.IDENTITY, ACTION=NormalizationMode.IDENTITY)
     cfg = HaloConfig(model=data.cfg, input_features={k: f for k, f in feats.items() if k != 'action'}, output_features={'action': feats['action']}, normalization_mapping=same,
-                     camera_roles={VIEW + s: s.split('_')[0] for s in data.slots}, **config)
-    return HaloPolicy(cfg), *make_halo_pre_post_processors(cfg, {})
+                     camera_roles={VIEW + s: slot_role(s) for s in data.slots}, **config)
+    return HaloPolicy(cfg), *make_halo_pre_post_processors(cfg, {}, tokenizer)
 
 # %% ../nbs/10b_mixture.ipynb #ceb9eb79
 def mixture_loss(policy, pre, batch: dict, names: list[str]) -> tuple[Tensor, dict[str, float]]:
@@ -743,7 +772,7 @@ def robot_statistics(member: Member) -> dict:
 # %% ../nbs/10b_mixture.ipynb #77a93e65
 def robot_policy(policy: HaloPolicy, member: Member, slots: list[str], **config) -> tuple[HaloPolicy, object, object]:
     "`policy`'s weights as a LeRobot policy of one robot of the mixture, with its processors. `slots`: those of the mixture, in order."
-    spec, cams = member.spec, {member.spec.cameras[s]: s.split('_')[0] for s in slots if s in member.spec.cameras}
+    spec, cams = member.spec, {member.spec.cameras[s]: slot_role(s) for s in slots if s in member.spec.cameras}
     if not spec.state: raise ValueError(f"dataset {spec.name} has no state; a LeRobot policy of HALO needs one")
     views = {c: PolicyFeature(FeatureType.VISUAL, (3, *camera_size(member.meta, c))) for c in cams}
     norm = dict(VISUAL=NormalizationMode.IDENTITY, STATE=NormalizationMode[spec.state_norm.upper()], ACTION=NormalizationMode[spec.action_norm.upper()])
@@ -806,7 +835,7 @@ def bench_store(folder, frames=(40, 80), samples: int = 12, seconds=(20.0, 20.0)
     info, videos = (dataset.meta.features[cams[0]].get('info') or {}), sum(f.stat().st_size for f in Path(dataset.root).rglob('*.mp4'))
     print(f"{dataset.meta.total_frames} frames of two cameras, {size[0]}x{size[1]}, {info.get('video.codec', 'video')}: {videos / 1e6:.1f} MB" + ('' if made else f', recorded in {took:.0f} s'))
     cfg = preset('tiny', sampling__history_size=112, sampling__history_stride=1, sampling__view_size=224, sampling__wrist_size=224)
-    data = lambda n: HistoryDataset(dataset, cfg.but(sampling__history_frames=n), cams[0], cams, store_root=folder/'store', progress=progress)
+    data = lambda n: HistoryDataset(dataset, cfg.but(sampling__history_frames=n), dict(zip(cams, ('primary', 'wrist'))), store_root=folder/'store', progress=progress)
     first, took = timed(lambda: data(frames[0]))
     history = first.store.maps[first.names['observation.history']].nbytes
     print(f"frame store: {first.store.nbytes / 1e6:.0f} MB ({history / 1e6:.1f} MB of them the history at 112 pixels, {history / dataset.meta.total_frames / 1e3:.1f} kB a frame), opened in {took:.1f} s" if made else
@@ -816,11 +845,11 @@ def bench_store(folder, frames=(40, 80), samples: int = 12, seconds=(20.0, 20.0)
     return rows
 
 # %% ../nbs/10b_mixture.ipynb #79e5c040
-def check_mixture(mixture: Mixture, cfg: ModelConfig, root=None, recompute: bool = False, progress: bool = True) -> int:
-    "Open every dataset of `mixture`, print what it holds or why it is refused; returns how many were refused."
+def check_mixture(mixture: Mixture, cfg: ModelConfig, root=None, recompute: bool = False, progress: bool = True, **checks) -> int:
+    "Open every dataset of `mixture`, print what it holds or why it is refused; returns how many were refused. `checks`: of `Member`."
     bad = 0
     for d in mixture.datasets:
-        try: m = Member(d, cfg, mixture.rotation, mixture.actions, root, recompute=recompute, progress=progress, frames=False)
+        try: m = Member(d, cfg, mixture.rotation, mixture.actions, root, recompute=recompute, progress=progress, frames=False, **checks)
         except ValueError as e: bad += 1; print(f'{d.name}: REFUSED: {e}')
         else: print(f"{d.name}: {len(m.episodes)} episodes, {len(m)} frames, {m.fps:g} fps, state {m.state.shape[1]} ({d.state_norm}), action {m.action.shape[1]} ({d.action_norm}), cameras {', '.join(d.cameras)}")
     return bad
@@ -834,6 +863,8 @@ def main(argv=None) -> int:
         q = sub.add_parser(what); q.add_argument('mixture', help='YAML file, or a name in configs/mixtures')
         if what == 'show': continue
         q.add_argument('--root', help='folder of the datasets'); q.add_argument('--preset', default='paper'); q.add_argument('--quiet', action='store_true', help='no progress bars'); q.add_argument('--workers', type=int, default=2)
+        q.add_argument('--tolerance-s', type=float, help='seconds between a time stamp and its picture that are allowed (1e-4)')
+        q.add_argument('--allow-short', action=argparse.BooleanOptionalAction, default=True, help='accept episodes shorter than a chunk (default: yes)')
         if what == 'stats': q.add_argument('--recompute', action='store_true')
     q = sub.add_parser('bench-store'); q.add_argument('--out', default='outputs/bench-store'); q.add_argument('--frames', type=int, nargs='+', default=[40, 80]); q.add_argument('--samples', type=int, default=12); q.add_argument('--quiet', action='store_true')
     a = p.parse_args(argv)
@@ -849,8 +880,9 @@ def run(a, mixture: Mixture) -> int:
         print(*([mixture.note] if mixture.note else []), declared(mixture), verification(mixture), *(['\n'.join(f'{k}: {v}' for k, v in mixture.sources.items())] if mixture.sources else []), *(['\n'.join(notes)] if notes else []), sep='\n\n')
         return 0
     cfg = preset(a.preset)
-    if a.what != 'store': return int(check_mixture(mixture, cfg, a.root, getattr(a, 'recompute', False), not a.quiet) > 0)
-    data = MixtureDataset(mixture, cfg, a.root, workers=a.workers, progress=not a.quiet)
+    checks = dict(allow_short=a.allow_short, tolerance_s=a.tolerance_s)
+    if a.what != 'store': return int(check_mixture(mixture, cfg, a.root, getattr(a, 'recompute', False), not a.quiet, **checks) > 0)
+    data = MixtureDataset(mixture, cfg, a.root, workers=a.workers, progress=not a.quiet, **checks)
     for m, w in zip(data.members, data.weights): print(f'{m.spec.name}: {m.store.nbytes / 1e9:.3f} GB for {len(m)} frames, {w:.2%} of the draws')
     return 0
 

@@ -469,7 +469,7 @@ def continued_text(log: list[dict], n: int = 5) -> str:
     return f'mean loss {mean(log[:n]):.3f} over its first {n} steps, {mean(log[-n:]):.3f} over its last {n}'
 
 # %% ../nbs/19_report.ipynb #74c54581
-def write_report(path: str | Path, results: dict[str, EvalResult], checkpoints: dict[str, str | Path], command: str = 'make demo', continued: list[dict] | None = None, inside: bool = True) -> Path:
+def write_report(path: str | Path, results: dict[str, EvalResult], checkpoints: dict[str, str | Path], command: str = 'python -m halo.demo', continued: list[dict] | None = None, inside: bool = True) -> Path:
     """Write the report to `path`. `results`: recorded evaluations on the same seeds; `checkpoints`: policy folders with `provenance.json` and `log.jsonl`, under the same names.
 
     `continued`: log rows of a short continuation of the full policy's training, if there was one. `inside`: explorers too (half a minute).

@@ -11,7 +11,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from .config import SamplingConfig, preset
 
 # %% auto #0
-__all__ = ['history_ticks', 'delta_indices', 'to_uint8', 'downsample', 'view_shape', 'resize_view', 'HistoryBuffer',
+__all__ = ['history_ticks', 'delta_indices', 'to_uint8', 'downsample', 'view_shape', 'resize_view', 'view_limit', 'HistoryBuffer',
            'stack_histories', 'token_counts']
 
 # %% ../nbs/01_sampling.ipynb #4149f8be
@@ -70,6 +70,13 @@ def resize_view(x: Tensor,          # (..., 3, H, W) uint8 or floats in [0, 1]
     shape = view_shape(*x.shape[-2:], factor, limit)
     if x.shape[-2:] == shape: return x
     return tvf.resize(x.reshape(-1, *x.shape[-3:]), list(shape), antialias=True).reshape(*x.shape[:-2], *shape)
+
+# %% ../nbs/01_sampling.ipynb #c7e2f1a4
+def view_limit(cfg: SamplingConfig, # sizes of the views
+               role: str            # 'primary', 'secondary' or 'wrist'
+              ) -> int:
+    "Longest side of a current view in pixels: `wrist_size` for a wrist camera where it is set, else `view_size`."
+    return cfg.wrist_size if role == 'wrist' and cfg.wrist_size else cfg.view_size
 
 # %% ../nbs/01_sampling.ipynb #7d2b8acc
 class HistoryBuffer:

@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist, yaml
 import torch.distributed.checkpoint as dcp
-from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -21,19 +20,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from .config import at_least, one_of
+from .files import locate
 from .flow import sample_time
-from .modeling_halo import check_checkpoint, pad_last
+from .modeling_halo import init_weights, pad_last, vlm_source, write_weights
+from .configuration_halo import weights_origin
+from .processor_halo import saved_tokenizer
 from .salr import KeepFP32
 from .train import lr_at, make_policy, param_groups, preprocess
 
 # %% auto #0
-__all__ = ['PARTS', 'META', 'SAME', 'SIZES', 'ScaleConfig', 'mesh_shape', 'global_batch', 'slots', 'flow_draws', 'value_losses',
-           'sample_losses', 'OneDataset', 'scale_step', 'part_of', 'add_lora', 'prepare_parts', 'make_optimizer',
-           'start_processes', 'shard_model', 'spread_model', 'set_checkpointing', 'allocator_peak', 'local', 'EMA',
-           'live_tensors', 'sha256', 'sync', 'everyone', 'write_shard', 'write_last', 'checkpoints', 'save', 'flaw',
-           'newest', 'load', 'Tally', 'Log', 'read_rows', 'peak_memory', 'Feed', 'merge_lora', 'write_policy',
-           'check_same', 'Stopper', 'own_folder', 'scale_train', 'loop', 'read_config', 'init_weights', 'build',
-           'launch_shape', 'check_room', 'dry_run', 'dry_run_policy', 'main', 'export']
+__all__ = ['PARTS', 'META', 'SAME', 'CHECKS', 'SIZES', 'ScaleConfig', 'mesh_shape', 'global_batch', 'slots', 'flow_draws',
+           'value_losses', 'sample_losses', 'OneDataset', 'scale_step', 'part_of', 'add_lora', 'prepare_parts',
+           'make_optimizer', 'start_processes', 'shard_model', 'spread_model', 'set_checkpointing', 'allocator_peak',
+           'local', 'EMA', 'live_tensors', 'sha256', 'sync', 'everyone', 'write_shard', 'write_last', 'checkpoints',
+           'save', 'flaw', 'newest', 'load', 'Tally', 'Log', 'read_rows', 'peak_memory', 'Feed', 'merge_lora',
+           'write_policy', 'check_same', 'Stopper', 'own_folder', 'scale_train', 'loop', 'read_config', 'has_weights',
+           'build', 'launch_shape', 'check_room', 'dry_run', 'dry_run_policy', 'main', 'export']
 
 # %% ../nbs/11c_scale.ipynb #8ef5145b
 PARTS = ('vision', 'embedding', 'vlm', 'expert', 'salr')
@@ -123,10 +125,12 @@ def sample_losses(square: Tensor, mask: Tensor) -> Tensor:
 # %% ../nbs/11c_scale.ipynb #04199124
 class OneDataset:
     "A LeRobot dataset as the loop wants its data: `batch(picks)`, `sampler(batch)`, `names`, `fingerprint`."
-    def __init__(self, dataset, policy, store=None, seed: int = 0, progress: bool = False):
-        from halo.data import HistoryDataset, check_dataset, fingerprint
-        check_dataset(dataset, primary=policy.cameras[0], cameras=policy.cameras, fps=policy.config.model.sampling.fps)
-        self.data = HistoryDataset(dataset, policy.config.model, policy.cameras[0], policy.cameras, store_root=store, progress=progress)
+    def __init__(self, dataset, policy, store=None, seed: int = 0, progress: bool = False,
+                 **checks):       # allow_short, tolerance_s, frames: of `HistoryDataset`
+        from halo.data import HistoryDataset, fingerprint
+        self.data = HistoryDataset(dataset, policy.config.model, policy.config.roles, store_root=store,
+                                   stats=True, progress=progress, **checks)
+        self.notices = self.data.notices
         self.names, self.fingerprint, self.seed = [dataset.repo_id], str(fingerprint(dataset)), seed
     def __len__(self): return len(self.data)
     def batch(self, picks) -> dict: return self.data.batch(picks)
@@ -473,7 +477,7 @@ def write_policy(policy, pre, post, folder: str | Path, rc: ScaleConfig, ema: EM
     if rank: return folder
     cast = lambda n, w: w if n in fp32 else w.to(getattr(torch, policy.config.model.dtype))
     tmp = folder.with_name(folder.name + '.tmp'); shutil.rmtree(tmp, ignore_errors=True)
-    policy.save_pretrained(tmp, state_dict={f'model.{n}': cast(n, w).contiguous() for n, w in merge_lora(full, rc).items()})
+    write_weights(policy, tmp, {f'model.{n}': cast(n, w) for n, w in merge_lora(full, rc).items()})
     pre.save_pretrained(tmp); post.save_pretrained(tmp)
     shutil.rmtree(folder, ignore_errors=True); tmp.rename(folder)
     return folder
@@ -561,56 +565,59 @@ def loop(policy, data, out, rc, until, step, sampler, pre, optimizer, ema, tenso
     return last
 
 # %% ../nbs/11c_scale.ipynb #1a4903c8
+CHECKS = ('allow_short', 'tolerance_s')   # of the data, in a run's file
+
 def read_config(file: str | Path, changes: list[str] = ()) -> dict:
     "A run's file with `--set` changes applied: {data, policy, run (`ScaleConfig`), out, batch}. Raises `ValueError` for unknown keys."
-    c = yaml.safe_load(Path(file).read_text()) or {}
+    c = yaml.safe_load(locate(file).read_text()) or {}
     for change in changes:
         key, eq, value = change.partition('=')
         if not eq: raise ValueError(f'--set {change!r} is not key=value; write e.g. --set run.steps=10')
         *path, last = key.split('.'); at = c
         for k in path: at = at.setdefault(k, {})
         at[last] = yaml.safe_load(value)
-    known = dict(data=('root', 'repo_id', 'store', 'mixture'), run=[f.name for f in fields(ScaleConfig)])
+    known = dict(data=('root', 'repo_id', 'store', 'mixture', *CHECKS), run=[f.name for f in fields(ScaleConfig)])
     for k in c:
         if k not in ('data', 'policy', 'run', 'out', 'batch', 'init_from'): raise ValueError(f'{Path(file).name}: {k!r} is unknown; the keys are data, policy, run, out, batch, init_from')
         for sub in c[k] if k in known else (): one_of(f'{Path(file).name}: {k}.…', sub, tuple(known[k]))
     if not c.get('data'): raise ValueError(f"{Path(file).name}: 'data' is missing; give data.root (a LeRobot dataset) or data.mixture (a mixture's file)")
     return c | dict(run=ScaleConfig(**{k: float(v) if k in ('lr', 'eps', 'weight_decay') else v for k, v in (c.get('run') or {}).items()}), policy=c.get('policy') or {})
 
-# %% ../nbs/11c_scale.ipynb #9ef81cc1
-def init_weights(policy, init_from: str, meta: bool = False) -> None:
-    "Weights of a policy folder (or of a policy on the hub) into `policy`; a `policy` without memory is only compared with them. Raises `ValueError` that names `init_from`."
-    try: file = Path(init_from)/'model.safetensors' if Path(init_from).is_dir() else Path(hf_hub_download(init_from, 'model.safetensors'))
-    except Exception as e: raise ValueError(f'init_from={init_from} is neither a policy folder nor to be had from the hub ({type(e).__name__}); train it first, or correct the path') from e
-    try: check_checkpoint(file, policy)
-    except ValueError as e: raise ValueError(f"init_from={init_from}: {str(e).rpartition(';')[0]}; give this run the sizes of that one (policy)") from e
-    if not meta: policy.load_state_dict(load_file(str(file)))
-
 # %% ../nbs/11c_scale.ipynb #f7bc13d8
-SIZES = ('preset', 'model', 'history_frames', 'history_stride', 'history_hop', 'chunk_size', 'denoising_steps', 'salr', 'fps', 'vlm_id', 'tokenizer')   # of HaloConfig, already in its `model`
+SIZES = ('preset', 'model', 'history_frames', 'history_stride', 'history_hop', 'chunk_size', 'denoising_steps', 'salr',
+         'fps', 'max_state_dim', 'max_action_dim', 'vlm_id', 'tokenizer')   # of HaloConfig, already in its `model`
+
+def has_weights(c: dict) -> bool:
+    "Whether a run's weights come from another policy or from its own checkpoints, so that the VLM's own are not read."
+    return bool(c.get('init_from') or checkpoints(Path(c.get('out') or 'runs/scale')/'checkpoints'))
 
 def build(c: dict, meta: bool = False, data_too: bool = True) -> tuple:
     "Policy, processors, data of a run's file. With `meta` the policy takes no memory (dry runs, and all processes but the first)."
     from halo.configuration_halo import HaloConfig
     rc, d, kw = c['run'], c['data'], dict(c['policy'])
-    model = HaloConfig(**kw).model.but(dtype=rc.dtype, **(dict(vlm_id='') if meta else {}))
+    named, start = HaloConfig(**kw).model, c.get('init_from')
+    model = named.but(dtype=rc.dtype, **(dict(vlm_id='') if meta or has_weights(c) else {}))
+    checks = {k: d[k] for k in CHECKS if k in d}
     torch.manual_seed(rc.seed); kw = {k: v for k, v in kw.items() if k not in SIZES}
     if d.get('mixture'):
         from halo.mixture import Mixture, MixtureDataset, make_mixture_policy
-        data = MixtureDataset(Mixture.load(d['mixture']), model, d.get('root'), d.get('store'), rc.seed, frames=data_too)
-        with torch.device('meta') if meta else contextlib.nullcontext(): policy, pre, post = make_mixture_policy(data, **kw)
+        data = MixtureDataset(Mixture.load(d['mixture']), model, d.get('root'), d.get('store'), rc.seed, frames=data_too, **checks)
+        with torch.device('meta') if meta else contextlib.nullcontext():
+            policy, pre, post = make_mixture_policy(data, saved_tokenizer(start), **kw)
+        if start: init_weights(policy, start, meta)
     else:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
         data = LeRobotDataset(d.get('repo_id') or Path(d['root']).name, d['root'])
-        policy, pre, post = make_policy(data, meta, model=model, **kw)
-        if data_too: data = OneDataset(data, policy, d.get('store'), rc.seed)
-    if c.get('init_from'): init_weights(policy, c['init_from'], meta)
+        policy, pre, post = make_policy(data, meta, start, model=model, **kw)
+        if data_too: data = OneDataset(data, policy, d.get('store'), rc.seed, **checks)
+    if not model.vlm_id and not policy.config.vlm_source:
+        policy.config.vlm_source = vlm_source(start) if start else weights_origin(named.vlm_id) if named.vlm_id else ''
     return policy, pre, post, data
 
 # %% ../nbs/11c_scale.ipynb #00d25d35
 def launch_shape(file: str | Path) -> tuple[int, int]:
     "(machines, processes on each) of an accelerate configuration (.yaml) or a Slurm script. Raises `ValueError` where they are not said or do not divide."
-    file = Path(file); text = file.read_text()
+    file = locate(file); text = file.read_text()
     if file.suffix in ('.yaml', '.yml'):
         from accelerate.commands.config.config_args import load_config_from_file
         a = load_config_from_file(str(file)); nodes, world = a.num_machines, a.num_processes
@@ -668,16 +675,21 @@ def dry_run_policy(c: dict, world: int) -> list[tuple[str, bool, str]]:
         return out[-1][1]
     def paths():
         for k in ('root', 'mixture'):
-            if d.get(k) and not Path(d[k]).exists(): raise FileNotFoundError(f'data.{k}={d[k]} does not exist')
+            if d.get(k) and not locate(d[k]).exists(): raise FileNotFoundError(f'data.{k}={d[k]} does not exist')
         for k in ('vlm_id', 'tokenizer'):
             v = c['policy'].get(k)
             if v and v != 'tiny' and ('/' not in v or v.startswith(('.', '/'))) and not Path(v).exists(): raise FileNotFoundError(f'policy.{k}={v} is no folder')
         return d.get('mixture') or d.get('root') or d['repo_id']
     if not check('data', paths): return out
     def policy():
-        got['policy'], *_ = build(c, meta=True, data_too=False); got['parts'] = prepare_parts(got['policy'], rc)
+        got['policy'], *_, got['data'] = build(c, meta=True, data_too=False); got['parts'] = prepare_parts(got['policy'], rc)
         return ', '.join(f'{k} {a / 1e6:.1f} of {b / 1e6:.1f} M' for k, (a, b) in got['parts'].items())
     if not check('trained parameters', policy): return out
+    def episodes():
+        data, checks = got['data'], {k: d[k] for k in CHECKS if k in d}
+        if not d.get('mixture'): data = OneDataset(data, got['policy'], frames=False, **checks)
+        return '; '.join([f'{len(data)} frames', *data.notices])
+    check('episodes', episodes)
     trained, total = (sum(x[i] for x in got['parts'].values()) for i in (0, 1))
     one = 4 * total + trained * (8 + 4 * bool(rc.ema))
     folder = Path(c.get('out') or 'runs/scale')
@@ -701,12 +713,19 @@ def main(argv=None) -> int:
         found = dry_run(a.config, a.set, a.launch, a.processes)
         for name, ok, text in found: print(f"{'ok   ' if ok else 'WRONG'}  {name:22s} {text}")
         return int(not all(ok for _, ok, _ in found))
-    c = read_config(a.config, a.set); out = Path(c.get('out') or 'runs/scale')
+    try: c = read_config(a.config, a.set)
+    except (ValueError, OSError) as e:
+        print(e, file=sys.stderr)
+        return 1
+    out = Path(c.get('out') or 'runs/scale')
     rank, world, _ = start_processes(a.device)
     if rank and world > 1: dist.barrier()                     # the first process builds the frame store
     if a.export: return export(c, out, a.export)
     with Stopper(signal.SIGUSR1):                              # Slurm's warning may come before the first step
-        built = build(c, meta=rank > 0)
+        try: built = build(c, meta=rank > 0)
+        except (ValueError, OSError) as e:                     # what the dry run says, without one; torchrun ends the others
+            print(e, file=sys.stderr)
+            return 1
         if rank == 0 and world > 1: dist.barrier()
         row = scale_train(*built, out, c['run'], a.until, a.device)
     if rank == 0: print(json.dumps(row))

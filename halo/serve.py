@@ -4,9 +4,11 @@
 
 # %% ../nbs/22_serve.ipynb #d33f24f1
 from __future__ import annotations
-import argparse, asyncio, contextlib, copy, hmac, json, logging, math, os, re, signal, sys, threading, time
+import argparse, asyncio, contextlib, copy, hmac, json, logging, math, os, re, signal
+import socket, sys, threading, time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
 import numpy as np, torch
@@ -15,6 +17,7 @@ from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
 from .configuration_halo import assign_roles
 from .evaluate import checkpoint_hash, episode_noise, load_policy, versions, watch
+from .files import locate
 from .sampling import HistoryBuffer, stack_histories
 from .stream import Streamer
 from .vlm import Observation
@@ -24,16 +27,24 @@ try:
     from websockets.asyncio.server import serve as ws_serve
     from websockets.exceptions import ConnectionClosed, WebSocketException
     from websockets.sync.client import connect as ws_connect
-except ImportError as e: raise ImportError(f"halo.serve needs websockets and msgpack ({e}): pip install -e '.[serve]'") from e
+except ImportError as e:
+    need = f"websockets and msgpack are needed ({e}): pip install 'lerobot_policy_halo[serve]'"
+    if __name__ == '__main__': sys.exit(f'halo serve: {need}')
+    raise ModuleNotFoundError(f'halo.serve: {need}', name=e.name) from e
 
 log = logging.getLogger('halo.serve')
 
 # %% auto #0
-__all__ = ['log', 'DTYPE', 'CONTROL', 'pack_array', 'packb', 'Refused', 'read_array', 'Limits', 'unpackb', 'Contract', 'contract',
-           'key_map', 'Request', 'check_image', 'check_state', 'integer', 'flag', 'sort_keys', 'read_history',
-           'read_request', 'Session', 'noise_seed', 'as_batch', 'HaloEngine', 'joined', 'signature', 'LeRobotEngine',
-           'open_policy', 'make_engine', 'Job', 'begin_episode', 'Worker', 'PolicyServer', 'running', 'PolicyClient',
-           'async_client_class', 'read_token', 'parser', 'main']
+__all__ = ['log', 'DTYPE', 'FULL_HD', 'LEAST', 'MOST', 'CONTROL', 'MODES', 'TELL', 'PARTS', 'EPISODES', 'EXECUTE', 'NEW_EPISODE',
+           'EPISODE_TICKS', 'MESSAGE', 'LEAST_OF', 'pack_array', 'packb', 'Refused', 'read_array', 'Limits', 'unpackb',
+           'Contract', 'contract', 'picture_bytes', 'observation_bytes', 'fit_limits', 'key_map', 'Request',
+           'check_image', 'check_state', 'integer', 'flag', 'sort_keys', 'read_history', 'read_request', 'Signs',
+           'thumbnail', 'state_step', 'state_scale', 'longest_episode', 'remembers', 'signs_of', 'Seen', 'Look', 'look',
+           'jumped', 'judge', 'note', 'warning', 'Session', 'noise_seed', 'as_batch', 'HaloEngine', 'joined',
+           'signature', 'LeRobotEngine', 'policy_kind', 'open_policy', 'make_engine', 'Job', 'begin_episode',
+           'take_note', 'Worker', 'chunk_length', 'executed_actions', 'PolicyServer', 'running', 'PolicyClient',
+           'async_client_class', 'read_token', 'parser', 'check_numbers', 'one_line', 'check_device', 'check_address',
+           'load_engine', 'build', 'until_stopped', 'main']
 
 # %% ../nbs/22_serve.ipynb #9174f1be
 DTYPE = re.compile(r'[<>|=]?[biuf][1248]')   # numbers and booleans of at most 8 bytes: no objects, no records, no text
@@ -74,12 +85,13 @@ def read_array(x: dict):
 @dataclass(frozen=True)
 class Limits:
     "What one message, one client and all clients together may take."
-    message: int = 8 << 20       # bytes of a message; up to three of a client's may wait in memory
+    message: int | None = None   # bytes of a message (of a client's, three may wait);
+                                 # None: what one observation of the policy needs
     containers: int = 256        # maps and lists in a message
     items: int = 1024            # entries of one of them
     text: int = 4096             # bytes of one text
     prompt: int = 1000           # characters of an instruction
-    side: int = 2048             # pixels of an image side
+    side: int = 2048             # pixels of an image side, unless training had more
     clients: int = 32            # connections, each with a history
     errors: int = 100            # refused messages in a row before the connection is closed
     idle: float = 600.0          # seconds without a message before the connection is closed
@@ -97,10 +109,12 @@ def unpackb(data: bytes, limits: Limits = Limits()):
         if count > limits.containers: raise Refused(f"the message holds more than {limits.containers} maps and lists")
         return read_array(x) if isinstance(x, dict) else x
     def ext(code, data): raise Refused(f"the message holds an extension type ({code})")
-    if len(data) > limits.message: raise Refused(f"the message has {len(data)} bytes, {limits.message} are allowed")
+    most = len(data) if limits.message is None else limits.message
+    if len(data) > most:
+        raise Refused(f"the message has {len(data)} bytes, {most} are allowed")
     try:
         return msgpack.unpackb(data, object_hook=counted, list_hook=counted, ext_hook=ext, max_array_len=limits.items, max_map_len=limits.items,
-                               max_str_len=limits.text, max_bin_len=limits.message, max_ext_len=64)
+                               max_str_len=limits.text, max_bin_len=most, max_ext_len=64)
     except Refused: raise
     except Exception as e: raise Refused(f"the message is not msgpack as expected ({type(e).__name__}: {str(e)[:100]})") from None
 
@@ -135,6 +149,41 @@ def contract(config) -> Contract:
     return Contract(config.type, cameras, {names[k]: r for k, r in roles.items()}, {n: k for k, n in names.items()},
                     state and state.shape[0], config.action_feature.shape[0], need=tuple(cameras)[:1] if m else tuple(cameras), **history)
 
+# %% ../nbs/22_serve.ipynb #5a0c7e12
+FULL_HD = 1080 * 1920   # pixels of a picture whose size is not known beforehand
+
+def picture_bytes(size: tuple[int, int], resize: bool = False) -> int:
+    "Bytes of a camera's picture of `size` (height, width), or of any size with `resize`."
+    pixels = size[0] * size[1]
+    return 3 * (max(pixels, FULL_HD) if resize else pixels)
+
+def observation_bytes(pact: Contract, limits: Limits = Limits(), resize=False) -> int:
+    "Bytes that one observation of a policy can take on the wire."
+    pictures = sum(picture_bytes(size, resize) for size in pact.cameras.values())
+    return pictures + 9 * (pact.state or 0) + 4 * limits.prompt + (64 << 10)
+
+# %% ../nbs/22_serve.ipynb #5a0c7e13
+LEAST = 8 << 20    # bytes of a message that are always allowed
+MOST = 256 << 20   # beyond this only an observation lifts the limit, no stack of frames
+
+def fit_limits(limits: Limits, pact: Contract, skipped: int, resize=False) -> Limits:
+    """`limits` with a message size that holds an observation and `skipped` history frames.
+
+    Raises `ValueError` where a size set by hand is smaller than one observation.
+    """
+    need = observation_bytes(pact, limits, resize)
+    if limits.message is None:
+        frame = picture_bytes(pact.cameras[pact.primary], resize) if pact.frames else 0
+        stack = min(need + skipped * frame, MOST)
+        return replace(limits, message=max(LEAST, need, stack))
+    if limits.message >= need:
+        return limits
+    sizes = ', '.join(f'{c} {h}×{w}' for c, (h, w) in pact.cameras.items())
+    raise ValueError(f"a message of at most {limits.message / 2**20:.3g} MiB cannot hold "
+                     f"one observation of this policy ({need / 2**20:.3g} MiB: {sizes}"
+                     f"{', of any size' if resize else ''}); set --message-mb to "
+                     f"{math.ceil(need / 2**20)} or more, or leave it out")
+
 # %% ../nbs/22_serve.ipynb #4f43f91e
 def key_map(pact: Contract, extra: list[str] = ()) -> dict[str, str]:
     "Message keys -> 'prompt', 'state', 'images.CAMERA' or 'ignore': openpi's usual ones and `extra` ('KEY=TARGET'). Raises `ValueError` for an unknown target."
@@ -160,6 +209,7 @@ class Request:
     frame_only: bool = False                                      # store the frame, compute nothing
     history: list[tuple[int, np.ndarray]] = field(default_factory=list)   # skipped primary frames (tick, (H, W, 3)), oldest first
     seed: int | None = None                                       # of the episode's noise
+    supposed: bool = False          # `reset` is the server's own guess
 
     @property
     def bare(self) -> bool: return not self.images and self.state is None and self.prompt is None
@@ -172,7 +222,8 @@ def check_image(x, name: str, size: tuple[int, int], limits: Limits, resize: boo
     if x.dtype != np.uint8 or x.ndim != ndim: raise Refused(f"{want}; {x.dtype} of shape {x.shape} came")
     if x.shape[-1] != 3 and x.shape[-3] == 3: x = np.moveaxis(x, -3, -1)
     *_, h, w, c = x.shape
-    if c != 3 or not (1 <= h <= limits.side and 1 <= w <= limits.side): raise Refused(f"{want}; shape {x.shape} came")
+    sane = (h, w) == tuple(size) or 1 <= min(h, w) <= max(h, w) <= limits.side
+    if c != 3 or not sane: raise Refused(f"{want}; shape {x.shape} came")
     if (h, w) != tuple(size) and not resize: raise Refused(f"{want}, as in training; shape {x.shape} came (start the server with --resize to accept it)")
     return x
 
@@ -247,6 +298,163 @@ def read_request(message, pact: Contract, keys: dict[str, str], limits: Limits =
         if r.prompt is None: raise Refused("prompt is missing; give the task in words")
     return r
 
+# %% ../nbs/22_serve.ipynb #ep150001
+MODES = ('warn', 'reset', 'ignore')   # what is done: said, also begun (when sure), nothing
+
+@dataclass(frozen=True)
+class Signs:
+    "When a new episode is supposed although no reset came, and what is done about it."
+    mode: str = 'warn'               # one of MODES
+    scale: np.ndarray | None = None  # (d,) spread of the state in training; None: no jumps
+    fps: float = 10.0                # control ticks in a second
+    longest: int = 30_000            # ticks after which an episode is implausibly long
+    steps: int = 6                   # steps between messages that must have been seen
+    state: float = 2.0               # a jump: times the 90 % quantile of the state's steps,
+    picture: float = 1.5             # times the median of the picture's steps,
+    still: float = 0.75              # and spreads of training that the state moved,
+    speed: float = 2.5               # so many more for each second that went by
+
+# %% ../nbs/22_serve.ipynb #ep150003
+def thumbnail(image: np.ndarray) -> np.ndarray:
+    "A picture (H, W, 3) uint8 as grey values (16, 16) float32, each the mean of 16 pixels."
+    rows, columns = (np.linspace(0, n - 1, 64).round().astype(int) for n in image.shape[:2])
+    grey = image[rows][:, columns].mean(-1, dtype=np.float32)
+    return grey.reshape(16, 4, 16, 4).mean((1, 3))
+
+def state_step(a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> float:
+    "How far states (d,) lie apart in spreads, but for the numbers that moved most."
+    apart = np.sort(np.abs(np.subtract(a, b, dtype=np.float64)) / scale)
+    return float(apart[-1 if len(apart) < 3 else -max(2, math.ceil(len(apart) / 4))])
+
+# %% ../nbs/22_serve.ipynb #ep150006
+def state_scale(pre) -> np.ndarray | None:
+    "Spread (d,) of the state in a preprocessor's statistics, infinite for 0; or None."
+    for step in getattr(pre, 'steps', ()):
+        stats = (getattr(step, 'stats', None) or {}).get(OBS_STATE) or {}
+        if 'std' in stats:
+            spread = np.asarray(stats['std'], np.float64)
+        elif 'min' in stats and 'max' in stats:
+            spread = (np.asarray(stats['max'], np.float64) - np.asarray(stats['min'])) / 4
+        else:
+            continue
+        return np.where(spread > 0, spread, np.inf).reshape(-1)
+
+def longest_episode(config, fps: float | None) -> int:
+    "Ticks beyond which an episode is implausible: 5 mean ones of training, or 10 minutes."
+    try:
+        told = json.loads((Path(config.pretrained_path) / 'provenance.json').read_text())
+        return math.ceil(5 * told['data']['frames'] / told['data']['episodes'])
+    except (OSError, ValueError, TypeError, KeyError, ArithmeticError):
+        return round(600 * (fps or 50))
+
+def remembers(config, pact: Contract) -> bool:
+    "Does what a policy does depend on earlier observations?"
+    blends = getattr(config, 'temporal_ensemble_coeff', None) is not None
+    return bool(pact.frames or getattr(config, 'n_obs_steps', 1) > 1 or blends)
+
+# %% ../nbs/22_serve.ipynb #ep150007
+def signs_of(engine, mode: str = 'warn', longest: int | None = None) -> Signs:
+    "Signs of a new episode for an engine. Raises `ValueError` for an unknown mode."
+    if mode not in MODES:
+        raise ValueError(f"new_episode={mode!r} is unknown; give one of {', '.join(MODES)}")
+    config, pact = engine.policy.config, engine.contract
+    fps, scale = getattr(config, 'fps', None), state_scale(engine.pre)
+    if scale is not None and scale.shape != (pact.state,): scale = None
+    if not remembers(config, pact): mode = 'ignore'
+    return Signs(mode, scale, fps or 10.0, longest or longest_episode(config, fps))
+
+# %% ../nbs/22_serve.ipynb #ep150009
+@dataclass
+class Seen:
+    "What a session's messages showed, and how far they moved from one to the next."
+    picture: np.ndarray | None = None   # the last thumbnail (16, 16)
+    state: np.ndarray | None = None     # (d,) of the last observation,
+    tick: int | None = None             # its tick,
+    prompt: str | None = None           # and its instruction
+    first: int | None = None            # the episode's first tick
+    moved: float = 0.0                  # the picture's largest step since then
+    pictures: deque = field(default_factory=lambda: deque(maxlen=256))   # its past steps
+    states: deque = field(default_factory=lambda: deque(maxlen=256))     # and the state's
+    told: bool = False                  # this client has told a beginning
+    warned: bool = False                # and has been warned since
+    warning: str | None = None          # of which the client does not know yet
+
+    def begin(self, told: bool) -> None:
+        "A new episode: what was learned of steps stays, what they are measured from goes."
+        self.picture = self.state = self.tick = self.prompt = self.first = None
+        self.moved, self.told = 0.0, self.told or told
+        if told: self.warned, self.warning = False, None
+
+# %% ../nbs/22_serve.ipynb #ep15000a
+@dataclass
+class Look:
+    "What one message shows, beside what was seen before."
+    picture: np.ndarray                                  # its thumbnail
+    tick: int                                            # where the session's count stands
+    pictures: list[float] = field(default_factory=list)  # the steps of its pictures
+    state: float | None = None                           # the step of its state
+    why: list[str] = field(default_factory=list)         # signs of a new episode
+    sure: bool = False                                   # picture and state jumped
+
+def look(seen: Seen, r: Request, tick: int, primary: str, signs: Signs) -> Look:
+    "Look at a request of `tick`; nothing is changed."
+    thumbs = [thumbnail(x) for x in [*(x for _, x in r.history), r.images[primary]]]
+    out = Look(thumbs[-1], tick)
+    if r.reset: return out
+    chain = thumbs if seen.picture is None else [seen.picture, *thumbs]
+    out.pictures = [float(np.abs(a - b).mean()) for a, b in zip(chain, chain[1:])]
+    if signs.scale is not None and r.state is not None and seen.state is not None:
+        out.state = state_step(r.state, seen.state, signs.scale)
+    if not r.frame_only: judge(seen, out, r, tick, signs)
+    return out
+
+# %% ../nbs/22_serve.ipynb #ep15000b
+def jumped(seen: Seen, now: Look, tick: int, signs: Signs) -> bool:
+    "Did picture and state jump at once?"
+    if now.state is None or min(len(seen.states), len(seen.pictures)) < signs.steps:
+        return False
+    far = signs.still + signs.speed * max(0, tick - seen.tick) / signs.fps
+    usual = signs.state * np.quantile(seen.states, 0.9)
+    changed = max([seen.moved, *now.pictures]) > signs.picture * np.median(seen.pictures)
+    return bool(now.state > max(far, usual) and changed)
+
+def judge(seen: Seen, now: Look, r: Request, tick: int, signs: Signs) -> None:
+    "Write into `now` why the observation may be the first of a new episode."
+    now.sure = jumped(seen, now, tick, signs)
+    if now.sure: now.why.append('picture and state jumped at once')
+    if not seen.told and seen.prompt is not None and r.prompt != seen.prompt:
+        was, became = seen.prompt[:80], r.prompt[:80]
+        now.why.append(f'the instruction changed from {was!r} to {became!r}')
+    ticks = 0 if seen.first is None else tick - seen.first
+    if ticks > signs.longest:
+        now.why.append(f'the episode has {ticks} ticks by now, more than {signs.longest}')
+
+# %% ../nbs/22_serve.ipynb #ep15000c
+def note(seen: Seen, now: Look, r: Request, tick: int) -> None:
+    "Take in a message that has taken effect. A jump is no step to learn from."
+    seen.picture, seen.moved = now.picture, max([seen.moved, *now.pictures])
+    if seen.first is None: seen.first = tick
+    if r.frame_only:
+        seen.pictures.extend(now.pictures)
+        return
+    if not now.sure and tick != seen.tick:
+        seen.pictures.extend(now.pictures)
+        if now.state is not None: seen.states.append(now.state)
+    seen.state, seen.tick, seen.prompt, seen.moved = r.state, tick, r.prompt, 0.0
+
+# %% ../nbs/22_serve.ipynb #ep15000d
+TELL = ("send reset: true with an episode's first observation "
+        "(openpi's client.reset() sends nothing)")
+
+def warning(now: Look, begun: bool) -> str:
+    "The sentence about a new episode that nobody told; `begun`: by the server."
+    how = 'seems to have begun' if now.sure else 'may have begun'
+    why = ' and '.join(now.why)
+    what = f'a new episode {how} at tick {now.tick} ({why}) and no reset came'
+    then = 'the server began it by itself'
+    if not begun: then = 'the policy still remembers what was before'
+    return f'{what}: {then}; {TELL}'
+
 # %% ../nbs/22_serve.ipynb #28a5a636
 @dataclass
 class Session:
@@ -257,6 +465,8 @@ class Session:
     asked: int | None = None        # tick of the last observation
     seed: int | None = None         # of this episode's noise, given by the client
     busy: bool = False              # an observation is being answered
+    seen: Seen = field(default_factory=Seen)
+    name: str = 'a client'          # for the log
 
     def next_tick(self, r: Request, execute: int) -> int:
         "The request's tick. Raises `Refused` for one that lies before the newest in the history."
@@ -388,11 +598,30 @@ def act(self: LeRobotEngine, session: Session, batch: dict) -> np.ndarray:
     return actions.float().cpu().numpy().reshape(-1, self.contract.action)
 
 # %% ../nbs/22_serve.ipynb #db81bfea
+PARTS = ('model.safetensors', 'policy_preprocessor.json', 'policy_postprocessor.json')
+
+def policy_kind(folder: Path) -> str:
+    "LeRobot's type of a folder's policy. Raises `ValueError` unless the folder is whole."
+    give = 'give the folder that save_pretrained wrote'
+    if not (folder / 'config.json').is_file():
+        raise ValueError(f'{folder} is not a policy folder: config.json is missing; {give}')
+    try: kind = json.loads((folder / 'config.json').read_text())['type']
+    except (ValueError, TypeError, KeyError, OSError) as e:
+        raise ValueError(f"{folder / 'config.json'} does not describe a policy of LeRobot "
+                         f'({type(e).__name__}: {e}); {give}') from e
+    if kind not in (known := PreTrainedConfig.get_known_choices()):
+        raise ValueError(f'{folder} holds a policy of type {kind!r}, which is not '
+                         f"installed; known are {', '.join(sorted(known))}")
+    adapters = (folder / 'adapter_config.json').is_file()   # whoever loads it decides
+    for name in PARTS[adapters:]:
+        if not (folder / name).is_file():
+            raise ValueError(f'{folder} is not a policy folder: {name} is missing; {give}')
+    return kind
+
 def open_policy(folder: str | Path, device: str | None = None):
     "Policy, preprocessor and postprocessor of any LeRobot policy folder, on `device` (default: the configuration's). Raises `ValueError` if there is none."
-    folder = Path(folder)
-    if not (folder / 'config.json').is_file(): raise ValueError(f"{folder} is not a policy folder: config.json is missing; give the folder that save_pretrained wrote")
-    kind = json.loads((folder / 'config.json').read_text()).get('type')
+    folder = locate(folder)
+    kind = policy_kind(folder)
     if kind == 'halo' and device is None: return load_policy(folder)
     config = PreTrainedConfig.from_pretrained(folder)
     if device: config.device = device
@@ -412,6 +641,7 @@ class Job:
     request: Request
     tick: int
     done: asyncio.Future
+    now: Look | None = None          # what its pictures and state say about the episode
     start: float = field(default_factory=time.perf_counter)
     began: float = 0.0               # when the worker took it
     row: tuple | None = None         # (observation, noise), prepared for a batch
@@ -423,6 +653,7 @@ class Job:
         begin_episode(s, r, engine)
         engine.remember(s.memory, self.tick, r)
         s.tick = s.asked = self.tick
+        take_note(s, self.now, r, self.tick)
 
 # %% ../nbs/22_serve.ipynb #75a35d0e
 def begin_episode(session: Session, r: Request, engine) -> None:
@@ -430,7 +661,19 @@ def begin_episode(session: Session, r: Request, engine) -> None:
     if r.reset:
         if session.tick >= 0: session.episode += 1
         session.memory, session.tick, session.asked, session.seed = engine.memory(), -1, None, None
+        session.seen.begin(told=not r.supposed)
     if r.seed is not None: session.seed = r.seed
+
+# %% ../nbs/22_serve.ipynb #ep150013
+def take_note(session: Session, now: Look | None, r: Request, tick: int) -> None:
+    "Keep what a request showed, and warn of a new episode that nobody told: once."
+    if now is None: return
+    seen = session.seen
+    if now.why and not seen.warned:
+        seen.warned, seen.warning = True, warning(now, r.supposed)
+        log.warning('%s: %s', session.name, seen.warning)
+    elif r.supposed: log.info('%s: the server began an episode', session.name)
+    note(seen, now, r, tick)
 
 # %% ../nbs/22_serve.ipynb #366de1a9
 class Worker:
@@ -501,14 +744,47 @@ async def run(self: Worker) -> None:
             self.answered += 1
             if not job.done.done(): job.done.set_result(actions)
 
+# %% ../nbs/22_serve.ipynb #ep150014
+def chunk_length(config) -> int | None:
+    "Actions in a policy's chunk, or None where its configuration does not say."
+    own = getattr(getattr(config, 'model', None), 'chunk', None)
+    return own or getattr(config, 'chunk_size', None) or getattr(config, 'horizon', None)
+
+def executed_actions(config, execute: int | None = None) -> int:
+    """Actions of an answer that are executed: `execute`, or the policy's own number.
+
+    Raises `ValueError` for a number that its chunk does not have.
+    """
+    own, most = getattr(config, 'n_action_steps', None) or 1, chunk_length(config)
+    if execute is None:
+        return own
+    if 1 <= execute <= (most or execute):
+        return execute
+    raise ValueError(f"execute={execute} is no number of actions of a chunk of {most}: "
+                     f"give 1 to {most}, or leave it out for the policy's own {own}")
+
 # %% ../nbs/22_serve.ipynb #627ad4b9
 class PolicyServer:
     "Serves an engine over openpi's protocol. `run` it in an event loop, or use `running`."
-    def __init__(self, engine, host: str = '127.0.0.1', port: int = 8000, token: str | None = None, batch: int = 1, execute: int = 1, keys: list[str] = (), limits: Limits = Limits(), untrained: bool = False):
-        if execute < 1: raise ValueError(f"execute={execute} must be at least 1: the ticks from one observation to the next")
-        self.engine, self.host, self.port, self.token, self.execute, self.limits = engine, host, port, token, execute, limits
-        self.keys, self.worker, self.untrained = key_map(engine.contract, keys), Worker(engine, batch), untrained
+    def __init__(self, engine, host: str = '127.0.0.1', port: int = 8000,
+                 token: str | None = None, batch: int = 1, execute: int | None = None,
+                 keys: list[str] = (), limits: Limits = Limits(), untrained: bool = False,
+                 new_episode: str = 'warn', episode_ticks: int | None = None):
+        self.engine, self.host, self.port, self.token = engine, host, port, token
+        self.chunk = chunk_length(engine.policy.config)
+        self.execute = executed_actions(engine.policy.config, execute)
+        skipped = (self.chunk or self.execute) - 1
+        self.limits = fit_limits(limits, engine.contract, skipped, engine.resize)
+        self.signs = signs_of(engine, new_episode, episode_ticks)
+        self.keys, self.untrained = key_map(engine.contract, keys), untrained
+        self.worker = Worker(engine, batch)
         self.clients, self.refused, self.began, self.stopping = 0, 0, time.monotonic(), None
+
+    def episode(self) -> dict:
+        "What a client is told about the beginning of an episode."
+        memory = remembers(self.engine.policy.config, self.engine.contract)
+        return dict(start=TELL, remembers=memory, new_episode=self.signs.mode,
+                    longest_ticks=self.signs.longest)
 
     def metadata(self) -> dict:
         "What a client is told on connecting."
@@ -516,7 +792,8 @@ class PolicyServer:
         history = dict(frames=c.frames, stride_ticks=c.stride, ticks=c.frames * c.stride, camera=c.primary, missing_frames='the nearest earlier frame stands in; before the first frame the history is short, as in training')
         return dict(server='halo.serve', protocol='openpi websocket, msgpack, arrays as __ndarray__', policy=c.type, checkpoint=checkpoint_hash(p), versions=versions(),
                     cameras={n: dict(shape=[*s, 3], dtype='uint8', role=c.roles[n], needed=n in c.need) for n, s in c.cameras.items()}, state=c.state, action=c.action,
-                    chunk=getattr(getattr(p.config, 'model', None), 'chunk', None) or getattr(p.config, 'chunk_size', None) or getattr(p.config, 'horizon', None), n_action_steps=getattr(p.config, 'n_action_steps', None), observation_steps=getattr(p.config, 'n_obs_steps', 1),
+                    chunk=self.chunk, execute=e, episode=self.episode(),
+                    n_action_steps=getattr(p.config, 'n_action_steps', None), observation_steps=getattr(p.config, 'n_obs_steps', 1),
                     history=history if c.frames else None, keys=self.keys, control=list(CONTROL), default_tick=f'{e} after the last observation, 1 after the last frame',
                     batch=self.worker.size, limits=asdict(self.limits)) | (dict(weights='random') if self.untrained else {})
 
@@ -544,20 +821,45 @@ async def answer(self: PolicyServer, session: Session, data, gone: asyncio.Futur
     if session.busy: raise Refused("the last observation is still being answered")
     r = read_request(unpackb(data, self.limits), self.engine.contract, self.keys, self.limits, self.engine.resize)
     if r.reset and r.bare and not r.history: begin_episode(session, r, self.engine); return dict(ack=True, reset=True)
-    tick = session.next_tick(r, self.execute)
+    tick, now = self.place(session, r)
     if r.frame_only:
         begin_episode(session, r, self.engine); self.engine.remember(session.memory, tick, r)
         session.tick = tick
+        take_note(session, now, r, tick)
         return dict(ack=True, tick=tick, frames=self.engine.held(session.memory))
-    job = Job(session, r, tick, asyncio.get_running_loop().create_future())
+    job = Job(session, r, tick, asyncio.get_running_loop().create_future(), now)
     decoded, session.busy = time.perf_counter(), True
     job.done.add_done_callback(lambda _: setattr(session, 'busy', False))
     self.worker.submit(job)
     actions = await self.patient(job, gone)
     ms = lambda a, b: round(1000 * (b - a), 3)
-    now = time.perf_counter()
+    end = time.perf_counter()
     if not np.isfinite(actions).all(): raise Refused("the policy produced NaN or infinity; nothing was sent")
-    return dict(actions=actions, tick=tick, server_timing=dict(decode_ms=ms(start, decoded), wait_ms=ms(decoded, job.began), infer_ms=ms(job.began, now), total_ms=ms(start, now)))
+    timing = dict(decode_ms=ms(start, decoded), wait_ms=ms(decoded, job.began),
+                  infer_ms=ms(job.began, end), total_ms=ms(start, end))
+    n = min(self.execute, len(actions))
+    said = dict(actions=actions, tick=tick, execute=n, server_timing=timing)
+    return said | self.remarks(session, r)
+
+# %% ../nbs/22_serve.ipynb #ep150016
+@patch
+def place(self: PolicyServer, session: Session, r: Request) -> tuple[int, Look | None]:
+    "A request's tick and what it shows; where the server may, it begins an episode."
+    tick = session.next_tick(r, self.execute)
+    if self.signs.mode == 'ignore':
+        return tick, None
+    now = look(session.seen, r, tick, self.engine.contract.primary, self.signs)
+    if now.sure and self.signs.mode == 'reset':
+        r.reset, r.supposed, r.history = True, True, []
+        tick = session.next_tick(r, self.execute)
+    return tick, now
+
+@patch
+def remarks(self: PolicyServer, session: Session, r: Request) -> dict:
+    "What an answer says about the episode: a warning goes out once."
+    said, session.seen.warning = session.seen.warning, None
+    begun = dict(new_episode=True) if r.supposed else {}
+    return begun | (dict(warning=said) if said else {})
 
 # %% ../nbs/22_serve.ipynb #e3427168
 @patch
@@ -590,7 +892,9 @@ async def handle(self: PolicyServer, ws) -> None:
     "One client, from its connection to its end."
     if self.clients >= self.limits.clients: return await ws.close(1013, 'too many clients')
     self.clients += 1
-    session, wrong, gone = Session(self.engine.memory()), 0, asyncio.ensure_future(ws.wait_closed())
+    session, wrong = Session(self.engine.memory()), 0
+    session.name = ':'.join(map(str, (ws.remote_address or ('a client',))[:2]))
+    gone = asyncio.ensure_future(ws.wait_closed())
     try:
         await asyncio.wait_for(ws.send(self.welcome), self.limits.send)
         while (data := await self.receive(ws)) is not None:
@@ -664,7 +968,9 @@ class PolicyClient:
         self.ws.send(packb(message))
         data = self.ws.recv(timeout=self.timeout)
         if isinstance(data, str): raise RuntimeError(data)
-        return unpackb(data, self.limits)
+        answer = unpackb(data, self.limits)
+        if 'warning' in answer: log.warning('the policy server says: %s', answer['warning'])
+        return answer
 
     def infer(self, obs: dict) -> dict: return self.ask(obs)
     def frame(self, images: dict, tick: int | None = None) -> dict: return self.ask(dict(frame_only=True, images=images) | ({} if tick is None else dict(tick=tick)))
@@ -720,6 +1026,7 @@ def async_client_class():
         def take(self, answer: dict) -> None:
             "Put a chunk into the action queue, each action under the tick at which it is due."
             now, n = time.time(), self.config.actions_per_chunk
+            if 'warning' in answer: self.logger.warning(answer['warning'])
             timed = [TimedAction(timestamp=now + i * self.config.environment_dt, timestep=answer['tick'] + i, action=torch.tensor(a)) for i, a in enumerate(answer['actions'][:n])]
             self.action_chunk_size = max(self.action_chunk_size, len(timed))
             self._aggregate_action_queues(timed, self.config.aggregate_fn)
@@ -731,46 +1038,167 @@ def async_client_class():
 
 # %% ../nbs/22_serve.ipynb #9418ddfd
 def read_token(args) -> str | None:
-    "The token from `--token-file` or the environment's HALO_SERVE_TOKEN (a command line is read by everybody on the machine)."
-    token = Path(args.token_file).read_text().strip() if args.token_file else os.environ.get('HALO_SERVE_TOKEN') or None
-    if args.token_file and not token: raise ValueError(f"{args.token_file} is empty; write the token into it")
+    """The token from `--token-file` or the environment's HALO_SERVE_TOKEN, or None.
+
+    (Everybody on a machine can read its command lines.) Raises `ValueError`.
+    """
+    name = args.token_file
+    if not name:
+        return os.environ.get('HALO_SERVE_TOKEN') or None
+    try: token = Path(name).read_text().strip()
+    except (OSError, UnicodeError) as e:
+        why = getattr(e, 'strerror', None) or 'it holds no text'
+        raise ValueError(f'the token file {name} cannot be read ({why}); '
+                         'give a text file with the token') from e
+    if not token:
+        raise ValueError(f'{name} is empty; write the token into it')
+    if not (token.isascii() and token.isprintable()) or ' ' in token:
+        raise ValueError(f'{name} holds more than one token, or characters that no header '
+                         'carries; write one line of ASCII without spaces')
     return token
 
+# %% ../nbs/22_serve.ipynb #0c0de001
+EPISODES = """where an episode begins:
+  a policy with a history must be told: clients send reset: true with an episode's first
+  observation, or alone before it (openpi's client.reset() sends nothing). Where nobody
+  says so and picture and state jump at once, the instruction changes, or the episode grows
+  implausibly long, the server warns once, in an answer ("warning") and in its log.
+how many actions are executed:
+  each answer says it ("execute"): the policy's own n_action_steps, or --execute. A client
+  that executes another number sends the control tick ("tick") with each observation."""
+EXECUTE = ('actions executed of each answer, which are the ticks between observations of a '
+           "client that names none; default: the policy's n_action_steps")
+NEW_EPISODE = ('where an episode seems to begin and no reset came: warn; reset (warn, and '
+               'begin it where picture and state jumped); ignore')
+EPISODE_TICKS = ('ticks after which an episode is implausibly long; default: 5 mean '
+                 'episodes of the training data, or 10 minutes')
+MESSAGE = ('size of a message in MiB; default: what an observation of the policy and the '
+           'frames before it need, at least 8')
+
 def parser() -> argparse.ArgumentParser:
-    "The command line of `python -m halo.serve`."
-    p, d = argparse.ArgumentParser(prog='python -m halo.serve', description='Serve a policy over openpi\'s websocket protocol.'), Limits()
+    "The command line of `halo serve`."
+    p = argparse.ArgumentParser(
+        prog='halo serve', description="Serve a policy over openpi's websocket protocol.",
+        epilog=EPISODES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    d = Limits()
     p.add_argument('--policy', required=True, help='a policy folder of LeRobot (HALO, ACT, Diffusion, SmolVLA …)')
     p.add_argument('--host', default='127.0.0.1', help='address to bind to; anything but the loopback address is reachable by others')
     p.add_argument('--port', type=int, default=8000, help='0 takes a free one')
     p.add_argument('--token-file', help='file with the token that clients must send (or HALO_SERVE_TOKEN)')
     p.add_argument('--device', help='default: as in the policy\'s configuration')
     p.add_argument('--batch', type=int, default=1, help='rows of a forward pass; more than 1 answers waiting clients together')
-    p.add_argument('--execute', type=int, default=1, help='control ticks between observations of a client that names no ticks')
+    p.add_argument('--execute', type=int, help=EXECUTE)
+    p.add_argument('--new-episode', choices=MODES, default='warn', help=NEW_EPISODE)
+    p.add_argument('--episode-ticks', type=int, help=EPISODE_TICKS)
     p.add_argument('--key', action='append', default=[], metavar='KEY=TARGET', help='where a message key goes: prompt, state, images.CAMERA, ignore')
     p.add_argument('--resize', action='store_true', help='accept pictures of any size')
     p.add_argument('--seed', type=int, default=0, help='of the noise of clients that give none')
     p.add_argument('--threads', type=int, help='CPU threads of the model')
     p.add_argument('--untrained', action='store_true', help='tell clients that the weights are random, so that no result is taken for the policy\'s')
     for name, what in (('clients', 'connections at once'), ('idle', 'seconds without a message'), ('wait', 'seconds for an answer')): p.add_argument(f'--{name}', type=type(getattr(d, name)), default=getattr(d, name), help=what)
-    p.add_argument('--message-mb', type=float, default=d.message / (1 << 20), help='size of a message in MiB')
+    p.add_argument('--message-mb', type=float, help=MESSAGE)
     return p
 
-# %% ../nbs/22_serve.ipynb #093fec18
-def main(argv: list[str] | None = None) -> None:
-    "Load a policy and serve it until SIGINT or SIGTERM."
-    args = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format='%(asctime)s %(name)s %(levelname)s %(message)s')
-    logging.getLogger('halo.serve.websockets').setLevel(logging.CRITICAL)
+# %% ../nbs/22_serve.ipynb #0c0de003
+LEAST_OF = dict(batch=1, execute=1, episode_ticks=1, threads=1, clients=1, seed=0, port=0)
+
+def check_numbers(args) -> None:
+    "Raise `ValueError`, with one sentence, for a number that no server can have."
+    option = lambda name: '--' + name.replace('_', '-')
+    for name, least in LEAST_OF.items():
+        x = getattr(args, name)
+        if x is not None and x < least:
+            raise ValueError(f'{option(name)} {x}: give a whole number from {least} on')
+    if args.port > 65535:
+        raise ValueError(f'--port {args.port}: ports end at 65535; 0 takes a free one')
+    for name in ('idle', 'wait', 'message_mb'):
+        x = getattr(args, name)
+        if x is not None and not 0 < x < math.inf:
+            raise ValueError(f'{option(name)} {x:g}: give a number above 0')
+
+# %% ../nbs/22_serve.ipynb #0c0de004
+def one_line(e: BaseException) -> str:
+    "What an exception says, in one line."
+    return ' '.join(str(e).split()) or type(e).__name__
+
+def check_device(device: str | None) -> None:
+    "Raise `ValueError` unless PyTorch can compute on `device`."
+    if device is None:
+        return
+    try: torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'--device {device}: PyTorch cannot compute on it here '
+                         f"({one_line(e)[:120]}); leave it out for the policy's own") from e
+
+def check_address(host: str, port: int) -> None:
+    "Raise `ValueError` unless a server can listen there."
+    how = dict(type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        family, kind, proto, _, where = socket.getaddrinfo(host or None, port, **how)[0]
+        with socket.socket(family, kind, proto) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(where)
+    except (OSError, UnicodeError) as e:
+        why = getattr(e, 'strerror', None) or e
+        raise ValueError(f'cannot listen on {host}:{port} ({why}); choose another --port '
+                         '(0 takes a free one) or --host') from e
+
+# %% ../nbs/22_serve.ipynb #0c0de005
+def load_engine(args):
+    "The engine of a command line's policy. Raises `ValueError`."
+    try:
+        parts = open_policy(args.policy, args.device)
+        return make_engine(*parts, seed=args.seed, resize=args.resize)
+    except ValueError:
+        raise
+    except Exception as e:   # torn weights, missing packages: whatever a loader raises
+        raise ValueError(f'{args.policy} cannot be loaded ({type(e).__name__}: '
+                         f'{one_line(e)[:300]}); copy the folder again') from e
+
+def build(args) -> PolicyServer:
+    "The server of a command line, cheap checks first. Raises `ValueError`."
+    check_numbers(args)
+    check_address(args.host, args.port)
+    check_device(args.device)
+    token = read_token(args)
     if args.threads: torch.set_num_threads(args.threads)
-    token, limits = read_token(args), Limits(clients=args.clients, idle=args.idle, wait=args.wait, message=int(args.message_mb * (1 << 20)))
-    server = PolicyServer(make_engine(*open_policy(args.policy, args.device), seed=args.seed, resize=args.resize), args.host, args.port, token, args.batch, args.execute, args.key, limits, args.untrained)
-    if not token and args.host not in ('127.0.0.1', '::1', 'localhost'): log.warning('%s is reachable by other machines and no token is set', args.host)
-    async def serve():
-        stop = asyncio.Event()
-        for sig in (signal.SIGINT, signal.SIGTERM): asyncio.get_running_loop().add_signal_handler(sig, stop.set)
-        await server.run(lambda port: print(f'serving {args.policy} ({server.engine.contract.type}) on ws://{args.host}:{port}', flush=True), stop)
-    asyncio.run(serve())
+    message = None if args.message_mb is None else int(args.message_mb * (1 << 20))
+    limits = Limits(message, clients=args.clients, idle=args.idle, wait=args.wait)
+    return PolicyServer(load_engine(args), args.host, args.port, token, args.batch,
+                        args.execute, args.key, limits, args.untrained, args.new_episode,
+                        args.episode_ticks)
+
+# %% ../nbs/22_serve.ipynb #093fec18
+async def until_stopped(server: PolicyServer, name: str) -> None:
+    "Serve until SIGINT or SIGTERM."
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for sig in (signal.SIGINT, signal.SIGTERM): loop.add_signal_handler(sig, stop.set)
+    kind = server.engine.contract.type
+    def started(port):
+        print(f'serving {name} ({kind}) on ws://{server.host}:{port}', flush=True)
+    await server.run(started, stop)
+
+def main(argv: list[str] | None = None) -> int:
+    """Load a policy and serve it until SIGINT or SIGTERM. Returns the exit status.
+
+    What cannot be served is one line on stderr and exit status 1.
+    """
+    args = parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO,
+                        format='%(asctime)s %(name)s %(levelname)s %(message)s')
+    logging.getLogger('halo.serve.websockets').setLevel(logging.CRITICAL)
+    try:
+        server = build(args)
+        if not server.token and args.host not in ('127.0.0.1', '::1', 'localhost'):
+            log.warning('%s is reachable by other machines and no token is set', args.host)
+        asyncio.run(until_stopped(server, args.policy))
+    except (ValueError, OSError) as e:
+        log.debug('not served', exc_info=True)
+        print(f'halo serve: {one_line(e)}', file=sys.stderr)
+        return 1
     print('stopped', flush=True)
+    return 0
 
 # %% ../nbs/22_serve.ipynb #3d09719b
-if __name__ == '__main__' and globals().get('__spec__') is not None: main()   # python -m, but not a notebook
+if __name__ == '__main__' and globals().get('__spec__') is not None:
+    sys.exit(main())   # python -m, but not a notebook

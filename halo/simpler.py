@@ -7,7 +7,8 @@ from __future__ import annotations
 import json, math
 from dataclasses import dataclass
 import numpy as np
-from .thin import Player, connect, parser, run_benchmark
+from .files import locate, shown
+from .thin import Player, connect, executed, parser, run_benchmark
 
 # %% auto #0
 __all__ = ['DIALECTS', 'BRIDGE_TOOL', 'OPENING', 'TASKS', 'LIMITS', 'BRIDGE_EPISODES', 'PROTOCOL', 'Dialect', 'dialect',
@@ -176,7 +177,7 @@ class Simpler:
     "A task of the user's SIMPLER installation behind `reset(seed)` and `step(action)`; the seed is the episode's number."
     def __init__(self, task: str):
         try: import simpler_env
-        except ImportError as e: raise ImportError(f"SIMPLER is not installed here ({e}); see configs/requirements/simpler.txt") from e
+        except ImportError as e: raise ImportError(f"SIMPLER is not installed here ({e}); see {shown(locate('configs/requirements/simpler.txt'))}") from e
         self.sim, self.task, self.d, self.list = simpler_env, task, dialect(task), episodes(task)
         self.gripper, self.env, self.kwargs = Gripper(self.d), None, None
 
@@ -202,6 +203,6 @@ def main(arguments=None):
         images, state, prompt = env.reset(0)
         return print(prompt, {k: (v.shape, str(v.dtype)) for k, v in images.items()}, dict(zip(env.d.state, state.round(4).tolist())), sep='\n')
     policy = connect(args.address, args.token)
-    own = dict(PROTOCOL) | dict(task=args.task, layouts=len(env.list), episodes=args.episodes, frames=args.frames, chunk_executed=args.replan or 'all', server=dict(policy.get_server_metadata()))
+    own = dict(PROTOCOL) | dict(task=args.task, layouts=len(env.list), episodes=args.episodes, frames=args.frames, chunk_executed=executed(args.replan, dict(policy.get_server_metadata())), server=dict(policy.get_server_metadata()))
     out = run_benchmark(env, Player(policy, args.replan, args.frames, 7), range(min(args.episodes, len(env.list))), limit(args.task), args.out, own, PROTOCOL)
     print(f"{args.task}: {out['success']['successes']}/{out['success']['n']}")

@@ -8,19 +8,19 @@ import argparse, csv, importlib.util, json, math, re, sys
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-import halo
+from .files import place, shipped
 
 # %% auto #0
-__all__ = ['ROOT', 'TABLE_DIR', 'ABLATIONS', 'RESULTS', 'PAPER', 'OURS', 'WIDOWX', 'PAPER_TABLES', 'COLOURS', 'ABLATION', 'NEEDS',
-           'RUNS', 'CLIENTS', 'PaperTable', 'paper_table', 'read_csv', 'printed', 'number', 'half_unit', 'recomputed',
-           'slack', 'audit', 'bold_audit', 'cell', 'claims', 'counts', 'wilson95', 'fisher', 'field_rows', 'Result',
-           'rate_of', 'benchmark_name', 'task_entries', 'read_result', 'untrained', 'pooled', 'our_cells', 'our_row',
+__all__ = ['TABLE_DIR', 'ABLATIONS', 'RESULTS', 'PAPER', 'OURS', 'WIDOWX', 'PAPER_TABLES', 'COLOURS', 'ABLATION', 'NEEDS', 'RUNS',
+           'CLIENTS', 'PaperTable', 'paper_table', 'read_csv', 'printed', 'number', 'half_unit', 'recomputed', 'slack',
+           'audit', 'bold_audit', 'cell', 'claims', 'counts', 'wilson95', 'fisher', 'field_rows', 'Result', 'rate_of',
+           'benchmark_name', 'task_entries', 'read_result', 'untrained', 'pooled', 'our_cells', 'our_row',
            'find_results', 'total_counts', 'table_rows', 'draw_rows', 'draw_table', 'markdown', 'ablation', 'missing',
            'run_table', 'reproduce', 'ablation_lines', 'parser', 'main']
 
 # %% ../nbs/24_tables.ipynb #3c72e994
-ROOT = Path(halo.__file__).resolve().parent.parent
-TABLE_DIR, ABLATIONS, RESULTS = ROOT / 'nbs/tables', ROOT / 'checkpoints/flash_place', ROOT / 'outputs/benchmarks'
+TABLE_DIR, ABLATIONS = shipped('nbs/tables'), shipped('checkpoints/flash_place')
+RESULTS = place('outputs/benchmarks')
 PAPER, OURS = 'HALO', 'HALO (here)'
 
 # %% ../nbs/24_tables.ipynb #fa8c7f72
@@ -59,7 +59,7 @@ def paper_table(n: int) -> PaperTable:
 def read_csv(name: str) -> tuple[dict[str, str], ...]:
     "The rows of `nbs/tables/NAME.csv` as printed. Raises `FileNotFoundError` with the way to get the file."
     file = TABLE_DIR / f'{name}.csv'
-    if not file.exists(): raise FileNotFoundError(f"{name}.csv is not in {TABLE_DIR.name}/: the tables lie in the repository (nbs/tables); install it from a clone (pip install -e .)")
+    if not file.exists(): raise FileNotFoundError(f"{name}.csv is not in {TABLE_DIR}: this installation of HALO is incomplete; install it again")
     with file.open(newline='', encoding='utf8') as f: return tuple(csv.DictReader(f))
 
 # %% ../nbs/24_tables.ipynb #b9008776
@@ -336,7 +336,7 @@ def ablation(folder: str | Path = ABLATIONS) -> list[dict]:
     from halo.evaluate import EvalResult, compare, sha256
     results, folder = {}, Path(folder)
     for name in ABLATION:
-        if not (folder / name / 'evaluation.json').exists(): raise FileNotFoundError(f"{folder.name}/{name} holds no evaluation.json: run make demo-train, which trains and evaluates it")
+        if not (folder / name / 'evaluation.json').exists(): raise FileNotFoundError(f"{folder.name}/{name} holds no evaluation.json: python -m halo.demo --train-from-scratch trains and evaluates it")
         results[name] = e = EvalResult.load(folder / name / 'evaluation.json')
         if sha256(folder / name / 'model.safetensors') != e.conventions['policy']['checkpoint_sha256']: raise ValueError(f"{folder.name}/{name}/evaluation.json belongs to other weights; evaluate again (python -m halo.demo)")
     return [dict(name=n, MF=ABLATION[n][0], SALR=ABLATION[n][1], **r.success, p=None if n == 'full' else compare(results['full'], r)['p']) for n, r in results.items()]

@@ -4,14 +4,16 @@
 
 # %% ../nbs/23a_thin.ipynb #84273941
 from __future__ import annotations
-import hashlib, json, math, time
+import hashlib, json, logging, math, time
 from collections import deque
 from pathlib import Path
 import numpy as np
 
+log = logging.getLogger('halo.thin')
+
 # %% auto #0
-__all__ = ['FRAMES', 'connect', 'check_chunk', 'Player', 'wilson', 'rate', 'start_hash', 'Ledger', 'differences', 'run_episode',
-           'run_benchmark', 'parser']
+__all__ = ['log', 'FRAMES', 'connect', 'check_chunk', 'Player', 'executed', 'wilson', 'rate', 'start_hash', 'Ledger',
+           'differences', 'run_episode', 'run_benchmark', 'parser']
 
 # %% ../nbs/23a_thin.ipynb #0b529b52
 def connect(address: str, token: str | None = None):
@@ -43,6 +45,8 @@ class Player:
         if frames not in FRAMES: raise ValueError(f"frames is {frames!r}; choose one of {FRAMES}")
         if replan is not None and replan < 1: raise ValueError(f"replan is {replan}; execute at least 1 action of each chunk")
         self.policy, self.replan, self.frames, self.dim, self.ms = policy, replan, frames, dim, []
+        about = getattr(policy, 'get_server_metadata', dict)() or {}
+        self.camera = (about.get('history') or {}).get('camera')   # None: unknown, send all
         self.reset()
 
     def reset(self, seed: int | None = None):
@@ -55,23 +59,34 @@ class Player:
         "The action (d,) for this tick's cameras, state and instruction."
         tick, self.tick = self.tick, self.tick + 1
         if self.queue: self.keep(images, tick)
-        else: self.queue.extend(self.ask(images, state, prompt, tick)[:self.replan])
+        else: self.queue.extend(self.ask(images, state, prompt, tick))
         return self.queue.popleft()
 
     def keep(self, images: dict, tick: int):
         "A frame for which nothing is asked."
+        if self.camera in images: images = {self.camera: images[self.camera]}
         if self.frames == 'each': self.policy.infer({'frame_only': True, 'images': images, 'tick': tick})
         elif self.frames == 'stack': self.between.append((tick, images))
 
     def ask(self, images: dict, state, prompt: str, tick: int) -> np.ndarray:
-        "A chunk (s, d) from the server."
+        "The actions (s, d) to execute of the server's next chunk."
         obs = dict(images=images, state=np.asarray(state, np.float32), prompt=prompt, tick=tick, reset=self.fresh)
         if self.fresh and self.seed is not None: obs['seed'] = int(self.seed)
-        if self.between: obs |= dict(history={k: np.stack([i[k] for _, i in self.between]) for k in images}, history_ticks=[t for t, _ in self.between])
+        if self.between:
+            obs['history'] = {k: np.stack([i[k] for _, i in self.between])
+                              for k in self.between[0][1]}
+            obs['history_ticks'] = [t for t, _ in self.between]
         start = time.perf_counter()
-        chunk = check_chunk(self.policy.infer(obs), self.dim)
+        answer = self.policy.infer(obs)
+        chunk = check_chunk(answer, self.dim)
         self.ms.append(1000 * (time.perf_counter() - start)); self.fresh, self.between = False, []
-        return chunk
+        if 'warning' in answer: log.warning('the policy server says: %s', answer['warning'])
+        return chunk[:self.replan or answer.get('execute')]
+
+# %% ../nbs/23a_thin.ipynb #7e9a0002
+def executed(replan: int | None, metadata: dict):
+    "How many actions of a chunk a `Player` executes, for a result: a number, or 'all'."
+    return replan or metadata.get('execute') or 'all'
 
 # %% ../nbs/23a_thin.ipynb #8bd7b265
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -167,7 +182,8 @@ def parser(name: str, description: str):
     p = argparse.ArgumentParser(prog=name, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument('--address', default='127.0.0.1:8000', help='the policy server, host:port')
     p.add_argument('--token', help='the server\'s token, if it wants one')
-    p.add_argument('--replan', type=int, help='actions executed of each chunk; all of them by default')
+    p.add_argument('--replan', type=int,
+                   help='actions executed of each chunk; default: as the server says')
     p.add_argument('--frames', choices=FRAMES, default='each', help='how frames between two requests reach the server')
     p.add_argument('--episodes', type=int, default=1, help='episodes (chains) to run, from the first of the benchmark\'s list')
     p.add_argument('--out', default='result.json', help='result file; an unfinished one is continued')

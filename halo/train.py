@@ -19,9 +19,10 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from lerobot.configs import FeatureType
 from .configuration_halo import HaloConfig
-from .data import EpisodeSampler, HistoryDataset, check_dataset, fingerprint
-from .modeling_halo import HaloPolicy
-from .processor_halo import make_halo_pre_post_processors
+from .data import EpisodeSampler, HistoryDataset, fingerprint
+from .files import CLONE
+from .modeling_halo import HaloPolicy, check_checkpoint, init_weights, vlm_source
+from .processor_halo import make_halo_pre_post_processors, saved_tokenizer
 from .salr import fp32_parameter_names
 
 # %% auto #0
@@ -71,19 +72,32 @@ def param_groups(policy, weight_decay: float) -> list[dict]:
     return [dict(params=plain, weight_decay=weight_decay), dict(params=[p for n, p in named if id(p) not in kept], weight_decay=0.0)]
 
 # %% ../nbs/11_train.ipynb #a0295bc7
-def make_policy(dataset: LeRobotDataset, meta: bool = False, **config) -> tuple[HaloPolicy, object, object]:
-    "A fresh HALO policy and its processors for `dataset`; `config` are fields of `HaloConfig`. With `meta` the policy has shapes and takes no memory."
+def make_policy(dataset: LeRobotDataset, meta: bool = False, init_from=None, load_vlm: bool = True, **config) -> tuple[HaloPolicy, object, object]:
+    """A HALO policy and its processors for `dataset`; `config` are fields of `HaloConfig`.
+
+    `init_from` (a policy folder or hub id) gives the weights and the tokenizer: the VLM's own are not read then, nor with
+    `load_vlm=False`, which leaves random ones to be filled from a checkpoint. With `meta` they take no memory.
+    Raises `ValueError` for a policy of other sizes.
+    """
     feats = dataset_to_policy_features(dataset.meta.features)
     out = {k: f for k, f in feats.items() if f.type is FeatureType.ACTION}
-    cfg = HaloConfig(input_features={k: f for k, f in feats.items() if k not in out}, output_features=out, fps=float(dataset.meta.fps), **config)
-    with torch.device('meta') if meta else nullcontext(): policy = HaloPolicy(cfg, dataset_meta=dataset.meta, load_vlm=not meta)
-    return policy, *make_halo_pre_post_processors(cfg, dataset.meta.stats)
+    inputs = {k: f for k, f in feats.items() if k not in out}
+    cfg = HaloConfig(input_features=inputs, output_features=out, fps=float(dataset.meta.fps), **config)
+    with torch.device('meta') if meta else nullcontext():
+        policy = HaloPolicy(cfg, dataset_meta=dataset.meta, load_vlm=load_vlm and not meta and init_from is None)
+    if init_from is not None:
+        init_weights(policy, init_from, meta)
+        cfg.vlm_source = vlm_source(init_from) or cfg.vlm_source
+    return policy, *make_halo_pre_post_processors(cfg, dataset.meta.stats, saved_tokenizer(init_from))
 
 # %% ../nbs/11_train.ipynb #3c502f00
 def provenance(dataset, tc: TrainConfig, seconds: float, log: list[dict]) -> dict:
     "What a result needs to be believed: data, code, versions, seed, time."
-    try: commit = subprocess.run(['git', 'rev-parse', '--verify', 'HEAD'], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
-    except (OSError, NameError, subprocess.CalledProcessError): commit = 'unknown'
+    ask = ['git', 'rev-parse', '--verify', 'HEAD']
+    try:   # in a clone only: a wheel may lie inside somebody else's repository
+        commit = subprocess.run(ask, capture_output=True, text=True, check=True, cwd=CLONE).stdout.strip() if CLONE else 'unknown'
+    except (OSError, subprocess.CalledProcessError):
+        commit = 'unknown'
     return dict(data=dict(repo_id=dataset.repo_id, fingerprint=fingerprint(dataset), episodes=dataset.meta.total_episodes, frames=dataset.meta.total_frames), train=asdict(tc), commit=commit,
                 versions={p: version(p) for p in ('torch', 'transformers', 'lerobot')}, threads=torch.get_num_threads(), seconds=round(seconds, 1), final_loss=log[-1]['loss'] if log else None)
 
@@ -124,7 +138,10 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 def load_checkpoint(folder: Path, policy, optimizer, sampler) -> int:
     "Restore policy, optimizer, sampler and random state; returns the step. Raises `ValueError` for a truncated or foreign one."
-    policy.load_state_dict(HaloPolicy.from_pretrained(folder).state_dict())
+    file = folder / 'model.safetensors'
+    check_checkpoint(file, policy)
+    policy.load_state_dict(load_file(str(file)))
+    policy.config.vlm_source = vlm_source(folder)
     load_optimizer(optimizer, folder / 'training_state')
     state = json.loads((folder / 'training_state' / 'state.json').read_text())
     sampler.load_state_dict(state['sampler'])
@@ -163,19 +180,20 @@ def preprocess(pre, batch: dict) -> dict:
     return pre({k: v for k, v in batch.items() if k not in ('episode_index', 'frame_index')})
 
 # %% ../nbs/11_train.ipynb #0fa32513
-def train(dataset: LeRobotDataset, out: str | Path, tc: TrainConfig = TrainConfig(), store=None, resume: bool = True, until: int | None = None, progress: bool = True, init_from=None, **config) -> Path:
+def train(dataset: LeRobotDataset, out: str | Path, tc: TrainConfig = TrainConfig(), store=None, resume: bool = True, until: int | None = None, progress: bool = True, init_from=None,
+          allow_short: bool = True, tolerance_s: float | None = None, **config) -> Path:
     "Train HALO on `dataset` into `out/checkpoint` (a LeRobot policy folder); resumes by itself. `until` stops early; `init_from` starts from a policy folder's weights. Returns the folder."
     out = Path(out); out.mkdir(parents=True, exist_ok=True); target = out / 'checkpoint'
     acc = Accelerator(cpu=not torch.cuda.is_available()); set_seed(tc.seed)
-    policy, pre, post = make_policy(dataset, **config)
+    found = find_checkpoint(target) if resume else None
+    policy, pre, post = make_policy(dataset, init_from=None if found else init_from, load_vlm=not found, **config)
     m = policy.config.model
-    check_dataset(dataset, primary=policy.cameras[0], cameras=policy.cameras, fps=m.sampling.fps)
-    data = HistoryDataset(dataset, m, policy.cameras[0], policy.cameras, store_root=store)
+    data = HistoryDataset(dataset, m, policy.config.roles, store_root=store, stats=True,
+                          allow_short=allow_short, tolerance_s=tolerance_s)
     sampler = EpisodeSampler(len(data), tc.batch, seed=tc.seed)
     optimizer = torch.optim.AdamW(param_groups(policy, tc.weight_decay), lr=tc.lr, betas=(0.9, 0.95))
     step, log_file = 0, out / 'log.jsonl'
-    if init_from is not None: policy.load_state_dict(HaloPolicy.from_pretrained(init_from).state_dict())
-    if resume and (found := find_checkpoint(target)): step = load_checkpoint(found, policy, optimizer, sampler)
+    if found: step = load_checkpoint(found, policy, optimizer, sampler)
     log = [l for l in map(json.loads, log_file.read_text().splitlines())][:] if step and log_file.exists() else []
     log = [l for l in log if l['step'] <= step]; log_file.write_text(''.join(json.dumps(l) + '\n' for l in log))
     masks, every = MaskHistory(out / 'masks.safetensors', step), tc.masks_every or max(1, tc.steps // 40)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Create .venv with Python 3.12 and install this project into it, with its dev, sim, viz, serve, baselines and peft extras, at the versions of constraints.txt.
 # PYTHON=/path/to/python3.12 chooses the interpreter; PIP_ARGS="..." goes to pip (an index of CPU-only wheels, for example).
+# `scripts/setup.sh --which` prints the interpreter that it would take, and makes nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 stamp=.venv/halo-setup.stamp
@@ -31,6 +32,11 @@ how_to_get_python() {
              "(the first part needs the apt package python3-venv), then this command again."
     fi
 }
+
+if [ "${1:-}" = --which ]; then
+    python=$(find_python) || { how_to_get_python >&2; exit 1; }
+    exec "$python" -c 'import sys; print(sys.executable)'   # not a shim, which may need HOME
+fi
 
 if ! usable .venv/bin/python; then
     python=$(find_python) || { how_to_get_python >&2; exit 1; }

@@ -1,5 +1,5 @@
 """Baselines: the same ticks as HALO's, a training that can be killed, an evaluation that repeats itself, shipped results that can be paired."""
-import importlib.util, json
+import importlib.util, json, shutil
 import numpy as np
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_batches_are_the_dataset_s(dataset, tmp_path):
 
 
 def test_ticks_are_halo_s(dataset, tmp_path):
-    halo = HistoryDataset(dataset, preset('tiny', chunk=16), 'observation.images.primary', dataset.meta.camera_keys, store_root=tmp_path / 'h', progress=False)
+    halo = HistoryDataset(dataset, preset('tiny', chunk=16), dict(zip(dataset.meta.camera_keys, ('primary', 'wrist'))), store_root=tmp_path / 'h', progress=False)
     assert halo.rows.tolist() == list(range(len(B.Demonstrations(dataset, store_root=tmp_path / 's', progress=False))))
 
 
@@ -61,6 +61,28 @@ def test_killed_training_goes_on(dataset, tmp_path, monkeypatch, name):
     kind, policy, pre, post = B.load_baseline(again)
     assert kind == name and sum(p.numel() for p in policy.parameters()) < 2e7
     assert any(isinstance(s, B.GoalColourStep) for s in pre.steps) == B.BASELINES[name].goal
+
+
+@pytest.mark.parametrize('name', [n for n in NAMES if n.values == ('smolvla',)])
+def test_a_trained_smolvla_needs_no_folder_of_its_machine(dataset, tmp_path, monkeypatch, name):
+    "Trained with tokenizer and sizes in one folder; loaded from elsewhere, where that folder is gone."
+    monkeypatch.setattr(B, 'SMOLVLM', tmp_path / 'there')
+    tc = TrainConfig(steps=1, batch=2, lr=1e-4, warmup=1, log_every=1)
+    B.train_baseline(name, dataset, tmp_path / 'run', tc, store=tmp_path / 's', progress=False)
+    trained = json.loads((tmp_path / 'run/checkpoint/config.json').read_text())['vlm_model_name']
+    assert trained == str(tmp_path / 'there')   # an absolute path: LeRobot's own commands find it
+    shutil.rmtree(tmp_path / 'there')
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    monkeypatch.setattr(B, 'SMOLVLM', tmp_path / 'here')
+    kind, policy, pre, _ = B.load_baseline(tmp_path / 'run/checkpoint')
+    assert kind == name and policy.config.vlm_model_name == str(tmp_path / 'here')
+    episode = dict(seed=1, success=True, ticks=1, task=TASKS[0])
+    result = B.EvalResult([episode], dict(policy={}))
+    target = B.ship_result(tmp_path / 'run', result, tmp_path / 'shipped/smolvla')
+    assert not [f for f in target.glob('*.json') if str(tmp_path) in f.read_text()]
+    assert json.loads((target / 'config.json').read_text())['vlm_model_name'] == B.MADE_BY
+    assert 'train smolvla' in json.loads((target / 'provenance.json').read_text())['weights']
 
 
 def test_frozen_norms_come_back(dataset, tmp_path):

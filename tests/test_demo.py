@@ -28,7 +28,7 @@ def test_quick_leaves_what_ships_alone():
     for k in ('checkpoints', 'data', 'runs', 'out'): assert getattr(quick, k) != getattr(real, k)
 
 
-@pytest.mark.parametrize('argv, says', [(['--seeds', '0'], '--seeds is 0'), (['--episodes', '-1'], '--episodes is -1'), (['--checkpoints', 'nowhere'], 'make demo-train')])
+@pytest.mark.parametrize('argv, says', [(['--seeds', '0'], '--seeds is 0'), (['--episodes', '-1'], '--episodes is -1'), (['--checkpoints', 'nowhere'], '--train-from-scratch')])
 def test_bad_input_is_one_sentence(argv, says, capsys):
     assert demo.main(argv) == 1
     said = capsys.readouterr().err.strip()

@@ -289,3 +289,37 @@ def test_recording_refuses_a_foreign_folder_and_evaluation_seeds(tmp_path):
     with pytest.raises(ValueError, match='no flash_place recording'): E.record_demonstrations(tmp_path, 1)
     with pytest.raises(ValueError, match='reserved for evaluation'): E.record_demonstrations(tmp_path / 'set', 1, seed=E.EVAL_SEED, image_size=32)
     assert (tmp_path / 'note.txt').read_text() == 'mine'
+
+
+@sim
+@pytest.mark.slow
+def test_two_recordings_into_one_folder(tmp_path):
+    "The second says in one line that the first is under way and leaves with status 1; the first is not disturbed; a finished one is only read."
+    root = tmp_path / 'set'
+    code = """import sys, time, pathlib, halo.envs as E
+while len(sys.argv) > 7 and not pathlib.Path(sys.argv[7]).exists(): time.sleep(0.02)
+E.main(sys.argv[1:7])"""
+    def start(*after):
+        command = [sys.executable, '-c', code, '--root', str(root), '--episodes', '6', '--image-size', '32', *after]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    second, first = start(str(root / E.LOG)), start()
+    said = second.communicate(timeout=300)[1]
+    assert second.returncode == 1 and said.strip().splitlines() == [f'halo.envs: another recording into {root} is under way: wait for it, or choose another folder'], said
+    assert 'Traceback' not in first.communicate(timeout=300)[1] and first.returncode == 0
+    check(root, 6)
+    with E.recording_lock(root): assert E.record_demonstrations(root, 6, image_size=32) == root      # finished: no lock is asked for
+
+
+@pytest.mark.parametrize('make, words', [(lambda d: d, 'holds files but no flash_place recording: choose an empty folder'), (lambda d: d / 'note.txt/set', 'cannot be written')])
+def test_a_recording_that_cannot_begin_is_one_line(tmp_path, capsys, make, words):
+    (tmp_path / 'note.txt').write_text('mine')
+    with pytest.raises(SystemExit) as e: E.main(['--root', str(make(tmp_path)), '--episodes', '1'])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert e.value.code == 1 and len(said) == 1 and words in said[0]
+
+
+def test_a_second_recording_is_one_line(tmp_path, capsys):
+    with E.recording_lock(tmp_path / 'set'), pytest.raises(SystemExit) as e: E.main(['--root', str(tmp_path / 'set'), '--episodes', '1'])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert e.value.code == 1 and len(said) == 1 and 'is under way: wait for it, or choose another folder' in said[0]
+    assert not (tmp_path / 'set').exists()

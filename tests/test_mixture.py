@@ -73,7 +73,7 @@ def test_alone_and_beside_others(data):
 @pytest.mark.parametrize('hop', [0, 2, 4])
 def test_histories_equal_one_dataset(root, hop):
     cfg = CFG.but(sampling__history_hop=hop)
-    one = HistoryDataset(root/'mid', cfg, IMG + 'image', [IMG + 'image', IMG + 'eye'], root/'one', progress=False)
+    one = HistoryDataset(root/'mid', cfg, MIXTURE.datasets[1].roles, root/'one', progress=False)
     many = Member(MIXTURE.datasets[1], cfg, root=root, progress=False)
     want, got = one.batch(range(75)), many.history(np.arange(75))
     assert torch.equal(want['observation.history'], got[0]) and torch.equal(want['observation.history_mask'], got[1])
@@ -228,3 +228,29 @@ def test_check_of_what_is_not_there_is_one_line(tmp_path, capsys):
 def test_template_is_short():
     lines = [l for l in next(f for f in CONFIGS if f.stem == 'own_robot').read_text().splitlines() if l.split('#')[0].strip()]
     assert len(lines) <= 10
+
+
+@pytest.mark.parametrize('slots', [('primary',), ('primary', 'wrist'), ('primary', 'secondary', 'wrist_left'), ('primary', 'wrist', 'wrist_2'), ('wrist', 'secondary', 'primary')])
+def test_the_robots_policy_reads_the_mixtures_sizes(tmp_path, slots):
+    "Whatever a camera is called, its slot is its role: in the mixture's store, in its policy, and in the policy of one robot made from it."
+    from lerobot.configs.video import RGBEncoderConfig
+    from halo.mixture import robot_policy
+    names = [IMG + n for n in ('wrist_front', 'front_wrist', 'primary_hand')][:len(slots)]
+    rng, fast = np.random.default_rng(0), RGBEncoderConfig(vcodec='h264', preset='ultrafast')
+    record_clock(tmp_path/'d', 10, (2.,), {c: (60, 84) for c in names}, 3, np.concatenate([.02 * rng.standard_normal((20, 6)), rng.choice([0, 1], (20, 1))], 1), 'fold it', 0, fast)
+    spec = DatasetSpec(str(tmp_path/'d'), dict(zip(slots, names)), action_space=ActionSpace('ee', 'delta', 'euler', 'open_high'), state_norm='mean_std', action_norm='mean_std')
+    data = MixtureDataset(Mixture('one', (spec,)), CFG, progress=False)
+    with torch.device('meta'): policy, pre, _ = make_mixture_policy(data, n_action_steps=4, device='cpu')
+    robot, pre_robot, _ = robot_policy(policy, data.members[0], data.slots, n_action_steps=4, device='cpu')
+    assert robot.config.roles == spec.roles == {spec.cameras[s]: s.split('_')[0] for s in data.slots} and list(spec.roles.values())[0] == 'primary'
+    mixed = policy.observation(ready(pre, data.batch([(0, 15, 0)])))
+    one = HistoryDataset(tmp_path/'d', CFG.but(sampling__fps=10.), robot.config.roles, tmp_path/'one', progress=False).batch([15])
+    alone = robot.observation(pre_robot({k: v for k, v in one.items() if k not in ('episode_index', 'frame_index')}))
+    assert len(mixed.views) == len(slots) and all(torch.equal(a, b) for a, b in zip(mixed.views, alone.views)) and torch.equal(mixed.history, alone.history)
+    assert [max(v.shape[-2:]) for v in mixed.views] == [28 if s.startswith('wrist') else 56 for s in data.slots]
+
+
+@pytest.mark.parametrize('cameras, words', [({'primary': 'a', 'primary_2': 'b'}, "camera slot 'primary_2' would be a second primary view; call it 'secondary_2'"),
+                                            ({'primary': 'a', 'wrist': 'a'}, "camera 'a' stands in 2 slots; give it one")])
+def test_slots_that_cannot_be_roles(cameras, words):
+    with pytest.raises(ValueError, match=words): DatasetSpec('d', cameras)

@@ -1,5 +1,5 @@
 """The policy server from the outside: the demonstration's checkpoint, its command, a raw socket, LeRobot's asynchronous robot client."""
-import asyncio, json, re, signal, socket, subprocess, sys, threading, time
+import asyncio, json, logging, re, shutil, signal, socket, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +14,7 @@ from websockets.exceptions import ConnectionClosed
 
 from halo.evaluate import load_policy
 from halo.serve import HaloEngine, LeRobotEngine, Limits, PolicyClient, PolicyServer, Refused, Session, Worker, key_map, make_engine, open_policy, packb, read_request, running, unpackb
+from halo.serve import main as serve_command
 
 root = Path(__file__).resolve().parent.parent
 checkpoint = root/'checkpoints/flash_place/full'
@@ -235,3 +236,238 @@ def test_lerobots_asynchronous_robot_client(engine, monkeypatch, tmp_path):
     asked = [t for t, _ in watched]
     assert asked[0] == 0 and asked == sorted(asked) and len(asked) < len(client.robot.sent) / 2
     for tick, held in watched[1:]: assert held == list(range(tick + 1))   # every control tick is there
+
+
+# How many actions of an answer are executed (the policy's n_action_steps is 2)
+
+
+def test_the_policys_own_number_of_actions_is_the_default(engine):
+    with running(PolicyServer(engine, port=0)) as address, PolicyClient(address) as c:
+        answers = [c.infer(observation(k)) for k in range(3)]
+        assert [a['tick'] for a in answers] == [0, 2, 4]
+        assert {a['execute'] for a in answers} == {2} and c.metadata['execute'] == 2
+        assert c.frame(observation(4)['images'])['tick'] == 5
+        assert c.infer(observation(5))['tick'] == 6
+        assert c.infer(observation(6, tick=9))['tick'] == 9   # who names ticks is believed
+    with running(PolicyServer(engine, port=0, execute=4)) as address, PolicyClient(address) as c:
+        assert [c.infer(observation(k))['tick'] for k in range(2)] == [0, 4]
+    for wrong in (0, 17):
+        with pytest.raises(ValueError, match=f'execute={wrong} .* chunk of 16'):
+            PolicyServer(engine, execute=wrong)
+
+
+def test_our_players_execute_what_the_answer_says(engine):
+    from halo.benchmarks import ServedPolicy
+    from halo.thin import Player
+    m = observation(0)
+    with running(PolicyServer(engine, port=0)) as address, PolicyClient(address) as a, PolicyClient(address) as b:
+        served, thin = ServedPolicy(a), Player(b)
+        served.reset(1), thin.reset(1)
+        first = served.act(dict(pixels=m['images'], agent_pos=m['state']), m['prompt'])
+        assert np.array_equal(first, thin.act(m['images'], m['state'], m['prompt']))
+        assert len(served.queue) == len(thin.queue) == 1
+        assert served.describe()['executed_actions'] == 2
+
+
+# Where an episode begins
+
+
+@pytest.fixture(scope='module')
+def episode():
+    "The 18 observations of a recorded episode of the demonstration: pictures, state and prompt only."
+    from halo.viz.recording import Recording
+    rec = Recording.load(root/'checkpoints/flash_place/recordings/full.safetensors')
+    return [dict(images={k: rec.record[f'frames.{k}'][t] for k in ('primary', 'wrist')},
+                 state=rec.record['state'][t].astype(np.float32), prompt=rec.task) for t in range(0, len(rec), 2)]
+
+
+@pytest.fixture(scope='module')
+def quick(engine):
+    "The shipped policy's engine, without its model's work."
+    class Quick(HaloEngine):
+        def act(self, session, batch): return np.zeros((16, 4), np.float32)
+    return Quick(engine.policy, engine.pre, engine.post)
+
+
+def play(c, episode, **first):
+    return [c.infer(m | (first if k == 0 else {})) for k, m in enumerate(episode)]
+
+
+def warned(answers):
+    return [k for k, a in enumerate(answers) if 'warning' in a]
+
+
+def test_a_beginning_that_nobody_told_is_noticed_once(quick, episode, caplog):
+    caplog.set_level(logging.WARNING, 'halo.serve')
+    n = len(episode)
+    with running(PolicyServer(quick, port=0)) as address, PolicyClient(address) as c:
+        answers = play(c, episode * 3)
+        told = c.metadata.get('episode', {}).get('start', '')
+    assert warned(answers) == [n] and 'new_episode' not in answers[n]
+    assert 'reset: true' in told
+    text = answers[n]['warning']
+    assert 'picture and state jumped' in text and 'reset: true' in text and f'tick {2 * n} ' in text
+    assert answers[-1]['tick'] == 2 * (3 * n - 1)   # it was only said, nothing was forgotten
+    logged = [r.getMessage() for r in caplog.records]
+    assert len(logged) == 2 and all(text in m for m in logged)   # the server's log and the client's
+
+
+def test_who_tells_the_beginning_is_not_warned(quick, episode):
+    with running(PolicyServer(quick, port=0)) as address, PolicyClient(address) as c:
+        assert not warned(play(c, episode, reset=True) + play(c, episode, reset=True))
+        c.reset()
+        other = [m | dict(prompt='put the puck on the pad that flashed red') for m in episode[5:9]]
+        assert not warned(play(c, episode[:5] + other))   # a new instruction half-way
+        assert not warned(play(c, episode, reset=True, tick=7))
+    with running(PolicyServer(quick, port=0, new_episode='ignore')) as address, PolicyClient(address) as c:
+        assert not warned(play(c, episode * 2))
+
+
+def test_the_server_may_begin_an_episode_itself(engine, quick, episode):
+    n = len(episode)
+    with running(PolicyServer(quick, port=0, new_episode='reset')) as address, PolicyClient(address) as c:
+        begun = play(c, episode * 3)
+    assert [k for k, a in enumerate(begun) if a.get('new_episode')] == [n, 2 * n]
+    assert warned(begun) == [n] and 'began it by itself' in begun[n]['warning']
+    last, first = episode[-8:], episode[:2]
+    with running(PolicyServer(engine, port=0)) as address, PolicyClient(address) as c:
+        told = play(c, last) + play(c, first, reset=True)
+    with running(PolicyServer(engine, port=0, new_episode='reset')) as address, PolicyClient(address) as c:
+        begun = play(c, last + first)
+    assert begun[8]['new_episode'] and warned(begun) == [8]
+    assert all(np.array_equal(a['actions'], b['actions']) and a['tick'] == b['tick'] for a, b in zip(told, begun))
+
+
+def test_frames_in_between_hide_no_beginning(quick, episode):
+    "The picture jumps at a frame, the state at the observation after it."
+    with running(PolicyServer(quick, port=0)) as address, PolicyClient(address) as c:
+        assert not warned(play(c, episode))
+        c.frame(dict(primary=episode[0]['images']['primary']))
+        assert warned([c.infer(episode[0])]) == [0]
+
+
+def test_another_instruction_and_an_endless_episode_are_signs_too(quick, episode):
+    other = 'put the puck on the pad that flashed blue'
+    with running(PolicyServer(quick, port=0, new_episode='reset')) as address, PolicyClient(address) as c:
+        answers = play(c, episode[:3] + [m | dict(prompt=other) for m in episode[3:5]])
+        assert warned(answers) == [3] and other in answers[3]['warning'] and answers[3]['tick'] == 6   # not sure: no reset
+    with running(PolicyServer(quick, port=0, episode_ticks=10)) as address, PolicyClient(address) as c:
+        answers = play(c, episode[:9])
+        assert warned(answers) == [6] and '12 ticks by now, more than 10' in answers[6]['warning']
+    assert PolicyServer(quick).signs.longest == 202   # 5 times the mean of the 400 episodes it was trained on
+
+
+def test_a_refused_message_takes_no_warning_with_it(quick, episode):
+    with running(PolicyServer(quick, port=0)) as address, PolicyClient(address) as c:
+        play(c, episode)
+        with pytest.raises(RuntimeError, match='refused'): c.infer(episode[0] | dict(prompt='word ' * 150))
+        assert warned([c.infer(episode[0])]) == [0]
+
+
+def test_a_robot_that_stood_still_may_start_quickly(quick, episode):
+    still = [episode[0] | dict(state=episode[0]['state'] + np.float32(1e-5 * (k % 3))) for k in range(12)]
+    with running(PolicyServer(quick, port=0)) as address, PolicyClient(address) as c:
+        assert not warned(play(c, still + episode))
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+def test_episodes_over_a_real_connection(tmp_path):
+    command = [sys.executable, 'scripts/episode_check.py', '--episodes', '4', '--more', '4', '--json', str(tmp_path/'e.json')]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(json.loads((tmp_path/'e.json').read_text())['bars'].values())
+
+
+# Messages as large as the policy's pictures
+
+
+@pytest.fixture(scope='module')
+def wide():
+    "An untrained policy with four cameras of 1280×720."
+    from lerobot.configs import FeatureType, PolicyFeature
+    from halo.configuration_halo import HaloConfig
+    from halo.modeling_halo import HaloPolicy
+    from halo.processor_halo import make_halo_pre_post_processors
+    cameras = {f'observation.images.{k}': PolicyFeature(FeatureType.VISUAL, (3, 720, 1280)) for k in ('primary', 'left', 'right', 'wrist')}
+    config = HaloConfig(preset='tiny', device='cpu', chunk_size=4, n_action_steps=4, history_frames=2, history_stride=2, denoising_steps=1,
+                        input_features=cameras | {'observation.state': PolicyFeature(FeatureType.STATE, (4,))},
+                        output_features={'action': PolicyFeature(FeatureType.ACTION, (4,))})
+    stats = {k: dict(mean=torch.zeros(4), std=torch.ones(4)) for k in ('observation.state', 'action')}
+    return HaloEngine(HaloPolicy(config).eval(), *make_halo_pre_post_processors(config, stats))
+
+
+def wide_message(shape=(720, 1280, 3), **more):
+    return dict(images={k: np.zeros(shape, np.uint8) for k in ('primary', 'left', 'right', 'wrist')}, state=np.zeros(4), prompt='go') | more
+
+
+def test_an_observation_fits_whatever_its_cameras(wide):
+    with running(PolicyServer(wide, port=0)) as address, PolicyClient(address) as c:
+        assert c.infer(wide_message())['actions'].shape == (4, 4)
+        past = np.zeros((3, 720, 1280, 3), np.uint8)
+        assert c.infer(wide_message(history=past, history_ticks=[1, 2, 3]))['tick'] == 4
+        assert c.metadata['limits']['message'] > 7 * 720 * 1280 * 3
+
+
+def test_pictures_of_any_size_have_a_generous_limit(wide):
+    resizing = HaloEngine(wide.policy, wide.pre, wide.post, resize=True)
+    with running(PolicyServer(resizing, port=0)) as address, PolicyClient(address) as c:
+        assert c.infer(wide_message((1080, 1920, 3)))['actions'].shape == (4, 4)
+
+
+def test_a_limit_that_holds_no_observation_is_refused(wide):
+    with pytest.raises(ValueError, match=r'8 MiB cannot hold one observation .*primary 720×1280.* --message-mb to 11 or more'):
+        PolicyServer(wide, limits=Limits(message=8 << 20))
+    assert PolicyServer(wide, limits=Limits(message=11 << 20)).limits.message == 11 << 20
+
+
+# The command's mistakes: one line and exit status 1
+
+
+@pytest.fixture
+def folders(tmp_path):
+    "Folders that are no policy: empty, without weights, of an unknown kind, not JSON, with torn weights."
+    made = {name: tmp_path/name for name in ('empty', 'bare', 'unknown', 'text', 'list', 'torn')}
+    for f in made.values(): f.mkdir()
+    (made['unknown']/'config.json').write_text('{"type": "clairvoyance"}')
+    (made['text']/'config.json').write_text('policy')
+    (made['list']/'config.json').write_text('[1]')
+    for f in checkpoint.iterdir():
+        if f.suffix in ('.json', '.safetensors'): shutil.copy(f, made['torn']/f.name)
+    (made['torn']/'model.safetensors').write_bytes(b'torn')
+    made['bare'] = root/'checkpoints/baselines/act'
+    return {k: str(v) for k, v in made.items()} | dict(none=str(tmp_path/'none'))
+
+
+def test_the_command_fails_in_one_line(folders, tmp_path, capsys):
+    from halo.cli import main as halo
+    (tmp_path/'blank').write_text('\n')
+    (tmp_path/'two').write_text('one\ntwo\n')
+    good = ['--policy', str(checkpoint)]
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        busy = str(taken.getsockname()[1])
+        cases = [(['--policy', folders[k]], words) for k, words in dict(none='config.json is missing', empty='config.json is missing', bare='model.safetensors is missing', unknown='clairvoyance', text='does not describe a policy', list='does not describe a policy', torn='torn').items()]
+        cases += [(good + more.split(), words) for more, words in {
+            f'--port {busy}': f'cannot listen on 127.0.0.1:{busy}', '--port 80000': '--port 80000', '--port -1': '--port -1', '--host 203.0.113.7': 'cannot listen on 203.0.113.7', '--host no.such.host.invalid': 'cannot listen on no.such',
+            '--batch 0': '--batch 0', '--threads 0': '--threads 0', '--threads -2': '--threads -2', '--execute 0': '--execute 0', '--execute 99': 'chunk of 16', '--clients 0': '--clients 0', '--idle -1': '--idle -1', '--wait nan': '--wait nan', '--seed -1': '--seed -1',
+            '--message-mb 0': '--message-mb 0', '--message-mb 0.1': 'cannot hold one observation', '--device abacus': '--device abacus', '--device meta': '--device meta', '--key a=b': "key map 'a=b'", '--episode-ticks 0': '--episode-ticks 0',
+            f'--token-file {tmp_path}': 'cannot be read', f'--token-file {tmp_path}/none': 'cannot be read', f'--token-file {tmp_path}/blank': 'is empty', f'--token-file {tmp_path}/two': 'more than one token'}.items()]
+        for argv, words in cases:
+            argv = argv if '--port' in argv else [*argv, '--port', '0']
+            assert halo(['serve', *argv]) == 1, argv
+            err = capsys.readouterr().err
+            assert err.startswith('halo serve: ') and words in err and err.count('\n') == 1, (argv, err)
+
+
+def test_the_command_fails_in_one_line_as_a_process():
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        command = [sys.executable, '-m', 'halo.serve', '--policy', str(checkpoint), '--port', str(taken.getsockname()[1])]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith('halo serve: cannot listen on 127.0.0.1') and done.stderr.count('\n') == 1
+
+
+def test_help_says_how_an_episode_begins(capsys):
+    with pytest.raises(SystemExit): serve_command(['--help'])
+    text = capsys.readouterr().out
+    assert 'reset: true' in text and '"execute"' in text and '--new-episode' in text

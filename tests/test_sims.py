@@ -188,3 +188,13 @@ def test_the_scoring_form_in_a_browser(tmp_path):
         d.value.save_as(tmp_path/'trials.json'); b.close()
     doc = read_form(sheet, tmp_path/'trials.json', tmp_path/'result.json')
     assert not errors and [e['success'] for e in doc['episodes']] == [True, True] and [e['note'] for e in doc['episodes']] == ['note 0', 'note 1']
+
+
+@pytest.mark.parametrize('names', [('image', 'wrist_image'), ('camera1', 'camera2')], ids=['lerobot 0.6.1', 'its successor'])
+def test_robomme_whatever_its_cameras_are_called(names):
+    from halo.memory import RoboMME
+    env = object.__new__(RoboMME)
+    env.prompt = 'press the button'
+    front, wrist = (np.full((4, 4, 3), i, np.uint8) for i in (1, 2))
+    images, state, _ = env.seen(dict(pixels=dict(zip(names, (front, wrist))), agent_pos=np.zeros(8)))
+    assert images['primary'] is front and images['wrist'] is wrist

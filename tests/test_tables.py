@@ -82,7 +82,7 @@ def test_broken_results_are_named(tmp_path, content, word):
 
 
 def test_ablation_refuses_other_weights(tmp_path):
-    with pytest.raises(FileNotFoundError, match='demo-train'): T.ablation(tmp_path)
+    with pytest.raises(FileNotFoundError, match='train-from-scratch'): T.ablation(tmp_path)
     for name in T.ABLATION:
         (tmp_path / name).mkdir()
         for f in ('evaluation.json', 'model.safetensors'): shutil.copy(T.ABLATIONS / name / f, tmp_path / name / f)

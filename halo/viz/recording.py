@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 from PIL import Image
+from .. import files
 from ..evaluate import write_whole
 
 # %% auto #0
@@ -117,7 +118,7 @@ NAMES = dict(state=['hand x / m', 'hand y / m', 'hand z / m', 'gripper opening']
 
 def telling_seed(checkpoints: str | Path) -> int:
     "The first evaluation seed on which `full` succeeds and `no_history` chose a wrong pad. Raises `ValueError` if there is none."
-    rows = {n: json.loads((Path(checkpoints) / n / 'evaluation.json').read_text())['episodes'] for n in ('full', 'no_history')}
+    rows = {n: json.loads(files.locatefiles.locate(Path(checkpoints) / n / 'evaluation.json').read_text())['episodes'] for n in ('full', 'no_history')}
     for a, b in zip(rows['full'], rows['no_history']):
         if a['success'] and not b['success'] and b['placed'] >= 0 and a['seed'] == b['seed']: return a['seed']
     raise ValueError(f"no seed of {checkpoints} tells full and no_history apart; name one with --seed")
@@ -155,12 +156,12 @@ def record_expert(seed: int) -> Recording:
 def main(argv: list[str] | None = None) -> int:
     "The command `python -m halo.viz.recording`: writes the recordings that the explorers use."
     p = argparse.ArgumentParser(prog='python -m halo.viz.recording', description='Record one evaluation seed under every shipped policy and the expert.')
-    p.add_argument('--checkpoints', type=Path, default=Path('checkpoints/flash_place')); p.add_argument('--seed', type=int); p.add_argument('--out', type=Path)
+    p.add_argument('--checkpoints', type=Path, default=files.place('checkpoints/flash_place')); p.add_argument('--seed', type=int); p.add_argument('--out', type=Path)
     a = p.parse_args(argv)
     try:
         seed, out = telling_seed(a.checkpoints) if a.seed is None else a.seed, a.out or a.checkpoints / 'recordings'
         for name in ('full', 'no_history', 'no_salr', 'expert'):
-            r = record_expert(seed) if name == 'expert' else record_policy(a.checkpoints / name, seed)
+            r = record_expert(seed) if name == 'expert' else record_policy(files.locate(a.checkpoints / name), seed)
             f = r.save(out / f'{name}.safetensors')
             print(f"{name:10} seed {seed}, {len(r)} ticks, {'success' if r.success else 'failure'}, {f.stat().st_size / 1e3:.0f} kB in {f}")
     except (ValueError, OSError) as e: print(e, file=sys.stderr); return 1
@@ -170,12 +171,9 @@ if __name__ == '__main__' and globals().get('__spec__') is not None: sys.exit(ma
 
 # %% ../../nbs/14b_recording.ipynb #e334c574
 def shipped(name: str = 'full') -> Recording:
-    "A recording that comes with the repository: 'full', 'no_history', 'no_salr' or 'expert'."
+    "A recording that comes with HALO: 'full', 'no_history', 'no_salr' or 'expert'."
     return Recording.load(shipped_folder() / 'recordings' / f'{name}.safetensors')
 
 def shipped_folder() -> Path:
-    "`checkpoints/flash_place` of this checkout."
-    here = [d / 'checkpoints/flash_place' for d in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[2] if '__file__' in globals() else Path.cwd())]
-    for d in here:
-        if d.exists(): return d
-    raise FileNotFoundError("checkpoints/flash_place was not found from here; run from a checkout of the repository")
+    "`checkpoints/flash_place` as it comes with HALO."
+    return files.shipped('checkpoints/flash_place')

@@ -153,7 +153,7 @@ def _png(image: np.ndarray) -> bytes:
 def need_rerun():
     "The Rerun SDK. Raises `ImportError` with the way to get it."
     try: import rerun
-    except ImportError as e: raise ImportError('the Rerun export needs rerun-sdk: pip install -e ".[viz]"') from e
+    except ImportError as e: raise ImportError("the Rerun export needs rerun-sdk: pip install 'lerobot_policy_halo[viz]'") from e
     return rerun
 
 def to_rerun(rec: Recording, path: str | Path, film: AttentionFilm | None = None, paths=hand_paths) -> Path:

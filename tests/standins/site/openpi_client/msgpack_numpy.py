@@ -1,0 +1,1 @@
+from halo.serve import packb, unpackb  # noqa: F401
