@@ -263,7 +263,7 @@ def test_a_planted_fault_is_found(name, base, tmp_path, capsys):
 
 
 def test_all_faults_together(fast, tmp_path, capsys):
-    "Twenty-five kinds in one dataset, and not one hides another."
+    "Twenty-four kinds in one dataset, and not one hides another."
     root = shutil.copytree(fast, tmp_path/'d')
     def run_back(t): return t - .3
     for damage in (reencode(FRONT, lambda f: [f.__setitem__(i, f[48]) for i in range(48, 70)]), widen('observation.state', 14),
