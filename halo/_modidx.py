@@ -1424,6 +1424,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'halo.twoarms.Desk.rest': ('your_robot.html#desk.rest', 'halo/twoarms.py'),
                               'halo.twoarms.Desk.see': ('your_robot.html#desk.see', 'halo/twoarms.py'),
                               'halo.twoarms.Desk.step': ('your_robot.html#desk.step', 'halo/twoarms.py'),
+                              'halo.twoarms.Desk.touched': ('your_robot.html#desk.touched', 'halo/twoarms.py'),
                               'halo.twoarms.TwoArms': ('your_robot.html#twoarms', 'halo/twoarms.py'),
                               'halo.twoarms.TwoArms.__init__': ('your_robot.html#twoarms.__init__', 'halo/twoarms.py'),
                               'halo.twoarms.TwoArms.action_features': ('your_robot.html#twoarms.action_features', 'halo/twoarms.py'),

@@ -20,7 +20,7 @@ JOINTS = [f'{side}_{k}.pos' for side in ('left', 'right') for k in range(7)]
 CAMERAS = {'overhead': (96, 128), 'left_hand': (60, 80), 'right_hand': (72, 96)}   # height, width in pixels
 TASKS = ('touch the red button', 'touch the blue button')
 BASES, LINKS = np.array([[-0.35, 0.0], [0.35, 0.0]]), (0.38, 0.32)                 # m
-REST = np.array([2.0, -1.2])                          # shoulder, elbow of a resting left arm, rad
+REST = np.array([2.4, -2.4])                          # shoulder, elbow of a resting left arm, rad
 TOUCH = 0.06                                          # m between hand and button that count as a touch
 COLOURS = {'red': (200, 50, 45), 'blue': (50, 80, 200)}
 
@@ -95,8 +95,12 @@ class Desk:
         move = np.clip(np.asarray(target, np.float64) - self.joints, -3 / FPS, 3 / FPS)
         move[6] = 0.0
         self.joints, self.ticks = self.joints + move, self.ticks + 1
+        self.success |= self.touched()
+
+    def touched(self) -> bool:
+        "Whether a hand is on the button that the task names."
         place = self.buttons[self.task.split()[2]]
-        self.success |= any(np.linalg.norm(tip - place) < TOUCH for *_, tip in self.hands())
+        return any(np.linalg.norm(tip - place) < TOUCH for *_, tip in self.hands())
 
 def full(two: np.ndarray) -> np.ndarray:
     "Seven joints from shoulder and elbow: four that follow, and a gripper."
