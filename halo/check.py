@@ -1136,6 +1136,7 @@ def run_file(case: Case, steps: int = 20000) -> str:
     local = Path(case.name).exists()
     data = dict(root=case.name if local else str(case.root), repo_id=hub_id(case))
     data |= dict(store=case.store) if case.store else {}
+    data |= dict(tolerance_s=case.tolerance) if case.tolerance != 1e-4 else {}
     run, words = run_fields(case, steps)
     out = dict(data=data, policy=case.advice, run=run, out=f'runs/{short_name(case)}')
     text = yaml.safe_dump(out, sort_keys=False, default_flow_style=None, width=100)

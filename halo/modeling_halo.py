@@ -50,17 +50,20 @@ def with_dimensions(x: Tensor, d: int) -> Tensor:
         return x
     return x[..., None]
 
-def present_state(x: Tensor, d: int) -> Tensor:
-    "The present state (b, d) of (b, d), or of (b, T, d) with the present one last. Raises `ValueError` for another size."
-    x = with_dimensions(x, d)
-    x = x[:, -1] if x.ndim == 3 else x
-    if x.ndim != 2 or x.shape[-1] != d:
+def present_state(x: Tensor, d: int, frames: int = 1) -> Tensor:
+    """The present state (b, d) of (b, d), or of (b, frames, d) with the present one last.
+
+    Raises `ValueError` for another size: three numbers are three moments of a one-number state only where `frames` says so.
+    """
+    full = with_dimensions(x, d) if x.ndim < 2 or x.shape[1] in (1, frames) else x
+    now = full[:, -1] if full.ndim == 3 else full
+    if now.ndim != 2 or now.shape[-1] != d:
         raise ValueError(f"{OBS_STATE!r} has shape {tuple(x.shape)}; the policy reads (batch, {d})")
-    if not torch.isfinite(x).all():
-        row = int((~torch.isfinite(x).all(1)).nonzero()[0])
-        raise ValueError(f"{OBS_STATE!r} of shape {tuple(x.shape)} holds NaN or infinity in row {row}; "
+    if not torch.isfinite(now).all():
+        row = int((~torch.isfinite(now).all(1)).nonzero()[0])
+        raise ValueError(f"{OBS_STATE!r} of shape {tuple(now.shape)} holds NaN or infinity in row {row}; "
                          "look at the sensor, or clean the dataset")
-    return x
+    return now
 
 # %% ../nbs/09_modeling.ipynb #c9d0c005
 def check_picture(key: str, x: Tensor) -> Tensor:
@@ -212,12 +215,13 @@ def observation(self: HaloPolicy, batch: dict, history: tuple[Tensor, Tensor] | 
     first = next(iter(present))
     if history is None and 'observation.history' in batch:
         history = downsample(batch['observation.history'], s.history_size), batch['observation.history_mask'].bool()
+    frames = present[first].shape[1] if present[first].ndim == 5 else 1
     if present[first].ndim == 5:
         past, exists, _ = split_frames(batch, first, s.history_frames)
         exists = drop_oldest(exists, s.history_hop, s.history_stride)
         history = history or (downsample(past, s.history_size), exists)
         present = {k: x[:, -1] for k, x in present.items()}
-    state = present_state(batch[OBS_STATE], self.config.robot_state_feature.shape[0])
+    state = present_state(batch[OBS_STATE], self.config.robot_state_feature.shape[0], frames)
     if history is None:
         raise ValueError("this batch has no history; load it with the policy's observation_delta_indices "
                          "or through halo.data.HistoryDataset")

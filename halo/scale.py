@@ -569,7 +569,9 @@ CHECKS = ('allow_short', 'tolerance_s')   # of the data, in a run's file
 
 def read_config(file: str | Path, changes: list[str] = ()) -> dict:
     "A run's file with `--set` changes applied: {data, policy, run (`ScaleConfig`), out, batch}. Raises `ValueError` for unknown keys."
-    c = yaml.safe_load(locate(file).read_text()) or {}
+    try: c = yaml.safe_load(locate(file).read_text()) or {}
+    except yaml.YAMLError as e: raise ValueError(f"{Path(file).name} is not YAML ({str(e).splitlines()[0]}); correct it") from e
+    if not isinstance(c, dict): raise ValueError(f"{Path(file).name} holds a {type(c).__name__}; give data, policy, run, out")
     for change in changes:
         key, eq, value = change.partition('=')
         if not eq: raise ValueError(f'--set {change!r} is not key=value; write e.g. --set run.steps=10')

@@ -450,3 +450,18 @@ def test_a_run_that_cannot_begin_is_one_line(tmp_path, capsys):
     assert S.main([str(run), '--device', 'cpu']) == 1
     assert capsys.readouterr().err.strip().endswith('set --policy.max_state_dim=14 for a new policy (a trained one cannot grow)')
     assert S.main([str(tmp_path/'none.yaml')]) == 1 and 'none.yaml' in capsys.readouterr().err
+
+
+def test_three_numbers_are_no_moments_of_a_one_number_state(tmp_path):
+    "A rollout's state of another length is refused, also where the policy's has one number."
+    record(tmp_path/'data', state=1)
+    policy, pre, _ = loaded(made(tmp_path/'data'))
+    with pytest.raises(ValueError, match=r"'observation.state' has shape \(1, 3\); the policy reads \(batch, 1\)"):
+        policy.select_action(pre(robot(policy, **{OBS_STATE: torch.zeros(3)})))
+
+
+def test_a_run_file_that_is_no_yaml_is_named(tmp_path):
+    import halo.scale as S
+    (tmp_path/'broken.yaml').write_text('data: {root: [')
+    with pytest.raises(ValueError, match='broken.yaml is not YAML'):
+        S.read_config(tmp_path/'broken.yaml')
