@@ -18,24 +18,26 @@ from tqdm import tqdm
 from .config import ModelConfig, PRESETS, one_of, preset
 from .configuration_halo import HaloConfig, assign_roles
 from .data import (View, as_meta, camera_size, check_fps, check_stats, check_tasks,
-                       check_vectors, column_array, episode_bounds, episode_frames,
-                       fit_shape, matrix, tasks_by_index)
+                       check_vectors, column_array, default_store, depth_cameras,
+                       episode_bounds, episode_frames, fit_shape, matrix, picture_shape,
+                       policy_sizes, stamp_gaps, tasks_by_index, view_limit)
 from .sampling import downsample
 
 # %% auto #0
 __all__ = ['SEVERITIES', 'AGAIN', 'RECOMPUTE', 'SIZES', 'OLD', 'VECTORS', 'INDEX', 'CODEC', 'FAR', 'CHECKS', 'MANY', 'COLOURS',
            'Finding', 'error', 'warning', 'note', 'refusal', 'first_line', 'drop', 'model_of', 'check_folder',
-           'open_folder', 'fetched', 'channels', 'Case', 'size_of', 'advised', 'short_name', 'headline', 'full_name',
-           'dense', 'Rows', 'read_tables', 'read_rows', 'check_index', 'check_files', 'spoken', 'row_fault',
-           'check_rows', 'check_roles', 'limit_of', 'check_pictures', 'Clip', 'clips', 'Header', 'probe', 'clip_faults',
-           'check_videos', 'sample_ticks', 'sample_episodes', 'thumbnails', 'trimmed', 'movement', 'same', 'longest',
-           'hang', 'stale', 'picture_faults', 'check_frames', 'check_sizes', 'check_rate', 'check_columns',
-           'check_numbers', 'label', 'check_spread', 'check_outliers', 'spans', 'check_episode_units', 'follows',
-           'check_units', 'stamp_fault', 'check_stamps', 'check_statistics', 'statistic_faults', 'foreign', 'counter',
-           'check_instructions', 'check_lengths', 'check_history', 'store_bytes', 'free_bytes', 'check_disk', 'card',
-           'planned', 'training_bytes', 'check_memory', 'tried', 'examine', 'plain', 'hub_id', 'train_command',
+           'open_folder', 'fetched', 'Case', 'size_of', 'advised', 'short_name', 'headline', 'full_name', 'dense',
+           'Rows', 'read_tables', 'read_rows', 'check_index', 'check_files', 'spoken', 'row_fault', 'check_rows',
+           'check_camera_roles', 'any_roles', 'check_pictures', 'limit_field', 'Clip', 'clips', 'Header', 'probe',
+           'clip_faults', 'check_videos', 'sample_ticks', 'sample_episodes', 'picture_stamps', 'meets_pictures',
+           'thumbnails', 'trimmed', 'movement', 'same', 'longest', 'hang', 'stale', 'picture_faults', 'check_frames',
+           'check_sizes', 'check_rate', 'check_columns', 'check_numbers', 'label', 'check_spread', 'check_outliers',
+           'spans', 'check_episode_units', 'follows', 'check_units', 'stamp_fault', 'as_filmed', 'check_stamps',
+           'check_statistics', 'statistic_faults', 'foreign', 'counter', 'check_instructions', 'check_lengths',
+           'check_history', 'store_sizes', 'store_bytes', 'free_bytes', 'check_disk', 'card', 'planned',
+           'training_bytes', 'check_memory', 'quiet', 'tried', 'examine', 'plain', 'flat', 'hub_id', 'train_command',
            'fitted', 'run_fields', 'run_file', 'lines', 'status', 'report', 'indented', 'as_json', 'draw_findings',
-           'policy_fields', 'write_whole', 'parser', 'case_of', 'quiet', 'answer', 'main']
+           'policy_fields', 'write_whole', 'parser', 'case_of', 'answer', 'main']
 
 # %% ../nbs/10c_check.ipynb #d2235eeb
 SEVERITIES = ('error', 'warning', 'note')
@@ -93,16 +95,16 @@ SIZES = ('max_state_dim', 'max_action_dim')
 def model_of(policy: dict) -> ModelConfig:
     "The model that fields of `HaloConfig` describe. Raises `ValueError` for unknown ones."
     known = {f.name for f in fields(HaloConfig)}
-    late = {k: policy[k] for k in SIZES if k in policy and k not in known}
-    if unknown := sorted(set(policy) - known - set(late)):
+    if unknown := sorted(set(policy) - known):
         raise ValueError(f"--policy.{unknown[0]} is no field of HALO's configuration; "
                          "lerobot-train --policy.type=halo --help lists them")
     try:
-        model = HaloConfig(**{k: v for k, v in policy.items() if k not in late}).model
-        return model.but(**late)
-    except TypeError as e:
-        raise ValueError(f'the policy {policy} makes no model ({e}); correct its '
-                         'values') from e
+        return HaloConfig(**policy).model
+    except ValueError:
+        raise
+    except Exception as e:
+        raise ValueError(f'the policy {policy} makes no model ({first_line(e)}); correct '
+                         'its values') from e
 
 # %% ../nbs/10c_check.ipynb #7d234ad9
 OLD = ('meta/episodes.jsonl', 'meta/tasks.jsonl')     # of LeRobot's format before 3.0
@@ -150,12 +152,6 @@ def fetched(name: str, deep: bool) -> Path:
 
 # %% ../nbs/10c_check.ipynb #fb5e032a
 VECTORS = ('observation.state', 'action')
-
-def channels(feature: dict) -> int:
-    "Channels of a camera's pictures."
-    shape, names = feature['shape'], list(feature.get('names') or ())
-    first = len(names) == 3 and str(names[0]).startswith('channel')
-    return int(shape[0] if first else shape[-1])
 
 @dataclass
 class Case:
@@ -210,16 +206,10 @@ class Case:
 from fastcore.basics import patch
 
 @patch(as_prop=True)
-def depth(self: Case) -> list[str]:
-    "Cameras that give distances, not pictures."
-    one = [k for k in self.meta.camera_keys if channels(self.meta.features[k]) == 1]
-    return sorted({*self.meta.depth_keys, *one})
-
-@patch(as_prop=True)
 def cameras(self: Case) -> list[str]:
     "Cameras that HALO can read."
-    return [k for k in self.meta.camera_keys
-            if k not in self.depth and channels(self.meta.features[k]) == 3]
+    out = [k for k in self.meta.camera_keys if k not in depth_cameras(self.meta)]
+    return [k for k in out if picture_shape(self.meta, k)[2] == 3]
 
 @patch(as_prop=True)
 def roles(self: Case) -> dict[str, str]:
@@ -419,14 +409,18 @@ def check_rows(case: Case):
         yield error('rows-stray', spoken(stray.tolist()), f'the parquet files hold rows of '
                     f'{spoken(stray.tolist())}, which meta/episodes does not know', AGAIN)
 
-# %% ../nbs/10c_check.ipynb #4fb8ee6c
-def check_roles(case: Case):
+# %% ../nbs/10c_check.ipynb #08df6f15
+def check_camera_roles(case: Case):
     "Cameras and their roles; which is primary."
-    for c in case.depth:
+    for c in case.meta.camera_keys:
+        if len(size := tuple(case.meta.features[c]['shape'])) != 3:
+            yield error('picture-shape', c, f'camera {c} has shape {size} in '
+                        'meta/info.json', 'write (height, width, channels) there')
+    for c in depth_cameras(case.meta):
         yield note('depth', c, f'camera {c} is a depth map and is left out',
                    'HALO reads pictures')
-    for c in set(case.meta.camera_keys) - {*case.depth, *case.cameras}:
-        n = channels(case.meta.features[c])
+    for c in set(case.meta.camera_keys) - {*depth_cameras(case.meta), *case.cameras}:
+        n = picture_shape(case.meta, c)[2]
         yield error('channels', c, f'camera {c} has {n} channels', 'record it as RGB')
     if not case.cameras:
         yield error('no-camera', 'dataset', 'the dataset has no camera that HALO can read',
@@ -441,31 +435,35 @@ def check_roles(case: Case):
         yield error('primary', ', '.join(case.cameras), text.replace('?', ':'),
                     fix.replace('one of them', f'one, e.g. {case.cameras[0]}'))
 
-# %% ../nbs/10c_check.ipynb #87a53061
-def limit_of(case: Case, camera: str) -> int:
-    "Longest side of a camera's current view in pixels; 0 keeps the camera's."
-    s, wrist = case.model.sampling, case.roles.get(camera) == 'wrist'
-    return s.wrist_size if wrist and s.wrist_size else s.view_size
+# %% ../nbs/10c_check.ipynb #63c63682
+def any_roles(case: Case) -> dict[str, str]:
+    "The cameras' roles; the first is primary where that is not clear."
+    rest = {c: 'secondary' for c in case.cameras[1:]}
+    return case.roles or {c: 'primary' for c in case.cameras[:1]} | rest
 
 def check_pictures(case: Case):
     "Size of every camera's pictures, as recorded and as read."
-    factor = case.model.vision.factor
-    for c in case.cameras:
+    factor, s = case.model.vision.factor, case.model.sampling
+    for c, role in any_roles(case).items():
         h, w = camera_size(case.meta, c)
-        y, x = fit_shape(h, w, View(factor, limit_of(case, c)))
+        y, x = fit_shape(h, w, View(factor, view_limit(s, role)))
         bent = abs(y * w / (x * h) - 1)
         said = f'camera {c} is {h} x {w} and is read at {y} x {x}'
         said += f' ({y * x // factor**2} tokens)'
         said += f', {bent:.0%} off its shape' if bent > .02 else ''
-        if bent > .25:
-            yield warning('shape', c, said, 'crop it nearer to a square, or record it '
-                          'larger')
+        if bent > .5:
+            yield warning('shape', c, said, 'crop it nearer to a square, or let it be read '
+                          f'larger ({limit_field(role)})')
         elif min(h, w) < factor:
             yield warning('tiny-picture', c, said, f'record at least {factor} pixels a '
                           'side')
         else:
-            yield note('picture', c, said, 'view_size and wrist_size of the preset set the '
-                       'limit')
+            yield note('picture', c, said, f'{limit_field(role)} changes the limit')
+
+def limit_field(role: str) -> str:
+    "The field that limits a view's longest side."
+    name = 'wrist_size' if role == 'wrist' else 'view_size'
+    return f'--policy.model.sampling.{name}=PIXELS'
 
 # %% ../nbs/10c_check.ipynb #6b38c9a9
 @dataclass(frozen=True)
@@ -587,12 +585,28 @@ def sample_episodes(case: Case, camera: str) -> list[int]:
     ends = {at[c.episodes[-1]] for c in files[:8]}
     return sorted((some | ends) & {at[k] for c in files for k in c.episodes})
 
+def picture_stamps(case: Case, camera: str, e: int) -> np.ndarray:
+    "When an episode's pictures are to be found, s: at its stamps if there, else i / fps."
+    even, k = np.arange(case.lengths[e]) / case.fps, case.numbers[e]
+    t = case.rows.get('timestamp', k)
+    if t is None or len(t) != len(even) or np.abs(t - even).max() < 1e-4:
+        return even
+    return t if meets_pictures(case, camera, e, t) else even
+
+def meets_pictures(case: Case, camera: str, e: int, stamps: np.ndarray) -> bool:
+    "Whether all stamps of the episode at position `e` have a picture within the tolerance."
+    try:
+        return bool((stamp_gaps(case.meta, camera, e, stamps) < case.tolerance).all())
+    except (OSError, ValueError, IndexError):     # a video that others complain about
+        return False
+
 def thumbnails(case: Case, camera: str, e: int, ticks: np.ndarray) -> torch.Tensor:
     "Frames of the episode at position `e`, (k, 3, 56, 56) uint8. Raises `ValueError`."
     video = camera in case.meta.video_keys
-    stamps = ticks / case.fps if video else np.arange(case.lengths[e])
-    small = [downsample(x, 56) for x in episode_frames(case.meta, camera, e, stamps)]
-    return torch.cat(small) if video else torch.cat(small)[ticks]
+    stamps = picture_stamps(case, camera, e)[ticks] if video else np.arange(case.lengths[e])
+    frames = episode_frames(case.meta, camera, e, stamps, case.tolerance)
+    small = torch.cat([downsample(x, 56) for x in frames])
+    return small if video else small[ticks]
 
 # %% ../nbs/10c_check.ipynb #ad696571
 def trimmed(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -717,8 +731,9 @@ def check_sizes(case: Case):
 def _only(meta, missing: str):
     "Metadata as `check_vectors` reads them, in which only `missing` is not there."
     from types import SimpleNamespace
-    whole = {k: dict(shape=(1,)) for k in VECTORS if k != missing}
-    return SimpleNamespace(features=whole, repo_id=meta.repo_id)
+    whole = {k: dict(shape=(1,)) for k in VECTORS if k != missing} | meta.features
+    return SimpleNamespace(features=whole, repo_id=meta.repo_id,
+                           camera_keys=meta.camera_keys)
 
 def check_rate(case: Case):
     "The dataset's rate is the policy's."
@@ -868,6 +883,12 @@ def stamp_fault(t: np.ndarray, fps: float, tolerance: float) -> tuple[str, str, 
         fix = f'train with --tolerance_s={np.ceil(ms + .1) / 1e3:g}'
         return 'stamps', what, fix if off.max() < .4 / fps else ''
 
+def as_filmed(case: Case, k: int, stamps: np.ndarray) -> bool:
+    "Whether every video has its pictures where the stamps of episode `k` are."
+    videos = [c for c in case.cameras if c in case.meta.video_keys]
+    e = case.numbers.index(k)
+    return bool(videos) and all(meets_pictures(case, c, e, stamps) for c in videos)
+
 def check_stamps(case: Case):
     "Time stamps: rate, order, gaps, jitter."
     stamps = [case.rows.get('timestamp', k) for k in case.numbers]
@@ -885,6 +906,8 @@ def check_stamps(case: Case):
             continue                              # said already
         if found := stamp_fault(t, case.fps, case.tolerance):
             code, what, fix = found
+            if code == 'stamps' and as_filmed(case, k, t):
+                continue
             yield error(code, f'episode {k}', f'the time stamps of episode {k} {what}',
                         fix or f'{AGAIN}, or {drop(k)}', k)
 
@@ -1004,13 +1027,15 @@ def check_history(case: Case):
         yield note('history-long', 'dataset', f'{short} of {len(case.lengths)} episodes '
                    'are shorter than the history', 'in them it is never full')
 
-# %% ../nbs/10c_check.ipynb #26f37f04
+# %% ../nbs/10c_check.ipynb #c4d83402
+def store_sizes(case: Case) -> dict:
+    "Entries of the frame store, {name: size}: the history's squares and every view."
+    return policy_sizes(case.meta, case.model, any_roles(case))[0]
+
 def store_bytes(case: Case) -> int:
-    "Bytes of the frame store: the history's squares and every current view."
-    s, f = case.model.sampling, case.model.vision.factor
-    shapes = [fit_shape(*camera_size(case.meta, c), View(f, limit_of(case, c)))
-              for c in case.cameras]
-    shapes += [(s.history_size, s.history_size)] if s.history_frames else []
+    "Bytes of the frame store."
+    shapes = [fit_shape(*camera_size(case.meta, name.partition('@')[0]), size)
+              for name, size in store_sizes(case).items()]
     return 3 * int(case.lengths.sum()) * sum(h * w for h, w in shapes)
 
 def free_bytes(folder: Path) -> int:
@@ -1021,11 +1046,19 @@ def free_bytes(folder: Path) -> int:
 
 def check_disk(case: Case):
     "Room for the frame store."
-    need = store_bytes(case)
-    free = free_bytes(Path(case.store or case.root.parent).absolute())
+    if not case.cameras:
+        return
+    sizes = store_sizes(case)
+    if not case.store and (found := refusal(default_store, case.meta, sizes)):
+        yield error('disk', 'frame store', *found)
+        return
+    at = case.store or default_store(case.meta, sizes)
+    need, free = store_bytes(case), free_bytes(Path(at).absolute())
     said = (f'the frame store of halo train takes {need / 1e9:.2g} GB, '
             f'{free / 1e9:.3g} GB are free')
-    if need > free:
+    if (Path(at)/'store.json').is_file():
+        yield note('disk', 'frame store', 'the frame store is there', 'it is used again')
+    elif need > free:
         yield error('disk', 'frame store', said, 'name a larger disk (--store here, '
                     'data.store there)')
     else:
@@ -1069,11 +1102,24 @@ def check_memory(case: Case):
     else:
         yield note('memory', 'machine', said, 'halo plan counts every part of it')
 
-# %% ../nbs/10c_check.ipynb #ad18494d
-CHECKS = [check_index, check_files, check_rows, check_roles, check_pictures, check_videos,
+# %% ../nbs/10c_check.ipynb #8bff4a70
+CHECKS = [check_index, check_files, check_rows, check_camera_roles, check_pictures,
+          check_videos,
           check_frames, check_sizes, check_rate, check_columns, check_numbers, check_spread,
           check_outliers, check_units, check_stamps, check_statistics, check_instructions,
           check_lengths, check_history, check_disk, check_memory]
+
+@contextmanager
+def quiet():
+    "Without the warnings of LeRobot and the complaints of the video library."
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    av.logging.set_libav_level(av.logging.PANIC)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+        av.logging.set_libav_level(av.logging.INFO)         # its default
 
 def tried(check, case: Case):
     "Findings of `check`, and if it cannot finish, that."
@@ -1085,13 +1131,22 @@ def tried(check, case: Case):
 
 def examine(case: Case, checks=CHECKS) -> list[Finding]:
     "What all `checks` find, errors first."
-    found = [f for check in checks for f in tried(check, case)]
+    with quiet():
+        found = [f for check in checks for f in tried(check, case)]
     return sorted(dict.fromkeys(found), key=lambda f: SEVERITIES.index(f.severity))
 
 # %% ../nbs/10c_check.ipynb #fae8fe68
 def plain(value) -> str:
     "A field's value as LeRobot's command line reads it."
     return json.dumps(value) if isinstance(value, (dict, list, bool)) else f'{value}'
+
+def flat(policy: dict, before: str = '') -> dict:
+    "The fields of a policy, those of its model by dotted names."
+    out = {}
+    for k, v in policy.items():
+        deep = isinstance(v, dict) and (before or k == 'model')
+        out |= flat(v, f'{before}{k}.') if deep else {f'{before}{k}': v}
+    return out
 
 def hub_id(case: Case) -> str:
     "The dataset's id as LeRobot wants it, also where it is a folder."
@@ -1100,7 +1155,7 @@ def hub_id(case: Case) -> str:
 def train_command(case: Case, steps: int = 20000) -> str:
     "The `lerobot-train` command for this dataset."
     words = ['lerobot-train', '--policy.type=halo']
-    words += [f'--policy.{k}={plain(v)}' for k, v in case.advice.items()]
+    words += [f'--policy.{k}={plain(v)}' for k, v in flat(case.advice).items()]
     words += [f'--dataset.repo_id={hub_id(case)}']
     words += [f'--dataset.root={case.name}'] if Path(case.name).exists() else []
     if any(c not in (case.meta.stats or {}) for c in case.cameras):
@@ -1231,8 +1286,12 @@ def policy_fields(argv: list[str]) -> tuple[dict, list[str]]:
         if value is None:
             raise ValueError(f'{word} has no value; write {word}=…')
         try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError as e:
+            *path, last = key.split('.')
+            at = found
+            for part in path:
+                at = at.setdefault(part, {})
+            at[last] = yaml.safe_load(value)
+        except (yaml.YAMLError, AttributeError, TypeError) as e:
             raise ValueError(f'{word} cannot be read; write it as lerobot-train takes '
                              'it') from e
     found.pop('type', None)
@@ -1286,18 +1345,6 @@ def case_of(a: argparse.Namespace, policy: dict) -> Case:
         raise ValueError(f'--batch={a.batch} and --steps={a.steps} must be 1 or more')
     return Case.open(a.dataset, policy, a.deep, tolerance=a.tolerance_s, gpu=a.gpu,
                      batch=a.batch, store=a.store)
-
-@contextmanager
-def quiet():
-    "Without the warnings of LeRobot and the complaints of the video library."
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    av.logging.set_libav_level(av.logging.PANIC)
-    try:
-        yield
-    finally:
-        logging.disable(level)
-        av.logging.set_libav_level(av.logging.INFO)         # its default
 
 def answer(argv: list[str]) -> int:
     "Examine, print and write what the arguments ask for. Raises `ValueError`."

@@ -195,6 +195,7 @@ FAULTS = {
     'primary camera unclear': (rename(front='cam_1', wrist='cam_2'), {'primary'}, 'cam_1', 1),
     'no camera': (info(lambda d: [d['features'].pop(k) for k in (FRONT, WRIST)]), {'no-camera'}, 'RGB', 1),
     'four channels': (shape(WRIST, 64, 64, 4), {'channels'}, WRIST, 1),
+    'picture without channels': (shape(WRIST, 64, 64), {'picture-shape'}, '(64, 64)', 1),
     'flat picture': (shape(WRIST, 64, 640, 3), {'shape', 'video-size'}, WRIST, 1),
     'video missing': (lambda r: video(r).unlink(), {'video-missing'}, FRONT, 1),
     'video cut off': (cut(WRIST, .5), {'video-cut', 'frames'}, WRIST, 1),
@@ -210,7 +211,7 @@ FAULTS = {
     'state too large': (widen('observation.state', 14), {'size'}, '--policy.max_state_dim=14', 1),
     'action is a matrix': (shape('action', 2, 3), {'vector'}, '(2, 3)', 1),
     'wrong length': (shape('action', 5), {'length', 'stats-length'}, '6 numbers', 1),
-    'wrong fps': (info(lambda d: d.update(fps=5)), {'fps', 'stamps-rate', 'video-rate', 'video-span', 'frames'}, '10 a second', 1),
+    'wrong fps': (info(lambda d: d.update(fps=5)), {'fps', 'stamps-rate', 'video-rate', 'video-span'}, '10 a second', 1),
     'NaN': (put('action', 1, slice(7, 9), 3, np.nan), {'nan'}, 'action[3] is nan in episode 1 from frame 7 on (2 ', 1),
     'infinity': (put('observation.state', 2, slice(3, 4), 0, -np.inf), {'nan'}, 'observation.state[0] is -inf in episode 2', 1),
     'NaN in time': (cell('timestamp', 0, slice(4, 5), np.nan), {'nan'}, 'timestamp is nan in episode 0 from frame 4', 1),
@@ -333,6 +334,46 @@ def test_room(base, monkeypatch):
     assert status == 0 and bad(found) == {'memory'} and 'a small card has 0' in found['memory'][0]['text']
 
 
+def test_stamps_as_filmed(base, tmp_path):
+    "A trembling clock is no fault where the video has its pictures at the very times that the rows say; training takes it."
+    from fractions import Fraction
+    from halo.data import check_dataset
+    root, late = shutil.copytree(base, tmp_path/'d'), np.random.default_rng(0).integers(0, 5, 72)
+    edit(DATA, lambda t: t.assign(timestamp=(t.timestamp + late / 1000).astype(np.float32)))(root)
+    assert bad(halo_check(root)[1]) == {'stamps'}
+    root = shutil.copytree(root, tmp_path/'filmed')            # LeRobot keeps decoders open, by path
+    for c in (FRONT, WRIST):
+        with av.open(str(video(root, c))) as box: frames = [f.to_ndarray(format='rgb24') for f in box.decode(video=0)]
+        with av.open(str(video(root, c)), 'w') as box:
+            s = box.add_stream('libx264', rate=10, options=dict(g='2', preset='ultrafast'))
+            s.height, s.width, s.pix_fmt, s.time_base = *frames[0].shape[:2], 'yuv420p', Fraction(1, 1000)
+            s.codec_context.time_base = Fraction(1, 1000)
+            for i, f in enumerate([*frames, frames[-1]]):      # one more: torchcodec does not give the last picture of such a file
+                f = av.VideoFrame.from_ndarray(np.ascontiguousarray(f))
+                f.pts, f.time_base = 100 * i + int([*late, 0][i]), Fraction(1, 1000)
+                box.mux(s.encode(f))
+            box.mux(s.encode())
+    status, found = halo_check(root, '--strict')
+    assert status == 0 and not bad(found), bad(found)
+    check_dataset(root, roles={FRONT: 'primary', WRIST: 'wrist'})
+
+
+def test_the_size_of_a_view_is_a_field_too(base, tmp_path, capsys):
+    root = shutil.copytree(base, tmp_path/'d')
+    status, found = halo_check(root, '--policy.model.sampling.wrist_size=28', '--run', tmp_path/'run.yaml')
+    assert status == 0 and any('is read at 28 x 28' in f['text'] for f in found['picture'])
+    import yaml
+    assert '--policy.model.sampling.wrist_size=28' in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path/'run.yaml').read_text())['policy']['model'] == dict(sampling=dict(wrist_size=28))
+    assert cli.main(['check', str(root), '--policy.model.sampling.speed=1']) == 2
+
+
+def test_nowhere_to_write(base, monkeypatch):
+    monkeypatch.setattr('halo.data.writable', lambda folder: False)
+    status, found = halo_check(base)
+    assert status == 1 and bad(found) == {'disk'} and 'HALO_CACHE' in found['disk'][0]['fix']
+
+
 def test_flags_settle_what_they_can(base, tmp_path, capsys):
     root = shutil.copytree(base, tmp_path/'d')
     widen('observation.state', 14)(root)
@@ -438,10 +479,13 @@ def test_as_a_program(base, tmp_path):
 
 @pytest.mark.slow
 def test_the_printed_commands_run(fast, tmp_path):
-    "Both commands of a report train, on data with another rate and an episode of one frame."
+    "Both commands of a report train, on data with another rate, 14 dimensions and an episode of one frame."
     import shlex
     from halo import scale
-    case = Case.open(fast, dict(chunk_size=1, n_action_steps=1, history_frames=2))
+    root = shutil.copytree(fast, tmp_path/'d')
+    widen('observation.state', 14)(root)
+    case = Case.open(root, dict(history_frames=2, model=dict(sampling=dict(wrist_size=28))))
+    assert case.advice.items() >= dict(fps=20, history_stride=12, max_state_dim=14).items()
     words = shlex.split(check.train_command(case, steps=1))
     done = subprocess.run([Path(sys.executable).parent/words[0], *words[1:], '--save_checkpoint=false', '--policy.device=cpu'], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
