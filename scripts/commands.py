@@ -210,7 +210,10 @@ RULES = (
     Rule(r'^make\b', ((r'^make', 'make -o .venv/halo-setup.stamp'),)),
     Rule(r'make .*\b(demo|demo-train)\b', ((r'(demo-train|demo)\b', r'\1 ARGS="--quick --out outputs/demo"'),), slow=True),
     Rule(r'make .*\b(test|test-slow|test-sim|test-gpu|notebooks)$', ((r'$', ' NB=nbs/25_cli.ipynb'),), slow=True),
-    Rule(r'make .*\b(test|test-slow|test-sim|test-gpu)(?![\w-])', ((r'$', ' TESTS="tests/test_tables.py -k sources_of_every_row"'),)),
+    Rule(r'make .*\btest(?![\w-])', ((r'$', ' TESTS="tests/test_tables.py -k sources_of_every_row"'),)),
+    Rule(r'make .*\btest-slow\b', ((r'$', ' TESTS="tests/test_data.py -k killed_build"'),)),
+    Rule(r'make .*\btest-sim\b', ((r'$', ' TESTS="tests/test_evaluate.py -k same_as_lerobot_in"'),)),
+    Rule(r'make .*\btest-gpu\b', ((r'$', ' TESTS=tests/test_gpu.py'),)),          # skipped where there is no GPU
     Rule(r'make .*\btest-browser\b', ((r'$', ' TESTS="tests/test_sims.py -k scoring_form"'),), slow=True),
     Rule(r'make .*\brun$', ((r'$', ' NB=nbs/25_cli.ipynb'),)),
     Rule(r'make .*\brun\b', ((r'nbs/index.ipynb', 'nbs/25_cli.ipynb'),), slow=True),
