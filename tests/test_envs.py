@@ -41,7 +41,7 @@ def test_import_needs_no_simulator():
 def test_missing_simulator_is_one_sentence(monkeypatch):
     def absent(name): raise ModuleNotFoundError(f"No module named '{name.split('.')[0]}'")
     monkeypatch.setattr(E.importlib, 'import_module', absent)
-    with pytest.raises(ImportError, match=r"needs MuJoCo and Meta-World.*pip install -e \.\[sim\]"): E.require_sim()
+    with pytest.raises(ImportError, match=r"needs MuJoCo and Meta-World.*pip install 'lerobot_policy_halo\[sim\]'"): E.require_sim()
 
 
 def test_missing_gl_is_one_sentence(monkeypatch):
