@@ -259,6 +259,23 @@ def test_every_page_opens_quietly_and_fits(served):
 
 
 @browses
+def test_a_twin_that_is_half_read_is_left_alone(served):
+    b, url, _ = served
+    watched = Watched(b, viewport=dict(width=1280, height=900)); page = watched.page
+    page.goto(f'{url}/nbs/15_masks.html'); page.wait_for_load_state('load')
+    page.evaluate('''() => {
+        const late = window.late = document.createElement('iframe'); late.className = 'halo-twin'; document.body.append(late);
+        late.contentDocument.open(); late.contentDocument.write('<html><body><div id="frame"></div>'); }''')
+    page.locator('.quarto-color-scheme-toggle').first.click(); page.wait_for_timeout(100)      # every twin is dressed again, this one while it is being read
+    assert not watched.wrong, watched.wrong
+    page.evaluate('''() => { window.late.contentDocument.write('<script id="spec" type="application/json">{"ratio": 1}</' + 'script></body></html>'); window.late.contentDocument.close(); }''')
+    page.locator('.quarto-color-scheme-toggle').first.click()
+    page.wait_for_function("() => window.late.contentDocument.getElementById('site')")
+    assert not watched.wrong, watched.wrong
+    page.close()
+
+
+@browses
 def test_dark_mode_search_and_the_film(served):
     b, url, _ = served
     watched = Watched(b, viewport=dict(width=1280, height=900), color_scheme='light'); page = watched.page
