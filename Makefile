@@ -34,7 +34,7 @@ demo-train: system ## the demonstration with a policy trained from nothing
 test: system ## every gate, notebook and test that needs neither a GPU nor patience
 	@$(PY) scripts/gates.py
 	@$(OFFLINE) $(RUN) python scripts/test_notebooks.py $(NB)
-	@OMP_NUM_THREADS=1 $(OFFLINE) $(RUN) pytest -q -n 2 --dist loadfile $(TESTS)
+	@OMP_NUM_THREADS=1 $(OFFLINE) $(RUN) pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-slow: system ## the slow cells and tests
 	@$(OFFLINE) $(RUN) python scripts/test_notebooks.py $(NB) --flags "slow sim" --limit 3600

@@ -909,6 +909,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                            'halo.plan.main': ('plan.html#main', 'halo/plan.py'),
                            'halo.plan.memory': ('plan.html#memory', 'halo/plan.py'),
                            'halo.plan.modes': ('plan.html#modes', 'halo/plan.py'),
+                           'halo.plan.parameters_of': ('plan.html#parameters_of', 'halo/plan.py'),
                            'halo.plan.parser': ('plan.html#parser', 'halo/plan.py'),
                            'halo.plan.part_of': ('plan.html#part_of', 'halo/plan.py'),
                            'halo.plan.pieces': ('plan.html#pieces', 'halo/plan.py'),

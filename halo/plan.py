@@ -6,6 +6,7 @@
 from __future__ import annotations
 import argparse, json, math, sys
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from itertools import product
 import torch
 from .config import ModelConfig, SamplingConfig, one_of, preset
@@ -14,10 +15,10 @@ from .sampling import view_shape
 # %% auto #0
 __all__ = ['VIEWS', 'GPUS', 'PARTS', 'CONTEXT', 'SLACK', 'COLOURS', 'Work', 'linear', 'attend', 'Load', 'load_of', 'pieces',
            'vision_work', 'decoder_layer', 'language_work', 'state_work', 'salr_work', 'expert_work', 'tick_cost',
-           'GPU', 'roofline', 'weight_bytes', 'Run', 'modes', 'part_of', 'group_of', 'Weights', 'weights_of',
-           'state_bytes', 'gathered_bytes', 'layer_bytes', 'vision_bytes', 'salr_bytes', 'block_bytes', 'Stage',
-           'stages', 'step_curve', 'memory', 'step_flops', 'Rates', 'step_seconds', 'plan', 'changes', 'advise',
-           'table', 'draw_memory', 'sizes', 'parser', 'run_of', 'tick_table', 'main']
+           'GPU', 'roofline', 'weight_bytes', 'Run', 'modes', 'part_of', 'group_of', 'Weights', 'parameters_of',
+           'weights_of', 'state_bytes', 'gathered_bytes', 'layer_bytes', 'vision_bytes', 'salr_bytes', 'block_bytes',
+           'Stage', 'stages', 'step_curve', 'memory', 'step_flops', 'Rates', 'step_seconds', 'plan', 'changes',
+           'advise', 'table', 'draw_memory', 'sizes', 'parser', 'run_of', 'tick_table', 'main']
 
 # %% ../nbs/21_plan.ipynb #9380d431
 @dataclass(frozen=True)
@@ -268,17 +269,26 @@ class Weights:
     wide: bool      # float32 whatever the rest is
     adapters: int   # parameters of LoRA's matrices
 
-def weights_of(run: Run) -> list[Weights]:
-    "All parameters by group and part."
+@lru_cache(maxsize=16)
+def parameters_of(cfg: ModelConfig) -> tuple[tuple[str, tuple[int, ...], bool, bool], ...]:
+    "Name, shape, wide (float32 whatever the rest is), weight of a linear layer: of every parameter."
     from torch import nn
     from halo.model import HaloModel
     from halo.salr import fp32_parameter_names
-    with torch.device('meta'): m = HaloModel(run.model.but(vlm_id='', init='normal'))
-    wide, table = set(fp32_parameter_names(m)), {}
+    with torch.device('meta'):
+        m = HaloModel(cfg.but(vlm_id='', init='normal'))
+    wide = set(fp32_parameter_names(m))
     linear = {n + '.weight' for n, x in m.named_modules() if isinstance(x, nn.Linear)}
-    for n, p in m.named_parameters():
-        key, adapt = (group_of(n), part_of(n), n in wide), run.lora_rank * sum(p.shape) if n in linear and part_of(n) in run.lora_parts else 0
-        a, b = table.get(key, (0, 0)); table[key] = a + p.numel(), b + adapt
+    return tuple((n, tuple(p.shape), n in wide, n in linear) for n, p in m.named_parameters())
+
+def weights_of(run: Run) -> list[Weights]:
+    "All parameters by group and part."
+    table = {}
+    for n, shape, wide, linear in parameters_of(run.model):
+        key = (group_of(n), part_of(n), wide)
+        adapted = linear and part_of(n) in run.lora_parts
+        a, b = table.get(key, (0, 0))
+        table[key] = a + math.prod(shape), b + (run.lora_rank * sum(shape) if adapted else 0)
     return [Weights(g, p, a, w, b) for (g, p, w), (a, b) in table.items()]
 
 # %% ../nbs/21_plan.ipynb #7fcdd294

@@ -22,7 +22,8 @@ class Watched:
         self.page, self.wrong = browser.new_page(**kw), []
         self.page.on('console', lambda m: self.wrong.append(f'console: {m.text}') if m.type == 'error' else None)
         self.page.on('pageerror', lambda e: self.wrong.append(f'error: {e}'))
-        self.page.on('requestfailed', lambda r: self.wrong.append(f'failed: {r.url[:200]} {r.failure}'))
+        # ERR_ABORTED: the browser gave up a request because its page was left; what is missing answers with 404
+        self.page.on('requestfailed', lambda r: None if 'ERR_ABORTED' in str(r.failure) else self.wrong.append(f'failed: {r.url[:200]} {r.failure}'))
         self.page.on('response', lambda r: self.wrong.append(f'{r.status}: {r.url[:200]}') if r.status >= 400 else None)
         self.page.on('request', lambda r: None if re.match(r'(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:|about:|file:', r.url) else self.wrong.append(f'left the machine: {r.url[:200]}'))
 

@@ -48,6 +48,7 @@ def test_ticks_are_halo_s(dataset, tmp_path):
     assert halo.rows.tolist() == list(range(len(B.Demonstrations(dataset, store_root=tmp_path / 's', progress=False))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_killed_training_goes_on(dataset, tmp_path, monkeypatch, name):
     monkeypatch.setattr(B, 'SMOLVLM', str(tmp_path / 'smolvlm'))

@@ -16,7 +16,7 @@ from halo.viz.explorer import CATEGORIES, SIGNED
 from halo.viz.masks import mask_explorer, mask_film, normalized_state, state_explorer
 from halo.viz.recording import Recording
 
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(chromium() is None, reason='NO CHROMIUM HERE: the browser tests did not run; `apt-get install chromium` brings one')]
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.skipif(chromium() is None, reason='NO CHROMIUM HERE: the browser tests did not run; `apt-get install chromium` brings one')]
 shipped = root/'checkpoints/flash_place'
 
 

@@ -51,6 +51,7 @@ def test_resume_goes_on(work):
     assert (work/'out/checkpoints/000003/pretrained_model/model.safetensors').exists()
 
 
+@pytest.mark.slow
 def test_eval_runs_the_registered_environment(work):
     run(bin_dir/'lerobot-eval', f'--policy.path={work}/out/checkpoints/000002/pretrained_model', '--policy.device=cpu', '--env.type=flash_place', '--eval.n_episodes=2', '--eval.batch_size=2', f'--output_dir={work}/eval', cwd=work)
     info = json.loads((work/'eval/eval_info.json').read_text())

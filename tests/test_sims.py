@@ -140,6 +140,7 @@ def rollout(tmp_path, robot, *more, duration=2, seed=0, task='put the puck on th
     return json.loads((tmp_path/'log.json').read_text())
 
 
+@pytest.mark.slow
 def test_lerobot_rollout_drives_a_mock_robot(tmp_path):
     log = rollout(tmp_path, 'mock_arm')
     actions = np.array(log['actions'])

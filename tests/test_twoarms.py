@@ -16,6 +16,7 @@ def test_the_demonstrator_touches_the_named_button():
         assert desk.success, seed
 
 
+@pytest.mark.slow
 def test_lerobot_rollout_drives_it(tmp_path):
     from halo.train import make_policy
     data = record(tmp_path/'data', 1)
