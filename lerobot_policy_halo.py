@@ -4,6 +4,7 @@ LeRobot imports this module because the distribution has the same name; the impo
 `--policy.type=halo`, HALO's processor step, its environments and the robot
 of the chapter on your own robot, so that its commands need no further flag.
 """
+
 import halo.configuration_halo  # noqa: F401
 import halo.envs  # noqa: F401
 import halo.processor_halo  # noqa: F401

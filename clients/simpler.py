@@ -3,14 +3,18 @@
 HALO need not be installed there: this file finds the folder halo/ that it came with, in a
 checkout or in an installation elsewhere. Not verified here.
 """
+
 import sys
 from pathlib import Path
 
-home = next(d for d in Path(__file__).resolve().parents if (d/'halo/__init__.py').exists())
+home = next(
+    d for d in Path(__file__).resolve().parents if (d / 'halo/__init__.py').exists()
+)
 sys.path[0] = str(home)  # for a moment, in place of this folder
-import halo  # noqa: E402
 
-del sys.path[0]  # what lies beside halo (a wheel's site-packages) is not for this interpreter
+# what lies beside halo (a wheel's site-packages) is not for this interpreter
+del sys.path[0]
 from halo.simpler import main  # noqa: E402 - imports numpy and the standard library only
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

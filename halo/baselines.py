@@ -4,11 +4,20 @@
 
 # %% ../nbs/24b_baselines.ipynb #cbeded5d
 from __future__ import annotations
-import argparse, contextlib, copy, importlib, io, json, math, sys, time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+
+import argparse
+import contextlib
+import copy
+import importlib
+import io
+import json
+import sys
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from fastcore.basics import patch
@@ -20,12 +29,44 @@ from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from tqdm.auto import tqdm
-from .data import EpisodeSampler, FrameStore, as_meta, default_store, episode_bounds, matrix, opened, read_columns, tasks_by_index
-from .demo import ACTIONS, CHECKPOINTS, DATA, SEEDS, TRAIN, device
-from .envs import COLOURS, require_sim
-from .evaluate import EvalResult, checkpoint_hash, compare, config_hash, open_envs, policy_folder, run_batch, split_seeds, versions, wilson, write_whole
+
+from halo.data import (
+    EpisodeSampler,
+    FrameStore,
+    as_meta,
+    default_store,
+    episode_bounds,
+    matrix,
+    opened,
+    read_columns,
+    tasks_by_index,
+)
+from .demo import ACTIONS, CHECKPOINTS, DATA, SEEDS, TRAIN
+from .envs import COLOURS
+from halo.evaluate import (
+    EvalResult,
+    checkpoint_hash,
+    compare,
+    config_hash,
+    open_envs,
+    policy_folder,
+    run_batch,
+    split_seeds,
+    versions,
+    wilson,
+    write_whole,
+)
 from .files import locate, place, shipped, shown
-from .train import TrainConfig, load_optimizer, lr_at, find_checkpoint, param_groups, provenance, save_checkpoint, train_step
+from halo.train import (
+    TrainConfig,
+    find_checkpoint,
+    load_optimizer,
+    lr_at,
+    param_groups,
+    provenance,
+    save_checkpoint,
+    train_step,
+)
 from .vlm import tiny_tokenizer
 
 # %% auto #0
@@ -38,73 +79,211 @@ __all__ = ['TINY_SMOLVLM', 'CHUNK', 'SMOLVLM', 'MADE_BY', 'BASELINES', 'SHIPPED'
 @ProcessorStepRegistry.register(name='halo_goal_colour')
 @dataclass
 class GoalColourStep(ObservationProcessorStep):
-    "Adds the colour that the instruction names as a one-hot vector `observation.environment_state` (b, 3), or (b, n, 3) where the state has a time axis."
+    """Adds the colour that the instruction names as a one-hot vector
+    `observation.environment_state` (b, 3), or (b, n, 3) where the state has a time axis.
+    """
+
     colours: list[str] = field(default_factory=lambda: list(COLOURS))
 
-    def get_config(self): return dict(colours=list(self.colours))
-    def transform_features(self, features): return features
+    def get_config(self):
+        return dict(colours=list(self.colours))
+
+    def transform_features(self, features):
+        return features
 
     def observation(self, obs):
         tasks, state = self.transition['complementary_data']['task'], obs[OBS_STATE]
-        hot = torch.stack([self.one_hot(t) for t in ([tasks] if isinstance(tasks, str) else tasks)]).to(state)
-        return obs | {OBS_ENV_STATE: hot if state.ndim == 2 else hot[:, None].expand(-1, state.shape[1], -1)}
+        hot = torch.stack(
+            [self.one_hot(t) for t in ([tasks] if isinstance(tasks, str) else tasks)]
+        ).to(state)
+        return obs | {
+            OBS_ENV_STATE: (
+                hot if state.ndim == 2 else hot[:, None].expand(-1, state.shape[1], -1)
+            )
+        }
 
 # %% ../nbs/24b_baselines.ipynb #ea220139
 @patch
 def one_hot(self: GoalColourStep, task: str) -> torch.Tensor:
-    "(3,) with a one at the colour that `task` names. Raises `ValueError` unless it names exactly one."
+    """(3,) with a one at the colour that `task` names.
+
+    Raises `ValueError` unless it names exactly one.
+    """
     named = [c in task.split() for c in self.colours]
-    if sum(named) != 1: raise ValueError(f"the instruction {task!r} names {sum(named)} goal colours; it must name one of {', '.join(self.colours)}")
+    if sum(named) != 1:
+        raise ValueError(
+            f"the instruction {task!r} names {sum(named)} goal colours; it must name one of"
+            f" {', '.join(self.colours)}"
+        )
     return torch.tensor(named, dtype=torch.float32)
 
 # %% ../nbs/24b_baselines.ipynb #dfdee009
-TINY_SMOLVLM = dict(vision=dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, intermediate_size=192), text=dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=32, intermediate_size=256))
+TINY_SMOLVLM = dict(
+    vision=dict(
+        hidden_size=96, num_hidden_layers=3, num_attention_heads=3, intermediate_size=192
+    ),
+    text=dict(
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        intermediate_size=256,
+    ),
+)
 
-def smolvlm_folder(root: str | Path, image: int = 112, patch: int = 14, vision: dict = TINY_SMOLVLM['vision'], text: dict = TINY_SMOLVLM['text']) -> Path:
-    "A folder with configuration, tokenizer and processor of a SmolVLM (random weights; views of `image` pixels, 2 x 2 patches to a token), made once; the ordinary loaders read it offline."
-    from transformers import PreTrainedTokenizerFast, SmolVLMConfig, SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
+
+def smolvlm_folder(
+    root: str | Path,
+    image: int = 112,
+    patch: int = 14,
+    vision: dict = TINY_SMOLVLM['vision'],
+    text: dict = TINY_SMOLVLM['text'],
+) -> Path:
+    """A folder with configuration, tokenizer and processor of a SmolVLM (random weights;
+    views of `image` pixels, 2 x 2 patches to a token), made once; the ordinary loaders read
+    it offline.
+    """
+    from transformers import (
+        PreTrainedTokenizerFast,
+        SmolVLMConfig,
+        SmolVLMImageProcessor,
+        SmolVLMProcessor,
+        SmolVLMVideoProcessor,
+    )
+
     root = Path(root)
-    if (root / 'config.json').exists(): return root   # written last
-    named = dict(fake_image_token='<fake_token_around_image>', image_token='<image>', global_image_token='<global-img>', end_of_utterance_token='<end_of_utterance>')
-    tok = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, eos_token='<|im_end|>', pad_token='<|endoftext|>', extra_special_tokens=named)
+    # written last
+    if (root / 'config.json').exists():
+        return root
+    named = dict(
+        fake_image_token='<fake_token_around_image>',
+        image_token='<image>',
+        global_image_token='<global-img>',
+        end_of_utterance_token='<end_of_utterance>',
+    )
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer().backend_tokenizer,
+        eos_token='<|im_end|>',
+        pad_token='<|endoftext|>',
+        extra_special_tokens=named,
+    )
     size = dict(size={'longest_edge': image}, max_image_size={'longest_edge': image})
-    SmolVLMProcessor(SmolVLMImageProcessor(**size), tok, SmolVLMVideoProcessor(**size), image_seq_len=(image // patch // 2) ** 2).save_pretrained(root)
-    SmolVLMConfig(vision_config=dict(image_size=image, patch_size=patch, **vision), scale_factor=2, image_token_id=tok.image_token_id, text_config=dict(model_type='llama', pad_token_id=tok.pad_token_id, **dict(dict(vocab_size=len(tok)), **text)),
-                  pad_token_id=tok.pad_token_id).save_pretrained(root)
+    SmolVLMProcessor(
+        SmolVLMImageProcessor(**size),
+        tok,
+        SmolVLMVideoProcessor(**size),
+        image_seq_len=(image // patch // 2) ** 2,
+    ).save_pretrained(root)
+    SmolVLMConfig(
+        vision_config=dict(image_size=image, patch_size=patch, **vision),
+        scale_factor=2,
+        image_token_id=tok.image_token_id,
+        text_config=dict(
+            model_type='llama',
+            pad_token_id=tok.pad_token_id,
+            **dict(dict(vocab_size=len(tok)), **text),
+        ),
+        pad_token_id=tok.pad_token_id,
+    ).save_pretrained(root)
     return root
 
 # %% ../nbs/24b_baselines.ipynb #d8f8cb12
 @dataclass(frozen=True)
 class Baseline:
     "One of LeRobot's policies and how it is trained here."
+
     label: str
-    module: str                 # below lerobot.policies; holds the classes NAMEPolicy and NAMEConfig
-    classes: str                # NAME
+    module: str  # below lerobot.policies; holds the classes NAMEPolicy and NAMEConfig
+    classes: str  # NAME
     lr: float
-    bf16: bool                  # bfloat16 autocast in training; evaluation is float32
-    goal: bool                  # told the colour as numbers, because it reads no language
-    steps: int = TRAIN.steps    # as HALO
+    bf16: bool  # bfloat16 autocast in training; evaluation is float32
+    goal: bool  # told the colour as numbers, because it reads no language
+    steps: int = TRAIN.steps  # as HALO
     config: dict = field(default_factory=dict)
 
     @property
-    def policy_class(self): return getattr(importlib.import_module(f'lerobot.policies.{self.module}.modeling_{self.module}'), self.classes + 'Policy')
+    def policy_class(self):
+        return getattr(
+            importlib.import_module(
+                f'lerobot.policies.{self.module}.modeling_{self.module}'
+            ),
+            self.classes + 'Policy',
+        )
+
     @property
-    def config_class(self): return getattr(importlib.import_module(f'lerobot.policies.{self.module}.configuration_{self.module}'), self.classes + 'Config')
+    def config_class(self):
+        return getattr(
+            importlib.import_module(
+                f'lerobot.policies.{self.module}.configuration_{self.module}'
+            ),
+            self.classes + 'Config',
+        )
 
 # %% ../nbs/24b_baselines.ipynb #3b611cc0
 CHUNK = 16
-SMOLVLM = place('runs/baselines/smolvlm')   # made where it is missing
-MADE_BY = 'halo.baselines.smolvlm_folder'   # in its place in what is shipped
+SMOLVLM = place('runs/baselines/smolvlm')  # made where it is missing
+MADE_BY = 'halo.baselines.smolvlm_folder'  # in its place in what is shipped
 BASELINES = {
-    'act': Baseline('ACT', 'act', 'ACT', 2e-4, True, True, config=dict(chunk_size=CHUNK, dim_model=256, n_heads=4, dim_feedforward=512, pretrained_backbone_weights=None)),
-    'diffusion': Baseline('Diffusion Policy', 'diffusion', 'Diffusion', 4e-4, True, True, config=dict(
-        n_obs_steps=2, horizon=CHUNK, down_dims=(64, 128, 256), use_group_norm=True, pretrained_backbone_weights=None, use_separate_rgb_encoder_per_camera=False,
-        resize_shape=(84, 84), crop_ratio=0.9, noise_scheduler_type='DDIM', num_inference_steps=10)),
-    'smolvla': Baseline('SmolVLA architecture', 'smolvla', 'SmolVLA', 8e-4, False, False, config=dict(
-        chunk_size=CHUNK, max_state_dim=4, max_action_dim=4, resize_imgs_with_padding=(112, 112), num_vlm_layers=4, expert_width_multiplier=0.75,
-        freeze_vision_encoder=False, train_expert_only=False, load_vlm_weights=False)),
+    'act': Baseline(
+        'ACT',
+        'act',
+        'ACT',
+        2e-4,
+        True,
+        True,
+        config=dict(
+            chunk_size=CHUNK,
+            dim_model=256,
+            n_heads=4,
+            dim_feedforward=512,
+            pretrained_backbone_weights=None,
+        ),
+    ),
+    'diffusion': Baseline(
+        'Diffusion Policy',
+        'diffusion',
+        'Diffusion',
+        4e-4,
+        True,
+        True,
+        config=dict(
+            n_obs_steps=2,
+            horizon=CHUNK,
+            down_dims=(64, 128, 256),
+            use_group_norm=True,
+            pretrained_backbone_weights=None,
+            use_separate_rgb_encoder_per_camera=False,
+            resize_shape=(84, 84),
+            crop_ratio=0.9,
+            noise_scheduler_type='DDIM',
+            num_inference_steps=10,
+        ),
+    ),
+    'smolvla': Baseline(
+        'SmolVLA architecture',
+        'smolvla',
+        'SmolVLA',
+        8e-4,
+        False,
+        False,
+        config=dict(
+            chunk_size=CHUNK,
+            max_state_dim=4,
+            max_action_dim=4,
+            resize_imgs_with_padding=(112, 112),
+            num_vlm_layers=4,
+            expert_width_multiplier=0.75,
+            freeze_vision_encoder=False,
+            train_expert_only=False,
+            load_vlm_weights=False,
+        ),
+    ),
 }
-BASELINES['smolvla_clock'] = replace(BASELINES['smolvla'], label="SmolVLA architecture, HALO's wall-clock", steps=6000)   # a step costs it 0.4 of HALO's
+# a step costs it 0.4 of HALO's
+BASELINES['smolvla_clock'] = replace(
+    BASELINES['smolvla'], label="SmolVLA architecture, HALO's wall-clock", steps=6000
+)
 
 # %% ../nbs/24b_baselines.ipynb #f3000002
 def portable(config):
@@ -117,217 +296,530 @@ def portable(config):
 
 # %% ../nbs/24b_baselines.ipynb #cfed5ba8
 def make_baseline(name: str, meta, dev: str = 'cpu'):
-    "An untrained policy `name` and its processors for a dataset's metadata. Raises `ValueError` for an unknown name, `ImportError` with the fix where LeRobot lacks a package."
-    if name not in BASELINES: raise ValueError(f"no baseline {name!r}; choose among {', '.join(BASELINES)}")
+    """An untrained policy `name` and its processors for a dataset's metadata.
+
+    Raises `ValueError` for an unknown name, `ImportError` with the fix where LeRobot lacks
+    a package.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"no baseline {name!r}; choose among {', '.join(BASELINES)}")
     b, feats = BASELINES[name], dataset_to_policy_features(meta.features)
     out = {k: f for k, f in feats.items() if f.type is FeatureType.ACTION}
-    inputs = {k: f for k, f in feats.items() if k not in out} | ({OBS_ENV_STATE: PolicyFeature(FeatureType.ENV, (len(COLOURS),))} if b.goal else {})
-    extra = dict(vlm_model_name=str(smolvlm_folder(SMOLVLM).resolve())) if b.classes == 'SmolVLA' else {}
-    cfg = b.config_class(input_features=inputs, output_features=out, n_action_steps=ACTIONS, device=dev, **b.config, **extra)
+    inputs = {k: f for k, f in feats.items() if k not in out} | (
+        {OBS_ENV_STATE: PolicyFeature(FeatureType.ENV, (len(COLOURS),))} if b.goal else {}
+    )
+    extra = (
+        dict(vlm_model_name=str(smolvlm_folder(SMOLVLM).resolve()))
+        if b.classes == 'SmolVLA'
+        else {}
+    )
+    cfg = b.config_class(
+        input_features=inputs,
+        output_features=out,
+        n_action_steps=ACTIONS,
+        device=dev,
+        **b.config,
+        **extra,
+    )
     try:
-        with contextlib.redirect_stdout(io.StringIO()): policy = b.policy_class(cfg)
-    except ImportError as e: raise ImportError(f"LeRobot's {b.label} needs a package that is not installed ({e}): pip install 'lerobot_policy_halo[baselines]'") from e
+        with contextlib.redirect_stdout(io.StringIO()):
+            policy = b.policy_class(cfg)
+    except ImportError as e:
+        raise ImportError(
+            f"LeRobot's {b.label} needs a package that is not installed ({e}): pip install"
+            " 'lerobot_policy_halo[baselines]'"
+        ) from e
     pre, post = make_pre_post_processors(cfg, dataset_stats=meta.stats)
-    if b.goal: pre.steps = [*pre.steps[:2], GoalColourStep(), *pre.steps[2:]]   # after the batch axis, before device and normalisation
+    # after the batch axis, before device and normalisation
+    if b.goal:
+        pre.steps = [*pre.steps[:2], GoalColourStep(), *pre.steps[2:]]
     return policy, pre, post
 
 # %% ../nbs/24b_baselines.ipynb #60c0605b
 class Demonstrations:
-    "Batches of a LeRobot dataset for a policy without HALO's history: images (b, n, 3, H, W) in [0, 1], n dropped where it is 1."
-    def __init__(self, dataset, size: int = 112, store_root=None, progress: bool = True):
-        dataset = opened(dataset); self.meta = as_meta(dataset)
-        self.cameras, self.bounds, self.tasks = list(self.meta.camera_keys), episode_bounds(self.meta), tasks_by_index(self.meta)
-        sizes = {c: size for c in self.cameras}
-        self.store = FrameStore.build(dataset, sizes, store_root or default_store(self.meta, sizes), 2, progress)
-        self.columns = read_columns(dataset, ['observation.state', 'action', 'episode_index', 'task_index'])
+    """Batches of a LeRobot dataset for a policy without HALO's history: images (b, n, 3, H,
+    W) in [0, 1], n dropped where it is 1.
+    """
 
-    def __len__(self) -> int: return int(self.bounds[-1, 1])
+    def __init__(self, dataset, size: int = 112, store_root=None, progress: bool = True):
+        dataset = opened(dataset)
+        self.meta = as_meta(dataset)
+        self.cameras, self.bounds, self.tasks = (
+            list(self.meta.camera_keys),
+            episode_bounds(self.meta),
+            tasks_by_index(self.meta),
+        )
+        sizes = {c: size for c in self.cameras}
+        self.store = FrameStore.build(
+            dataset, sizes, store_root or default_store(self.meta, sizes), 2, progress
+        )
+        self.columns = read_columns(
+            dataset, ['observation.state', 'action', 'episode_index', 'task_index']
+        )
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1, 1])
 
 # %% ../nbs/24b_baselines.ipynb #c66cf319
 @patch
 def batch(self: Demonstrations, indices, n_obs: int = 1, horizon: int = CHUNK) -> dict:
-    "Observations of ticks t−n_obs+1 … t and actions from the first of them on; what lies outside the episode repeats its edge and is marked in `action_is_pad`."
+    """Observations of ticks t−n_obs+1 … t and actions from the first of them on; what lies
+    outside the episode repeats its edge and is marked in `action_is_pad`.
+    """
     rows = np.asarray(indices, np.int64)
     first, after = self.bounds[self.columns['episode_index'][rows]].T[..., None]
-    past = np.maximum(rows[:, None] + np.arange(1 - n_obs, 1), first)                     # (b, n)
-    steps = rows[:, None] + np.arange(1 - n_obs, 1 - n_obs + horizon)                     # (b, s)
-    out = {c: torch.from_numpy(self.store.maps[c][past]).float() / 255 for c in self.cameras}
-    out['observation.state'] = torch.from_numpy(matrix(self.columns['observation.state'])[past])
+    past = np.maximum(rows[:, None] + np.arange(1 - n_obs, 1), first)  # (b, n)
+    steps = rows[:, None] + np.arange(1 - n_obs, 1 - n_obs + horizon)  # (b, s)
+    out = {
+        c: torch.from_numpy(self.store.maps[c][past]).float() / 255 for c in self.cameras
+    }
+    out['observation.state'] = torch.from_numpy(
+        matrix(self.columns['observation.state'])[past]
+    )
     out = {k: v[:, 0] if n_obs == 1 else v for k, v in out.items()}
-    out['action'] = torch.from_numpy(matrix(self.columns['action'])[np.clip(steps, first, after - 1)])
+    out['action'] = torch.from_numpy(
+        matrix(self.columns['action'])[np.clip(steps, first, after - 1)]
+    )
     out['action_is_pad'] = torch.from_numpy((steps >= after) | (steps < first))
     return out | {'task': [self.tasks[int(k)] for k in self.columns['task_index'][rows]]}
 
 # %% ../nbs/24b_baselines.ipynb #290279d4
 def settle_frozen_norms(policy, batch: dict) -> int:
-    "Give every `FrozenBatchNorm2d` of `policy` the mean and variance of its input on `batch`; returns how many there are (0: nothing to do)."
+    """Give every `FrozenBatchNorm2d` of `policy` the mean and variance of its input on
+    `batch`; returns how many there are (0: nothing to do).
+    """
     from torchvision.ops.misc import FrozenBatchNorm2d
+
     norms = [m for m in policy.modules() if isinstance(m, FrozenBatchNorm2d)]
+
     def note(m, args):
-        m.running_mean.copy_(args[0].float().mean((0, 2, 3))); m.running_var.copy_(args[0].float().var((0, 2, 3)))
+        m.running_mean.copy_(args[0].float().mean((0, 2, 3)))
+        m.running_var.copy_(args[0].float().var((0, 2, 3)))
+
     hooks = [m.register_forward_pre_hook(note) for m in norms]
     try:
         with torch.no_grad():
-            if norms: policy(batch)
-    finally: [h.remove() for h in hooks]
+            if norms:
+                policy(batch)
+    finally:
+        [h.remove() for h in hooks]
     return len(norms)
 
 # %% ../nbs/24b_baselines.ipynb #e50d6a5b
 def restore(name: str, folder: Path, policy, optimizer, sampler) -> int:
-    "Weights, optimizer, sampler and random state of a checkpoint into the given objects; returns its step."
+    """Weights, optimizer, sampler and random state of a checkpoint into the given objects;
+    returns its step.
+    """
     from safetensors.torch import load_file
+
     policy.load_state_dict(load_file(str(folder / 'model.safetensors')), strict=False)
     load_optimizer(optimizer, folder / 'training_state')
-    state = json.loads((folder / 'training_state' / 'state.json').read_text()); sampler.load_state_dict(state['sampler'])
-    torch.set_rng_state(load_file(str(folder / 'training_state' / 'rng.safetensors'))['torch'])
+    state = json.loads((folder / 'training_state' / 'state.json').read_text())
+    sampler.load_state_dict(state['sampler'])
+    torch.set_rng_state(
+        load_file(str(folder / 'training_state' / 'rng.safetensors'))['torch']
+    )
     return state['step']
 
 # %% ../nbs/24b_baselines.ipynb #1ae37c1c
-def train_baseline(name: str, dataset: LeRobotDataset, out: str | Path, tc: TrainConfig | None = None, until: int | None = None, store=None, progress: bool = True) -> Path:
-    "Train baseline `name` into `out/checkpoint` (a LeRobot policy folder) and `out/log.jsonl`; goes on by itself. Returns the folder."
-    b, out = BASELINES.get(name), Path(out); target, log_file = out / 'checkpoint', out / 'log.jsonl'
-    tc = tc or replace(TRAIN, lr=b.lr if b else TRAIN.lr, steps=b.steps if b else TRAIN.steps); set_seed(tc.seed)
+def train_baseline(
+    name: str,
+    dataset: LeRobotDataset,
+    out: str | Path,
+    tc: TrainConfig | None = None,
+    until: int | None = None,
+    store=None,
+    progress: bool = True,
+) -> Path:
+    """Train baseline `name` into `out/checkpoint` (a LeRobot policy folder) and
+    `out/log.jsonl`; goes on by itself. Returns the folder.
+    """
+    b, out = BASELINES.get(name), Path(out)
+    target, log_file = out / 'checkpoint', out / 'log.jsonl'
+    tc = tc or replace(
+        TRAIN, lr=b.lr if b else TRAIN.lr, steps=b.steps if b else TRAIN.steps
+    )
+    set_seed(tc.seed)
     acc = Accelerator(cpu=not torch.cuda.is_available())
-    policy, pre, post = make_baseline(name, dataset.meta, str(acc.device.type)); policy.to(acc.device).train(); out.mkdir(parents=True, exist_ok=True)
+    policy, pre, post = make_baseline(name, dataset.meta, str(acc.device.type))
+    policy.to(acc.device).train()
+    out.mkdir(parents=True, exist_ok=True)
     data = Demonstrations(dataset, store_root=store, progress=progress)
-    sampler, n_obs = EpisodeSampler(len(data), tc.batch, seed=tc.seed), policy.config.n_obs_steps
-    def next_batch(): return pre(data.batch(next(sampler), n_obs))
-    optimizer = torch.optim.AdamW(param_groups(policy, tc.weight_decay), lr=tc.lr, betas=(0.9, 0.95)); step = 0
-    if found := find_checkpoint(target): step = restore(name, found, policy, optimizer, sampler)
-    else: settle_frozen_norms(policy, pre(data.batch(range(0, len(data), max(1, len(data) // 64)), n_obs)))
-    log = [l for l in map(json.loads, log_file.read_text().splitlines()) if l['step'] <= step] if step and log_file.exists() else []
+    sampler, n_obs = (
+        EpisodeSampler(len(data), tc.batch, seed=tc.seed),
+        policy.config.n_obs_steps,
+    )
+
+    def next_batch():
+        return pre(data.batch(next(sampler), n_obs))
+
+    optimizer = torch.optim.AdamW(
+        param_groups(policy, tc.weight_decay), lr=tc.lr, betas=(0.9, 0.95)
+    )
+    step = 0
+    if found := find_checkpoint(target):
+        step = restore(name, found, policy, optimizer, sampler)
+    else:
+        settle_frozen_norms(
+            policy, pre(data.batch(range(0, len(data), max(1, len(data) // 64)), n_obs))
+        )
+    log = (
+        [l for l in map(json.loads, log_file.read_text().splitlines()) if l['step'] <= step]
+        if step and log_file.exists()
+        else []
+    )
     log_file.write_text(''.join(json.dumps(l) + '\n' for l in log))
     model, optimizer = acc.prepare(policy, optimizer)
-    stop, t0, recent = min(tc.steps, until or tc.steps), time.time() - (log[-1]['seconds'] if log else 0), []
-    bar = tqdm(total=tc.steps, initial=step, desc=name, unit='step', disable=not progress, mininterval=2, file=sys.stdout)
+    stop, t0, recent = (
+        min(tc.steps, until or tc.steps),
+        time.time() - (log[-1]['seconds'] if log else 0),
+        [],
+    )
+    bar = tqdm(
+        total=tc.steps,
+        initial=step,
+        desc=name,
+        unit='step',
+        disable=not progress,
+        mininterval=2,
+        file=sys.stdout,
+    )
     while step < stop:
-        for g in optimizer.param_groups: g['lr'] = tc.lr * lr_at(step, tc)
-        with torch.autocast(acc.device.type, torch.bfloat16, enabled=bool(b.bf16)): loss, norm = train_step(model, next_batch(), optimizer, tc.clip)
-        step += 1; recent.append(loss); bar.update()
+        for g in optimizer.param_groups:
+            g['lr'] = tc.lr * lr_at(step, tc)
+        with torch.autocast(acc.device.type, torch.bfloat16, enabled=bool(b.bf16)):
+            loss, norm = train_step(model, next_batch(), optimizer, tc.clip)
+        step += 1
+        recent.append(loss)
+        bar.update()
         if step % tc.log_every == 0 or step == stop:
-            log.append(dict(step=step, loss=float(np.mean(recent)), grad_norm=norm, lr=optimizer.param_groups[0]['lr'], seconds=round(time.time() - t0, 1))); recent = []
-            with log_file.open('a') as f: f.write(json.dumps(log[-1]) + '\n')
+            log.append(
+                dict(
+                    step=step,
+                    loss=float(np.mean(recent)),
+                    grad_norm=norm,
+                    lr=optimizer.param_groups[0]['lr'],
+                    seconds=round(time.time() - t0, 1),
+                )
+            )
+            recent = []
+            with log_file.open('a') as f:
+                f.write(json.dumps(log[-1]) + '\n')
             bar.set_postfix(loss=f"{log[-1]['loss']:.3f}")
         if step % tc.save_every == 0 or step == stop:
-            save_checkpoint(target, acc.unwrap_model(model), pre, post, optimizer, sampler, step, provenance(dataset, tc, time.time() - t0, log) | dict(bf16=bool(b.bf16), device=str(acc.device.type)))
+            save_checkpoint(
+                target,
+                acc.unwrap_model(model),
+                pre,
+                post,
+                optimizer,
+                sampler,
+                step,
+                provenance(dataset, tc, time.time() - t0, log)
+                | dict(bf16=bool(b.bf16), device=str(acc.device.type)),
+            )
     bar.close()
     return target
 
 # %% ../nbs/24b_baselines.ipynb #2b02d8e2
 def load_baseline(folder: str | Path):
-    "Name, policy, preprocessor and postprocessor of a trained baseline's folder. Raises `ValueError` if there is none."
+    """Name, policy, preprocessor and postprocessor of a trained baseline's folder.
+
+    Raises `ValueError` if there is none.
+    """
     folder = policy_folder(folder)
     name = json.loads((folder / 'config.json').read_text()).get('type')
-    if name not in BASELINES: raise ValueError(f"{shown(folder)} holds a policy of type {name!r}; baselines are {', '.join(BASELINES)}")
+    if name not in BASELINES:
+        raise ValueError(
+            f"{shown(folder)} holds a policy of type {name!r}; baselines are"
+            f" {', '.join(BASELINES)}"
+        )
     config, on = PreTrainedConfig.from_pretrained(folder), {}
-    if name == 'smolvla':   # whatever folder it was trained with
+    if name == 'smolvla':  # whatever folder it was trained with
         config.vlm_model_name = str(smolvlm_folder(SMOLVLM).resolve())
         on = {'tokenizer_processor': {'tokenizer_name': config.vlm_model_name}}
-    with contextlib.redirect_stdout(io.StringIO()): policy = BASELINES[name].policy_class.from_pretrained(folder, config=config)
+    with contextlib.redirect_stdout(io.StringIO()):
+        policy = BASELINES[name].policy_class.from_pretrained(folder, config=config)
     policy.config.pretrained_path = folder
     on |= {'device_processor': {'device': str(next(policy.parameters()).device)}}
-    return name, policy.eval(), *make_pre_post_processors(policy.config, pretrained_path=str(folder), preprocessor_overrides=on)
+    return (
+        name,
+        policy.eval(),
+        *make_pre_post_processors(
+            policy.config, pretrained_path=str(folder), preprocessor_overrides=on
+        ),
+    )
 
 # %% ../nbs/24b_baselines.ipynb #6d87f9ef
 def baseline_conventions(name: str, policy, env_cfg, n_envs: int, trained: dict) -> dict:
-    "Everything but seeds and outcomes that a baseline's rate depends on, as JSON-able values; `env` is as in `halo.evaluate.conventions`."
+    """Everything but seeds and outcomes that a baseline's rate depends on, as JSON-able
+    values; `env` is as in `halo.evaluate.conventions`.
+    """
     import draccus
+
     c, b = policy.config, BASELINES[name]
-    return dict(env=dict(type=env_cfg.type, **draccus.encode(env_cfg)), fps=env_cfg.fps, envs_per_batch=n_envs, versions=versions(),
-                policy=dict(type=c.type, config_sha256=config_hash(portable(c)), checkpoint_sha256=checkpoint_hash(policy), parameters=sum(p.numel() for p in policy.parameters())),
-                settings=json.loads(json.dumps(b.config)), chunk=CHUNK, n_action_steps=c.n_action_steps, n_obs_steps=c.n_obs_steps, goal='one-hot of the colour' if b.goal else 'the instruction',
-                normalisation={k: getattr(v, 'value', v) for k, v in c.normalization_mapping.items()}, cameras={k: list(f.shape) for k, f in c.image_features.items()},
-                device=str(next(policy.parameters()).device), dtype='float32', noise="torch's generator, seeded with the first seed of each batch", training=trained)
+    return dict(
+        env=dict(type=env_cfg.type, **draccus.encode(env_cfg)),
+        fps=env_cfg.fps,
+        envs_per_batch=n_envs,
+        versions=versions(),
+        policy=dict(
+            type=c.type,
+            config_sha256=config_hash(portable(c)),
+            checkpoint_sha256=checkpoint_hash(policy),
+            parameters=sum(p.numel() for p in policy.parameters()),
+        ),
+        settings=json.loads(json.dumps(b.config)),
+        chunk=CHUNK,
+        n_action_steps=c.n_action_steps,
+        n_obs_steps=c.n_obs_steps,
+        goal='one-hot of the colour' if b.goal else 'the instruction',
+        normalisation={
+            k: getattr(v, 'value', v) for k, v in c.normalization_mapping.items()
+        },
+        cameras={k: list(f.shape) for k, f in c.image_features.items()},
+        device=str(next(policy.parameters()).device),
+        dtype='float32',
+        noise="torch's generator, seeded with the first seed of each batch",
+        training=trained,
+    )
 
 # %% ../nbs/24b_baselines.ipynb #80480324
-def evaluate_baseline(folder: str | Path, seeds=SEEDS, n_envs: int = 10, progress: bool = True) -> EvalResult:
+def evaluate_baseline(
+    folder: str | Path, seeds=SEEDS, n_envs: int = 10, progress: bool = True
+) -> EvalResult:
     "Roll out the baseline in `folder` once per seed on the demonstration task."
     name, policy, pre, post = load_baseline(folder)
-    env_cfg, batches, start, episodes = make_env_config('flash_place'), split_seeds(list(seeds), n_envs), time.perf_counter(), []
-    trained = json.loads((Path(folder) / 'provenance.json').read_text()) if (Path(folder) / 'provenance.json').exists() else {}
-    vec, processors = open_envs(env_cfg, len(batches[0])), make_env_pre_post_processors(env_cfg, policy.config)
+    env_cfg, batches, start, episodes = (
+        make_env_config('flash_place'),
+        split_seeds(list(seeds), n_envs),
+        time.perf_counter(),
+        [],
+    )
+    trained = (
+        json.loads((Path(folder) / 'provenance.json').read_text())
+        if (Path(folder) / 'provenance.json').exists()
+        else {}
+    )
+    vec, processors = (
+        open_envs(env_cfg, len(batches[0])),
+        make_env_pre_post_processors(env_cfg, policy.config),
+    )
     try:
         with torch.random.fork_rng():
-            for batch in tqdm(batches, desc=name, unit='batch', disable=not progress, file=sys.stdout):
+            for batch in tqdm(
+                batches, desc=name, unit='batch', disable=not progress, file=sys.stdout
+            ):
                 torch.manual_seed(batch[0])
                 episodes += run_batch(policy, pre, post, vec, processors, batch)[0]
-    finally: vec.close()
-    return EvalResult(episodes, baseline_conventions(name, policy, env_cfg, len(batches[0]), trained), time.perf_counter() - start)
+    finally:
+        vec.close()
+    return EvalResult(
+        episodes,
+        baseline_conventions(name, policy, env_cfg, len(batches[0]), trained),
+        time.perf_counter() - start,
+    )
 
 # %% ../nbs/24b_baselines.ipynb #915aebe4
 SHIPPED = shipped('checkpoints/baselines')
-NAMES = {'full': 'HALO', 'no_history': 'HALO without history'} | {k: b.label for k, b in BASELINES.items()}
+NAMES = {'full': 'HALO', 'no_history': 'HALO without history'} | {
+    k: b.label for k, b in BASELINES.items()
+}
 
-def load_results(halo_folder: str | Path = CHECKPOINTS, folder: str | Path = SHIPPED) -> dict[str, EvalResult]:
-    "Results by name: HALO, HALO without history, and every baseline that has an `evaluation.json` in `folder` (or in what ships, by the same name)."
-    found = {n: Path(halo_folder) / n for n in ('full', 'no_history')} | {n: locate(Path(folder) / n) for n in BASELINES}
-    out = {n: EvalResult.load(f / 'evaluation.json') for n, f in found.items() if (f / 'evaluation.json').exists()}
+
+def load_results(
+    halo_folder: str | Path = CHECKPOINTS, folder: str | Path = SHIPPED
+) -> dict[str, EvalResult]:
+    """Results by name: HALO, HALO without history, and every baseline that has an
+    `evaluation.json` in `folder` (or in what ships, by the same name).
+    """
+    found = {n: Path(halo_folder) / n for n in ('full', 'no_history')} | {
+        n: locate(Path(folder) / n) for n in BASELINES
+    }
+    out = {
+        n: EvalResult.load(f / 'evaluation.json')
+        for n, f in found.items()
+        if (f / 'evaluation.json').exists()
+    }
     for n, r in out.items():
-        trained = r.conventions.setdefault('training', json.loads((found[n] / 'provenance.json').read_text()))
-        trained['step'] = json.loads((found[n] / 'log.jsonl').read_text().splitlines()[-1])['step']   # where a run that was stopped early stood
+        trained = r.conventions.setdefault(
+            'training', json.loads((found[n] / 'provenance.json').read_text())
+        )
+        # where a run that was stopped early stood
+        trained['step'] = json.loads((found[n] / 'log.jsonl').read_text().splitlines()[-1])[
+            'step'
+        ]
     return out
 
 # %% ../nbs/24b_baselines.ipynb #4546085c
 def comparison(results: dict[str, EvalResult], reference: str = 'full') -> list[dict]:
-    "One row a policy: parameters, what it cost, right pad and any pad with Wilson's intervals, and McNemar against `reference` on the same seeds. Raises `KeyError` without it."
+    """One row a policy: parameters, what it cost, right pad and any pad with Wilson's
+    intervals, and McNemar against `reference` on the same seeds. Raises `KeyError` without
+    it.
+    """
     rows = []
     for n, r in results.items():
         train = r.conventions['training']
         placed, k = sum(e['placed'] >= 0 for e in r.episodes), len(r.episodes)
         against = None if n == reference else compare(results[reference], r)
-        rows.append(dict(name=n, label=NAMES[n], parameters=r.conventions['policy']['parameters'], steps=train.get('step', train.get('train', {}).get('steps')), planned=train.get('train', {}).get('steps'), batch=train.get('train', {}).get('batch'), seconds=train.get('seconds'),
-                         **r.success, placed=placed, right_of_placed=wilson(r.success['successes'], placed) if placed else None, p=against and against['p'], only_reference=against and against['only_a'], only_this=against and against['only_b']))
+        rows.append(
+            dict(
+                name=n,
+                label=NAMES[n],
+                parameters=r.conventions['policy']['parameters'],
+                steps=train.get('step', train.get('train', {}).get('steps')),
+                planned=train.get('train', {}).get('steps'),
+                batch=train.get('train', {}).get('batch'),
+                seconds=train.get('seconds'),
+                **r.success,
+                placed=placed,
+                right_of_placed=wilson(r.success['successes'], placed) if placed else None,
+                p=against and against['p'],
+                only_reference=against and against['only_a'],
+                only_this=against and against['only_b'],
+            )
+        )
     return rows
 
 # %% ../nbs/24b_baselines.ipynb #a8e9c9f7
 def table(rows: list[dict]) -> str:
     "`comparison` as Markdown."
-    head = ['policy', 'parameters', 'steps × batch', 'training', 'right pad', '95 %', 'any pad', 'right, if on a pad', 'McNemar against HALO: only HALO / only it, p']
-    def right(r): return '–' if not r['placed'] else f"{100 * r['successes'] / r['placed']:.0f} % ({100 * r['right_of_placed'][0]:.0f} to {100 * r['right_of_placed'][1]:.0f})"
+    head = [
+        'policy',
+        'parameters',
+        'steps × batch',
+        'training',
+        'right pad',
+        '95 %',
+        'any pad',
+        'right, if on a pad',
+        'McNemar against HALO: only HALO / only it, p',
+    ]
+
+    def right(r):
+        return (
+            '–'
+            if not r['placed']
+            else (
+                f"{100 * r['successes'] / r['placed']:.0f} %"
+                f" ({100 * r['right_of_placed'][0]:.0f} to"
+                f" {100 * r['right_of_placed'][1]:.0f})"
+            )
+        )
+
     def line(r):
-        paired = '–' if r['p'] is None else f"{r['only_reference']} / {r['only_this']}, p = {r['p']:.1g}"
-        return [r['label'], f"{r['parameters'] / 1e6:.1f} M", f"{r['steps']} × {r['batch']}" + (f" of {r['planned']}" if r['steps'] != r['planned'] else ''), f"{r['seconds'] / 60:.0f} min", f"{r['successes']}/{r['n']} = {100 * r['rate']:.0f} %",
-                f"{100 * r['lo']:.0f} to {100 * r['hi']:.0f}", f"{r['placed']}/{r['n']}", right(r), paired]
-    return '\n'.join('| ' + ' | '.join(l) + ' |' for l in [head, ['---'] * len(head), *map(line, rows)])
+        paired = (
+            '–'
+            if r['p'] is None
+            else f"{r['only_reference']} / {r['only_this']}, p = {r['p']:.1g}"
+        )
+        return [
+            r['label'],
+            f"{r['parameters'] / 1e6:.1f} M",
+            f"{r['steps']} × {r['batch']}"
+            + (f" of {r['planned']}" if r['steps'] != r['planned'] else ''),
+            f"{r['seconds'] / 60:.0f} min",
+            f"{r['successes']}/{r['n']} = {100 * r['rate']:.0f} %",
+            f"{100 * r['lo']:.0f} to {100 * r['hi']:.0f}",
+            f"{r['placed']}/{r['n']}",
+            right(r),
+            paired,
+        ]
+
+    return '\n'.join(
+        '| ' + ' | '.join(l) + ' |' for l in [head, ['---'] * len(head), *map(line, rows)]
+    )
 
 # %% ../nbs/24b_baselines.ipynb #ccbdfb9c
 def draw_comparison(rows: list[dict]):
-    "Right pad (dot, interval) and any pad (ring) of every policy, with chance. Returns the figure."
+    """Right pad (dot, interval) and any pad (ring) of every policy, with chance.
+
+    Returns the figure.
+    """
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7, .8 + .38 * len(rows)), layout='constrained')
+
+    fig, ax = plt.subplots(figsize=(7, 0.8 + 0.38 * len(rows)), layout='constrained')
     for y, r in enumerate(reversed(rows)):
-        c = '#1d7f5f' if r['name'] == 'full' else '#3b6ea5' if r['name'] == 'no_history' else '#8a6d3b'
-        ax.plot([100 * r['lo'], 100 * r['hi']], [y, y], '-', color=c, lw=3, alpha=.35); ax.plot(100 * r['rate'], y, 'o', color=c, ms=7, label='right pad, 95 % interval' if y == 0 else None)
-        ax.plot(100 * r['placed'] / r['n'], y, 'o', mfc='none', mec=c, ms=10, label='any pad' if y == 0 else None)
-    ax.axvline(100 / 3, color='#999', ls=':', lw=1); ax.text(100 / 3 + .6, len(rows) - .55, 'chance, if a pad is always reached', fontsize=7, color='#777')
-    ax.set(yticks=range(len(rows)), xlim=(-2, 103), ylim=(-.6, len(rows) - .3), xlabel='episodes of 60 unseen seeds, %'); ax.set_yticklabels([r['label'] for r in reversed(rows)], fontsize=9)
-    ax.legend(fontsize=8, loc='lower right', frameon=False); ax.grid(axis='x', alpha=.25); ax.spines[['top', 'right', 'left']].set_visible(False); ax.tick_params(length=0, labelsize=8)
+        c = (
+            '#1d7f5f'
+            if r['name'] == 'full'
+            else '#3b6ea5'
+            if r['name'] == 'no_history'
+            else '#8a6d3b'
+        )
+        ax.plot([100 * r['lo'], 100 * r['hi']], [y, y], '-', color=c, lw=3, alpha=0.35)
+        ax.plot(
+            100 * r['rate'],
+            y,
+            'o',
+            color=c,
+            ms=7,
+            label='right pad, 95 % interval' if y == 0 else None,
+        )
+        ax.plot(
+            100 * r['placed'] / r['n'],
+            y,
+            'o',
+            mfc='none',
+            mec=c,
+            ms=10,
+            label='any pad' if y == 0 else None,
+        )
+    ax.axvline(100 / 3, color='#999', ls=':', lw=1)
+    ax.text(
+        100 / 3 + 0.6,
+        len(rows) - 0.55,
+        'chance, if a pad is always reached',
+        fontsize=7,
+        color='#777',
+    )
+    ax.set(
+        yticks=range(len(rows)),
+        xlim=(-2, 103),
+        ylim=(-0.6, len(rows) - 0.3),
+        xlabel='episodes of 60 unseen seeds, %',
+    )
+    ax.set_yticklabels([r['label'] for r in reversed(rows)], fontsize=9)
+    ax.legend(fontsize=8, loc='lower right', frameon=False)
+    ax.grid(axis='x', alpha=0.25)
+    ax.spines[['top', 'right', 'left']].set_visible(False)
+    ax.tick_params(length=0, labelsize=8)
     return fig
 
 # %% ../nbs/24b_baselines.ipynb #4e30c061
-LIMIT = 5e6   # bytes of weights that are shipped
+LIMIT = 5e6  # bytes of weights that are shipped
+
 
 def ship_file(file: Path, target: Path, folder: str | None) -> None:
-    "Copy `file` into `target`, whole or not at all; in JSON, `folder` becomes the name of what makes it."
+    """Copy `file` into `target`, whole or not at all; in JSON, `folder` becomes the name of
+    what makes it.
+    """
     data = file.read_bytes()
     if folder and file.suffix == '.json':
         data = data.replace(json.dumps(folder).encode(), json.dumps(MADE_BY).encode())
     write_whole(target / file.name, data)
 
+
 def ship_result(run: Path, result: EvalResult, target: Path) -> Path:
-    "Put a baseline's evaluation, log, configuration and provenance into `target`, and its weights if they are at most `LIMIT`; if not, its provenance says how to make them."
+    """Put a baseline's evaluation, log, configuration and provenance into `target`, and its
+    weights if they are at most `LIMIT`; if not, its provenance says how to make them.
+    """
     made = run / 'checkpoint'
     light = (made / 'model.safetensors').stat().st_size <= LIMIT
     folder = json.loads((made / 'config.json').read_text()).get('vlm_model_name')
     for f in [run / 'log.jsonl', *sorted(made.iterdir())]:
-        if f.is_file() and (light or f.suffix != '.safetensors'): ship_file(f, target, folder)
-    if not light: left_out(target)
+        if f.is_file() and (light or f.suffix != '.safetensors'):
+            ship_file(f, target, folder)
+    if not light:
+        left_out(target)
     result.save(target / 'evaluation.json')
     return target
 
 # %% ../nbs/24b_baselines.ipynb #f3000003
 def left_out(target: Path) -> None:
-    "Note in `target`'s provenance that its weights stayed behind, and the command that makes them."
+    """Note in `target`'s provenance that its weights stayed behind, and the command that
+    makes them.
+    """
     file = target / 'provenance.json'
     how = f'they are made by `python -m halo.baselines train {target.name}`'
     said = json.loads(file.read_text(encoding='utf-8')) | dict(weights=how)
@@ -336,34 +828,108 @@ def left_out(target: Path) -> None:
 # %% ../nbs/24b_baselines.ipynb #8011c113
 def parser() -> argparse.ArgumentParser:
     "Options of `python -m halo.baselines`."
-    p = argparse.ArgumentParser(prog='python -m halo.baselines', description="LeRobot's ACT, Diffusion Policy and SmolVLA architecture on the demonstration task, beside HALO.")
+    p = argparse.ArgumentParser(
+        prog='python -m halo.baselines',
+        description=(
+            "LeRobot's ACT, Diffusion Policy and SmolVLA architecture on the demonstration"
+            " task, beside HALO."
+        ),
+    )
     p.add_argument('what', choices=('train', 'evaluate', 'table'))
     p.add_argument('names', nargs='*', help=f"{', '.join(BASELINES)} (all)")
-    p.add_argument('--data', type=Path, default=DATA / 'flash_place', help='folder of the demonstrations (data/flash_place; python -m halo.demo --train-from-scratch records them)')
-    p.add_argument('--runs', type=Path, default=place('runs/baselines'), help='folder of the training runs')
-    p.add_argument('--out', type=Path, default=place('checkpoints/baselines'), help='folder of the evaluations (checkpoints/baselines)')
+    p.add_argument(
+        '--data',
+        type=Path,
+        default=DATA / 'flash_place',
+        help=(
+            'folder of the demonstrations (data/flash_place; python -m halo.demo'
+            ' --train-from-scratch records them)'
+        ),
+    )
+    p.add_argument(
+        '--runs',
+        type=Path,
+        default=place('runs/baselines'),
+        help='folder of the training runs',
+    )
+    p.add_argument(
+        '--out',
+        type=Path,
+        default=place('checkpoints/baselines'),
+        help='folder of the evaluations (checkpoints/baselines)',
+    )
     p.add_argument('--steps', type=int, help=f'training steps ({TRAIN.steps}, as HALO)')
-    p.add_argument('--until', type=int, help='stop after this step; the same command goes on from there')
-    p.add_argument('--seeds', type=int, default=len(SEEDS), help=f'evaluation episodes ({len(SEEDS)})')
+    p.add_argument(
+        '--until',
+        type=int,
+        help='stop after this step; the same command goes on from there',
+    )
+    p.add_argument(
+        '--seeds', type=int, default=len(SEEDS), help=f'evaluation episodes ({len(SEEDS)})'
+    )
     return p
 
 # %% ../nbs/24b_baselines.ipynb #5157f593
 def run(args) -> None:
     "Carry out what the options say."
-    if strange := set(args.names) - set(BASELINES): raise ValueError(f"no baseline {', '.join(sorted(strange))}; choose among {', '.join(BASELINES)}")
-    if not 1 <= args.seeds <= len(SEEDS) or (args.steps or 1) < 1: raise ValueError(f"--steps {args.steps} --seeds {args.seeds}: give at least 1 step and 1 to {len(SEEDS)} seeds")
-    if args.what == 'train' and not (args.data / 'meta/info.json').exists(): raise FileNotFoundError(f"no demonstrations in {shown(args.data)}: python -m halo.demo --train-from-scratch records them")
+    if strange := set(args.names) - set(BASELINES):
+        raise ValueError(
+            f"no baseline {', '.join(sorted(strange))}; choose among {', '.join(BASELINES)}"
+        )
+    if not 1 <= args.seeds <= len(SEEDS) or (args.steps or 1) < 1:
+        raise ValueError(
+            f"--steps {args.steps} --seeds {args.seeds}: give at least 1 step and 1 to"
+            f" {len(SEEDS)} seeds"
+        )
+    if args.what == 'train' and not (args.data / 'meta/info.json').exists():
+        raise FileNotFoundError(
+            f"no demonstrations in {shown(args.data)}: python -m halo.demo"
+            " --train-from-scratch records them"
+        )
     for name in () if args.what == 'table' else args.names or BASELINES:
-        if args.what == 'train': print(shown(train_baseline(name, LeRobotDataset('halo/flash_place', root=args.data), args.runs / name, replace(TRAIN, steps=args.steps or BASELINES[name].steps, lr=BASELINES[name].lr), args.until)))
-        else: print(shown(ship_result(args.runs / name, evaluate_baseline(args.runs / name / 'checkpoint', SEEDS[:args.seeds]), args.out / name)))
-    if args.what == 'table': print(table(comparison(load_results(folder=args.out))))
+        if args.what == 'train':
+            print(
+                shown(
+                    train_baseline(
+                        name,
+                        LeRobotDataset('halo/flash_place', root=args.data),
+                        args.runs / name,
+                        replace(
+                            TRAIN,
+                            steps=args.steps or BASELINES[name].steps,
+                            lr=BASELINES[name].lr,
+                        ),
+                        args.until,
+                    )
+                )
+            )
+        else:
+            print(
+                shown(
+                    ship_result(
+                        args.runs / name,
+                        evaluate_baseline(
+                            args.runs / name / 'checkpoint', SEEDS[: args.seeds]
+                        ),
+                        args.out / name,
+                    )
+                )
+            )
+    if args.what == 'table':
+        print(table(comparison(load_results(folder=args.out))))
 
+# %% ../nbs/24b_baselines.ipynb #cbee1941
 def main(argv: list[str] | None = None) -> int:
     "The command `python -m halo.baselines`; returns its exit status."
     args = parser().parse_args(sys.argv[1:] if argv is None else list(argv))
-    try: run(args)
-    except (FileNotFoundError, ValueError, ImportError) as e: print(e, file=sys.stderr); return 1
+    try:
+        run(args)
+    except (FileNotFoundError, ValueError, ImportError) as e:
+        print(e, file=sys.stderr)
+        return 1
     return 0
 
 # %% ../nbs/24b_baselines.ipynb #ffc31ff7
-if __name__ == '__main__' and globals().get('__spec__') is not None: sys.exit(main())   # python -m, but not a notebook
+# python -m, but not a notebook
+if __name__ == '__main__' and globals().get('__spec__') is not None:
+    sys.exit(main())

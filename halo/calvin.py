@@ -4,9 +4,18 @@
 
 # %% ../nbs/23b_calvin.ipynb #2ab0d7f8
 from __future__ import annotations
-import contextlib, functools, itertools, json, os, sys, tempfile
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import sys
+import tempfile
 from pathlib import Path
+
 import numpy as np
+
 from .thin import Player, connect, executed, parser, rate, run_benchmark, start_hash
 
 # %% auto #0
@@ -19,63 +28,134 @@ __all__ = ['BLOCKS', 'STATE', 'TASKS', 'CHAINS_SHA256', 'ROBOT', 'SPOTS', 'SCENE
 
 # %% ../nbs/23b_calvin.ipynb #547bc3bb
 BLOCKS = ('red', 'blue', 'pink')
-STATE = dict(led=(0, 1), lightbulb=(0, 1), slider=('right', 'left'), drawer=('closed', 'open'), red_block=('table', 'slider_right', 'slider_left'),
-             blue_block=('table', 'slider_right', 'slider_left'), pink_block=('table', 'slider_right', 'slider_left'), grasped=(0,))
+STATE = dict(
+    led=(0, 1),
+    lightbulb=(0, 1),
+    slider=('right', 'left'),
+    drawer=('closed', 'open'),
+    red_block=('table', 'slider_right', 'slider_left'),
+    blue_block=('table', 'slider_right', 'slider_left'),
+    pink_block=('table', 'slider_right', 'slider_left'),
+    grasped=(0,),
+)
 
 # %% ../nbs/23b_calvin.ipynb #64148248
 def block_rules(c: str) -> dict:
-    "Rules of lifting one block: from the table, from the slider that stands open beside it, from the open drawer."
+    """Rules of lifting one block: from the table, from the slider that stands open beside
+    it, from the open drawer.
+    """
     b, up = f'{c}_block', {f'{c}_block': 'grasped', 'grasped': 1}
-    return {f'lift_{b}_table': [({b: 'table'}, up)],
-            f'lift_{b}_slider': [({b: 'slider_left', 'slider': 'right'}, up), ({b: 'slider_right', 'slider': 'left'}, up)],
-            f'lift_{b}_drawer': [({b: 'drawer', 'drawer': 'open'}, up)]}
+    return {
+        f'lift_{b}_table': [({b: 'table'}, up)],
+        f'lift_{b}_slider': [
+            ({b: 'slider_left', 'slider': 'right'}, up),
+            ({b: 'slider_right', 'slider': 'left'}, up),
+        ],
+        f'lift_{b}_drawer': [({b: 'drawer', 'drawer': 'open'}, up)],
+    }
 
 # %% ../nbs/23b_calvin.ipynb #e81961ed
 def hand_rules() -> dict:
     "Rules of a grasped block, and of a stack."
-    held = [f'{c}_block' for c in BLOCKS]; pairs = [(a, b) for a in held for b in held if a != b]; down = {'grasped': 0}
-    return {'place_in_slider': [({b: 'grasped', 'slider': s, 'grasped': 1}, {b: f'slider_{s}', **down}) for b in held for s in STATE['slider']],
-            'place_in_drawer': [({b: 'grasped', 'drawer': 'open', 'grasped': 1}, {b: 'drawer', **down}) for b in held],
-            'stack_block': [({a: 'grasped', b: 'table', 'grasped': 1}, {a: 'stacked_top', b: 'stacked_bottom', **down}) for a, b in pairs],
-            'unstack_block': [({a: 'stacked_top', b: 'stacked_bottom'}, {a: 'table', b: 'table'}) for a, b in pairs]}
+    held = [f'{c}_block' for c in BLOCKS]
+    pairs = [(a, b) for a in held for b in held if a != b]
+    down = {'grasped': 0}
+    return {
+        'place_in_slider': [
+            ({b: 'grasped', 'slider': s, 'grasped': 1}, {b: f'slider_{s}', **down})
+            for b in held
+            for s in STATE['slider']
+        ],
+        'place_in_drawer': [
+            ({b: 'grasped', 'drawer': 'open', 'grasped': 1}, {b: 'drawer', **down})
+            for b in held
+        ],
+        'stack_block': [
+            (
+                {a: 'grasped', b: 'table', 'grasped': 1},
+                {a: 'stacked_top', b: 'stacked_bottom', **down},
+            )
+            for a, b in pairs
+        ],
+        'unstack_block': [
+            ({a: 'stacked_top', b: 'stacked_bottom'}, {a: 'table', b: 'table'})
+            for a, b in pairs
+        ],
+    }
 
 # %% ../nbs/23b_calvin.ipynb #a9b7e271
 @functools.cache
 def rules() -> dict[str, list[tuple[dict, dict]]]:
-    "The 34 tasks in the benchmark's order, each with its (condition, effect) pairs; `grasped` is 0 where a condition does not say."
+    """The 34 tasks in the benchmark's order, each with its (condition, effect) pairs;
+    `grasped` is 0 where a condition does not say.
+    """
     change = lambda key, old, new: [({key: old}, {key: new})]
-    out = {f'{verb}_{c}_block_{side}': change(f'{c}_block', 'table', 'table') for verb in ('rotate', 'push') for c in BLOCKS for side in ('right', 'left')}
-    out |= dict(move_slider_left=change('slider', 'right', 'left'), move_slider_right=change('slider', 'left', 'right'),
-                open_drawer=change('drawer', 'closed', 'open'), close_drawer=change('drawer', 'open', 'closed'))
-    for c in BLOCKS: out |= block_rules(c)
+    out = {
+        f'{verb}_{c}_block_{side}': change(f'{c}_block', 'table', 'table')
+        for verb in ('rotate', 'push')
+        for c in BLOCKS
+        for side in ('right', 'left')
+    }
+    out |= dict(
+        move_slider_left=change('slider', 'right', 'left'),
+        move_slider_right=change('slider', 'left', 'right'),
+        open_drawer=change('drawer', 'closed', 'open'),
+        close_drawer=change('drawer', 'open', 'closed'),
+    )
+    for c in BLOCKS:
+        out |= block_rules(c)
     out |= hand_rules()
-    for light in ('lightbulb', 'led'): out |= {f'turn_on_{light}': change(light, 0, 1), f'turn_off_{light}': change(light, 1, 0)}
-    away = lambda c: {f'{o}_block': ('slider_right', 'slider_left') for o in BLOCKS if o != c}
-    out['push_into_drawer'] = [({f'{c}_block': 'table', **away(c), 'drawer': 'open'}, {f'{c}_block': 'drawer'}) for c in BLOCKS]
-    return {task: [({'grasped': 0, **cond}, eff) for cond, eff in pairs] for task, pairs in out.items()}
+    for light in ('lightbulb', 'led'):
+        out |= {
+            f'turn_on_{light}': change(light, 0, 1),
+            f'turn_off_{light}': change(light, 1, 0),
+        }
+    away = lambda c: {
+        f'{o}_block': ('slider_right', 'slider_left') for o in BLOCKS if o != c
+    }
+    out['push_into_drawer'] = [
+        ({f'{c}_block': 'table', **away(c), 'drawer': 'open'}, {f'{c}_block': 'drawer'})
+        for c in BLOCKS
+    ]
+    return {
+        task: [({'grasped': 0, **cond}, eff) for cond, eff in pairs]
+        for task, pairs in out.items()
+    }
 
+# %% ../nbs/23b_calvin.ipynb #1c3ee6d4
 TASKS = tuple(rules())
 
 # %% ../nbs/23b_calvin.ipynb #e848fd5a
 def successors(state: dict, task: str) -> list[dict]:
     "States that the task can lead to; none if its condition does not hold."
     holds = lambda v, want: v in want if isinstance(want, tuple) else v == want
-    return [{**state, **eff} for cond, eff in rules()[task] if all(holds(state[k], w) for k, w in cond.items())]
+    return [
+        {**state, **eff}
+        for cond, eff in rules()[task]
+        if all(holds(state[k], w) for k, w in cond.items())
+    ]
 
 # %% ../nbs/23b_calvin.ipynb #f618d8a0
 def group(task: str) -> str:
     "The group of a task; a chain has five different ones."
-    if task == 'push_into_drawer' or task.endswith('stack_block'): return task
+    if task == 'push_into_drawer' or task.endswith('stack_block'):
+        return task
     first = task.split('_')[0]
-    if first == 'lift': return f"lift_{task.split('_')[-1]}"
-    return {'rotate': 'shift', 'push': 'shift', 'open': 'drawer', 'close': 'drawer'}.get(first, first)
+    if first == 'lift':
+        return f"lift_{task.split('_')[-1]}"
+    return {'rotate': 'shift', 'push': 'shift', 'open': 'drawer', 'close': 'drawer'}.get(
+        first, first
+    )
 
 # %% ../nbs/23b_calvin.ipynb #c673554b
 def possible(state: dict, chain) -> bool:
-    "Whether a chain can run from `state`: every task has exactly one outcome, and no group comes twice."
+    """Whether a chain can run from `state`: every task has exactly one outcome, and no
+    group comes twice.
+    """
     for task in chain:
         nexts = successors(state, task)
-        if len(nexts) != 1: return False
+        if len(nexts) != 1:
+            return False
         state = nexts[0]
     return len({group(t) for t in chain}) == len(chain)
 
@@ -84,7 +164,12 @@ def initial_states() -> list[dict]:
     "The benchmark's initial states, in its order."
     all_of_them = (dict(zip(STATE, v)) for v in itertools.product(*STATE.values()))
     places = lambda s: [s[f'{c}_block'] for c in BLOCKS]
-    return [s for s in all_of_them if places(s).count('table') in (1, 2) and all(places(s).count(e) < 2 for e in ('slider_right', 'slider_left'))]
+    return [
+        s
+        for s in all_of_them
+        if places(s).count('table') in (1, 2)
+        and all(places(s).count(e) < 2 for e in ('slider_right', 'slider_left'))
+    ]
 
 # %% ../nbs/23b_calvin.ipynb #38a82535
 def draw(state: dict, seed: int, n: int) -> list[tuple[str, ...]]:
@@ -92,12 +177,16 @@ def draw(state: dict, seed: int, n: int) -> list[tuple[str, ...]]:
     rng, out = np.random.RandomState(seed), []
     while len(out) < n:
         chain = tuple(TASKS[i] for i in rng.permutation(len(TASKS))[:5])
-        if possible(state, chain): out.append(chain)
+        if possible(state, chain):
+            out.append(chain)
     return out
 
 # %% ../nbs/23b_calvin.ipynb #6b671da3
 def make_chains(n: int = 1000) -> list[tuple[dict, tuple[str, ...]]]:
-    "The benchmark's list: (initial state, five tasks) per chain. Takes some 40 s for 1,000; `chains` remembers them."
+    """The benchmark's list: (initial state, five tasks) per chain.
+
+    Takes some 40 s for 1,000; `chains` remembers them.
+    """
     states = initial_states()
     shares = [len(a) for a in np.array_split(range(n), len(states))]
     out = [(s, c) for i, (s, k) in enumerate(zip(states, shares)) for c in draw(s, i, k)]
@@ -105,46 +194,100 @@ def make_chains(n: int = 1000) -> list[tuple[dict, tuple[str, ...]]]:
     return out
 
 # %% ../nbs/23b_calvin.ipynb #56e36365
-CHAINS_SHA256 = '840cb992c69ce9b6d59f6020966b6300c15233f8e0b9667b6486c1962424d308'   # of the list that the benchmark's own get_sequences(1000) gives
+# of the list that the benchmark's own get_sequences(1000) gives
+CHAINS_SHA256 = '840cb992c69ce9b6d59f6020966b6300c15233f8e0b9667b6486c1962424d308'
+
 
 def fingerprint(chains) -> str:
     "SHA-256 of a list of chains."
     import hashlib
-    return hashlib.sha256(json.dumps([[s, list(c)] for s, c in chains]).encode()).hexdigest()
+
+    return hashlib.sha256(
+        json.dumps([[s, list(c)] for s, c in chains]).encode()
+    ).hexdigest()
 
 # %% ../nbs/23b_calvin.ipynb #047872b7
 def chains(folder: str | Path | None = None) -> list[tuple[dict, tuple[str, ...]]]:
-    "The 1,000 chains of the benchmark. Raises `ValueError` if they are not those that its own generator gives."
-    base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')
-    file = Path(folder or base/'halo')/'calvin_chains.json'
-    out = [(s, tuple(c)) for s, c in json.loads(file.read_text())] if file.exists() else make_chains()
-    if fingerprint(out) != CHAINS_SHA256: raise ValueError(f"the chains are not the benchmark's (expected SHA-256 {CHAINS_SHA256[:12]}…); delete {file} if it exists, and report NumPy's version")
+    """The 1,000 chains of the benchmark.
+
+    Raises `ValueError` if they are not those that its own generator gives.
+    """
+    base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+    file = Path(folder or base / 'halo') / 'calvin_chains.json'
+    out = (
+        [(s, tuple(c)) for s, c in json.loads(file.read_text())]
+        if file.exists()
+        else make_chains()
+    )
+    if fingerprint(out) != CHAINS_SHA256:
+        raise ValueError(
+            f"the chains are not the benchmark's (expected SHA-256 {CHAINS_SHA256[:12]}…);"
+            f" delete {file} if it exists, and report NumPy's version"
+        )
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        tmp = file.with_suffix('.tmp'); tmp.write_text(json.dumps(out)); tmp.replace(file)
+        tmp = file.with_suffix('.tmp')
+        tmp.write_text(json.dumps(out))
+        tmp.replace(file)
     return out
 
 # %% ../nbs/23b_calvin.ipynb #2323b00e
 def fnv1(data: bytes) -> int:
     "FNV-1 hash of 32 bits, started at 0 as the benchmark's hash library does."
     h = 0
-    for byte in data: h = (h * 0x01000193 & 0xffffffff) ^ byte
+    for byte in data:
+        h = (h * 0x01000193 & 0xFFFFFFFF) ^ byte
     return h
 
 # %% ../nbs/23b_calvin.ipynb #33b98352
-ROBOT = (0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963,            # tool point xyz (m), Euler xyz (rad), gripper opening (m)
-         -1.21779124, 1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928, 1.0)   # seven joints (rad), last gripper command (1: open)
-SPOTS = {'slider_left': (-0.240851662, 0.0924044687, 0.460990009), 'slider_right': (0.0703416330, 0.0924044687, 0.460990009),
-         'table': ((0.0500000896, -0.120000177, 0.459990009), (0.229995412, -0.119995140, 0.459990010))}
-SCENE = dict(slider=0, drawer=1, button=2, switch=3, lightbulb=4, led=5, red=6, blue=12, pink=18)       # where each begins in the scene's 24 numbers
+# tool point xyz (m), Euler xyz (rad), gripper opening (m)
+# seven joints (rad), last gripper command (1: open)
+ROBOT = (
+    0.02586889,
+    -0.2313129,
+    0.5712808,
+    3.09045411,
+    -0.02908596,
+    1.50013585,
+    0.07999963,
+    -1.21779124,
+    1.03987629,
+    2.11978254,
+    -2.34205014,
+    -0.87015899,
+    1.64119093,
+    0.55344928,
+    1.0,
+)
+SPOTS = {
+    'slider_left': (-0.240851662, 0.0924044687, 0.460990009),
+    'slider_right': (0.0703416330, 0.0924044687, 0.460990009),
+    'table': (
+        (0.0500000896, -0.120000177, 0.459990009),
+        (0.229995412, -0.119995140, 0.459990010),
+    ),
+}
+# where each begins in the scene's 24 numbers
+SCENE = dict(
+    slider=0, drawer=1, button=2, switch=3, lightbulb=4, led=5, red=6, blue=12, pink=18
+)
 
 # %% ../nbs/23b_calvin.ipynb #b6ae246c
-def table_scene(slider='right', drawer='closed', lightbulb=0, led=0, **blocks) -> np.ndarray:
-    "The scene vector (24,): joints, lights, and of each block xyz (m) and Euler xyz (rad); blocks are given as 3 or 6 numbers."
+def table_scene(
+    slider='right', drawer='closed', lightbulb=0, led=0, **blocks
+) -> np.ndarray:
+    """The scene vector (24,): joints, lights, and of each block xyz (m) and Euler xyz
+    (rad); blocks are given as 3 or 6 numbers.
+    """
     s = np.zeros(24)
-    s[SCENE['slider']], s[SCENE['drawer']], s[SCENE['switch']] = 0.28 * (slider == 'left'), 0.22 * (drawer == 'open'), 0.088 * lightbulb
+    s[SCENE['slider']], s[SCENE['drawer']], s[SCENE['switch']] = (
+        0.28 * (slider == 'left'),
+        0.22 * (drawer == 'open'),
+        0.088 * lightbulb,
+    )
     s[SCENE['lightbulb']], s[SCENE['led']] = lightbulb, led
-    for c, pose in blocks.items(): s[SCENE[c]:SCENE[c] + len(pose)] = pose
+    for c, pose in blocks.items():
+        s[SCENE[c] : SCENE[c] + len(pose)] = pose
     return s
 
 # %% ../nbs/23b_calvin.ipynb #45dd1d18
@@ -155,148 +298,316 @@ def initial_scene(state: dict) -> np.ndarray:
     spots, used, blocks = [SPOTS['table'][i] for i in order], 0, {}
     for c in BLOCKS:
         place = state[f'{c}_block']
-        if place == 'table': xyz, used = (spots[1] if c == 'pink' else spots[used]), used + 1   # pink takes the second spot even when it lies there alone
-        else: xyz = SPOTS[place]
+        # pink takes the second spot even when it lies there alone
+        if place == 'table':
+            xyz, used = (spots[1] if c == 'pink' else spots[used]), used + 1
+        else:
+            xyz = SPOTS[place]
         blocks[c] = [*xyz, 0, 0, rng.uniform(np.pi / 2 - np.pi / 8, np.pi / 2 + np.pi / 8)]
-    return table_scene(**{k: state[k] for k in ('slider', 'drawer', 'lightbulb', 'led')}, **blocks)
+    return table_scene(
+        **{k: state[k] for k in ('slider', 'drawer', 'lightbulb', 'led')}, **blocks
+    )
 
 # %% ../nbs/23b_calvin.ipynb #aeb53b51
-WORDS = dict(open_drawer='pull the handle to open the drawer', close_drawer='push the handle to close the drawer', place_in_slider='store the grasped block in the sliding cabinet',
-             place_in_drawer='store the grasped block in the drawer', push_into_drawer='slide the block that it falls into the drawer', stack_block='stack the grasped block',
-             unstack_block='remove the stacked block')
+WORDS = dict(
+    open_drawer='pull the handle to open the drawer',
+    close_drawer='push the handle to close the drawer',
+    place_in_slider='store the grasped block in the sliding cabinet',
+    place_in_drawer='store the grasped block in the drawer',
+    push_into_drawer='slide the block that it falls into the drawer',
+    stack_block='stack the grasped block',
+    unstack_block='remove the stacked block',
+)
+
 
 def instruction(task: str) -> str:
-    "The benchmark's evaluation instruction for a task. Raises `ValueError` for an unknown one."
-    if task not in TASKS: raise ValueError(f"{task!r} is not one of CALVIN's {len(TASKS)} tasks; they are {', '.join(TASKS)}")
-    if task in WORDS: return WORDS[task]
+    """The benchmark's evaluation instruction for a task.
+
+    Raises `ValueError` for an unknown one.
+    """
+    if task not in TASKS:
+        raise ValueError(
+            f"{task!r} is not one of CALVIN's {len(TASKS)} tasks; they are"
+            f" {', '.join(TASKS)}"
+        )
+    if task in WORDS:
+        return WORDS[task]
     verb, a, *_, last = task.split('_')
-    if verb == 'rotate': return f'take the {a} block and rotate it to the {last}'
-    if verb == 'push': return f'go push the {a} block {last}'
-    if verb == 'move': return f'push the sliding door to the {last} side'
-    if verb == 'lift': return {'table': f'grasp and lift the {a} block', 'slider': f'lift the {a} block from the sliding cabinet', 'drawer': f'Take the {a} block from the drawer'}[last]
-    return f'use the switch to turn {a} the light bulb' if last == 'lightbulb' else f'press the button to turn {a} the led light'
+    if verb == 'rotate':
+        return f'take the {a} block and rotate it to the {last}'
+    if verb == 'push':
+        return f'go push the {a} block {last}'
+    if verb == 'move':
+        return f'push the sliding door to the {last} side'
+    if verb == 'lift':
+        return {
+            'table': f'grasp and lift the {a} block',
+            'slider': f'lift the {a} block from the sliding cabinet',
+            'drawer': f'Take the {a} block from the drawer',
+        }[last]
+    return (
+        f'use the switch to turn {a} the light bulb'
+        if last == 'lightbulb'
+        else f'press the button to turn {a} the led light'
+    )
 
 # %% ../nbs/23b_calvin.ipynb #1c94871b
-PROTOCOL = dict(benchmark='CALVIN ABC→D', scene='calvin_scene_D', chains=1000, instructions=5, ticks_per_instruction=360, control_rate=30, history='reset at each instruction',
-                cameras=dict(primary='rgb_static 200×200', wrist='rgb_gripper 84×84'), orientation='as rendered (upright)',
-                action='relative tool pose (7,): xyz in units of 0.02 m, Euler xyz in units of 0.05 rad, added to the commanded pose; gripper > 0 opens, else closes',
-                prompts='the 34 evaluation instructions', success='the benchmark\'s predicate between the instruction\'s first state and the present one', renderer='EGL on a GPU in published runs')
-STATES = {'full': list(range(15)), 'tool': [0, 1, 2, 3, 4, 5, 6], 'tool_command': [0, 1, 2, 3, 4, 5, 14]}   # which of the robot's 15 numbers are the policy's state
+PROTOCOL = dict(
+    benchmark='CALVIN ABC→D',
+    scene='calvin_scene_D',
+    chains=1000,
+    instructions=5,
+    ticks_per_instruction=360,
+    control_rate=30,
+    history='reset at each instruction',
+    cameras=dict(primary='rgb_static 200×200', wrist='rgb_gripper 84×84'),
+    orientation='as rendered (upright)',
+    action=(
+        'relative tool pose (7,): xyz in units of 0.02 m, Euler xyz in units of 0.05 rad,'
+        ' added to the commanded pose; gripper > 0 opens, else closes'
+    ),
+    prompts='the 34 evaluation instructions',
+    success=(
+        'the benchmark\'s predicate between the instruction\'s first state and the'
+        ' present one'
+    ),
+    renderer='EGL on a GPU in published runs',
+)
+# which of the robot's 15 numbers are the policy's state
+STATES = {
+    'full': list(range(15)),
+    'tool': [0, 1, 2, 3, 4, 5, 6],
+    'tool_command': [0, 1, 2, 3, 4, 5, 14],
+}
 
 # %% ../nbs/23b_calvin.ipynb #3bdb1722
 def find_clone(root: str | Path | None = None) -> Path:
-    "The folder of the user's calvin_env. Raises `FileNotFoundError` with the commands that make one."
+    """The folder of the user's calvin_env.
+
+    Raises `FileNotFoundError` with the commands that make one.
+    """
     root = root or os.environ.get('CALVIN_ROOT')
     how = "git clone https://github.com/mees/calvin_env; export CALVIN_ROOT=$PWD/calvin_env"
-    if not root: raise FileNotFoundError(f"CALVIN_ROOT is not set and no --root was given; {how}")
-    for folder in (Path(root), Path(root)/'calvin_env'):
-        if (folder/'calvin_env/envs/play_table_env.py').exists(): return folder.resolve()
-    raise FileNotFoundError(f"{root} holds no calvin_env (calvin_env/envs/play_table_env.py is missing); {how}")
+    if not root:
+        raise FileNotFoundError(f"CALVIN_ROOT is not set and no --root was given; {how}")
+    for folder in (Path(root), Path(root) / 'calvin_env'):
+        if (folder / 'calvin_env/envs/play_table_env.py').exists():
+            return folder.resolve()
+    raise FileNotFoundError(
+        f"{root} holds no calvin_env (calvin_env/envs/play_table_env.py is missing); {how}"
+    )
 
 # %% ../nbs/23b_calvin.ipynb #0576a946
 def shims():
     "Names that calvin_env expects and newer NumPy and Python lack."
-    import importlib.util, pkgutil
+    import importlib.util
+    import pkgutil
+
     for name, kind in (('float', float), ('int', int), ('bool', bool)):
-        if name not in np.__dict__: setattr(np, name, kind)
-    if not hasattr(pkgutil, 'get_loader'): pkgutil.get_loader = lambda name: getattr(importlib.util.find_spec(name), 'loader', None)
+        if name not in np.__dict__:
+            setattr(np, name, kind)
+    if not hasattr(pkgutil, 'get_loader'):
+        pkgutil.get_loader = lambda name: getattr(
+            importlib.util.find_spec(name), 'loader', None
+        )
 
 # %% ../nbs/23b_calvin.ipynb #c9fa1618
 def load_simulator(folder: Path, scene: str = PROTOCOL['scene'], egl: bool = False):
-    "calvin_env's environment and its table of predicates, composed from the clone's own configuration."
-    shims(); sys.path.insert(0, str(folder))
+    """calvin_env's environment and its table of predicates, composed from the clone's own
+    configuration.
+    """
+    shims()
+    sys.path.insert(0, str(folder))
     import hydra
-    with hydra.initialize_config_dir(str(folder/'conf'), version_base='1.1'):
-        cfg = hydra.compose('config_data_collection', overrides=['cameras=static_and_gripper', f'scene={scene}', 'use_vr=false', f'env.use_egl={str(egl).lower()}', '~vr_input', '~recorder'])
+
+    with hydra.initialize_config_dir(str(folder / 'conf'), version_base='1.1'):
+        cfg = hydra.compose(
+            'config_data_collection',
+            overrides=[
+                'cameras=static_and_gripper',
+                f'scene={scene}',
+                'use_vr=false',
+                f'env.use_egl={str(egl).lower()}',
+                '~vr_input',
+                '~recorder',
+            ],
+        )
     with open(os.devnull, 'w') as quiet, contextlib.redirect_stdout(quiet):
-        return hydra.utils.instantiate(cfg.env, show_gui=False, use_vr=False, use_scene_info=True), hydra.utils.instantiate(cfg.tasks)
+        return hydra.utils.instantiate(
+            cfg.env, show_gui=False, use_vr=False, use_scene_info=True
+        ), hydra.utils.instantiate(cfg.tasks)
 
 # %% ../nbs/23b_calvin.ipynb #0b71423e
 class Calvin:
-    "The table: `begin(state)`, `observe()`, `act(action)`, and `start()` / `achieved(task)` around an instruction."
-    def __init__(self, root=None, scene: str = PROTOCOL['scene'], state: str = 'full', egl: bool = False, names: dict | None = None):
+    """The table: `begin(state)`, `observe()`, `act(action)`, and `start()` /
+    `achieved(task)` around an instruction.
+    """
+
+    def __init__(
+        self,
+        root=None,
+        scene: str = PROTOCOL['scene'],
+        state: str = 'full',
+        egl: bool = False,
+        names: dict | None = None,
+    ):
         self.folder, self.pick = find_clone(root), STATES[state]
         self.env, self.tasks = load_simulator(self.folder, scene, egl)
         self.names = names or {'primary': 'rgb_static', 'wrist': 'rgb_gripper'}
 
-    def begin(self, state: dict): self.obs = self.env.reset(robot_obs=np.array(ROBOT), scene_obs=initial_scene(state))
+    def begin(self, state: dict):
+        self.obs = self.env.reset(robot_obs=np.array(ROBOT), scene_obs=initial_scene(state))
 
-    def place(self, scene: np.ndarray, robot=ROBOT): self.obs = self.env.reset(robot_obs=np.array(robot), scene_obs=scene)
+    def place(self, scene: np.ndarray, robot=ROBOT):
+        self.obs = self.env.reset(robot_obs=np.array(robot), scene_obs=scene)
 
     def observe(self) -> tuple[dict, np.ndarray]:
         "Cameras (name → (H, W, 3) uint8) and the policy's state."
-        return {k: np.ascontiguousarray(self.obs['rgb_obs'][v], np.uint8) for k, v in self.names.items()}, np.asarray(self.obs['robot_obs'], np.float32)[self.pick]
+        return {
+            k: np.ascontiguousarray(self.obs['rgb_obs'][v], np.uint8)
+            for k, v in self.names.items()
+        }, np.asarray(self.obs['robot_obs'], np.float32)[self.pick]
 
-    def act(self, action): self.obs = self.env.step(clean_action(action))[0]
+    def act(self, action):
+        self.obs = self.env.step(clean_action(action))[0]
 
-    def start(self): self.before = self.env.get_info()
+    def start(self):
+        self.before = self.env.get_info()
 
-    def achieved(self, task: str) -> bool: return bool(self.tasks.get_task_info_for_set(self.before, self.env.get_info(), {task}))
+    def achieved(self, task: str) -> bool:
+        return bool(
+            self.tasks.get_task_info_for_set(self.before, self.env.get_info(), {task})
+        )
 
 # %% ../nbs/23b_calvin.ipynb #8f0692de
 def clean_action(action) -> np.ndarray:
-    "Seven numbers as the simulator takes them: the gripper becomes 1 (open, for > 0) or −1."
+    """Seven numbers as the simulator takes them: the gripper becomes 1 (open, for > 0) or
+    −1.
+    """
     a = np.array(action, np.float64)
-    if a.shape != (7,): raise ValueError(f"CALVIN takes 7 numbers (xyz, Euler xyz, gripper), not shape {a.shape}; serve a policy that was trained for it")
+    if a.shape != (7,):
+        raise ValueError(
+            f"CALVIN takes 7 numbers (xyz, Euler xyz, gripper), not shape {a.shape}; serve"
+            " a policy that was trained for it"
+        )
     a[6] = 1 if a[6] > 0 else -1
     return a
 
 # %% ../nbs/23b_calvin.ipynb #9146ae6a
-PARK = dict(red=(0.05, -0.12, 0.46), blue=(0.23, -0.12, 0.46), pink=SPOTS['slider_right'])     # every block somewhere harmless
-HAND, HELD = ROBOT[:3], tuple(0.02 if i == 6 else v for i, v in enumerate(ROBOT))              # a block at the tool point, between closed fingers
+# every block somewhere harmless
+PARK = dict(red=(0.05, -0.12, 0.46), blue=(0.23, -0.12, 0.46), pink=SPOTS['slider_right'])
+# a block at the tool point, between closed fingers
+HAND, HELD = ROBOT[:3], tuple(0.02 if i == 6 else v for i, v in enumerate(ROBOT))
 DRAWER, FREE = (0.18, -0.30, 0.36), (0.14, -0.12, 0.46)
 
-def shifted(xyz, dx: float = 0.0, turn: float = 0.0, dz: float = 0.0) -> tuple: "A block's six numbers, moved and turned."; return (xyz[0] + dx, xyz[1], xyz[2] + dz, 0, 0, turn)
+
+def shifted(xyz, dx: float = 0.0, turn: float = 0.0, dz: float = 0.0) -> tuple:
+    "A block's six numbers, moved and turned."
+    return (xyz[0] + dx, xyz[1], xyz[2] + dz, 0, 0, turn)
 
 # %% ../nbs/23b_calvin.ipynb #d147188b
 def block_situation(task: str) -> tuple[tuple, tuple]:
     "Before and after of a task about one named block: (blocks, robot) each."
-    verb, c, *_, last = task.split('_'); sign = -1 if last == 'right' else 1
-    others = dict(zip((o for o in BLOCKS if o != c), (SPOTS['slider_right'], (0.31, -0.12, 0.46))))          # out of the way
+    verb, c, *_, last = task.split('_')
+    sign = -1 if last == 'right' else 1
+    # out of the way
+    others = dict(
+        zip((o for o in BLOCKS if o != c), (SPOTS['slider_right'], (0.31, -0.12, 0.46)))
+    )
     put = lambda pose, robot=ROBOT: ({**others, c: pose}, robot)
-    if verb == 'rotate': return put(shifted(FREE)), put(shifted(FREE, turn=sign * np.deg2rad(75)))
-    if verb == 'push': return put(shifted(FREE, sign * 0.06)), put(shifted(FREE, -sign * 0.06))
+    if verb == 'rotate':
+        return put(shifted(FREE)), put(shifted(FREE, turn=sign * np.deg2rad(75)))
+    if verb == 'push':
+        return put(shifted(FREE, sign * 0.06)), put(shifted(FREE, -sign * 0.06))
     source = dict(table=FREE, slider=SPOTS['slider_left'], drawer=DRAWER)[last]
     return put(source), put(HAND, HELD)
 
 # %% ../nbs/23b_calvin.ipynb #eb158cb6
 def situation(task: str) -> tuple[tuple, tuple]:
     "Before and after of any task: (scene (24,), robot (15,)) each."
-    near = dict(move_slider_left=('slider', 'right', 'left'), move_slider_right=('slider', 'left', 'right'), open_drawer=('drawer', 'closed', 'open'), close_drawer=('drawer', 'open', 'closed'),
-                turn_on_lightbulb=('lightbulb', 0, 1), turn_off_lightbulb=('lightbulb', 1, 0), turn_on_led=('led', 0, 1), turn_off_led=('led', 1, 0))
-    if task in near: key, old, new = near[task]; return (table_scene(**{key: old}, **PARK), ROBOT), (table_scene(**{key: new}, **PARK), ROBOT)
+    near = dict(
+        move_slider_left=('slider', 'right', 'left'),
+        move_slider_right=('slider', 'left', 'right'),
+        open_drawer=('drawer', 'closed', 'open'),
+        close_drawer=('drawer', 'open', 'closed'),
+        turn_on_lightbulb=('lightbulb', 0, 1),
+        turn_off_lightbulb=('lightbulb', 1, 0),
+        turn_on_led=('led', 0, 1),
+        turn_off_led=('led', 1, 0),
+    )
+    if task in near:
+        key, old, new = near[task]
+        return (table_scene(**{key: old}, **PARK), ROBOT), (
+            table_scene(**{key: new}, **PARK),
+            ROBOT,
+        )
     on = shifted(PARK['blue'], dz=0.04)
-    moves = dict(place_in_slider=((HAND, HELD), (SPOTS['slider_left'], ROBOT)), place_in_drawer=((HAND, HELD), (DRAWER, ROBOT)), push_into_drawer=((FREE, ROBOT), (DRAWER, ROBOT)),
-                 stack_block=((FREE, ROBOT), (on, ROBOT)), unstack_block=((on, ROBOT), (FREE, ROBOT)))
-    if task in moves: pair = [({**PARK, 'red': pose}, robot) for pose, robot in moves[task]]
-    else: pair = block_situation(task)
+    moves = dict(
+        place_in_slider=((HAND, HELD), (SPOTS['slider_left'], ROBOT)),
+        place_in_drawer=((HAND, HELD), (DRAWER, ROBOT)),
+        push_into_drawer=((FREE, ROBOT), (DRAWER, ROBOT)),
+        stack_block=((FREE, ROBOT), (on, ROBOT)),
+        unstack_block=((on, ROBOT), (FREE, ROBOT)),
+    )
+    if task in moves:
+        pair = [({**PARK, 'red': pose}, robot) for pose, robot in moves[task]]
+    else:
+        pair = block_situation(task)
     drawer = 'open' if 'drawer' in task else 'closed'
     return tuple((table_scene(drawer=drawer, **blocks), robot) for blocks, robot in pair)
 
 # %% ../nbs/23b_calvin.ipynb #4ca94254
 def check_predicates(table: Calvin) -> dict[str, tuple[bool, bool]]:
-    "Per task: does its predicate fire when its state is set, and does it stay silent when nothing changed?"
+    """Per task: does its predicate fire when its state is set, and does it stay silent when
+    nothing changed?
+    """
     out = {}
     for task in TASKS:
         (scene, robot), (then, hand) = situation(task)
-        table.place(scene, robot); table.start(); still = not table.achieved(task)
+        table.place(scene, robot)
+        table.start()
+        still = not table.achieved(task)
         table.place(then, hand)
         out[task] = table.achieved(task), still
     return out
 
 # %% ../nbs/23b_calvin.ipynb #36cb0633
-def run_chain(table, player: Player, seed: int, limit: int, chain=None, keep_history: bool = False, on_frame=None) -> dict:
-    "Chain number `seed` of the benchmark (or the given one): completed (0…5), ticks, and one entry per instruction that was begun."
+def run_chain(
+    table,
+    player: Player,
+    seed: int,
+    limit: int,
+    chain=None,
+    keep_history: bool = False,
+    on_frame=None,
+) -> dict:
+    """Chain number `seed` of the benchmark (or the given one): completed (0…5), ticks, and
+    one entry per instruction that was begun.
+    """
     state, tasks = chain or chains()[seed]
-    table.begin(state); asked, parts, began = len(player.ms), [], start_hash(*table.observe())
+    table.begin(state)
+    asked, parts, began = len(player.ms), [], start_hash(*table.observe())
     for k, task in enumerate(tasks):
-        if k and keep_history: player.interrupt()
-        else: player.reset(seed=10 * seed + k)
+        if k and keep_history:
+            player.interrupt()
+        else:
+            player.reset(seed=10 * seed + k)
         parts.append(run_instruction(table, player, task, limit, on_frame))
-        if not parts[-1]['success']: break
+        if not parts[-1]['success']:
+            break
     done, ms = sum(p['success'] for p in parts), player.ms[asked:]
-    return dict(seed=int(seed), success=done == len(tasks), completed=done, ticks=sum(p['ticks'] for p in parts), task='chain', episode=int(seed), prompt=' → '.join(tasks), instructions=parts, start_sha256=began,
-                inference_ms=round(float(np.mean(ms)), 2) if ms else None)
+    return dict(
+        seed=int(seed),
+        success=done == len(tasks),
+        completed=done,
+        ticks=sum(p['ticks'] for p in parts),
+        task='chain',
+        episode=int(seed),
+        prompt=' → '.join(tasks),
+        instructions=parts,
+        start_sha256=began,
+        inference_ms=round(float(np.mean(ms)), 2) if ms else None,
+    )
 
 # %% ../nbs/23b_calvin.ipynb #76edb474
 def run_instruction(table, player: Player, task: str, limit: int, on_frame=None) -> dict:
@@ -304,65 +615,166 @@ def run_instruction(table, player: Player, task: str, limit: int, on_frame=None)
     table.start()
     for tick in range(limit):
         images, state = table.observe()
-        if on_frame: on_frame(images)
+        if on_frame:
+            on_frame(images)
         table.act(player.act(images, state, instruction(task)))
-        if table.achieved(task): return dict(task=task, success=True, ticks=tick + 1)
+        if table.achieved(task):
+            return dict(task=task, success=True, ticks=tick + 1)
     return dict(task=task, success=False, ticks=limit)
 
 # %% ../nbs/23b_calvin.ipynb #36189284
 class Presser:
-    "Presses the table's button whenever a new instruction comes. `infer` is a server's; the state's first three numbers are the tool's place."
-    BUTTON, HIGH, STEP = (-0.12, -0.12), 0.56, 0.5             # m, m, share of the largest step of 2 cm
+    """Presses the table's button whenever a new instruction comes.
+
+    `infer` is a server's; the state's first three numbers are the tool's place.
+    """
+
+    # m, m, share of the largest step of 2 cm
+    BUTTON, HIGH, STEP = (-0.12, -0.12), 0.56, 0.5
     chain = ('turn_on_led', 'turn_off_led', 'turn_on_led', 'turn_off_led', 'turn_on_led')
 
     def infer(self, obs: dict) -> dict:
-        if obs.get('reset'): self.raised = False
+        if obs.get('reset'):
+            self.raised = False
         xyz = np.asarray(obs['state'][:3], np.float64)
-        off = np.subtract(self.BUTTON, xyz[:2]); self.raised |= bool(xyz[2] > self.HIGH - 0.005)
+        off = np.subtract(self.BUTTON, xyz[:2])
+        self.raised |= bool(xyz[2] > self.HIGH - 0.005)
         down = self.raised and np.linalg.norm(off) < 0.01
-        return dict(actions=np.array([[*self.towards(off if self.raised else off * 0), -self.STEP if down else float(self.towards(self.HIGH - xyz[2])), 0, 0, 0, -1]], np.float32))
+        return dict(
+            actions=np.array(
+                [
+                    [
+                        *self.towards(off if self.raised else off * 0),
+                        -self.STEP if down else float(self.towards(self.HIGH - xyz[2])),
+                        0,
+                        0,
+                        0,
+                        -1,
+                    ]
+                ],
+                np.float32,
+            )
+        )
 
-    def towards(self, metres): return np.clip(np.asarray(metres) / 0.02, -1, 1) * self.STEP
+    def towards(self, metres):
+        return np.clip(np.asarray(metres) / 0.02, -1, 1) * self.STEP
 
 # %% ../nbs/23b_calvin.ipynb #b4e28c3a
 def in_a_row(episodes: list[dict]) -> dict:
-    "Share of chains with at least 1 … 5 instructions done, each with Wilson's interval, and the average length with its standard error."
+    """Share of chains with at least 1 … 5 instructions done, each with Wilson's interval,
+    and the average length with its standard error.
+    """
     done = np.array([e['completed'] for e in episodes])
-    return dict(in_a_row={str(k): rate(list(done >= k)) for k in range(1, 6)}, average_length=float(done.mean()),
-                standard_error=float(done.std(ddof=1) / np.sqrt(len(done))) if len(done) > 1 else None, chains=len(done))
+    return dict(
+        in_a_row={str(k): rate(list(done >= k)) for k in range(1, 6)},
+        average_length=float(done.mean()),
+        standard_error=(
+            float(done.std(ddof=1) / np.sqrt(len(done))) if len(done) > 1 else None
+        ),
+        chains=len(done),
+    )
 
 # %% ../nbs/23b_calvin.ipynb #d2d00d19
 def conventions(args, metadata: dict) -> dict:
     "What this run does, in the protocol's words, and what the server says of itself."
     import platform
-    own = dict(PROTOCOL) | dict(scene=args.scene, chains=args.episodes, ticks_per_instruction=args.limit, renderer='EGL' if args.egl else 'PyBullet TinyRenderer (software)')
-    if args.keep_history: own['history'] = 'kept over the chain'
-    return own | dict(state=args.state, chunk_executed=executed(args.replan, metadata), frames=args.frames, versions=dict(python=platform.python_version(), numpy=np.__version__), server=metadata)
+
+    own = dict(PROTOCOL) | dict(
+        scene=args.scene,
+        chains=args.episodes,
+        ticks_per_instruction=args.limit,
+        renderer='EGL' if args.egl else 'PyBullet TinyRenderer (software)',
+    )
+    if args.keep_history:
+        own['history'] = 'kept over the chain'
+    return own | dict(
+        state=args.state,
+        chunk_executed=executed(args.replan, metadata),
+        frames=args.frames,
+        versions=dict(python=platform.python_version(), numpy=np.__version__),
+        server=metadata,
+    )
 
 # %% ../nbs/23b_calvin.ipynb #63a92ad6
 def main(arguments=None):
     "Command line of `clients/calvin.py`."
     p = parser('calvin', 'Play CALVIN ABC→D chains with a served policy.')
     p.add_argument('--root', help='clone of calvin_env or calvin; CALVIN_ROOT by default')
-    p.add_argument('--scene', default=PROTOCOL['scene']); p.add_argument('--state', choices=STATES, default='full')
-    p.add_argument('--limit', type=int, default=PROTOCOL['ticks_per_instruction'], help='ticks per instruction')
-    p.add_argument('--keep-history', action='store_true', help='do not reset the policy between the instructions of a chain')
-    p.add_argument('--egl', action='store_true', help='render on the GPU'); p.add_argument('--check', action='store_true', help='only check that every predicate fires, and that a scripted chain of presses succeeds')
+    p.add_argument('--scene', default=PROTOCOL['scene'])
+    p.add_argument('--state', choices=STATES, default='full')
+    p.add_argument(
+        '--limit',
+        type=int,
+        default=PROTOCOL['ticks_per_instruction'],
+        help='ticks per instruction',
+    )
+    p.add_argument(
+        '--keep-history',
+        action='store_true',
+        help='do not reset the policy between the instructions of a chain',
+    )
+    p.add_argument('--egl', action='store_true', help='render on the GPU')
+    p.add_argument(
+        '--check',
+        action='store_true',
+        help=(
+            'only check that every predicate fires, and that a scripted chain of presses'
+            ' succeeds'
+        ),
+    )
     args = p.parse_args(arguments)
     table = Calvin(args.root, args.scene, args.state, args.egl)
-    if args.check: return report_check(check_predicates(table), run_chain(table, Player(Presser(), dim=7), 0, args.limit, chain=(initial_states()[0], Presser.chain)))
-    chains()                                                   # made on first use, for longer than a server may wait for a silent client on a busy machine
+    if args.check:
+        return report_check(
+            check_predicates(table),
+            run_chain(
+                table,
+                Player(Presser(), dim=7),
+                0,
+                args.limit,
+                chain=(initial_states()[0], Presser.chain),
+            ),
+        )
+    # made on first use, for longer than a server may wait for a silent client on a busy
+    # machine
+    chains()
     policy = connect(args.address, args.token)
-    run = lambda env, player, seed, limit: run_chain(env, player, seed, limit, keep_history=args.keep_history)
-    out = run_benchmark(table, Player(policy, args.replan, args.frames, 7), range(args.episodes), args.limit, args.out, conventions(args, dict(policy.get_server_metadata())), PROTOCOL, in_a_row, episode=run)
-    print(f"average length {out['average_length']:.3f} over {out['chains']} chains; in a row " + ', '.join(f"{k}: {r['rate']:.1%}" for k, r in out['in_a_row'].items()))
+    run = lambda env, player, seed, limit: run_chain(
+        env, player, seed, limit, keep_history=args.keep_history
+    )
+    out = run_benchmark(
+        table,
+        Player(policy, args.replan, args.frames, 7),
+        range(args.episodes),
+        args.limit,
+        args.out,
+        conventions(args, dict(policy.get_server_metadata())),
+        PROTOCOL,
+        in_a_row,
+        episode=run,
+    )
+    print(
+        f"average length {out['average_length']:.3f} over {out['chains']} chains; in a row "
+        + ', '.join(f"{k}: {r['rate']:.1%}" for k, r in out['in_a_row'].items())
+    )
 
 # %% ../nbs/23b_calvin.ipynb #11f37248
 def report_check(found: dict, pressed: dict) -> None:
-    "Print which predicates fire, and how a chain of presses went; exit status 1 if either falls short."
-    for task, (fires, silent) in found.items(): print(f"{'ok ' if fires and silent else 'BAD'} {task}" + ('' if fires else ': does not fire') + ('' if silent else ': fires without a change'))
+    """Print which predicates fire, and how a chain of presses went; exit status 1 if either
+    falls short.
+    """
+    for task, (fires, silent) in found.items():
+        print(
+            f"{'ok ' if fires and silent else 'BAD'} {task}"
+            + ('' if fires else ': does not fire')
+            + ('' if silent else ': fires without a change')
+        )
     good = sum(a and b for a, b in found.values())
     print(f'{good} of {len(found)} predicates fire when their state is set, and only then')
     ticks = [i['ticks'] for i in pressed['instructions']]
-    print(f"a scripted arm does {pressed['completed']} of 5 instructions by pressing the button, in {ticks} ticks")
-    if good < len(found) or not pressed['success']: sys.exit(1)
+    print(
+        f"a scripted arm does {pressed['completed']} of 5 instructions by pressing the"
+        f" button, in {ticks} ticks"
+    )
+    if good < len(found) or not pressed['success']:
+        sys.exit(1)

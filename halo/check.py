@@ -4,23 +4,55 @@
 
 # %% ../nbs/10c_check.ipynb #a6284e6d
 from __future__ import annotations
-import argparse, json, logging, os, re, shlex, shutil, sys
+
+import argparse
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
-import av, numpy as np, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
-import torch, yaml
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+import yaml
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from tqdm import tqdm
-from .config import ModelConfig, PRESETS, one_of, preset
+
+from .config import PRESETS, ModelConfig, one_of, preset
 from .configuration_halo import HaloConfig, assign_roles
-from .data import (View, as_meta, camera_size, check_fps, check_stats, check_tasks,
-                       check_vectors, column_array, default_store, depth_cameras,
-                       episode_bounds, episode_frames, fit_shape, matrix, picture_shape,
-                       policy_sizes, stamp_gaps, tasks_by_index, view_limit)
+from halo.data import (
+    View,
+    as_meta,
+    camera_size,
+    check_fps,
+    check_stats,
+    check_tasks,
+    check_vectors,
+    column_array,
+    default_store,
+    depth_cameras,
+    episode_bounds,
+    episode_frames,
+    fit_shape,
+    matrix,
+    picture_shape,
+    policy_sizes,
+    stamp_gaps,
+    tasks_by_index,
+    view_limit,
+)
 from .sampling import downsample
 
 # %% auto #0
@@ -42,27 +74,34 @@ __all__ = ['SEVERITIES', 'AGAIN', 'RECOMPUTE', 'SIZES', 'OLD', 'VECTORS', 'INDEX
 # %% ../nbs/10c_check.ipynb #d2235eeb
 SEVERITIES = ('error', 'warning', 'note')
 
+
 @dataclass(frozen=True)
 class Finding:
     "One thing that a check found in a dataset."
-    code: str                    # its name, for programs
-    severity: str                # 'error', 'warning' or 'note'
-    where: str                   # the episode, camera, column or file that it is about
-    text: str                    # what is there
-    fix: str                     # what to do about it
-    episode: int | None = None   # the episode that it lies in, where it lies in one
 
-    def __post_init__(self): one_of('severity', self.severity, SEVERITIES)
-    def __str__(self): return f'{self.text}; {self.fix}' if self.fix else self.text
+    code: str  # its name, for programs
+    severity: str  # 'error', 'warning' or 'note'
+    where: str  # the episode, camera, column or file that it is about
+    text: str  # what is there
+    fix: str  # what to do about it
+    episode: int | None = None  # the episode that it lies in, where it lies in one
+
+    def __post_init__(self):
+        one_of('severity', self.severity, SEVERITIES)
+
+    def __str__(self):
+        return f'{self.text}; {self.fix}' if self.fix else self.text
 
 # %% ../nbs/10c_check.ipynb #bbd00f1f
 def error(code: str, where: str, text: str, fix: str, episode=None) -> Finding:
     "Training would fail or learn something wrong."
     return Finding(code, 'error', where, text, fix, episode)
 
+
 def warning(code: str, where: str, text: str, fix: str, episode=None) -> Finding:
     "Training works, and somebody should look."
     return Finding(code, 'warning', where, text, fix, episode)
+
 
 def note(code: str, where: str, text: str, fix: str, episode=None) -> Finding:
     "Nothing is wrong; good to know."
@@ -77,14 +116,17 @@ def refusal(check, *args) -> tuple[str, str] | None:
         text, _, fix = str(e).partition('; ')
         return text, fix
 
+
 def first_line(e: Exception) -> str:
     "An exception in a few words."
     line = (str(e).strip().splitlines() or [''])[0]
     return f'{type(e).__name__}: {line[:160]}'.rstrip(': ')
 
+
 def drop(episode: int) -> str:
     "How an episode is removed."
     return f'drop episode {episode} (lerobot-edit-dataset --operation.type delete_episodes)'
+
 
 AGAIN = 'download or record it again'
 RECOMPUTE = 'recompute them (lerobot-edit-dataset --operation.type recompute_stats)'
@@ -92,32 +134,42 @@ RECOMPUTE = 'recompute them (lerobot-edit-dataset --operation.type recompute_sta
 # %% ../nbs/10c_check.ipynb #7a708f2c
 SIZES = ('max_state_dim', 'max_action_dim')
 
+
 def model_of(policy: dict) -> ModelConfig:
     "The model that fields of `HaloConfig` describe. Raises `ValueError` for unknown ones."
     known = {f.name for f in fields(HaloConfig)}
     if unknown := sorted(set(policy) - known):
-        raise ValueError(f"--policy.{unknown[0]} is no field of HALO's configuration; "
-                         "lerobot-train --policy.type=halo --help lists them")
+        raise ValueError(
+            f"--policy.{unknown[0]} is no field of HALO's configuration; "
+            "lerobot-train --policy.type=halo --help lists them"
+        )
     try:
         return HaloConfig(**policy).model
     except ValueError:
         raise
     except Exception as e:
-        raise ValueError(f'the policy {policy} makes no model ({first_line(e)}); correct '
-                         'its values') from e
+        raise ValueError(
+            f'the policy {policy} makes no model ({first_line(e)}); correct its values'
+        ) from e
 
 # %% ../nbs/10c_check.ipynb #7d234ad9
-OLD = ('meta/episodes.jsonl', 'meta/tasks.jsonl')     # of LeRobot's format before 3.0
+OLD = ('meta/episodes.jsonl', 'meta/tasks.jsonl')  # of LeRobot's format before 3.0
+
 
 def check_folder(root: Path) -> None:
     "Raise `ValueError` unless `root` has the files that every dataset has."
-    if any((root/f).is_file() for f in OLD):
-        raise ValueError(f"{root} is a dataset of LeRobot's format 2; convert it (python "
-                         "-m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=NAME)")
-    if not (root/'meta/tasks.parquet').is_file() and (root/'meta/info.json').is_file():
-        raise ValueError(f'{root} lacks meta/tasks.parquet, which names the instructions; '
-                         'copy the dataset again')
+    if any((root / f).is_file() for f in OLD):
+        raise ValueError(
+            f"{root} is a dataset of LeRobot's format 2; convert it (python "
+            "-m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=NAME)"
+        )
+    if not (root / 'meta/tasks.parquet').is_file() and (root / 'meta/info.json').is_file():
+        raise ValueError(
+            f'{root} lacks meta/tasks.parquet, which names the instructions; '
+            'copy the dataset again'
+        )
 
+# %% ../nbs/10c_check.ipynb #032cfc6b
 def open_folder(root: Path) -> LeRobotDatasetMetadata:
     "Metadata of a dataset's folder. Raises `ValueError` if it cannot be read."
     if not root.is_dir():
@@ -128,74 +180,104 @@ def open_folder(root: Path) -> LeRobotDatasetMetadata:
     except Exception as e:
         if type(e) is ValueError and str(root) in str(e):
             raise
-        raise ValueError(f'the metadata of {root} cannot be read ({first_line(e)}); '
-                         'copy the dataset again') from e
+        raise ValueError(
+            f'the metadata of {root} cannot be read ({first_line(e)}); '
+            'copy the dataset again'
+        ) from e
 
+# %% ../nbs/10c_check.ipynb #377bb372
 def fetched(name: str, deep: bool) -> Path:
     "Folder of dataset `name` of the hub. Raises `ValueError` where it is not to be had."
     from huggingface_hub import snapshot_download
     from lerobot.datasets.dataset_metadata import CODEBASE_VERSION, get_safe_version
     from lerobot.utils.constants import HF_LEROBOT_HOME, HF_LEROBOT_HUB_CACHE
-    if (HF_LEROBOT_HOME/name/'meta/info.json').is_file():
-        return HF_LEROBOT_HOME/name
+
+    if (HF_LEROBOT_HOME / name / 'meta/info.json').is_file():
+        return HF_LEROBOT_HOME / name
     videos = 'videos/*' if deep else 'videos/*/chunk-000/file-000.mp4'
     try:
         version = get_safe_version(name, CODEBASE_VERSION)
-        return Path(snapshot_download(name, repo_type='dataset', revision=version,
-                                      cache_dir=HF_LEROBOT_HUB_CACHE,
-                                      allow_patterns=['meta/*', 'data/*', videos]))
+        return Path(
+            snapshot_download(
+                name,
+                repo_type='dataset',
+                revision=version,
+                cache_dir=HF_LEROBOT_HUB_CACHE,
+                allow_patterns=['meta/*', 'data/*', videos],
+            )
+        )
     except Exception as e:
-        raise ValueError(f'{name} is neither a folder nor to be had from the hub '
-                         f'({type(e).__name__}); correct the name, or download it where '
-                         f'there is a network (hf download --repo-type dataset {name} '
-                         '--local-dir DIR) and give that folder') from e
+        raise ValueError(
+            f'{name} is neither a folder nor to be had from the hub '
+            f'({type(e).__name__}); correct the name, or download it where '
+            f'there is a network (hf download --repo-type dataset {name} '
+            '--local-dir DIR) and give that folder'
+        ) from e
 
 # %% ../nbs/10c_check.ipynb #fb5e032a
 VECTORS = ('observation.state', 'action')
 
+
 @dataclass
 class Case:
     "A dataset and what is to be trained on it; what is read of it is read once."
+
     meta: LeRobotDatasetMetadata
-    name: str                    # the dataset as the user named it
-    policy: dict = field(default_factory=dict)   # fields of HaloConfig, as --policy.X
-    tolerance: float = 1e-4      # how far time stamps may be off, s
-    deep: bool = False           # decode every frame of every video
-    partial: bool = False        # only some videos are on this machine
-    gpu: str = ''                # a card in `halo.plan.GPUS`; '' = this machine
-    batch: int = 8               # samples in a training step
-    store: str = ''              # folder of the frame store; '' = beside the dataset
+    name: str  # the dataset as the user named it
+    policy: dict = field(default_factory=dict)  # fields of HaloConfig, as --policy.X
+    tolerance: float = 1e-4  # how far time stamps may be off, s
+    deep: bool = False  # decode every frame of every video
+    partial: bool = False  # only some videos are on this machine
+    gpu: str = ''  # a card in `halo.plan.GPUS`; '' = this machine
+    batch: int = 8  # samples in a training step
+    store: str = ''  # folder of the frame store; '' = beside the dataset
 
     @property
-    def root(self) -> Path: return Path(self.meta.root)
+    def root(self) -> Path:
+        return Path(self.meta.root)
+
     @property
-    def fps(self) -> float: return float(self.meta.fps)
+    def fps(self) -> float:
+        return float(self.meta.fps)
+
     @cached_property
     def asked(self) -> ModelConfig:
         "The model as it was asked for."
         return model_of(self.policy)
+
     @cached_property
-    def bounds(self) -> np.ndarray: return episode_bounds(self.meta)
+    def bounds(self) -> np.ndarray:
+        return episode_bounds(self.meta)
+
     @cached_property
-    def lengths(self) -> np.ndarray: return np.diff(self.bounds)[:, 0]
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.bounds)[:, 0]
+
     @cached_property
     def numbers(self) -> list[int]:
         "Numbers of the episodes, in the order of the metadata."
         return [int(k) for k in self.meta.episodes['episode_index']]
+
     @cached_property
-    def rows(self) -> Rows: return read_rows(self.meta)
+    def rows(self) -> Rows:
+        return read_rows(self.meta)
+
     @cached_property
     def row_faults(self) -> dict[int, tuple[str, str]]:
         "`row_fault` of every episode that has one."
         ends = zip(self.numbers, self.bounds)
         found = {k: row_fault(self.rows, k, a, z) for k, (a, z) in ends}
         return {k: f for k, f in found.items() if f}
+
     @cached_property
-    def advice(self) -> dict: return advised(self)
+    def advice(self) -> dict:
+        return advised(self)
+
     @cached_property
     def model(self) -> ModelConfig:
         "The model as it suits the dataset."
         return model_of(self.advice)
+
     @cached_property
     def ranges(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         "`trimmed` of state and action."
@@ -205,18 +287,21 @@ class Case:
 # %% ../nbs/10c_check.ipynb #2335300f
 from fastcore.basics import patch
 
+
 @patch(as_prop=True)
 def cameras(self: Case) -> list[str]:
     "Cameras that HALO can read."
     out = [k for k in self.meta.camera_keys if k not in depth_cameras(self.meta)]
     return [k for k in out if picture_shape(self.meta, k)[2] == 3]
 
+
 @patch(as_prop=True)
 def roles(self: Case) -> dict[str, str]:
     "Role of every camera, primary first; empty where the primary camera is not clear."
     try:
-        return assign_roles(self.cameras, self.policy.get('primary_camera'),
-                            self.policy.get('camera_roles'))
+        return assign_roles(
+            self.cameras, self.policy.get('primary_camera'), self.policy.get('camera_roles')
+        )
     except ValueError:
         return {}
 
@@ -224,6 +309,7 @@ def roles(self: Case) -> dict[str, str]:
 def size_of(meta, key: str) -> int:
     "Numbers in a vector of column `key`."
     return int(np.prod(meta.features[key]['shape']))
+
 
 def advised(case: Case) -> dict:
     "The policy's fields, with those that the dataset demands."
@@ -247,16 +333,22 @@ def short_name(case: Case) -> str:
     "A word for the dataset, for folders."
     return re.sub(r'[^\w.-]+', '_', Path(case.name).resolve().name)
 
+
 def headline(case: Case) -> str:
     "The dataset in one line."
     meta, n, frames = case.meta, len(case.numbers), int(case.lengths.sum())
     tasks = len(meta.tasks) if meta.tasks is not None else 0
-    said = [f'{short_name(case)}: {n} episodes',
-            f'{frames} frames at {case.fps:g} fps ({frames / case.fps:.0f} s)']
-    said += [f"{c.split('.')[-1]} {'x'.join(map(str, camera_size(meta, c)))}"
-             for c in case.cameras]
-    said += [f"{k.split('.')[-1]} {size_of(meta, k)}"
-             for k in VECTORS if k in meta.features]
+    said = [
+        f'{short_name(case)}: {n} episodes',
+        f'{frames} frames at {case.fps:g} fps ({frames / case.fps:.0f} s)',
+    ]
+    said += [
+        f"{c.split('.')[-1]} {'x'.join(map(str, camera_size(meta, c)))}"
+        for c in case.cameras
+    ]
+    said += [
+        f"{k.split('.')[-1]} {size_of(meta, k)}" for k in VECTORS if k in meta.features
+    ]
     return ', '.join([*said, f"{tasks} instruction{'s' * (tasks != 1)}"])
 
 # %% ../nbs/10c_check.ipynb #b9d950e3
@@ -264,6 +356,7 @@ def full_name(meta, camera: str) -> str:
     "`front` for `observation.images.front`, where only one camera's key ends so."
     ends = [k for k in meta.camera_keys if k == camera or k.endswith(f'.{camera}')]
     return ends[0] if len(ends) == 1 else camera
+
 
 @patch(cls_method=True)
 def open(cls: Case, dataset, policy: dict | None = None, deep: bool = False, **kw) -> Case:
@@ -275,47 +368,54 @@ def open(cls: Case, dataset, policy: dict | None = None, deep: bool = False, **k
     if policy.get('primary_camera'):
         policy['primary_camera'] = full_name(meta, policy['primary_camera'])
     case = cls(meta, name, policy, deep=deep, partial=bool(hub) and not deep, **kw)
-    case.asked                     # a policy that cannot be built is refused here
+    case.asked  # a policy that cannot be built is refused here
     try:
-        headline(case)             # and metadata that make no sense
+        headline(case)  # and metadata that make no sense
         case.model
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as e:
-        raise ValueError(f'the metadata of {root} cannot be understood ({first_line(e)}); '
-                         'copy the dataset again') from e
+        raise ValueError(
+            f'the metadata of {root} cannot be understood ({first_line(e)}); '
+            'copy the dataset again'
+        ) from e
     return case
 
 # %% ../nbs/10c_check.ipynb #57a1ee44
 INDEX = ('index', 'episode_index', 'frame_index', 'timestamp', 'task_index')
 
+
 def dense(column: pa.ChunkedArray) -> np.ndarray:
     "A column as (frames,) or (frames, d). Raises `ValueError` for gaps and ragged rows."
-    if column.null_count and not pa.types.is_floating(column.type):    # else it is NaN
+    if column.null_count and not pa.types.is_floating(column.type):  # else it is NaN
         raise ValueError(f'has no value in {column.null_count} of {len(column)} rows')
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         if len(sizes := pc.unique(pc.list_value_length(column))) > 1:
             raise ValueError(f'has rows of different lengths ({sorted(sizes.to_pylist())})')
     return column_array(column)
 
+
 @dataclass
 class Rows:
     "The numbers that could be read, sorted by episode and frame, and what could not."
+
     columns: dict[str, np.ndarray]
-    broken: dict[str, str]       # file or column -> what is wrong with it
+    broken: dict[str, str]  # file or column -> what is wrong with it
 
     def of(self, episode: int) -> slice:
         "The rows of an episode."
         at = self.columns.get('episode_index', np.zeros(0))
-        return slice(int(np.searchsorted(at, episode)),
-                     int(np.searchsorted(at, episode, 'right')))
+        return slice(
+            int(np.searchsorted(at, episode)), int(np.searchsorted(at, episode, 'right'))
+        )
 
     def get(self, key: str, episode: int) -> np.ndarray | None:
         "A column in an episode, or None if it could not be read."
         return self.columns[key][self.of(episode)] if key in self.columns else None
 
+# %% ../nbs/10c_check.ipynb #c67cc761
 def read_tables(meta, names: list[str]) -> tuple[pa.Table, dict[str, str]]:
     "The columns `names` of all files that can be read, and what is wrong with the others."
     tables, broken = [], {}
-    for f in sorted((Path(meta.root)/'data').glob('*/*.parquet')):
+    for f in sorted((Path(meta.root) / 'data').glob('*/*.parquet')):
         try:
             have = pq.read_schema(f).names
             tables.append(pq.read_table(f, columns=[n for n in names if n in have]))
@@ -326,6 +426,7 @@ def read_tables(meta, names: list[str]) -> tuple[pa.Table, dict[str, str]]:
         return pa.table({}), broken
     return pa.concat_tables(tables, promote_options='permissive'), broken
 
+# %% ../nbs/10c_check.ipynb #98ed8ffc
 def read_rows(meta) -> Rows:
     "Index, time stamps, state and action of every row that can be read."
     names = [*INDEX, *(k for k in VECTORS if k in meta.features)]
@@ -350,20 +451,31 @@ def check_index(case: Case):
     for i, (k, before) in enumerate(zip(numbers, [-1, *numbers])):
         if k != before + 1:
             gone = f'after episode {before}' if i else 'first'
-            yield error('episode-gap', f'episode {k}', f'episode {k} comes {gone} in '
-                        'meta/episodes', 'copy the dataset again (lerobot-edit-dataset '
-                        'renumbers what it leaves)')
+            yield error(
+                'episode-gap',
+                f'episode {k}',
+                f'episode {k} comes {gone} in meta/episodes',
+                'copy the dataset again (lerobot-edit-dataset renumbers what it leaves)',
+            )
             break
-    for what, want, have in (('episodes', info.total_episodes, len(numbers)),
-                             ('frames', info.total_frames, int(case.lengths.sum()))):
+    for what, want, have in (
+        ('episodes', info.total_episodes, len(numbers)),
+        ('frames', info.total_frames, int(case.lengths.sum())),
+    ):
         if want != have:
-            yield error('counts', 'meta/info.json', f'meta/info.json counts {want} {what}, '
-                        f'meta/episodes {have}', 'copy the dataset again')
+            yield error(
+                'counts',
+                'meta/info.json',
+                f'meta/info.json counts {want} {what}, meta/episodes {have}',
+                'copy the dataset again',
+            )
     for k, n in zip(numbers, case.lengths):
         if n < 1:
-            yield error('no-frames', f'episode {k}', f'episode {k} has no frame', drop(k),
-                        k)
+            yield error(
+                'no-frames', f'episode {k}', f'episode {k} has no frame', drop(k), k
+            )
 
+# %% ../nbs/10c_check.ipynb #20a8742d
 def check_files(case: Case):
     "The parquet files can be read and have the columns that the metadata promise."
     for where, why in case.rows.broken.items():
@@ -374,9 +486,11 @@ def check_files(case: Case):
         held.setdefault((chunk, file), []).append(k)
     for (chunk, file), episodes in held.items():
         path = case.meta.data_path.format(chunk_index=chunk, file_index=file)
-        if not (case.root/path).is_file():
-            yield error('file-missing', path, f'{path} with {spoken(episodes)} is missing',
-                        AGAIN)
+        if not (case.root / path).is_file():
+            yield error(
+                'file-missing', path, f'{path} with {spoken(episodes)} is missing', AGAIN
+            )
+
 
 def spoken(episodes: list[int]) -> str:
     "'episode 3', 'episodes 0 to 5', 'episodes 1, 4, 7, …'."
@@ -398,6 +512,7 @@ def row_fault(rows: Rows, k: int, a: int, z: int) -> tuple[str, str] | None:
         i = int(np.argmax(frame != np.arange(z - a)))
         return 'rows-order', f'row {i} of episode {k} says that it is frame {frame[i]}'
 
+
 def check_rows(case: Case):
     "Every episode has its rows, one for each tick."
     if not case.rows.columns:
@@ -406,34 +521,60 @@ def check_rows(case: Case):
         yield error(code, f'episode {k}', what, f'{AGAIN}, or {drop(k)}', k)
     stray = np.setdiff1d(case.rows.columns['episode_index'], case.numbers)
     if len(stray):
-        yield error('rows-stray', spoken(stray.tolist()), f'the parquet files hold rows of '
-                    f'{spoken(stray.tolist())}, which meta/episodes does not know', AGAIN)
+        yield error(
+            'rows-stray',
+            spoken(stray.tolist()),
+            'the parquet files hold rows of '
+            f'{spoken(stray.tolist())}, which meta/episodes does not know',
+            AGAIN,
+        )
 
 # %% ../nbs/10c_check.ipynb #08df6f15
 def check_camera_roles(case: Case):
     "Cameras and their roles; which is primary."
     for c in case.meta.camera_keys:
         if len(size := tuple(case.meta.features[c]['shape'])) != 3:
-            yield error('picture-shape', c, f'camera {c} has shape {size} in '
-                        'meta/info.json', 'write (height, width, channels) there')
+            yield error(
+                'picture-shape',
+                c,
+                f'camera {c} has shape {size} in meta/info.json',
+                'write (height, width, channels) there',
+            )
     for c in depth_cameras(case.meta):
-        yield note('depth', c, f'camera {c} is a depth map and is left out',
-                   'HALO reads pictures')
+        yield note(
+            'depth', c, f'camera {c} is a depth map and is left out', 'HALO reads pictures'
+        )
     for c in set(case.meta.camera_keys) - {*depth_cameras(case.meta), *case.cameras}:
         n = picture_shape(case.meta, c)[2]
         yield error('channels', c, f'camera {c} has {n} channels', 'record it as RGB')
     if not case.cameras:
-        yield error('no-camera', 'dataset', 'the dataset has no camera that HALO can read',
-                    'record at least the primary view in RGB')
+        yield error(
+            'no-camera',
+            'dataset',
+            'the dataset has no camera that HALO can read',
+            'record at least the primary view in RGB',
+        )
     elif case.roles:
         said = ', '.join(f'{k} {r}' for k, r in case.roles.items())
-        yield note('roles', next(iter(case.roles)), f'cameras: {said}',
-                   'other roles: --policy.primary_camera=KEY, --policy.camera_roles')
+        yield note(
+            'roles',
+            next(iter(case.roles)),
+            f'cameras: {said}',
+            'other roles: --policy.primary_camera=KEY, --policy.camera_roles',
+        )
     else:
-        text, fix = refusal(assign_roles, case.cameras, case.policy.get('primary_camera'),
-                            case.policy.get('camera_roles'))
-        yield error('primary', ', '.join(case.cameras), text.replace('?', ':'),
-                    fix.replace('one of them', f'one, e.g. {case.cameras[0]}'))
+        text, fix = refusal(
+            assign_roles,
+            case.cameras,
+            case.policy.get('primary_camera'),
+            case.policy.get('camera_roles'),
+        )
+        yield error(
+            'primary',
+            ', '.join(case.cameras),
+            text.replace('?', ':'),
+            fix.replace('one of them', f'one, e.g. {case.cameras[0]}'),
+        )
 
 # %% ../nbs/10c_check.ipynb #63c63682
 def any_roles(case: Case) -> dict[str, str]:
@@ -441,6 +582,7 @@ def any_roles(case: Case) -> dict[str, str]:
     rest = {c: 'secondary' for c in case.cameras[1:]}
     return case.roles or {c: 'primary' for c in case.cameras[:1]} | rest
 
+# %% ../nbs/10c_check.ipynb #cbaae9cd
 def check_pictures(case: Case):
     "Size of every camera's pictures, as recorded and as read."
     factor, s = case.model.vision.factor, case.model.sampling
@@ -450,16 +592,23 @@ def check_pictures(case: Case):
         bent = abs(y * w / (x * h) - 1)
         said = f'camera {c} is {h} x {w} and is read at {y} x {x}'
         said += f' ({y * x // factor**2} tokens)'
-        said += f', {bent:.0%} off its shape' if bent > .02 else ''
-        if bent > .5:
-            yield warning('shape', c, said, 'crop it nearer to a square, or let it be read '
-                          f'larger ({limit_field(role)})')
+        said += f', {bent:.0%} off its shape' if bent > 0.02 else ''
+        if bent > 0.5:
+            yield warning(
+                'shape',
+                c,
+                said,
+                'crop it nearer to a square, or let it be read '
+                f'larger ({limit_field(role)})',
+            )
         elif min(h, w) < factor:
-            yield warning('tiny-picture', c, said, f'record at least {factor} pixels a '
-                          'side')
+            yield warning(
+                'tiny-picture', c, said, f'record at least {factor} pixels a side'
+            )
         else:
             yield note('picture', c, said, f'{limit_field(role)} changes the limit')
 
+# %% ../nbs/10c_check.ipynb #f434823c
 def limit_field(role: str) -> str:
     "The field that limits a view's longest side."
     name = 'wrist_size' if role == 'wrist' else 'view_size'
@@ -469,12 +618,14 @@ def limit_field(role: str) -> str:
 @dataclass(frozen=True)
 class Clip:
     "A video file and the episodes that should lie in it."
-    camera: str
-    file: str                    # relative to the dataset's folder
-    episodes: tuple[int, ...]
-    spans: np.ndarray            # (episodes, 2) first and last second of each
-    lengths: np.ndarray          # (episodes,) ticks
 
+    camera: str
+    file: str  # relative to the dataset's folder
+    episodes: tuple[int, ...]
+    spans: np.ndarray  # (episodes, 2) first and last second of each
+    lengths: np.ndarray  # (episodes,) ticks
+
+# %% ../nbs/10c_check.ipynb #71049861
 def clips(case: Case, camera: str) -> list[Clip]:
     "The video files of a camera. Raises `KeyError` if the metadata do not list them."
     names = ('chunk_index', 'file_index', 'from_timestamp', 'to_timestamp')
@@ -487,18 +638,27 @@ def clips(case: Case, camera: str) -> list[Clip]:
         held.setdefault(key, []).append(i)
     path = case.meta.video_path
     spans = np.stack([at['from_timestamp'], at['to_timestamp']], 1)
-    return [Clip(camera, path.format(video_key=camera, chunk_index=c, file_index=f),
-                 tuple(case.numbers[i] for i in some), spans[some], case.lengths[some])
-            for (c, f), some in held.items()]
+    return [
+        Clip(
+            camera,
+            path.format(video_key=camera, chunk_index=c, file_index=f),
+            tuple(case.numbers[i] for i in some),
+            spans[some],
+            case.lengths[some],
+        )
+        for (c, f), some in held.items()
+    ]
 
 # %% ../nbs/10c_check.ipynb #10a13e9c
 class Header(NamedTuple):
     "What a video file says of itself, and whether its last picture is there."
+
     height: int
     width: int
-    rate: float       # frames a second
+    rate: float  # frames a second
     seconds: float
     whole: bool
+
 
 def probe(file: Path) -> Header:
     "Read a video's header and its last packet. Raises what PyAV raises if there is none."
@@ -509,31 +669,52 @@ def probe(file: Path) -> Header:
         whole = any(p.size and not p.is_corrupt for p in box.demux(s))
         return Header(s.height, s.width, float(s.average_rate), float(long), whole)
 
+# %% ../nbs/10c_check.ipynb #a48d5bcb
 def clip_faults(case: Case, clip: Clip):
     "What the header of a video shows. Raises what PyAV raises if there is none."
-    h, w, rate, seconds, whole = probe(case.root/clip.file)
-    where, half = clip.file, .5 / case.fps
+    h, w, rate, seconds, whole = probe(case.root / clip.file)
+    where, half = clip.file, 0.5 / case.fps
     if not whole:
-        yield error('video-cut', where, f'{where} with {spoken(clip.episodes)} is cut off: '
-                    'its last picture is missing', AGAIN)
+        yield error(
+            'video-cut',
+            where,
+            f'{where} with {spoken(clip.episodes)} is cut off: its last picture is missing',
+            AGAIN,
+        )
     if (h, w) != (want := camera_size(case.meta, clip.camera)):
-        yield error('video-size', where, f'{where} is {h} x {w}, meta/info.json says '
-                    f'{want[0]} x {want[1]}', 'correct the shape there, or record again')
-    if abs(rate / case.fps - 1) > .01:
-        yield error('video-rate', where, f'{where} runs at {rate:g} frames a second, the '
-                    f'dataset at {case.fps:g}', 'encode the video again at the rate of the '
-                    'dataset')
+        yield error(
+            'video-size',
+            where,
+            f'{where} is {h} x {w}, meta/info.json says {want[0]} x {want[1]}',
+            'correct the shape there, or record again',
+        )
+    if abs(rate / case.fps - 1) > 0.01:
+        yield error(
+            'video-rate',
+            where,
+            f'{where} runs at {rate:g} frames a second, the dataset at {case.fps:g}',
+            'encode the video again at the rate of the dataset',
+        )
     elif seconds + half < (last := clip.spans[:, 1].max()):
         gone = [k for k, (_, z) in zip(clip.episodes, clip.spans) if z > seconds + half]
-        yield error('video-short', where, f'{where} ends after {seconds:.2f} s, '
-                    f'{spoken(gone)} until {last:.2f} s', AGAIN,
-                    gone[0] if len(gone) == 1 else None)
+        yield error(
+            'video-short',
+            where,
+            f'{where} ends after {seconds:.2f} s, {spoken(gone)} until {last:.2f} s',
+            AGAIN,
+            gone[0] if len(gone) == 1 else None,
+        )
     spans = np.diff(clip.spans)[:, 0]
     for k, n, s in zip(clip.episodes, clip.lengths, spans):
         if abs(s - n / case.fps) > half:
-            yield error('video-span', where, f'episode {k} has {n} ticks '
-                        f'({n / case.fps:.2f} s) but {s:.2f} s of {where}',
-                        f'{AGAIN}, or {drop(k)}', k)
+            yield error(
+                'video-span',
+                where,
+                f'episode {k} has {n} ticks '
+                f'({n / case.fps:.2f} s) but {s:.2f} s of {where}',
+                f'{AGAIN}, or {drop(k)}',
+                k,
+            )
 
 # %% ../nbs/10c_check.ipynb #2f833e2f
 def check_videos(case: Case):
@@ -543,25 +724,41 @@ def check_videos(case: Case):
         try:
             found = clips(case, c)
         except KeyError:
-            yield error('video-index', c, 'meta/episodes does not say where the videos of '
-                        f'{c} lie', AGAIN)
+            yield error(
+                'video-index',
+                c,
+                f'meta/episodes does not say where the videos of {c} lie',
+                AGAIN,
+            )
             continue
         for clip in found:
-            if (case.root/clip.file).is_file():
+            if (case.root / clip.file).is_file():
                 try:
                     yield from clip_faults(case, clip)
                 except (av.FFmpegError, IndexError, OSError, TypeError) as e:
-                    yield error('video-unreadable', clip.file, f'{clip.file} with '
-                                f'{spoken(clip.episodes)} is no video ({type(e).__name__})',
-                                AGAIN)
+                    yield error(
+                        'video-unreadable',
+                        clip.file,
+                        f'{clip.file} with '
+                        f'{spoken(clip.episodes)} is no video ({type(e).__name__})',
+                        AGAIN,
+                    )
             elif case.partial:
                 absent += 1
             else:
-                yield error('video-missing', clip.file,
-                            f'{clip.file} with {spoken(clip.episodes)} is missing', AGAIN)
+                yield error(
+                    'video-missing',
+                    clip.file,
+                    f'{clip.file} with {spoken(clip.episodes)} is missing',
+                    AGAIN,
+                )
     if absent:
-        yield note('not-fetched', 'videos', f'{absent} video files were not fetched and '
-                   'not looked at', 'add --deep to fetch and decode all of them')
+        yield note(
+            'not-fetched',
+            'videos',
+            f'{absent} video files were not fetched and not looked at',
+            'add --deep to fetch and decode all of them',
+        )
 
 # %% ../nbs/10c_check.ipynb #ed139f5c
 def sample_ticks(n: int, deep: bool) -> np.ndarray:
@@ -571,6 +768,7 @@ def sample_ticks(n: int, deep: bool) -> np.ndarray:
     row = np.arange(24) + n // 2 - 12
     return np.unique([*np.linspace(0, n - 1, 24).astype(int), *row])
 
+
 def sample_episodes(case: Case, camera: str) -> list[int]:
     "Positions of the episodes that are looked at."
     n = len(case.numbers)
@@ -578,13 +776,14 @@ def sample_episodes(case: Case, camera: str) -> list[int]:
     if camera not in case.meta.video_keys:
         return sorted(some)
     try:
-        files = [c for c in clips(case, camera) if (case.root/c.file).is_file()]
-    except KeyError:                              # `check_videos` says so
+        files = [c for c in clips(case, camera) if (case.root / c.file).is_file()]
+    except KeyError:  # `check_videos` says so
         return []
     at = {k: i for i, k in enumerate(case.numbers)}
     ends = {at[c.episodes[-1]] for c in files[:8]}
     return sorted((some | ends) & {at[k] for c in files for k in c.episodes})
 
+# %% ../nbs/10c_check.ipynb #2f2516ff
 def picture_stamps(case: Case, camera: str, e: int) -> np.ndarray:
     "When an episode's pictures are to be found, s: at its stamps if there, else i / fps."
     even, k = np.arange(case.lengths[e]) / case.fps, case.numbers[e]
@@ -593,12 +792,14 @@ def picture_stamps(case: Case, camera: str, e: int) -> np.ndarray:
         return even
     return t if meets_pictures(case, camera, e, t) else even
 
+
 def meets_pictures(case: Case, camera: str, e: int, stamps: np.ndarray) -> bool:
     "Whether all stamps of the episode at position `e` have a picture within the tolerance."
     try:
         return bool((stamp_gaps(case.meta, camera, e, stamps) < case.tolerance).all())
-    except (OSError, ValueError, IndexError):     # a video that others complain about
+    except (OSError, ValueError, IndexError):  # a video that others complain about
         return False
+
 
 def thumbnails(case: Case, camera: str, e: int, ticks: np.ndarray) -> torch.Tensor:
     "Frames of the episode at position `e`, (k, 3, 56, 56) uint8. Raises `ValueError`."
@@ -614,10 +815,11 @@ def trimmed(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     low, high = np.full(x.shape[1], np.nan), np.full(x.shape[1], np.nan)
     for d in range(x.shape[1]):
         v = np.sort(x[np.isfinite(x[:, d]), d])
-        cut = max(2, int(np.ceil(.01 * len(v))))
+        cut = max(2, int(np.ceil(0.01 * len(v))))
         if len(v) > 4 * cut:
             low[d], high[d] = v[cut], v[-1 - cut]
     return low, high
+
 
 def movement(case: Case, k: int, ticks: np.ndarray) -> np.ndarray | None:
     "The state of episode `k` at `ticks` in shares of its range, (k, d), or None."
@@ -626,14 +828,17 @@ def movement(case: Case, k: int, ticks: np.ndarray) -> np.ndarray | None:
         return None
     low, high = case.ranges['observation.state']
     wide = np.where(high - low > 0, high - low, np.nan)
-    return np.nan_to_num(matrix(x)[ticks] / wide, nan=0., posinf=0., neginf=0.)
+    return np.nan_to_num(matrix(x)[ticks] / wide, nan=0.0, posinf=0.0, neginf=0.0)
 
-CODEC = 4       # grey levels by which a still picture may flicker, at 56 pixels
+
+CODEC = 4  # grey levels by which a still picture may flicker, at 56 pixels
+
 
 def same(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
     "Which pictures (k, 3, h, w) of two rows are equal but for a codec's flicker, (k,)."
     return ((a.int() - b.int()).abs().amax((1, 2, 3)) <= CODEC).numpy()
 
+# %% ../nbs/10c_check.ipynb #8c2b5b86
 def longest(flags: np.ndarray) -> tuple[int, int]:
     "First and last of the longest run of true flags; (0, -1) if there is none."
     best, start = (0, -1), 0
@@ -643,18 +848,20 @@ def longest(flags: np.ndarray) -> tuple[int, int]:
             start = i + 1
     return best
 
+
 def hang(ticks: np.ndarray, small: torch.Tensor, moved: np.ndarray, fps: float):
     "(first tick, last tick) of a picture that stays while the robot moves, or None."
     a, z = longest(same(small[1:], small[:-1]))
-    z += 1                                     # of pictures, not of pairs
-    if z <= a or (ticks[z] - ticks[a]) / fps < .5 or not same(small[[a]], small[[z]])[0]:
+    z += 1  # of pictures, not of pairs
+    if z <= a or (ticks[z] - ticks[a]) / fps < 0.5 or not same(small[[a]], small[[z]])[0]:
         return None
-    part = moved[a:z + 1]
-    return (int(ticks[a]), int(ticks[z])) if np.ptp(part, 0).max() > .25 else None
+    part = moved[a : z + 1]
+    return (int(ticks[a]), int(ticks[z])) if np.ptp(part, 0).max() > 0.25 else None
+
 
 def stale(ticks: np.ndarray, small: torch.Tensor, moved: np.ndarray) -> tuple[int, int]:
     "How many pictures repeat the one before although the robot moved, of how many."
-    pairs = (np.diff(ticks) == 1) & (np.abs(np.diff(moved, axis=0)).max(1) > .01)
+    pairs = (np.diff(ticks) == 1) & (np.abs(np.diff(moved, axis=0)).max(1) > 0.01)
     return int((same(small[1:], small[:-1]) & pairs).sum()), int(pairs.sum())
 
 # %% ../nbs/10c_check.ipynb #be84881e
@@ -669,14 +876,25 @@ def picture_faults(case: Case, camera: str, e: int, ticks: np.ndarray, small: to
     if moved is None:
         return
     if run := hang(ticks, small, moved, case.fps):
-        yield warning('frozen', camera, f'{at} stands still from frame {run[0]} to '
-                      f'{run[1]} while the robot moves', look, k)
+        yield warning(
+            'frozen',
+            camera,
+            f'{at} stands still from frame {run[0]} to {run[1]} while the robot moves',
+            look,
+            k,
+        )
         return
     n, of = stale(ticks, small, moved)
-    if n >= 8 and n > .3 * of:
-        yield warning('stale', camera, f'{at} repeats the picture before in {n} of {of} '
-                      f'frames in which the robot moves: it gives fewer than {case.fps:g} '
-                      'a second', 'record at the rate of the slowest camera', k)
+    if n >= 8 and n > 0.3 * of:
+        yield warning(
+            'stale',
+            camera,
+            f'{at} repeats the picture before in {n} of {of} '
+            f'frames in which the robot moves: it gives fewer than {case.fps:g} '
+            'a second',
+            'record at the rate of the slowest camera',
+            k,
+        )
 
 # %% ../nbs/10c_check.ipynb #a0c0618a
 def check_frames(case: Case):
@@ -691,15 +909,24 @@ def check_frames(case: Case):
             small = thumbnails(case, c, e, ticks)
         except (ValueError, IndexError, OSError) as err:
             what = str(err).partition('; ')[0].replace(f'{case.root}/', '')
-            yield error('frames', c, f'the frames of camera {c} in episode {k} cannot be '
-                        f'read: {what}', f'{AGAIN}, or {drop(k)}', k)
+            yield error(
+                'frames',
+                c,
+                f'the frames of camera {c} in episode {k} cannot be read: {what}',
+                f'{AGAIN}, or {drop(k)}',
+                k,
+            )
             continue
         yield from picture_faults(case, c, e, ticks, small)
         for other, pictures in seen.get(e, {}).items():
             if len(pictures) == len(small) and same(pictures, small).all():
-                yield warning('twins', c, f'cameras {other} and {c} give the same pictures '
-                              f'in episode {k}', 'drop one of them, or record the right '
-                              'one', k)
+                yield warning(
+                    'twins',
+                    c,
+                    f'cameras {other} and {c} give the same pictures in episode {k}',
+                    'drop one of them, or record the right one',
+                    k,
+                )
         seen.setdefault(e, {})[c] = small
 
 # %% ../nbs/10c_check.ipynb #7dd5a7ac
@@ -714,48 +941,76 @@ def check_sizes(case: Case):
         n, most = size_of(case.meta, key), getattr(case.asked, name)
         x = case.rows.columns.get(key)
         if x is not None and matrix(x).shape[1] != n:
-            yield error('length', key, f'{key} has {matrix(x).shape[1]} numbers in the '
-                        f'parquet files, {n} in meta/info.json', AGAIN)
+            yield error(
+                'length',
+                key,
+                f'{key} has {matrix(x).shape[1]} numbers in the '
+                f'parquet files, {n} in meta/info.json',
+                AGAIN,
+            )
         if len(ft['shape']) > 1:
-            yield error('vector', key, f"{key} has shape {tuple(ft['shape'])}",
-                        'make it a vector')
+            yield error(
+                'vector', key, f"{key} has shape {tuple(ft['shape'])}", 'make it a vector'
+            )
         elif n > most:
             fit = [p for p in PRESETS if getattr(preset(p), name) >= n]
             other = f', or take --preset {" or ".join(fit)}' if fit else ''
-            yield error('size', key, f'{key} has {n} numbers, preset {case.asked.name!r} '
-                        f'takes {most}', f'add --policy.{name}={n}{other}')
+            yield error(
+                'size',
+                key,
+                f'{key} has {n} numbers, preset {case.asked.name!r} takes {most}',
+                f'add --policy.{name}={n}{other}',
+            )
         elif n == 1:
-            yield note('single', key, f'{key} is a single number', 'it is read as a vector '
-                       'of one')
+            yield note(
+                'single', key, f'{key} is a single number', 'it is read as a vector of one'
+            )
 
+# %% ../nbs/10c_check.ipynb #73e4357a
 def _only(meta, missing: str):
     "Metadata as `check_vectors` reads them, in which only `missing` is not there."
     from types import SimpleNamespace
-    whole = {k: dict(shape=(1,)) for k in VECTORS if k != missing} | meta.features
-    return SimpleNamespace(features=whole, repo_id=meta.repo_id,
-                           camera_keys=meta.camera_keys)
 
+    whole = {k: dict(shape=(1,)) for k in VECTORS if k != missing} | meta.features
+    return SimpleNamespace(
+        features=whole, repo_id=meta.repo_id, camera_keys=meta.camera_keys
+    )
+
+# %% ../nbs/10c_check.ipynb #37274960
 def check_rate(case: Case):
     "The dataset's rate is the policy's."
     if not (found := refusal(check_fps, case.meta, case.asked.sampling.fps)):
         return
     stride = case.advice.get('history_stride', case.asked.sampling.history_stride)
-    fix = (f'add --policy.fps={case.meta.fps:g} --policy.history_stride={stride} to '
-           'lerobot-train (halo train takes the rate from the dataset)')
+    fix = (
+        f'add --policy.fps={case.meta.fps:g} --policy.history_stride={stride} to '
+        'lerobot-train (halo train takes the rate from the dataset)'
+    )
     if 'fps' in case.policy:
-        yield error('fps', 'meta/info.json', found[0], 'set '
-                    f'--policy.fps={case.meta.fps:g}')
+        yield error(
+            'fps', 'meta/info.json', found[0], f'set --policy.fps={case.meta.fps:g}'
+        )
     else:
-        yield warning('fps', 'meta/info.json', f'the dataset runs at {case.fps:g} fps, '
-                      f'preset {case.asked.name!r} at {case.asked.sampling.fps:g}', fix)
+        yield warning(
+            'fps',
+            'meta/info.json',
+            f'the dataset runs at {case.fps:g} fps, '
+            f'preset {case.asked.name!r} at {case.asked.sampling.fps:g}',
+            fix,
+        )
 
+# %% ../nbs/10c_check.ipynb #009377f6
 def check_columns(case: Case):
     "Columns that look like something to read, and are not read."
     for k, ft in case.meta.features.items():
         rest = k.startswith(('observation.', 'action.')) and k not in case.meta.camera_keys
         if rest and k not in VECTORS:
-            yield note('unread', k, f'column {k} is not read',
-                       'put what the policy should know into observation.state')
+            yield note(
+                'unread',
+                k,
+                f'column {k} is not read',
+                'put what the policy should know into observation.state',
+            )
 
 # %% ../nbs/10c_check.ipynb #d6e6eb46
 def check_numbers(case: Case):
@@ -768,9 +1023,14 @@ def check_numbers(case: Case):
             if len(bad := np.argwhere(~np.isfinite(x))):
                 t, d = bad[0]
                 name = f'{key}[{d}]' if key in VECTORS else key
-                yield error('nan', f'episode {k}', f'{name} is {x[t, d]} in episode {k} '
-                            f'from frame {t} on ({len(bad)} such values in {key})',
-                            f'repair it or {drop(k)}', k)
+                yield error(
+                    'nan',
+                    f'episode {k}',
+                    f'{name} is {x[t, d]} in episode {k} '
+                    f'from frame {t} on ({len(bad)} such values in {key})',
+                    f'repair it or {drop(k)}',
+                    k,
+                )
 
 # %% ../nbs/10c_check.ipynb #7d44c8fb
 def label(meta, key: str, d: int) -> str:
@@ -780,6 +1040,7 @@ def label(meta, key: str, d: int) -> str:
     named = isinstance(names, (list, tuple)) and len(names) > d
     return f'{key}[{d}] ({names[d]})' if named else f'{key}[{d}]'
 
+# %% ../nbs/10c_check.ipynb #2515658a
 def check_spread(case: Case):
     "Dimensions of state and action that are constant, or nearly."
     for key in VECTORS:
@@ -789,13 +1050,21 @@ def check_spread(case: Case):
         for d in range(x.shape[1]):
             v = x[np.isfinite(x[:, d]), d]
             if len(v) > 1 and v.std() <= 1e-5 * max(1, abs(v.mean())):
-                how = f'is {v[0]:g} in every frame' if np.ptp(v) == 0 else (
-                    f'changes by {np.ptp(v):.2g} only')
-                yield warning('constant', key, f'{label(case.meta, key, d)} {how}',
-                              'leave it out, or check that it was connected')
+                how = (
+                    f'is {v[0]:g} in every frame'
+                    if np.ptp(v) == 0
+                    else (f'changes by {np.ptp(v):.2g} only')
+                )
+                yield warning(
+                    'constant',
+                    key,
+                    f'{label(case.meta, key, d)} {how}',
+                    'leave it out, or check that it was connected',
+                )
 
 # %% ../nbs/10c_check.ipynb #13d6b993
-FAR = 20        # ranges of 98 % of the values
+FAR = 20  # ranges of 98 % of the values
+
 
 def check_outliers(case: Case):
     "Values far beyond the range of their dimension."
@@ -808,10 +1077,15 @@ def check_outliers(case: Case):
             row = int(far[:, d].argmax())
             k = int(case.rows.columns['episode_index'][row])
             t = row - case.rows.of(k).start
-            yield warning('outlier', key, f'{label(case.meta, key, d)} is {x[row, d]:g} in '
-                          f'episode {k}, frame {t}, {far[row, d]:.0f} times the range of '
-                          f'98 % of its values ({low[d]:.3g} to {high[d]:.3g})',
-                          f'repair it or {drop(k)}', k)
+            yield warning(
+                'outlier',
+                key,
+                f'{label(case.meta, key, d)} is {x[row, d]:g} in '
+                f'episode {k}, frame {t}, {far[row, d]:.0f} times the range of '
+                f'98 % of its values ({low[d]:.3g} to {high[d]:.3g})',
+                f'repair it or {drop(k)}',
+                k,
+            )
 
 # %% ../nbs/10c_check.ipynb #0471e5dd
 def spans(case: Case, key: str) -> np.ndarray:
@@ -823,6 +1097,7 @@ def spans(case: Case, key: str) -> np.ndarray:
         out.append(np.ptp(x, 0) if len(x) > 1 else np.full(x.shape[1], np.nan))
     return np.array(out)
 
+# %% ../nbs/10c_check.ipynb #eb8a92ff
 def check_episode_units(case: Case):
     "Episodes in which everything is larger than in the others."
     for key in case.ranges if len(case.numbers) > 2 else ():
@@ -834,21 +1109,28 @@ def check_episode_units(case: Case):
         ratio = (s[:, used] / usual[used]).min(1)
         for e in np.flatnonzero(ratio > FAR):
             k = case.numbers[e]
-            yield warning('units', key, f'{key} spans at least {ratio[e]:.0f} times as '
-                          f'much in episode {k} as in others, in every dimension',
-                          'bring it to their unit (degrees among radians are 57 times as '
-                          f'large) or {drop(k)}', k)
+            yield warning(
+                'units',
+                key,
+                f'{key} spans at least {ratio[e]:.0f} times as '
+                f'much in episode {k} as in others, in every dimension',
+                'bring it to their unit (degrees among radians are 57 times as '
+                f'large) or {drop(k)}',
+                k,
+            )
 
+# %% ../nbs/10c_check.ipynb #6bb548b0
 def follows(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     "Per dimension of (frames, d): spread of `y` over that of `x`; NaN if uncorrelated."
     out = np.full(x.shape[1], np.nan)
     for d in range(x.shape[1]):
         ok = np.isfinite(x[:, d]) & np.isfinite(y[:, d])
         a, b = x[ok, d].astype(np.float64), y[ok, d].astype(np.float64)
-        if len(a) > 9 and a.std() > 0 and b.std() > 0 and np.corrcoef(a, b)[0, 1] > .8:
+        if len(a) > 9 and a.std() > 0 and b.std() > 0 and np.corrcoef(a, b)[0, 1] > 0.8:
             out[d] = b.std() / a.std()
     return out
 
+# %% ../nbs/10c_check.ipynb #8c170f8f
 def check_units(case: Case):
     "State and action in degrees and radians."
     yield from check_episode_units(case)
@@ -857,11 +1139,16 @@ def check_units(case: Case):
         return
     ratio = follows(matrix(x), matrix(y))
     for small, large, r in ((*VECTORS, ratio), (*VECTORS[::-1], 1 / ratio)):
-        turned = np.abs(r * np.pi / 180 - 1) < .1
-        if turned.sum() > 2 and turned.sum() > .7 * np.isfinite(ratio).sum():
-            yield warning('units', large, f'{large} follows {small} at '
-                          f'{np.nanmedian(r[turned]):.1f} times its size in {turned.sum()} '
-                          'dimensions: degrees and radians', 'record both in one unit')
+        turned = np.abs(r * np.pi / 180 - 1) < 0.1
+        if turned.sum() > 2 and turned.sum() > 0.7 * np.isfinite(ratio).sum():
+            yield warning(
+                'units',
+                large,
+                f'{large} follows {small} at '
+                f'{np.nanmedian(r[turned]):.1f} times its size in {turned.sum()} '
+                'dimensions: degrees and radians',
+                'record both in one unit',
+            )
 
 # %% ../nbs/10c_check.ipynb #1bda25f8
 def stamp_fault(t: np.ndarray, fps: float, tolerance: float) -> tuple[str, str, str] | None:
@@ -880,8 +1167,9 @@ def stamp_fault(t: np.ndarray, fps: float, tolerance: float) -> tuple[str, str, 
     if off.max() > tolerance:
         i, ms = int(off.argmax()), 1e3 * off.max()
         what = f'are up to {ms:.1f} ms off (frame {i}), more than {1e3 * tolerance:g} ms'
-        fix = f'train with --tolerance_s={np.ceil(ms + .1) / 1e3:g}'
-        return 'stamps', what, fix if off.max() < .4 / fps else ''
+        fix = f'train with --tolerance_s={np.ceil(ms + 0.1) / 1e3:g}'
+        return 'stamps', what, fix if off.max() < 0.4 / fps else ''
+
 
 def as_filmed(case: Case, k: int, stamps: np.ndarray) -> bool:
     "Whether every video has its pictures where the stamps of episode `k` are."
@@ -889,27 +1177,41 @@ def as_filmed(case: Case, k: int, stamps: np.ndarray) -> bool:
     e = case.numbers.index(k)
     return bool(videos) and all(meets_pictures(case, c, e, stamps) for c in videos)
 
+# %% ../nbs/10c_check.ipynb #637ff977
 def check_stamps(case: Case):
     "Time stamps: rate, order, gaps, jitter."
     stamps = [case.rows.get('timestamp', k) for k in case.numbers]
-    whole = {k: t.astype(np.float64) for k, t in zip(case.numbers, stamps)
-             if t is not None and len(t) and np.isfinite(t).all()}
+    whole = {
+        k: t.astype(np.float64)
+        for k, t in zip(case.numbers, stamps)
+        if t is not None and len(t) and np.isfinite(t).all()
+    }
     steps = [np.diff(t) for t in whole.values() if len(t) > 1]
     usual = np.median(np.concatenate(steps)) if steps else 1 / case.fps
-    if usual > 0 and abs(usual * case.fps - 1) > .02:
-        yield error('stamps-rate', 'meta/info.json', 'time stamps advance by '
-                    f'{1e3 * usual:.1f} ms ({1 / usual:.3g} a second), meta/info.json says '
-                    f'{case.fps:g} fps', 'correct fps there, or resample the dataset')
+    if usual > 0 and abs(usual * case.fps - 1) > 0.02:
+        yield error(
+            'stamps-rate',
+            'meta/info.json',
+            'time stamps advance by '
+            f'{1e3 * usual:.1f} ms ({1 / usual:.3g} a second), meta/info.json says '
+            f'{case.fps:g} fps',
+            'correct fps there, or resample the dataset',
+        )
         return
     for k, t in whole.items():
         if k in case.row_faults:
-            continue                              # said already
+            continue  # said already
         if found := stamp_fault(t, case.fps, case.tolerance):
             code, what, fix = found
             if code == 'stamps' and as_filmed(case, k, t):
                 continue
-            yield error(code, f'episode {k}', f'the time stamps of episode {k} {what}',
-                        fix or f'{AGAIN}, or {drop(k)}', k)
+            yield error(
+                code,
+                f'episode {k}',
+                f'the time stamps of episode {k} {what}',
+                fix or f'{AGAIN}, or {drop(k)}',
+                k,
+            )
 
 # %% ../nbs/10c_check.ipynb #cfb3374a
 def check_statistics(case: Case):
@@ -921,28 +1223,46 @@ def check_statistics(case: Case):
         yield from statistic_faults(case, key, {k: np.ravel(v) for k, v in have.items()})
     bare = [c for c in case.cameras if c not in (case.meta.stats or {})]
     if bare:
-        yield warning('stats-cameras', bare[0], f"meta/stats.json lacks {', '.join(bare)}",
-                      'add --dataset.use_imagenet_stats=false to lerobot-train')
+        yield warning(
+            'stats-cameras',
+            bare[0],
+            f"meta/stats.json lacks {', '.join(bare)}",
+            'add --dataset.use_imagenet_stats=false to lerobot-train',
+        )
 
+# %% ../nbs/10c_check.ipynb #00c667da
 def statistic_faults(case: Case, key: str, have: dict):
     "Faults of the statistics `have` of one column."
     n = size_of(case.meta, key)
     used = {k: have[k] for k in ('mean', 'std', 'min', 'max') if k in have}
     for name, v in used.items():
         if len(v) != n:
-            yield error('stats-length', key, f'statistic {name} of {key} has {len(v)} '
-                        f'numbers, the data {n}', RECOMPUTE)
+            yield error(
+                'stats-length',
+                key,
+                f'statistic {name} of {key} has {len(v)} numbers, the data {n}',
+                RECOMPUTE,
+            )
             return
         if not np.isfinite(v.astype(np.float64)).all():
-            yield error('stats-nan', key, f'statistic {name} of {key} holds NaN or '
-                        'infinity', RECOMPUTE)
+            yield error(
+                'stats-nan',
+                key,
+                f'statistic {name} of {key} holds NaN or infinity',
+                RECOMPUTE,
+            )
             return
     if {'mean', 'std'} <= used.keys() and key in case.rows.columns:
         yield from foreign(case, key, used['mean'], used['std'])
     if not {'q01', 'q99'} <= have.keys():
-        yield note('quantiles', key, f'there are no quantiles of {key}',
-                   'only normalisation by quantiles needs them')
+        yield note(
+            'quantiles',
+            key,
+            f'there are no quantiles of {key}',
+            'only normalisation by quantiles needs them',
+        )
 
+# %% ../nbs/10c_check.ipynb #3fb83c2e
 def foreign(case: Case, key: str, mean: np.ndarray, std: np.ndarray):
     "Statistics that do not fit the data: an error where far off, else a warning."
     x, at = case.rows.columns[key], case.rows.columns['episode_index']
@@ -953,24 +1273,31 @@ def foreign(case: Case, key: str, mean: np.ndarray, std: np.ndarray):
     real = np.maximum(x.std(0), 1e-5 * np.maximum(1, np.abs(x.mean(0))))
     shift = np.abs(mean - x.mean(0)) / real
     wide = np.maximum(np.maximum(std, 1e-12) / real, real / np.maximum(std, 1e-12))
-    wide = np.where(x.std(0) < real, 1, wide)       # a constant dimension has no width
-    d = int(np.maximum(shift / .5, np.log2(wide)).argmax())
-    far = shift[d] > .5 or wide[d] > 2
-    if far or ((shift[d] > .05 or wide[d] > 1.05) and not case.row_faults):
+    wide = np.where(x.std(0) < real, 1, wide)  # a constant dimension has no width
+    d = int(np.maximum(shift / 0.5, np.log2(wide)).argmax())
+    far = shift[d] > 0.5 or wide[d] > 2
+    if far or ((shift[d] > 0.05 or wide[d] > 1.05) and not case.row_faults):
         kind = error if far else warning
-        yield kind('stats-foreign', key, f'the statistics of {key} are not of this data: '
-                   f'dimension {d} has mean {x[:, d].mean():.4g} and std '
-                   f'{x[:, d].std():.4g}, meta/stats.json says {mean[d]:.4g} and '
-                   f'{std[d]:.4g}', RECOMPUTE)
+        yield kind(
+            'stats-foreign',
+            key,
+            f'the statistics of {key} are not of this data: '
+            f'dimension {d} has mean {x[:, d].mean():.4g} and std '
+            f'{x[:, d].std():.4g}, meta/stats.json says {mean[d]:.4g} and '
+            f'{std[d]:.4g}',
+            RECOMPUTE,
+        )
 
 # %% ../nbs/10c_check.ipynb #7de284f0
 def counter(name: str):
     "A function that counts a text's tokens, and whether it is the tokenizer named."
     from halo.vlm import get_tokenizer, tiny_tokenizer
+
     mine = name == 'tiny' or Path(name).is_dir()
     tokenizer = get_tokenizer(name) if mine else tiny_tokenizer()
     return (lambda text: len(tokenizer(text)['input_ids'])), mine
 
+# %% ../nbs/10c_check.ipynb #032a2332
 def check_instructions(case: Case):
     "Every row has an instruction, none is empty or too long."
     if case.meta.tasks is None or not len(case.meta.tasks):
@@ -984,15 +1311,25 @@ def check_instructions(case: Case):
             yield error('task-empty', f'task {k}', f'instruction {k} is empty', how)
         elif (n := count(text)) > limit:
             kind, least = (error, '') if mine else (warning, 'up to ')
-            yield kind('task-long', f'task {k}', f'instruction {k} ({text[:40]!r}…) has '
-                       f'{least}{n} tokens, more than {limit}', 'shorten it, or '
-                       f'--policy.tokenizer_max_length={n}')
+            yield kind(
+                'task-long',
+                f'task {k}',
+                f'instruction {k} ({text[:40]!r}…) has '
+                f'{least}{n} tokens, more than {limit}',
+                f'shorten it, or --policy.tokenizer_max_length={n}',
+            )
     at = case.rows.columns.get('task_index', np.zeros(0, int))
     for i in np.setdiff1d(at, list(tasks)):
         k = int(case.rows.columns['episode_index'][int(np.argmax(at == i))])
-        yield error('task-unknown', f'episode {k}', f'{int((at == i).sum())} rows, from '
-                    f'episode {k} on, have task {i}, which meta/tasks.parquet does not '
-                    'name', how, k)
+        yield error(
+            'task-unknown',
+            f'episode {k}',
+            f'{int((at == i).sum())} rows, from '
+            f'episode {k} on, have task {i}, which meta/tasks.parquet does not '
+            'name',
+            how,
+            k,
+        )
 
 # %% ../nbs/10c_check.ipynb #a7b555ae
 def check_lengths(case: Case):
@@ -1000,43 +1337,71 @@ def check_lengths(case: Case):
     chunk = case.model.chunk
     for k, n in zip(case.numbers, case.lengths):
         if n == 1:
-            yield warning('one-frame', f'episode {k}', f'episode {k} has one frame',
-                          drop(k), k)
+            yield warning(
+                'one-frame', f'episode {k}', f'episode {k} has one frame', drop(k), k
+            )
         elif 1 < n < chunk:
-            yield warning('short', f'episode {k}', f'episode {k} has {n} ticks, fewer than '
-                          f'the chunk of {chunk}: its actions are padded',
-                          f'--policy.chunk_size={n}, or {drop(k)}', k)
+            yield warning(
+                'short',
+                f'episode {k}',
+                f'episode {k} has {n} ticks, fewer than '
+                f'the chunk of {chunk}: its actions are padded',
+                f'--policy.chunk_size={n}, or {drop(k)}',
+                k,
+            )
 
+# %% ../nbs/10c_check.ipynb #b9d6b65d
 def check_history(case: Case):
     "How far back the policy looks, and whether episodes are long enough to show it."
     s, longest = case.model.sampling, case.lengths.max(initial=0)
     back = s.history_frames * s.history_stride
     if not back:
-        yield note('history', 'policy', 'the policy reads no history',
-                   '--policy.history_frames=8 gives it one')
+        yield note(
+            'history',
+            'policy',
+            'the policy reads no history',
+            '--policy.history_frames=8 gives it one',
+        )
         return
-    yield note('history', 'policy', f'the history covers {back / case.fps:.1f} s: '
-               f'{s.history_frames} frames, one every {s.history_stride} ticks',
-               'change it with --policy.history_frames and --policy.history_stride')
+    yield note(
+        'history',
+        'policy',
+        f'the history covers {back / case.fps:.1f} s: '
+        f'{s.history_frames} frames, one every {s.history_stride} ticks',
+        'change it with --policy.history_frames and --policy.history_stride',
+    )
     short = int((case.lengths <= back).sum())
     if short == len(case.lengths):
-        yield note('history-long', 'dataset', 'every episode is shorter than the history '
-                   f'of {back / case.fps:.1f} s (the longest has {longest / case.fps:.1f} '
-                   's)', 'the policy sees all of it, and never a full history')
+        yield note(
+            'history-long',
+            'dataset',
+            'every episode is shorter than the history '
+            f'of {back / case.fps:.1f} s (the longest has {longest / case.fps:.1f} '
+            's)',
+            'the policy sees all of it, and never a full history',
+        )
     elif short:
-        yield note('history-long', 'dataset', f'{short} of {len(case.lengths)} episodes '
-                   'are shorter than the history', 'in them it is never full')
+        yield note(
+            'history-long',
+            'dataset',
+            f'{short} of {len(case.lengths)} episodes are shorter than the history',
+            'in them it is never full',
+        )
 
 # %% ../nbs/10c_check.ipynb #c4d83402
 def store_sizes(case: Case) -> dict:
     "Entries of the frame store, {name: size}: the history's squares and every view."
     return policy_sizes(case.meta, case.model, any_roles(case))[0]
 
+
 def store_bytes(case: Case) -> int:
     "Bytes of the frame store."
-    shapes = [fit_shape(*camera_size(case.meta, name.partition('@')[0]), size)
-              for name, size in store_sizes(case).items()]
+    shapes = [
+        fit_shape(*camera_size(case.meta, name.partition('@')[0]), size)
+        for name, size in store_sizes(case).items()
+    ]
     return 3 * int(case.lengths.sum()) * sum(h * w for h, w in shapes)
+
 
 def free_bytes(folder: Path) -> int:
     "Bytes that are free where `folder` is, or is to be."
@@ -1044,6 +1409,7 @@ def free_bytes(folder: Path) -> int:
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
+# %% ../nbs/10c_check.ipynb #f99c0ad7
 def check_disk(case: Case):
     "Room for the frame store."
     if not case.cameras:
@@ -1054,19 +1420,27 @@ def check_disk(case: Case):
         return
     at = case.store or default_store(case.meta, sizes)
     need, free = store_bytes(case), free_bytes(Path(at).absolute())
-    said = (f'the frame store of halo train takes {need / 1e9:.2g} GB, '
-            f'{free / 1e9:.3g} GB are free')
-    if (Path(at)/'store.json').is_file():
+    said = (
+        f'the frame store of halo train takes {need / 1e9:.2g} GB, '
+        f'{free / 1e9:.3g} GB are free'
+    )
+    if (Path(at) / 'store.json').is_file():
         yield note('disk', 'frame store', 'the frame store is there', 'it is used again')
     elif need > free:
-        yield error('disk', 'frame store', said, 'name a larger disk (--store here, '
-                    'data.store there)')
+        yield error(
+            'disk',
+            'frame store',
+            said,
+            'name a larger disk (--store here, data.store there)',
+        )
     else:
         yield note('disk', 'frame store', said, 'lerobot-train needs none')
 
+# %% ../nbs/10c_check.ipynb #f02732df
 def card(case: Case) -> tuple[str, float]:
     "What it is to be trained on, and its memory in bytes."
     from halo.plan import GPUS
+
     if case.gpu:
         return case.gpu, GPUS[case.gpu].memory * 2**30
     if torch.cuda.is_available():
@@ -1074,40 +1448,76 @@ def card(case: Case) -> tuple[str, float]:
         return p.name, p.total_memory
     return "this machine's CPU", os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
 
+
 def planned(case: Case):
     "The training run as `halo.plan` counts it."
     from halo.plan import Run
+
     cuda = bool(case.gpu) or torch.cuda.is_available()
     views = tuple(camera_size(case.meta, c) for c in case.cameras)
     large = case.model.checkpointing
-    return Run(case.model, case.gpu or 'h200', micro=case.batch, views=views,
-               checkpointing='all' if large else 'none',
-               dtype='bfloat16' if large and cuda else 'float32')
+    return Run(
+        case.model,
+        case.gpu or 'h200',
+        micro=case.batch,
+        views=views,
+        checkpointing='all' if large else 'none',
+        dtype='bfloat16' if large and cuda else 'float32',
+    )
 
+# %% ../nbs/10c_check.ipynb #e0a3755e
 @lru_cache
 def training_bytes(run) -> float:
     "Memory that a `halo.plan.Run` takes."
     from halo.plan import memory
+
     return sum(memory(run).values())
+
 
 def check_memory(case: Case):
     "Memory that training takes, and what there is."
     name, have = card(case)
     need = training_bytes(planned(case))
-    said = (f'training preset {case.asked.name!r} with batches of {case.batch} takes about '
-            f'{need / 2**30:.1f} GiB, {name} has {have / 2**30:.0f}')
+    said = (
+        f'training preset {case.asked.name!r} with batches of {case.batch} takes about '
+        f'{need / 2**30:.1f} GiB, {name} has {have / 2**30:.0f}'
+    )
     if need > have:
-        yield warning('memory', 'machine', said, 'smaller batches (--batch), LoRA, or '
-                      f'another card: halo plan --preset {case.asked.name} says what helps')
+        yield warning(
+            'memory',
+            'machine',
+            said,
+            'smaller batches (--batch), LoRA, or '
+            f'another card: halo plan --preset {case.asked.name} says what helps',
+        )
     else:
         yield note('memory', 'machine', said, 'halo plan counts every part of it')
 
 # %% ../nbs/10c_check.ipynb #8bff4a70
-CHECKS = [check_index, check_files, check_rows, check_camera_roles, check_pictures,
-          check_videos,
-          check_frames, check_sizes, check_rate, check_columns, check_numbers, check_spread,
-          check_outliers, check_units, check_stamps, check_statistics, check_instructions,
-          check_lengths, check_history, check_disk, check_memory]
+CHECKS = [
+    check_index,
+    check_files,
+    check_rows,
+    check_camera_roles,
+    check_pictures,
+    check_videos,
+    check_frames,
+    check_sizes,
+    check_rate,
+    check_columns,
+    check_numbers,
+    check_spread,
+    check_outliers,
+    check_units,
+    check_stamps,
+    check_statistics,
+    check_instructions,
+    check_lengths,
+    check_history,
+    check_disk,
+    check_memory,
+]
+
 
 @contextmanager
 def quiet():
@@ -1119,15 +1529,21 @@ def quiet():
         yield
     finally:
         logging.disable(level)
-        av.logging.set_libav_level(av.logging.INFO)         # its default
+        av.logging.set_libav_level(av.logging.INFO)  # its default
 
+# %% ../nbs/10c_check.ipynb #2aedfc0f
 def tried(check, case: Case):
     "Findings of `check`, and if it cannot finish, that."
     try:
         yield from check(case) or ()
     except Exception as e:
-        yield error('unfinished', check.__name__, f'{check.__name__} could not finish '
-                    f'({first_line(e)})', 'mend what the others found, then look again')
+        yield error(
+            'unfinished',
+            check.__name__,
+            f'{check.__name__} could not finish ({first_line(e)})',
+            'mend what the others found, then look again',
+        )
+
 
 def examine(case: Case, checks=CHECKS) -> list[Finding]:
     "What all `checks` find, errors first."
@@ -1140,6 +1556,7 @@ def plain(value) -> str:
     "A field's value as LeRobot's command line reads it."
     return json.dumps(value) if isinstance(value, (dict, list, bool)) else f'{value}'
 
+
 def flat(policy: dict, before: str = '') -> dict:
     "The fields of a policy, those of its model by dotted names."
     out = {}
@@ -1148,10 +1565,12 @@ def flat(policy: dict, before: str = '') -> dict:
         out |= flat(v, f'{before}{k}.') if deep else {f'{before}{k}': v}
     return out
 
+
 def hub_id(case: Case) -> str:
     "The dataset's id as LeRobot wants it, also where it is a folder."
     return f'local/{short_name(case)}' if Path(case.name).exists() else case.name
 
+# %% ../nbs/10c_check.ipynb #4dbd1d38
 def train_command(case: Case, steps: int = 20000) -> str:
     "The `lerobot-train` command for this dataset."
     words = ['lerobot-train', '--policy.type=halo']
@@ -1161,23 +1580,35 @@ def train_command(case: Case, steps: int = 20000) -> str:
     if any(c not in (case.meta.stats or {}) for c in case.cameras):
         words.append('--dataset.use_imagenet_stats=false')
     words += [f'--tolerance_s={case.tolerance:g}'] if case.tolerance != 1e-4 else []
-    words += [f'--batch_size={case.batch}', f'--steps={steps}',
-              f'--output_dir=outputs/{short_name(case)}', '--wandb.enable=false']
+    words += [
+        f'--batch_size={case.batch}',
+        f'--steps={steps}',
+        f'--output_dir=outputs/{short_name(case)}',
+        '--wandb.enable=false',
+    ]
     return shlex.join(words)
+
 
 @lru_cache
 def fitted(run):
     "`halo.plan.advise`: the changes after which `run` fits its card, and the changed run."
     from halo.plan import advise
+
     return advise(run)
 
+# %% ../nbs/10c_check.ipynb #845529d4
 def run_fields(case: Case, steps: int) -> tuple[dict, list[str]]:
     "The part `run` of a run file, and what was changed to fit the card that was named."
     run = planned(case)
     words, fixed = fitted(run) if case.gpu else ([], run)
     run = fixed or run
-    out = dict(steps=steps, micro=run.micro, accumulate=run.accumulate, dtype=run.dtype,
-               checkpointing=run.checkpointing != 'none')
+    out = dict(
+        steps=steps,
+        micro=run.micro,
+        accumulate=run.accumulate,
+        dtype=run.dtype,
+        checkpointing=run.checkpointing != 'none',
+    )
     if run.freeze:
         out['freeze'] = list(run.freeze)
     if run.lora_rank:
@@ -1186,6 +1617,7 @@ def run_fields(case: Case, steps: int) -> tuple[dict, list[str]]:
         out['offload'] = True
     return out, words
 
+# %% ../nbs/10c_check.ipynb #8bd5dd60
 def run_file(case: Case, steps: int = 20000) -> str:
     "A run file for `halo train`, YAML."
     local = Path(case.name).exists()
@@ -1198,7 +1630,8 @@ def run_file(case: Case, steps: int = 20000) -> str:
     return ''.join(f'# {w}\n' for w in words) + text
 
 # %% ../nbs/10c_check.ipynb #4c6efcd1
-MANY = 4        # findings of a kind that are printed in full
+MANY = 4  # findings of a kind that are printed in full
+
 
 def lines(findings: list[Finding]) -> list[str]:
     "Findings as lines of text, at most `MANY` of a kind."
@@ -1212,6 +1645,7 @@ def lines(findings: list[Finding]) -> list[str]:
         if seen[kind] == MANY and more > 0:
             out.append(f'{head} … and {more} more of this kind (--json has them all).')
     return out
+
 
 def status(findings: list[Finding], strict: bool = False) -> int:
     "0: nothing to mend; 1: an error, or with `strict` a warning."
@@ -1227,21 +1661,34 @@ def report(case: Case, findings: list[Finding], steps: int = 20000) -> str:
     when = 'when the errors are mended' if n['error'] else 'with'
     out = ['', *lines(findings), '', count + '.']
     if clear:
-        out += ['', f'Train it {when}:', f'  {train_command(case, steps)}',
-                'or halo train with this run file (--run FILE writes it):',
-                *indented(run_file(case, steps))]
+        out += [
+            '',
+            f'Train it {when}:',
+            f'  {train_command(case, steps)}',
+            'or halo train with this run file (--run FILE writes it):',
+            *indented(run_file(case, steps)),
+        ]
     return '\n'.join([headline(case), *out])
+
 
 def indented(text: str) -> list[str]:
     "The lines of a text, two columns further right."
     return [f'  {line}' for line in text.rstrip().splitlines()]
 
+# %% ../nbs/10c_check.ipynb #fef8acff
 def as_json(case: Case, findings: list[Finding], strict: bool, steps: int = 20000) -> dict:
     "The report for programs."
     frames = int(case.lengths.sum())
-    out = dict(dataset=case.name, episodes=len(case.numbers), frames=frames, fps=case.fps,
-               cameras=case.roles, policy=case.advice, status=status(findings, strict),
-               findings=[asdict(f) for f in findings])
+    out = dict(
+        dataset=case.name,
+        episodes=len(case.numbers),
+        frames=frames,
+        fps=case.fps,
+        cameras=case.roles,
+        policy=case.advice,
+        status=status(findings, strict),
+        findings=[asdict(f) for f in findings],
+    )
     if case.roles:
         out['lerobot_train'] = train_command(case, steps)
         out['run_file'] = run_file(case, steps)
@@ -1250,19 +1697,21 @@ def as_json(case: Case, findings: list[Finding], strict: bool, steps: int = 2000
 # %% ../nbs/10c_check.ipynb #3b9ca19b
 COLOURS = dict(error='#D55E00', warning='#E69F00', note='#56B4E9')
 
+
 def draw_findings(findings: list[Finding], episodes: int, ax=None):
     "Findings against episodes; those of no episode on the left. Returns the axes."
     import matplotlib.pyplot as plt
+
     kinds = list(dict.fromkeys((f.code, f.severity) for f in findings))
-    size = (min(9, 3 + .3 * (episodes + 2)), .6 + .26 * max(1, len(kinds)))
+    size = (min(9, 3 + 0.3 * (episodes + 2)), 0.6 + 0.26 * max(1, len(kinds)))
     ax = ax or plt.subplots(figsize=size)[1]
     for f in findings:
         y, x = kinds.index((f.code, f.severity)), -1.5 if f.episode is None else f.episode
-        box = plt.Rectangle((x - .45, y - .4), .9, .8, color=COLOURS[f.severity], lw=0)
+        box = plt.Rectangle((x - 0.45, y - 0.4), 0.9, 0.8, color=COLOURS[f.severity], lw=0)
         ax.add_patch(box)
-    ax.axvline(-.75, color='.7', lw=.8)
-    ax.set_xlim(-2.2, episodes - .4)
-    ax.set_ylim(max(1, len(kinds)) - .4, -.6)
+    ax.axvline(-0.75, color='.7', lw=0.8)
+    ax.set_xlim(-2.2, episodes - 0.4)
+    ax.set_ylim(max(1, len(kinds)) - 0.4, -0.6)
     ax.set_yticks(range(len(kinds)), [code for code, _ in kinds], fontsize=8)
     step = max(1, episodes // 12)
     at = list(range(0, episodes, step))
@@ -1292,11 +1741,13 @@ def policy_fields(argv: list[str]) -> tuple[dict, list[str]]:
                 at = at.setdefault(part, {})
             at[last] = yaml.safe_load(value)
         except (yaml.YAMLError, AttributeError, TypeError) as e:
-            raise ValueError(f'{word} cannot be read; write it as lerobot-train takes '
-                             'it') from e
+            raise ValueError(
+                f'{word} cannot be read; write it as lerobot-train takes it'
+            ) from e
     found.pop('type', None)
     return found, rest
 
+# %% ../nbs/10c_check.ipynb #112884a6
 def write_whole(file: str | Path, text: str) -> None:
     "Write `file` under another name first. Raises `ValueError` where that is not possible."
     file = Path(file)
@@ -1306,18 +1757,27 @@ def write_whole(file: str | Path, text: str) -> None:
         os.replace(part, file)
     except OSError as e:
         part.unlink(missing_ok=True) if part.parent.is_dir() else None
-        raise ValueError(f'{file} cannot be written ({e.strerror}); name another '
-                         'file') from e
+        raise ValueError(
+            f'{file} cannot be written ({e.strerror}); name another file'
+        ) from e
 
+# %% ../nbs/10c_check.ipynb #ede40fa7
 def parser() -> argparse.ArgumentParser:
     "Arguments of `halo check`."
     from halo.plan import GPUS
+
     p = argparse.ArgumentParser(
-        prog='halo check', allow_abbrev=False,
-        description='Examine a LeRobot dataset before anybody trains on it: every fault in '
-        'one sentence with its fix, and the command to train.',
-        epilog='--policy.X=VALUE: fields of the policy, as for lerobot-train. Exit status: '
-        '0 nothing to mend, 1 at least one error, 2 no dataset or no such argument.')
+        prog='halo check',
+        allow_abbrev=False,
+        description=(
+            'Examine a LeRobot dataset before anybody trains on it: every fault in '
+            'one sentence with its fix, and the command to train.'
+        ),
+        epilog=(
+            '--policy.X=VALUE: fields of the policy, as for lerobot-train. Exit status: '
+            '0 nothing to mend, 1 at least one error, 2 no dataset or no such argument.'
+        ),
+    )
     add = p.add_argument
     add('dataset', help='folder of a LeRobot dataset, or its name on the hub')
     add('--preset', choices=tuple(PRESETS), help='sizes of the policy (default: tiny)')
@@ -1343,9 +1803,17 @@ def case_of(a: argparse.Namespace, policy: dict) -> Case:
     policy |= {k: v for k, v in short.items() if v}
     if a.batch < 1 or a.steps < 1:
         raise ValueError(f'--batch={a.batch} and --steps={a.steps} must be 1 or more')
-    return Case.open(a.dataset, policy, a.deep, tolerance=a.tolerance_s, gpu=a.gpu,
-                     batch=a.batch, store=a.store)
+    return Case.open(
+        a.dataset,
+        policy,
+        a.deep,
+        tolerance=a.tolerance_s,
+        gpu=a.gpu,
+        batch=a.batch,
+        store=a.store,
+    )
 
+# %% ../nbs/10c_check.ipynb #db993758
 def answer(argv: list[str]) -> int:
     "Examine, print and write what the arguments ask for. Raises `ValueError`."
     policy, rest = policy_fields(argv)
@@ -1361,6 +1829,7 @@ def answer(argv: list[str]) -> int:
         write_whole(a.json, json.dumps(as_json(case, found, a.strict, a.steps), indent=1))
     return status(found, a.strict)
 
+
 def main(argv: list[str] | None = None) -> int:
     "`halo check DATASET`: 0 nothing to mend, 1 at least one error, 2 it cannot be opened."
     try:
@@ -1372,4 +1841,4 @@ def main(argv: list[str] | None = None) -> int:
 
 # %% ../nbs/10c_check.ipynb #eca17cbb
 if __name__ == '__main__' and globals().get('__spec__') is not None:
-    sys.exit(main())                           # python -m, but not a notebook
+    sys.exit(main())  # python -m, but not a notebook

@@ -4,6 +4,7 @@
 
 # %% ../nbs/25_cli.ipynb #15ade737
 from __future__ import annotations
+
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,50 +16,95 @@ __all__ = ['COMMANDS', 'Command', 'usage', 'resolve', 'main']
 # %% ../nbs/25_cli.ipynb #99e3aa41
 @dataclass(frozen=True)
 class Command:
-    "A sub-command: the module whose `main(argv)` it calls, what it does, and the extra that its optional packages come with."
+    """A sub-command: the module whose `main(argv)` it calls, what it does, and the extra
+    that its optional packages come with.
+    """
+
     module: str
     about: str
     extra: str = ''
 
-COMMANDS = {'plan': Command('halo.plan', 'memory, time and days of a training run, and the rate of inference'),
-            'check': Command('halo.check', 'what is wrong with a dataset, and the command to train on it'),
-            'train': Command('halo.scale', 'pretrain or fine-tune, on one process or many'),
-            'mixture': Command('halo.mixture', 'check a mixture of data sets, compute its statistics'),
-            'serve': Command('halo.serve', 'serve a policy to robots and simulators'),
-            'evaluate': Command('halo.benchmarks', 'success rates on simulated benchmarks', 'sim'),
-            'reproduce': Command('halo.tables', "the paper's tables beside our own numbers"),
-            'bench': Command('halo.bench', 'speed: every performance claim is one of its commands'),
-            'files': Command('halo.files', 'what comes with HALO: configurations, policies, clients, and where'),
-            'demo': Command('halo.demo', 'the demonstration: train, run and see a small HALO', 'sim')}
+# %% ../nbs/25_cli.ipynb #76a84da1
+COMMANDS = {
+    'plan': Command(
+        'halo.plan', 'memory, time and days of a training run, and the rate of inference'
+    ),
+    'check': Command(
+        'halo.check', 'what is wrong with a dataset, and the command to train on it'
+    ),
+    'train': Command('halo.scale', 'pretrain or fine-tune, on one process or many'),
+    'mixture': Command(
+        'halo.mixture', 'check a mixture of data sets, compute its statistics'
+    ),
+    'serve': Command('halo.serve', 'serve a policy to robots and simulators'),
+    'evaluate': Command('halo.benchmarks', 'success rates on simulated benchmarks', 'sim'),
+    'reproduce': Command('halo.tables', "the paper's tables beside our own numbers"),
+    'bench': Command('halo.bench', 'speed: every performance claim is one of its commands'),
+    'files': Command(
+        'halo.files', 'what comes with HALO: configurations, policies, clients, and where'
+    ),
+    'demo': Command(
+        'halo.demo', 'the demonstration: train, run and see a small HALO', 'sim'
+    ),
+}
 
 # %% ../nbs/25_cli.ipynb #093f3932
 def usage() -> str:
     "What `halo` alone prints."
-    return '\n'.join(['usage: halo COMMAND [ARGUMENTS]   (halo COMMAND --help says more)', ''] + [f'  {k:12}{c.about}' for k, c in COMMANDS.items()] + ['', '  --version   print the version'])
+    return '\n'.join(
+        ['usage: halo COMMAND [ARGUMENTS]   (halo COMMAND --help says more)', '']
+        + [f'  {k:12}{c.about}' for k, c in COMMANDS.items()]
+        + ['', '  --version   print the version']
+    )
 
 # %% ../nbs/25_cli.ipynb #06b72dd0
 def resolve(name: str):
-    "The function `main` of sub-command `name`. Raises `SystemExit` with one clear sentence where there is none."
-    if name not in COMMANDS: raise SystemExit(f"halo: unknown command {name!r}; known are {', '.join(COMMANDS)}")
+    """The function `main` of sub-command `name`.
+
+    Raises `SystemExit` with one clear sentence where there is none.
+    """
+    if name not in COMMANDS:
+        raise SystemExit(f"halo: unknown command {name!r}; known are {', '.join(COMMANDS)}")
     c = COMMANDS[name]
-    if find_spec(c.module) is None: raise SystemExit(f"halo {name}: this installation has no module {c.module}; update it (pip install -U lerobot_policy_halo)")
-    try: return import_module(c.module).main
+    if find_spec(c.module) is None:
+        raise SystemExit(
+            f"halo {name}: this installation has no module {c.module}; update it (pip"
+            " install -U lerobot_policy_halo)"
+        )
+    try:
+        return import_module(c.module).main
     except ModuleNotFoundError as e:
-        if e.name and e.name.split('.')[0] == 'halo': raise
-        how = f"pip install 'lerobot_policy_halo[{c.extra}]'" if c.extra else f'pip install {(e.name or "").split(".")[0]}'
-        raise SystemExit(f"halo {name} needs the package {e.name!r}, which is not installed: {how}") from e
-    except AttributeError as e: raise SystemExit(f"halo {name}: {c.module} has no command line (no function main)") from e
+        if e.name and e.name.split('.')[0] == 'halo':
+            raise
+        how = (
+            f"pip install 'lerobot_policy_halo[{c.extra}]'"
+            if c.extra
+            else f'pip install {(e.name or "").split(".")[0]}'
+        )
+        raise SystemExit(
+            f"halo {name} needs the package {e.name!r}, which is not installed: {how}"
+        ) from e
+    except AttributeError as e:
+        raise SystemExit(
+            f"halo {name}: {c.module} has no command line (no function main)"
+        ) from e
 
 # %% ../nbs/25_cli.ipynb #e67a7aea
 def main(argv: list[str] | None = None) -> int:
     "The console script `halo`; returns the exit status of the sub-command."
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ('-h', '--help', 'help'): print(usage()); return 0
+    if not argv or argv[0] in ('-h', '--help', 'help'):
+        print(usage())
+        return 0
     if argv[0] in ('-V', '--version'):
         from halo import __version__
-        print(f'halo {__version__}'); return 0
+
+        print(f'halo {__version__}')
+        return 0
     return int(resolve(argv[0])(argv[1:]) or 0)
 
 # %% ../nbs/25_cli.ipynb #e8308ae6
 #| eval: false
-if __name__ == '__main__' and globals().get('__spec__') is not None: sys.exit(main())   # python -m, but not a notebook
+# python -m, but not a notebook
+if __name__ == '__main__' and globals().get('__spec__') is not None:
+    sys.exit(main())

@@ -4,7 +4,8 @@
 
 # %% ../nbs/00_config.ipynb #8e78bc0d
 from __future__ import annotations
-from dataclasses import dataclass, field, replace, asdict
+
+from dataclasses import dataclass, field, replace
 
 # %% auto #0
 __all__ = ['PRESETS', 'one_of', 'at_least', 'SamplingConfig', 'VisionSizes', 'TextSizes', 'SALRConfig', 'ExpertSizes',
@@ -13,35 +14,53 @@ __all__ = ['PRESETS', 'one_of', 'at_least', 'SamplingConfig', 'VisionSizes', 'Te
 # %% ../nbs/00_config.ipynb #deefd87c
 def one_of(name: str, value, allowed) -> None:
     "Raise `ValueError` unless `value` is in `allowed`."
-    if value not in allowed: raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, allowed))}")
+    if value not in allowed:
+        raise ValueError(
+            f"{name}={value!r} is unknown; use one of {', '.join(map(repr, allowed))}"
+        )
 
 # %% ../nbs/00_config.ipynb #8aac6386
 def at_least(name: str, value, least) -> None:
     "Raise `ValueError` unless `value >= least`."
-    if value < least: raise ValueError(f"{name}={value!r} is too small; use {least} or more")
+    if value < least:
+        raise ValueError(f"{name}={value!r} is too small; use {least} or more")
 
 # %% ../nbs/00_config.ipynb #179cc1b5
 @dataclass(frozen=True)
 class SamplingConfig:
     "Which frames the VLM reads, and at what size."
-    history_frames: int = 80      # n, past frames of the primary view; 0 = no history
-    history_stride: int = 1       # control ticks between two history frames
-    history_hop: int = 0          # frames by which the window's start moves at once (even), so that what was encoded stays valid between hops; 0 = it slides with every tick
-    history_size: int = 112       # pixels; past frames are resized to a square of this side
-    fps: float = 10.0             # control ticks per second of the dataset and of the robot
-    view_size: int = 0            # longest side of a current view in pixels; 0 keeps the camera's own size (rounded to whole patches)
-    wrist_size: int = 0           # the same for wrist cameras; 0 = as `view_size`
-    current: str = 'view'         # where the present primary frame goes: 'view' or 'view_and_video'
-    positions: str = 'qwen'       # temporal positions of video tokens: 'qwen' (real seconds) or 'installed'
+
+    history_frames: int = 80  # n, past frames of the primary view; 0 = no history
+    history_stride: int = 1  # control ticks between two history frames
+    # frames by which the window's start moves at once (even), so that what was encoded
+    # stays valid between hops; 0 = it slides with every tick
+    history_hop: int = 0
+    history_size: int = 112  # pixels; past frames are resized to a square of this side
+    fps: float = 10.0  # control ticks per second of the dataset and of the robot
+    # longest side of a current view in pixels; 0 keeps the camera's own size (rounded to
+    # whole patches)
+    view_size: int = 0
+    wrist_size: int = 0  # the same for wrist cameras; 0 = as `view_size`
+    # where the present primary frame goes: 'view' or 'view_and_video'
+    current: str = 'view'
+    # temporal positions of video tokens: 'qwen' (real seconds) or 'installed'
+    positions: str = 'qwen'
 
     def __post_init__(self):
         at_least('sampling.history_frames', self.history_frames, 0)
         at_least('sampling.history_stride', self.history_stride, 1)
         if self.history_hop % 2 or not 0 <= self.history_hop <= self.history_frames:
-            raise ValueError(f"sampling.history_hop={self.history_hop!r} must be even (frames are encoded in pairs) and lie between 0 and history_frames={self.history_frames}")
+            raise ValueError(
+                f"sampling.history_hop={self.history_hop!r} must be even (frames are"
+                " encoded in pairs) and lie between 0 and"
+                f" history_frames={self.history_frames}"
+            )
         one_of('sampling.current', self.current, ('view', 'view_and_video'))
         one_of('sampling.positions', self.positions, ('qwen', 'installed'))
-        if not self.fps > 0: raise ValueError(f"sampling.fps={self.fps!r} must be positive; give the control rate in Hz")
+        if not self.fps > 0:
+            raise ValueError(
+                f"sampling.fps={self.fps!r} must be positive; give the control rate in Hz"
+            )
 
     @property
     def seconds(self) -> float:
@@ -52,16 +71,17 @@ class SamplingConfig:
 @dataclass(frozen=True)
 class VisionSizes:
     "Vision tower of Qwen2.5-VL."
+
     depth: int = 32
     width: int = 1280
     heads: int = 16
     mlp: int = 3420
-    patch: int = 14               # pixels
-    merge: int = 2                # merge x merge patches become one token
-    temporal_patch: int = 2       # frames that share one patch
-    window: int = 112             # pixels; side of an attention window
+    patch: int = 14  # pixels
+    merge: int = 2  # merge x merge patches become one token
+    temporal_patch: int = 2  # frames that share one patch
+    window: int = 112  # pixels; side of an attention window
     full_attention: tuple[int, ...] = (7, 15, 23, 31)  # layers that look beyond the window
-    tokens_per_second: int = 2    # temporal positions per second of video
+    tokens_per_second: int = 2  # temporal positions per second of video
 
     @property
     def factor(self) -> int:
@@ -72,19 +92,27 @@ class VisionSizes:
 @dataclass(frozen=True)
 class TextSizes:
     "Language model of Qwen2.5-VL."
+
     layers: int = 28
     width: int = 3584
     heads: int = 28
-    kv_heads: int = 4             # N2, axis j
+    kv_heads: int = 4  # N2, axis j
     mlp: int = 18944
     vocab: int = 152064
     rope_theta: float = 1e6
     mrope_section: tuple[int, ...] = (16, 24, 24)  # channels / 2 for time, height, width
 
     def __post_init__(self):
-        if self.width % self.heads: raise ValueError(f"text.width={self.width} is not a multiple of text.heads={self.heads}; change one of them")
+        if self.width % self.heads:
+            raise ValueError(
+                f"text.width={self.width} is not a multiple of text.heads={self.heads};"
+                " change one of them"
+            )
         if 2 * sum(self.mrope_section) != self.head_dim:
-            raise ValueError(f"text.mrope_section={self.mrope_section} must sum to half of the head dimension {self.head_dim}")
+            raise ValueError(
+                f"text.mrope_section={self.mrope_section} must sum to half of the head"
+                f" dimension {self.head_dim}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -94,15 +122,19 @@ class TextSizes:
 # %% ../nbs/00_config.ipynb #5a7a2a49
 @dataclass(frozen=True)
 class SALRConfig:
-    "State-aware latent re-representation; `enabled=False` converts heads with an MLP instead."
+    """State-aware latent re-representation; `enabled=False` converts heads with an MLP
+    instead.
+    """
+
     enabled: bool = True
-    state_heads: int = 8              # N1, axis i
-    state_encoder: str = 'projection' # 'projection' or 'transformer'
-    state_width: int = 1024           # width of the state transformer (its head count is `state_heads`)
-    mask: str = 'real'                # 'real' or 'sigmoid'
-    compression: str = 'linear'       # 'linear' or 'mlp_norm'
-    keys: str = 'after_rope'          # 'after_rope' or 'before_rope'
-    fused: bool = True                # False runs the literal form (the reference; slow)
+    state_heads: int = 8  # N1, axis i
+    state_encoder: str = 'projection'  # 'projection' or 'transformer'
+    # width of the state transformer (its head count is `state_heads`)
+    state_width: int = 1024
+    mask: str = 'real'  # 'real' or 'sigmoid'
+    compression: str = 'linear'  # 'linear' or 'mlp_norm'
+    keys: str = 'after_rope'  # 'after_rope' or 'before_rope'
+    fused: bool = True  # False runs the literal form (the reference; slow)
 
     def __post_init__(self):
         one_of('salr.state_encoder', self.state_encoder, ('projection', 'transformer'))
@@ -114,23 +146,28 @@ class SALRConfig:
 @dataclass(frozen=True)
 class ExpertSizes:
     "Qwen2-style layers over [state, noisy actions]."
+
     width: int = 1536
     heads: int = 12
-    kv_heads: int = 2             # N', axis o
+    kv_heads: int = 2  # N', axis o
     mlp: int = 8960
-    state_token: bool = True      # one state token ahead of the noisy actions (with or without SALR, so that the ablation isolates SALR)
+    # one state token ahead of the noisy actions (with or without SALR, so that the ablation
+    # isolates SALR)
+    state_token: bool = True
 
 # %% ../nbs/00_config.ipynb #2a439078
 @dataclass(frozen=True)
 class FlowConfig:
     "Conditional flow matching."
-    steps: int = 10               # denoising steps at inference
-    method: str = 'euler'         # 'euler' or 'heun'
-    time: str = 'beta'            # training times: 'beta' (1.5, 1) on [0.001, 1], or 'uniform'
-    draws: int = 1                # (noise, t) pairs per observation in one training step
+
+    steps: int = 10  # denoising steps at inference
+    method: str = 'euler'  # 'euler' or 'heun'
+    time: str = 'beta'  # training times: 'beta' (1.5, 1) on [0.001, 1], or 'uniform'
+    draws: int = 1  # (noise, t) pairs per observation in one training step
 
     def __post_init__(self):
-        at_least('flow.steps', self.steps, 1); at_least('flow.draws', self.draws, 1)
+        at_least('flow.steps', self.steps, 1)
+        at_least('flow.draws', self.draws, 1)
         one_of('flow.method', self.method, ('euler', 'heun'))
         one_of('flow.time', self.time, ('beta', 'uniform'))
 
@@ -138,6 +175,7 @@ class FlowConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     "Everything `HaloModel` needs to be built."
+
     name: str = 'paper'
     vision: VisionSizes = field(default_factory=VisionSizes)
     text: TextSizes = field(default_factory=TextSizes)
@@ -145,14 +183,17 @@ class ModelConfig:
     expert: ExpertSizes = field(default_factory=ExpertSizes)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
-    chunk: int = 50               # s, actions predicted at once
-    max_state_dim: int = 32       # states are zero-padded to this size
-    max_action_dim: int = 32      # actions are zero-padded to this size (padded dimensions never reach the loss)
-    tokenizer: str = 'Qwen/Qwen2.5-VL-7B-Instruct'  # hub id or folder of a tokenizer; 'tiny' = the offline one
-    vlm_id: str = ''              # hub id or folder of Qwen2.5-VL weights; '' = random weights
-    init: str = 'normal'          # random weights: 'normal' (std 0.02, as Qwen) or 'fan_in' (needed by small models)
-    checkpointing: bool = False   # recompute activations layer by layer in training
-    dtype: str = 'float32'        # of all parameters but SALR's, which stay float32
+    chunk: int = 50  # s, actions predicted at once
+    max_state_dim: int = 32  # states are zero-padded to this size
+    # actions are zero-padded to this size (padded dimensions never reach the loss)
+    max_action_dim: int = 32
+    # hub id or folder of a tokenizer; 'tiny' = the offline one
+    tokenizer: str = 'Qwen/Qwen2.5-VL-7B-Instruct'
+    vlm_id: str = ''  # hub id or folder of Qwen2.5-VL weights; '' = random weights
+    # random weights: 'normal' (std 0.02, as Qwen) or 'fan_in' (needed by small models)
+    init: str = 'normal'
+    checkpointing: bool = False  # recompute activations layer by layer in training
+    dtype: str = 'float32'  # of all parameters but SALR's, which stay float32
 
     def __post_init__(self):
         one_of('init', self.init, ('normal', 'fan_in'))
@@ -160,51 +201,123 @@ class ModelConfig:
         at_least('chunk', self.chunk, 1)
         heads_of = self.expert.width / self.expert.heads
         if heads_of != self.text.head_dim:
-            raise ValueError(f"expert.width / expert.heads = {heads_of:g} must equal the VLM's head dimension {self.text.head_dim}: the expert reads the VLM's cache")
+            raise ValueError(
+                f"expert.width / expert.heads = {heads_of:g} must equal the VLM's head"
+                f" dimension {self.text.head_dim}: the expert reads the VLM's cache"
+            )
         if self.sampling.history_size % self.vision.factor:
-            raise ValueError(f"sampling.history_size={self.sampling.history_size} must be a multiple of {self.vision.factor} pixels (patch x merge)")
-        if self.salr.enabled and self.salr.state_encoder == 'transformer' and self.salr.state_width != self.salr.state_heads * self.text.head_dim:
-            raise ValueError(f"salr.state_width={self.salr.state_width} must be state_heads x head_dim = {self.salr.state_heads * self.text.head_dim}: the transformer's queries are F_r")
+            raise ValueError(
+                f"sampling.history_size={self.sampling.history_size} must be a multiple of"
+                f" {self.vision.factor} pixels (patch x merge)"
+            )
+        if (
+            self.salr.enabled
+            and self.salr.state_encoder == 'transformer'
+            and self.salr.state_width != self.salr.state_heads * self.text.head_dim
+        ):
+            raise ValueError(
+                f"salr.state_width={self.salr.state_width} must be state_heads x head_dim ="
+                f" {self.salr.state_heads * self.text.head_dim}: the transformer's queries"
+                " are F_r"
+            )
 
     def but(self, **changes) -> 'ModelConfig':
         "A copy with fields changed; `salr__enabled=False` reaches into a part."
         parts, top = {}, {}
         for k, v in changes.items():
             part, _, name = k.partition('__')
-            if name: parts.setdefault(part, {})[name] = v
-            else: top[k] = v
-        return replace(self, **{p: replace(getattr(self, p), **c) for p, c in parts.items()}, **top)
+            if name:
+                parts.setdefault(part, {})[name] = v
+            else:
+                top[k] = v
+        return replace(
+            self, **{p: replace(getattr(self, p), **c) for p, c in parts.items()}, **top
+        )
 
 # %% ../nbs/00_config.ipynb #b6db2c05
 def _tiny() -> ModelConfig:
-    return ModelConfig(name='tiny',
+    return ModelConfig(
+        name='tiny',
         vision=VisionSizes(depth=3, width=96, heads=3, mlp=192, full_attention=(0, 1, 2)),
-        text=TextSizes(layers=4, width=128, heads=4, kv_heads=4, mlp=256, vocab=512, rope_theta=2.0, mrope_section=(4, 6, 6)),
-        salr=SALRConfig(state_heads=4), expert=ExpertSizes(width=128, heads=4, kv_heads=2, mlp=256),
-        sampling=SamplingConfig(history_frames=8, history_stride=6, history_size=56, view_size=112, wrist_size=56),
-        flow=FlowConfig(draws=4), chunk=16, max_state_dim=8, max_action_dim=8, tokenizer='tiny', init='fan_in')
+        text=TextSizes(
+            layers=4,
+            width=128,
+            heads=4,
+            kv_heads=4,
+            mlp=256,
+            vocab=512,
+            rope_theta=2.0,
+            mrope_section=(4, 6, 6),
+        ),
+        salr=SALRConfig(state_heads=4),
+        expert=ExpertSizes(width=128, heads=4, kv_heads=2, mlp=256),
+        sampling=SamplingConfig(
+            history_frames=8,
+            history_stride=6,
+            history_size=56,
+            view_size=112,
+            wrist_size=56,
+        ),
+        flow=FlowConfig(draws=4),
+        chunk=16,
+        max_state_dim=8,
+        max_action_dim=8,
+        tokenizer='tiny',
+        init='fan_in',
+    )
 
 # %% ../nbs/00_config.ipynb #a9e2ae03
 def _small() -> ModelConfig:
-    return ModelConfig(name='small',
+    return ModelConfig(
+        name='small',
         vision=VisionSizes(depth=4, width=256, heads=4, mlp=684, full_attention=(1, 3)),
-        text=TextSizes(layers=8, width=512, heads=8, kv_heads=4, mlp=1376, vocab=512, mrope_section=(8, 12, 12)),
-        salr=SALRConfig(state_heads=8), expert=ExpertSizes(width=256, heads=4, kv_heads=2, mlp=1024),
-        sampling=SamplingConfig(), chunk=50, tokenizer='tiny', init='fan_in')
+        text=TextSizes(
+            layers=8,
+            width=512,
+            heads=8,
+            kv_heads=4,
+            mlp=1376,
+            vocab=512,
+            mrope_section=(8, 12, 12),
+        ),
+        salr=SALRConfig(state_heads=8),
+        expert=ExpertSizes(width=256, heads=4, kv_heads=2, mlp=1024),
+        sampling=SamplingConfig(),
+        chunk=50,
+        tokenizer='tiny',
+        init='fan_in',
+    )
 
 # %% ../nbs/00_config.ipynb #24e4cbd9
 def _paper() -> ModelConfig:
-    return ModelConfig(name='paper', salr=SALRConfig(state_heads=12), checkpointing=True, dtype='bfloat16', vlm_id='Qwen/Qwen2.5-VL-7B-Instruct')
+    return ModelConfig(
+        name='paper',
+        salr=SALRConfig(state_heads=12),
+        checkpointing=True,
+        dtype='bfloat16',
+        vlm_id='Qwen/Qwen2.5-VL-7B-Instruct',
+    )
 
 # %% ../nbs/00_config.ipynb #111ab432
 def _paper_v2() -> ModelConfig:
-    return _paper().but(name='paper_v2', salr=SALRConfig(state_heads=8, state_encoder='transformer', state_width=1024, compression='mlp_norm'),
-                        expert=ExpertSizes(width=1280, heads=10, kv_heads=2, mlp=7168))
+    return _paper().but(
+        name='paper_v2',
+        salr=SALRConfig(
+            state_heads=8,
+            state_encoder='transformer',
+            state_width=1024,
+            compression='mlp_norm',
+        ),
+        expert=ExpertSizes(width=1280, heads=10, kv_heads=2, mlp=7168),
+    )
 
 # %% ../nbs/00_config.ipynb #237edd10
 PRESETS = dict(tiny=_tiny, small=_small, paper=_paper, paper_v2=_paper_v2)
 
+
 def preset(name: str, **changes) -> ModelConfig:
-    "The preset `name` (`tiny`, `small`, `paper`, `paper_v2`), with fields changed as in `ModelConfig.but`."
+    """The preset `name` (`tiny`, `small`, `paper`, `paper_v2`), with fields changed as in
+    `ModelConfig.but`.
+    """
     one_of('preset', name, tuple(PRESETS))
     return PRESETS[name]().but(**changes)

@@ -4,15 +4,19 @@
 
 # %% ../nbs/07_configuration.ipynb #6723e9d9
 from __future__ import annotations
-import hashlib, logging
+
+import hashlib
+import logging
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import get_type_hints
+
 import draccus
 from draccus.parsers.decoding import decode_dataclass
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
+
 from .config import ModelConfig, one_of, preset
 
 log = logging.getLogger(__name__)
@@ -23,32 +27,59 @@ __all__ = ['log', 'ROLES', 'ModelChanges', 'infer_role', 'assign_roles', 'option
 
 # %% ../nbs/07_configuration.ipynb #da7fbb5f
 ROLES = ('primary', 'secondary', 'wrist')
-_HINTS = {'wrist': ('wrist', 'hand', 'gripper'), 'primary': ('primary', 'front', 'agentview', 'base', 'main', 'head', 'image', 'top')}
+_HINTS = {
+    'wrist': ('wrist', 'hand', 'gripper'),
+    'primary': ('primary', 'front', 'agentview', 'base', 'main', 'head', 'image', 'top'),
+}
+
 
 def infer_role(key: str) -> str:
     "The role that a camera's name suggests."
     name = key.split('.')[-1].lower()
     for role, hints in _HINTS.items():
-        if any(h in name for h in hints): return role
+        if any(h in name for h in hints):
+            return role
     return 'secondary'
 
 # %% ../nbs/07_configuration.ipynb #b049139a
-def assign_roles(keys: list[str], primary: str | None = None, roles: dict[str, str] | None = None) -> dict[str, str]:
-    "Role of every camera key, primary first. Raises `ValueError` for unknown roles or keys, or when the primary view is not clear."
+def assign_roles(
+    keys: list[str], primary: str | None = None, roles: dict[str, str] | None = None
+) -> dict[str, str]:
+    """Role of every camera key, primary first.
+
+    Raises `ValueError` for unknown roles or keys, or when the primary view is not clear.
+    """
     roles = dict(roles or {})
     for k, r in roles.items():
         one_of(f'role of camera {k!r}', r, ROLES)
-        if k not in keys: raise ValueError(f"camera {k!r} has a role but is not in the data; its cameras are {keys}")
+        if k not in keys:
+            raise ValueError(
+                f"camera {k!r} has a role but is not in the data; its cameras are {keys}"
+            )
     if primary:
-        if primary not in keys: raise ValueError(f"the primary camera {primary!r} is not in the data; set --policy.primary_camera to one of {keys}")
+        if primary not in keys:
+            raise ValueError(
+                f"the primary camera {primary!r} is not in the data; set"
+                f" --policy.primary_camera to one of {keys}"
+            )
         roles[primary] = 'primary'
     full = {k: roles.get(k) or infer_role(k) for k in keys}
-    if len(keys) == 1: full = {keys[0]: 'primary'}
-    firsts = [k for k, r in full.items() if r == 'primary' and (k in roles or len(keys) == 1)] or [k for k, r in full.items() if r == 'primary']
+    if len(keys) == 1:
+        full = {keys[0]: 'primary'}
+    firsts = [
+        k for k, r in full.items() if r == 'primary' and (k in roles or len(keys) == 1)
+    ] or [k for k, r in full.items() if r == 'primary']
     exact = [k for k in firsts if 'primary' in k.lower()]
-    if len(firsts) > 1 and len(exact) == 1: firsts = exact
-    if len(firsts) != 1: raise ValueError(f"which camera is the primary view? the data has {keys}; set --policy.primary_camera to one of them")
-    return {firsts[0]: 'primary'} | {k: ('secondary' if r == 'primary' else r) for k, r in full.items() if k != firsts[0]}
+    if len(firsts) > 1 and len(exact) == 1:
+        firsts = exact
+    if len(firsts) != 1:
+        raise ValueError(
+            f"which camera is the primary view? the data has {keys}; set"
+            " --policy.primary_camera to one of them"
+        )
+    return {firsts[0]: 'primary'} | {
+        k: 'secondary' if r == 'primary' else r for k, r in full.items() if k != firsts[0]
+    }
 
 # %% ../nbs/07_configuration.ipynb #a7d0c0a2
 def optional_twin(cls: type) -> type:
@@ -58,7 +89,9 @@ def optional_twin(cls: type) -> type:
     made = [(f.name, part(hints[f.name]) | None, field(default=None)) for f in fields(cls)]
     return make_dataclass(f'{cls.__name__}Changes', made)
 
+
 ModelChanges = optional_twin(ModelConfig)
+
 
 def given(changes) -> dict:
     "The values of an `optional_twin` that are not None, as a nested dictionary."
@@ -67,11 +100,17 @@ def given(changes) -> dict:
 
 # %% ../nbs/07_configuration.ipynb #a7d0c0a4
 def deep_update(old: dict, new: dict, where: str = 'model') -> dict:
-    "`old` with the values of `new`, level by level. Raises `ValueError` for a key that `old` lacks."
+    """`old` with the values of `new`, level by level.
+
+    Raises `ValueError` for a key that `old` lacks.
+    """
     for k in new:
         one_of(f'a field of {where}', k, tuple(old))
-    deeper = lambda k, v: deep_update(old[k], v, f'{where}.{k}') if isinstance(old[k], dict) else v
+    deeper = lambda k, v: (
+        deep_update(old[k], v, f'{where}.{k}') if isinstance(old[k], dict) else v
+    )
     return old | {k: deeper(k, v) for k, v in new.items()}
+
 
 def changed_model(base: ModelConfig, changes: dict) -> ModelConfig:
     "`base` with a nested dictionary of changes."
@@ -82,38 +121,50 @@ def changed_model(base: ModelConfig, changes: dict) -> ModelConfig:
 @dataclass
 class HaloConfig(PreTrainedConfig):
     "LeRobot configuration of a HALO policy."
-    preset: str | None = None                 # 'tiny' (where nothing is said), 'small', 'paper', 'paper_v2'
-    model: ModelChanges | None = None         # a whole `ModelConfig` in the end; until then, changes to the preset
 
-    history_frames: int | None = None         # n; 0 = no history
-    history_stride: int | None = None         # control ticks between history frames
-    history_hop: int | None = None            # frames by which the history's start moves at once (streaming); 0 = slides
-    chunk_size: int | None = None             # s, actions predicted at once
+    # 'tiny' (where nothing is said), 'small', 'paper', 'paper_v2'
+    preset: str | None = None
+    # a whole `ModelConfig` in the end; until then, changes to the preset
+    model: ModelChanges | None = None
+
+    history_frames: int | None = None  # n; 0 = no history
+    history_stride: int | None = None  # control ticks between history frames
+    # frames by which the history's start moves at once (streaming); 0 = slides
+    history_hop: int | None = None
+    chunk_size: int | None = None  # s, actions predicted at once
     denoising_steps: int | None = None
-    salr: bool | None = None                  # False converts heads with an MLP (the ablation)
-    fps: float | None = None                  # control rate of dataset and robot, Hz
-    max_state_dim: int | None = None          # room for the state; shorter ones are padded with zeros
-    max_action_dim: int | None = None         # room for an action
-    vlm_id: str | None = None                 # where a new policy takes its VLM's weights: hub id or folder; '' = random
-    vlm_source: str = ''                      # where they came from; never read again
-    tokenizer: str | None = None              # hub id or folder; 'tiny' = offline
+    salr: bool | None = None  # False converts heads with an MLP (the ablation)
+    fps: float | None = None  # control rate of dataset and robot, Hz
+    # room for the state; shorter ones are padded with zeros
+    max_state_dim: int | None = None
+    max_action_dim: int | None = None  # room for an action
+    # where a new policy takes its VLM's weights: hub id or folder; '' = random
+    vlm_id: str | None = None
+    vlm_source: str = ''  # where they came from; never read again
+    tokenizer: str | None = None  # hub id or folder; 'tiny' = offline
 
-    n_action_steps: int = 8                   # actions executed per inference
-    primary_camera: str | None = None         # camera that gives the history; inferred from names if None
-    camera_roles: dict[str, str] = field(default_factory=dict)  # camera -> 'primary' | 'secondary' | 'wrist'
-    history_clock: str = 'calls'              # counts control ticks: 'calls' of select_action, or 'wall' time
+    n_action_steps: int = 8  # actions executed per inference
+    # camera that gives the history; inferred from names if None
+    primary_camera: str | None = None
+    # camera -> 'primary' | 'secondary' | 'wrist'
+    camera_roles: dict[str, str] = field(default_factory=dict)
+    # counts control ticks: 'calls' of select_action, or 'wall' time
+    history_clock: str = 'calls'
     tokenizer_max_length: int = 128
-    stream: bool = True                       # one robot at a time: reuse the last tick (exact; halo.stream)
-    graph: bool = False                       # one robot, without RTC: a tick as one static program (halo.graph)
-    compile_model: bool = False               # with graph: its layers through torch.compile
+    stream: bool = True  # one robot at a time: reuse the last tick (exact; halo.stream)
+    graph: bool = False  # one robot, without RTC: a tick as one static program (halo.graph)
+    compile_model: bool = False  # with graph: its layers through torch.compile
 
-    normalization_mapping: dict[str, NormalizationMode] = field(default_factory=lambda: {
-        'VISUAL': NormalizationMode.IDENTITY,
-        'STATE': NormalizationMode.MEAN_STD,
-        'ACTION': NormalizationMode.MEAN_STD})
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=lambda: {
+            'VISUAL': NormalizationMode.IDENTITY,
+            'STATE': NormalizationMode.MEAN_STD,
+            'ACTION': NormalizationMode.MEAN_STD,
+        }
+    )
 
-    freeze_vision: bool = False               # keep the vision tower as it is
-    freeze_vlm: bool = False                  # keep the whole VLM as it is (Table 6 of the paper: do not)
+    freeze_vision: bool = False  # keep the vision tower as it is
+    freeze_vlm: bool = False  # keep the whole VLM as it is (Table 6 of the paper: do not)
     optimizer_lr: float = 1e-4
     optimizer_betas: tuple[float, float] = (0.9, 0.95)
     optimizer_eps: float = 1e-8
@@ -123,7 +174,7 @@ class HaloConfig(PreTrainedConfig):
     scheduler_decay_steps: int = 30000
     scheduler_decay_lr: float = 2.5e-6
 
-    rtc_config: RTCConfig | None = None       # real-time chunking
+    rtc_config: RTCConfig | None = None  # real-time chunking
     push_to_hub: bool = False
 
     def __post_init__(self):
@@ -132,35 +183,53 @@ class HaloConfig(PreTrainedConfig):
         self.preset = self.model.name
         one_of('history_clock', self.history_clock, ('calls', 'wall'))
         if self.compile_model and not self.graph:
-            raise ValueError("compile_model=true works on the static program of a tick; set graph=true too")
+            raise ValueError(
+                "compile_model=true works on the static program of a tick; set"
+                " graph=true too"
+            )
         if not 1 <= self.n_action_steps <= self.model.chunk:
             raise ValueError(
                 f"n_action_steps={self.n_action_steps} must lie between 1 and the chunk of "
-                f"{self.model.chunk}; lower it or raise chunk_size")
+                f"{self.model.chunk}; lower it or raise chunk_size"
+            )
         if getattr(self.rtc_config, 'mode', 'guided') != 'guided':
             raise ValueError(
                 f"rtc_config.mode={self.rtc_config.mode!r} needs a policy trained for it; "
-                "HALO guides: set it to 'guided'")
+                "HALO guides: set it to 'guided'"
+            )
 
 # %% ../nbs/07_configuration.ipynb #ef20faca
 from fastcore.basics import patch
 
 _SHORT = dict(
-    history_frames='sampling__history_frames', history_stride='sampling__history_stride',
-    history_hop='sampling__history_hop', fps='sampling__fps', chunk_size='chunk',
-    denoising_steps='flow__steps', salr='salr__enabled', max_state_dim='max_state_dim',
-    max_action_dim='max_action_dim', vlm_id='vlm_id', tokenizer='tokenizer')
-_PARTS = ('name', 'vision', 'text', 'salr', 'expert', 'sampling', 'flow')   # what a written-out model has
+    history_frames='sampling__history_frames',
+    history_stride='sampling__history_stride',
+    history_hop='sampling__history_hop',
+    fps='sampling__fps',
+    chunk_size='chunk',
+    denoising_steps='flow__steps',
+    salr='salr__enabled',
+    max_state_dim='max_state_dim',
+    max_action_dim='max_action_dim',
+    vlm_id='vlm_id',
+    tokenizer='tokenizer',
+)
+# what a written-out model has
+_PARTS = ('name', 'vision', 'text', 'salr', 'expert', 'sampling', 'flow')
+
 
 @patch
 def _whole_model(self: HaloConfig, m: ModelConfig) -> ModelConfig:
     "`m`, unless a preset was given that is not its own: a `ValueError`."
     if self.preset not in (None, m.name):
         raise ValueError(
-            f"preset={self.preset!r} was given on top of a whole model (name {m.name!r}), such as a "
-            "trained policy's; leave it out, or begin a new policy with --policy.type=halo")
+            f"preset={self.preset!r} was given on top of a whole model (name {m.name!r}),"
+            " such as a trained policy's; leave it out, or begin a new policy with"
+            " --policy.type=halo"
+        )
     return m
 
+# %% ../nbs/07_configuration.ipynb #8e9d90cc
 @patch
 def _resolved(self: HaloConfig) -> ModelConfig:
     "`model`, or the preset with what `model` changes, with the short fields applied."
@@ -177,38 +246,58 @@ def _resolved(self: HaloConfig) -> ModelConfig:
 # %% ../nbs/07_configuration.ipynb #9935fb43
 @patch(as_prop=True)
 def observation_delta_indices(self: HaloConfig) -> list[int]:
-    from halo.sampling import delta_indices   # here, so that listing policies does not load transformers
+    # here, so that listing policies does not load transformers
+    from halo.sampling import delta_indices
+
     s = self.model.sampling
     return delta_indices(s.history_frames, s.history_stride)
 
-@patch(as_prop=True)
-def state_observation_delta_indices(self: HaloConfig) -> list[int]: return [0]
 
 @patch(as_prop=True)
-def action_delta_indices(self: HaloConfig) -> list[int]: return list(range(self.model.chunk))
+def state_observation_delta_indices(self: HaloConfig) -> list[int]:
+    return [0]
+
 
 @patch(as_prop=True)
-def reward_delta_indices(self: HaloConfig): return None
+def action_delta_indices(self: HaloConfig) -> list[int]:
+    return list(range(self.model.chunk))
+
+
+@patch(as_prop=True)
+def reward_delta_indices(self: HaloConfig):
+    return None
 
 # %% ../nbs/07_configuration.ipynb #a7d0c002
 def is_picture(feature: PolicyFeature) -> bool:
-    "Whether a visual feature has three channels, first (3, H, W) or last (H, W, 3); depth maps have one."
+    """Whether a visual feature has three channels, first (3, H, W) or last (H, W, 3); depth
+    maps have one.
+    """
     return len(feature.shape) == 3 and 3 in (feature.shape[0], feature.shape[2])
+
 
 @patch(as_prop=True)
 def image_features(self: HaloConfig) -> dict[str, PolicyFeature]:
     "Visual features that are pictures."
     found = self.input_features or {}
-    return {k: f for k, f in found.items() if f.type is FeatureType.VISUAL and is_picture(f)}
+    return {
+        k: f for k, f in found.items() if f.type is FeatureType.VISUAL and is_picture(f)
+    }
 
+# %% ../nbs/07_configuration.ipynb #1cbec114
 @patch
 def leave_out_depth(self: HaloConfig, depth_keys: list[str] = ()) -> None:
-    "Take depth maps (`depth_keys`, and whatever has not three channels) out of the inputs, with a warning."
+    """Take depth maps (`depth_keys`, and whatever has not three channels) out of the
+    inputs, with a warning.
+    """
     keep, visual = self.image_features, FeatureType.VISUAL
     for k, f in list((self.input_features or {}).items()):
         if f.type is visual and (k not in keep or k in depth_keys):
-            log.warning("%r is left out: its shape %s is a depth map's, HALO reads pictures with "
-                        "three channels", k, tuple(f.shape))
+            log.warning(
+                "%r is left out: its shape %s is a depth map's, HALO reads pictures with "
+                "three channels",
+                k,
+                tuple(f.shape),
+            )
             self.input_features = {n: x for n, x in self.input_features.items() if n != k}
 
 # %% ../nbs/07_configuration.ipynb #6af815e6
@@ -226,34 +315,48 @@ def validate_features(self: HaloConfig) -> None:
     self.roles
     m = self.model
     for name, feat, most, key in (
-            ('observation.state', self.robot_state_feature, m.max_state_dim, 'max_state_dim'),
-            ('action', self.action_feature, m.max_action_dim, 'max_action_dim')):
+        ('observation.state', self.robot_state_feature, m.max_state_dim, 'max_state_dim'),
+        ('action', self.action_feature, m.max_action_dim, 'max_action_dim'),
+    ):
         if feat is None:
             raise ValueError(f"the data has no {name!r}; HALO needs it")
         if feat.shape[0] > most:
             raise ValueError(
-                f"{name!r} has {feat.shape[0]} dimensions, the model takes {most}; set "
-                f"--policy.{key}={feat.shape[0]} for a new policy (a trained one cannot grow)")
+                f"{name!r} has {feat.shape[0]} dimensions, the model takes {most}; set"
+                f" --policy.{key}={feat.shape[0]} for a new policy (a trained one cannot"
+                " grow)"
+            )
 
 # %% ../nbs/07_configuration.ipynb #a7d0c004
 def weights_origin(vlm_id: str) -> str:
-    "What is remembered of `vlm_id`: a hub id as it is; a folder as its name and a hash of its weights (or their index)."
+    """What is remembered of `vlm_id`: a hub id as it is; a folder as its name and a hash of
+    its weights (or their index).
+    """
     folder = Path(vlm_id)
     if not folder.is_dir():
         return folder.name if folder.is_absolute() else vlm_id
-    found = [*sorted(folder.glob('*.safetensors.index.json')), *sorted(folder.glob('*.safetensors'))]
+    found = [
+        *sorted(folder.glob('*.safetensors.index.json')),
+        *sorted(folder.glob('*.safetensors')),
+    ]
     if not found:
         return folder.resolve().name
     with open(found[0], 'rb') as f:
         digest = hashlib.file_digest(f, 'sha256').hexdigest()
     return f'{folder.resolve().name} ({found[0].name} {digest[:12]})'
 
+# %% ../nbs/07_configuration.ipynb #830a00ae
 @patch
 def weights_are_in(self: HaloConfig, read: bool = True) -> None:
-    "Turn `vlm_id` into provenance: the policy holds its weights. `read=False`: they came in the policy's own file."
+    """Turn `vlm_id` into provenance: the policy holds its weights.
+
+    `read=False`: they came in the policy's own file.
+    """
     name = self.model.vlm_id
     if name and self.vlm_source and not read:
-        log.warning("vlm_id=%r is not read: the policy's own file holds the VLM's weights", name)
+        log.warning(
+            "vlm_id=%r is not read: the policy's own file holds the VLM's weights", name
+        )
     elif name:
         self.vlm_source = weights_origin(name)
     self.vlm_id, self.model = None, self.model.but(vlm_id='')
@@ -261,11 +364,24 @@ def weights_are_in(self: HaloConfig, read: bool = True) -> None:
 # %% ../nbs/07_configuration.ipynb #66fb2dc7
 @patch
 def get_optimizer_preset(self: HaloConfig) -> AdamWConfig:
-    return AdamWConfig(lr=self.optimizer_lr, betas=self.optimizer_betas, eps=self.optimizer_eps, weight_decay=self.optimizer_weight_decay, grad_clip_norm=self.optimizer_grad_clip_norm)
+    return AdamWConfig(
+        lr=self.optimizer_lr,
+        betas=self.optimizer_betas,
+        eps=self.optimizer_eps,
+        weight_decay=self.optimizer_weight_decay,
+        grad_clip_norm=self.optimizer_grad_clip_norm,
+    )
+
 
 @patch
 def get_scheduler_preset(self: HaloConfig) -> CosineDecayWithWarmupSchedulerConfig:
-    return CosineDecayWithWarmupSchedulerConfig(peak_lr=self.optimizer_lr, decay_lr=self.scheduler_decay_lr, num_warmup_steps=self.scheduler_warmup_steps, num_decay_steps=self.scheduler_decay_steps)
+    return CosineDecayWithWarmupSchedulerConfig(
+        peak_lr=self.optimizer_lr,
+        decay_lr=self.scheduler_decay_lr,
+        num_warmup_steps=self.scheduler_warmup_steps,
+        num_decay_steps=self.scheduler_decay_steps,
+    )
 
 # %% ../nbs/07_configuration.ipynb #55d17b55
-HaloConfig.__abstractmethods__ = frozenset()   # the methods above complete LeRobot's abstract class
+# the methods above complete LeRobot's abstract class
+HaloConfig.__abstractmethods__ = frozenset()

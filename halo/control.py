@@ -4,15 +4,24 @@
 
 # %% ../nbs/06d_control.ipynb #678821d4
 from __future__ import annotations
-import argparse, copy, json, os, statistics, sys, threading, time
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 import torch
-from torch import Tensor
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from torch import Tensor
+
 from .config import one_of
 
 # %% auto #0
@@ -21,222 +30,557 @@ __all__ = ['Chunk', 'Schedule', 'use_rtc', 'plan', 'Budget', 'Late', 'ControlLoo
 # %% ../nbs/06d_control.ipynb #3ce7246e
 @dataclass
 class Chunk:
-    "Actions of the ticks from `tick` on: as the model gave them (b, s, d), and in the robot's units (b, s, d)."
+    """Actions of the ticks from `tick` on: as the model gave them (b, s, d), and in the
+    robot's units (b, s, d).
+    """
+
     tick: int
     raw: Tensor
     actions: np.ndarray
 
-    def covers(self, tick: int) -> bool: return 0 <= tick - self.tick < self.actions.shape[1]
-    def at(self, tick: int) -> np.ndarray: return self.actions[:, tick - self.tick]
+    def covers(self, tick: int) -> bool:
+        return 0 <= tick - self.tick < self.actions.shape[1]
+
+    def at(self, tick: int) -> np.ndarray:
+        return self.actions[:, tick - self.tick]
 
 # %% ../nbs/06d_control.ipynb #10831354
 class Schedule:
-    "Hand-over of chunks by tick: `how` is 'replace', 'rtc' or 'ensemble' (weights `decay` ** age, in chunks)."
+    """Hand-over of chunks by tick: `how` is 'replace', 'rtc' or 'ensemble' (weights `decay`
+    ** age, in chunks).
+    """
+
     def __init__(self, how: str = 'replace', decay: float = 0.5, limit: int = 16):
         one_of('hand-over', how, ('replace', 'rtc', 'ensemble'))
         self.how, self.decay, self.chunks = how, decay, deque(maxlen=limit)
 
     def add(self, chunk: Chunk) -> None:
-        "A chunk has arrived. One that is older than the newest is dropped: inference may overtake itself."
-        if not self.chunks or chunk.tick > self.chunks[-1].tick: self.chunks.append(chunk)
+        """A chunk has arrived.
+
+        One that is older than the newest is dropped: inference may overtake itself.
+        """
+        if not self.chunks or chunk.tick > self.chunks[-1].tick:
+            self.chunks.append(chunk)
 
     def action(self, tick: int) -> np.ndarray | None:
         "The action (b, d) of `tick`, or None if nothing covers it."
         found = [c for c in reversed(self.chunks) if c.covers(tick)]
-        if not found: return None
-        if self.how != 'ensemble': return found[0].at(tick)
+        if not found:
+            return None
+        if self.how != 'ensemble':
+            return found[0].at(tick)
         w = self.decay ** np.arange(len(found))
         return np.tensordot(w / w.sum(), np.stack([c.at(tick) for c in found]), 1)
 
     def left_over(self, tick: int) -> Tensor | None:
-        "What the newest chunk was still going to do from `tick` on, as the model gave it (b, s', d): what RTC continues."
-        if not self.chunks or not self.chunks[-1].covers(tick): return None
-        return self.chunks[-1].raw[:, tick - self.chunks[-1].tick:]
+        """What the newest chunk was still going to do from `tick` on, as the model gave it
+        (b, s', d): what RTC continues.
+        """
+        if not self.chunks or not self.chunks[-1].covers(tick):
+            return None
+        return self.chunks[-1].raw[:, tick - self.chunks[-1].tick :]
 
 # %% ../nbs/06d_control.ipynb #2155f665
 def use_rtc(policy, on: bool, horizon: int | None = None, guidance: float = 10.0) -> None:
-    "Switch LeRobot's real-time chunking on or off; guided over `horizon` ticks (the policy's whole chunk if None), with weights of at most `guidance`."
-    policy.config.rtc_config = RTCConfig(enabled=True, max_guidance_weight=guidance, execution_horizon=horizon or getattr(policy.config, 'chunk_size', None) or policy.config.model.chunk) if on else None
+    """Switch LeRobot's real-time chunking on or off; guided over `horizon` ticks (the
+    policy's whole chunk if None), with weights of at most `guidance`.
+    """
+    policy.config.rtc_config = (
+        RTCConfig(
+            enabled=True,
+            max_guidance_weight=guidance,
+            execution_horizon=horizon
+            or getattr(policy.config, 'chunk_size', None)
+            or policy.config.model.chunk,
+        )
+        if on
+        else None
+    )
     policy.init_rtc_processor()
 
-def plan(policy, post, batch: dict, tick: int, schedule: Schedule, delay: int, noise: Tensor | None = None) -> Chunk:
-    "A chunk for the preprocessed observation `batch` of `tick`, expected to arrive `delay` ticks later."
-    rtc = dict(inference_delay=delay, prev_chunk_left_over=schedule.left_over(tick), execution_horizon=None) if schedule.how == 'rtc' else {}
+# %% ../nbs/06d_control.ipynb #4c4d48b9
+def plan(
+    policy,
+    post,
+    batch: dict,
+    tick: int,
+    schedule: Schedule,
+    delay: int,
+    noise: Tensor | None = None,
+) -> Chunk:
+    """A chunk for the preprocessed observation `batch` of `tick`, expected to arrive
+    `delay` ticks later.
+    """
+    rtc = (
+        dict(
+            inference_delay=delay,
+            prev_chunk_left_over=schedule.left_over(tick),
+            execution_horizon=None,
+        )
+        if schedule.how == 'rtc'
+        else {}
+    )
     raw = policy.predict_action_chunk(batch, noise, tick=tick, **rtc)
     return Chunk(tick, raw, post(raw).to('cpu').numpy())
 
 # %% ../nbs/06d_control.ipynb #5a938b12
 class Budget:
     "Milliseconds per part of a loop, and counters."
-    def __init__(self, keep: int = 10_000): self.ms, self.counts, self.keep = {}, dict(ticks=0, late=0, without_action=0, chunks=0, dropped=0), keep
+
+    def __init__(self, keep: int = 10_000):
+        self.ms, self.counts, self.keep = (
+            {},
+            dict(ticks=0, late=0, without_action=0, chunks=0, dropped=0),
+            keep,
+        )
 
     def time(self, part: str):
         "A context that adds its duration to `part`."
         budget = self
+
         class Timer:
-            def __enter__(self): self.began = time.perf_counter()
-            def __exit__(self, *_): budget.ms.setdefault(part, deque(maxlen=budget.keep)).append(1e3 * (time.perf_counter() - self.began))
+            def __enter__(self):
+                self.began = time.perf_counter()
+
+            def __exit__(self, *_):
+                budget.ms.setdefault(part, deque(maxlen=budget.keep)).append(
+                    1e3 * (time.perf_counter() - self.began)
+                )
+
         return Timer()
 
     def table(self) -> str:
         "Median and 95th percentile of every part, then the counters."
-        rows = [f'{n:12} {statistics.median(x):8.2f} ms  95 % within {np.quantile(x, 0.95):8.2f}  ({len(x)})' for n, x in self.ms.items()]
-        return '\n'.join(rows + [', '.join(f'{k.replace("_", " ")} {v}' for k, v in self.counts.items())])
+        rows = [
+            f'{n:12} {statistics.median(x):8.2f} ms  95 % within'
+            f' {np.quantile(x, 0.95):8.2f}  ({len(x)})'
+            for n, x in self.ms.items()
+        ]
+        return '\n'.join(
+            rows + [', '.join(f'{k.replace("_", " ")} {v}' for k, v in self.counts.items())]
+        )
 
 # %% ../nbs/06d_control.ipynb #0c494933
-class Late(RuntimeError): "No action for a tick, and the deadline policy says stop."
+class Late(RuntimeError):
+    "No action for a tick, and the deadline policy says stop."
 
+# %% ../nbs/06d_control.ipynb #20bf9310
 class ControlLoop:
     """Ticks at `fps`, inference in the background.
 
-    `policy`: has `predict_action_chunk(batch, noise, tick=...)` and `observe(batch, tick)`; `post` turns its chunks (b, s, d) into the robot's units; `look() -> batch`, `act(action (d,))`.
-    `late`: what to do when no chunk covers a tick: 'hold' executes `hold` (d,), 'repeat' the last action, 'stop' raises `Late`. `every`: ticks between the starts of two inferences, at least.
+    `policy`: has `predict_action_chunk(batch, noise, tick=...)` and `observe(batch, tick)`;
+    `post` turns its chunks (b, s, d) into the robot's units; `look() -> batch`, `act(action
+    (d,))`.
+    `late`: what to do when no chunk covers a tick: 'hold' executes `hold` (d,), 'repeat'
+    the last action, 'stop' raises `Late`. `every`: ticks between the starts of two
+    inferences, at least.
     """
-    def __init__(self, policy, post, look: Callable[[], dict], act: Callable[[np.ndarray], None], fps: float, how: str = 'replace', late: str = 'hold', hold: np.ndarray | None = None, every: int = 1, clock=time.monotonic, sleep=time.sleep):
+
+    def __init__(
+        self,
+        policy,
+        post,
+        look: Callable[[], dict],
+        act: Callable[[np.ndarray], None],
+        fps: float,
+        how: str = 'replace',
+        late: str = 'hold',
+        hold: np.ndarray | None = None,
+        every: int = 1,
+        clock=time.monotonic,
+        sleep=time.sleep,
+    ):
         one_of('late', late, ('hold', 'repeat', 'stop'))
-        if late == 'hold' and hold is None: raise ValueError("late='hold' needs the action to execute: give hold=..., or choose 'repeat' or 'stop'")
-        self.policy, self.post, self.look, self.act, self.fps, self.late, self.hold, self.every = policy, post, look, act, fps, late, hold, every
-        self.schedule, self.budget, self.clock, self.sleep = Schedule(how), Budget(), clock, sleep
-        self.lock, self.news, self.waiting, self.failed, self.done, self.delay = threading.Lock(), threading.Event(), [], None, False, 1
+        if late == 'hold' and hold is None:
+            raise ValueError(
+                "late='hold' needs the action to execute: give hold=..., or choose 'repeat'"
+                " or 'stop'"
+            )
+        (
+            self.policy,
+            self.post,
+            self.look,
+            self.act,
+            self.fps,
+            self.late,
+            self.hold,
+            self.every,
+        ) = (policy, post, look, act, fps, late, hold, every)
+        self.schedule, self.budget, self.clock, self.sleep = (
+            Schedule(how),
+            Budget(),
+            clock,
+            sleep,
+        )
+        self.lock, self.news, self.waiting, self.failed, self.done, self.delay = (
+            threading.Lock(),
+            threading.Event(),
+            [],
+            None,
+            False,
+            1,
+        )
 
 # %% ../nbs/06d_control.ipynb #4f3139ed
 from fastcore.basics import patch
 
+
 @patch
 def infer(self: ControlLoop) -> None:
-    "Background: wait for news, put the waiting frames into the history, infer on the newest."
+    """Background: wait for news, put the waiting frames into the history, infer on the
+    newest.
+    """
     last = -self.every
     try:
         while not self.done:
             self.news.wait(0.05)
             with self.lock:
-                if not self.waiting or self.waiting[-1][0] - last < self.every: self.news.clear(); continue
+                if not self.waiting or self.waiting[-1][0] - last < self.every:
+                    self.news.clear()
+                    continue
                 seen, self.waiting = self.waiting, []
-            for tick, batch in seen[:-1]: self.policy.observe(batch, tick)
+            for tick, batch in seen[:-1]:
+                self.policy.observe(batch, tick)
             (last, batch), began = seen[-1], self.clock()
-            with self.budget.time('inference'): chunk = plan(self.policy, self.post, batch, last, self.schedule, self.delay)
-            self.delay = max(1, int(np.ceil((self.clock() - began) * self.fps)))     # what the next one is expected to take
-            with self.lock: self.schedule.add(chunk); self.budget.counts['chunks'] += 1
-    except Exception as e: self.failed = e
+            with self.budget.time('inference'):
+                chunk = plan(self.policy, self.post, batch, last, self.schedule, self.delay)
+            # what the next one is expected to take
+            self.delay = max(1, int(np.ceil((self.clock() - began) * self.fps)))
+            with self.lock:
+                self.schedule.add(chunk)
+                self.budget.counts['chunks'] += 1
+    except Exception as e:
+        self.failed = e
 
+# %% ../nbs/06d_control.ipynb #03583e8a
 @patch
 def step(self: ControlLoop, tick: int) -> np.ndarray:
     "One tick in the foreground: look, hand over, choose, act."
-    with self.budget.time('look'): batch = self.look()
+    with self.budget.time('look'):
+        batch = self.look()
     with self.lock:
-        self.waiting.append((tick, batch)); self.news.set()
+        self.waiting.append((tick, batch))
+        self.news.set()
         action = self.schedule.action(tick)
     if action is None:
         self.budget.counts['without_action'] += 1
-        if self.late == 'stop' and self.schedule.chunks: raise Late(f"no action for tick {tick}: the newest chunk ended at tick {self.schedule.chunks[-1].tick + self.schedule.chunks[-1].actions.shape[1] - 1}, inference takes about {self.delay} ticks; predict longer chunks or infer faster")
+        if self.late == 'stop' and self.schedule.chunks:
+            raise Late(
+                f"no action for tick {tick}: the newest chunk ended at tick"
+                f" {self.schedule.chunks[-1].tick + self.schedule.chunks[-1].actions.shape[1] - 1},"
+                f" inference takes about {self.delay} ticks; predict longer chunks or infer"
+                " faster"
+            )
         action = self.last if self.late == 'repeat' and self.last is not None else self.hold
-    else: action = action[0]
+    else:
+        action = action[0]
     self.last = action
     if action is not None:
-        with self.budget.time('act'): self.act(action)
+        with self.budget.time('act'):
+            self.act(action)
     return action
 
 # %% ../nbs/06d_control.ipynb #b14edd68
 @patch
 def run(self: ControlLoop, ticks: int) -> Budget:
-    "Run for `ticks` ticks. Raises what inference raised, and `Late`. The background has ended when this returns."
+    """Run for `ticks` ticks. Raises what inference raised, and `Late`.
+
+    The background has ended when this returns.
+    """
     self.last, self.done, begin = None, False, self.clock()
-    worker = threading.Thread(target=self.infer, daemon=True); worker.start()
+    worker = threading.Thread(target=self.infer, daemon=True)
+    worker.start()
     try:
         tick, counts = 0, self.budget.counts
         while tick < ticks:
             ahead = begin + tick / self.fps - self.clock()
-            if ahead > 0: self.sleep(ahead)
-            if (missed := int(-ahead * self.fps)) > 0: counts['dropped'] += missed; tick += missed; continue   # its time has passed
-            counts['late'] += ahead < -0.5 / self.fps; counts['ticks'] += 1
-            if self.failed: raise self.failed
-            self.step(tick); tick += 1
-    finally: self.done = True; self.news.set(); worker.join()
-    if self.failed: raise self.failed
+            if ahead > 0:
+                self.sleep(ahead)
+            # its time has passed
+            if (missed := int(-ahead * self.fps)) > 0:
+                counts['dropped'] += missed
+                tick += missed
+                continue
+            counts['late'] += ahead < -0.5 / self.fps
+            counts['ticks'] += 1
+            if self.failed:
+                raise self.failed
+            self.step(tick)
+            tick += 1
+    finally:
+        self.done = True
+        self.news.set()
+        worker.join()
+    if self.failed:
+        raise self.failed
     return self.budget
 
 # %% ../nbs/06d_control.ipynb #73d9db8e
 class SimRobot:
     "`look` and `act` of one LeRobot environment: a robot to `ControlLoop`."
+
     def __init__(self, vec, processors, pre, seed: int):
         from lerobot.envs.utils import NEW_ROLLOUT_OPTION
-        self.vec, (self.env_pre, self.env_post), self.pre, self.success, self.over = vec, processors, pre, False, False
-        self.obs, _ = vec.reset(seed=[seed], options={NEW_ROLLOUT_OPTION: True}); self.task = list(vec.call('task_description'))
+
+        self.vec, (self.env_pre, self.env_post), self.pre, self.success, self.over = (
+            vec,
+            processors,
+            pre,
+            False,
+            False,
+        )
+        self.obs, _ = vec.reset(seed=[seed], options={NEW_ROLLOUT_OPTION: True})
+        self.task = list(vec.call('task_description'))
 
     def look(self) -> dict:
         "The present observation, preprocessed."
         from lerobot.envs.utils import preprocess_observation
-        batch = preprocess_observation(self.obs); batch['task'] = self.task
+
+        batch = preprocess_observation(self.obs)
+        batch['task'] = self.task
         return self.pre(self.env_pre(batch))
 
     def act(self, action: np.ndarray) -> None:
         "Execute (d,); an episode that is over ignores it."
-        if self.over: return
+        if self.over:
+            return
         from halo.evaluate import row_info
-        self.obs, _, done, cut, info = self.vec.step(self.env_post({'action': torch.from_numpy(np.array(action, np.float32)[None])})['action'].numpy())
-        self.over = bool(done[0] or cut[0]); self.success |= bool(row_info(info, 0).get('is_success', False))
+
+        self.obs, _, done, cut, info = self.vec.step(
+            self.env_post({'action': torch.from_numpy(np.array(action, np.float32)[None])})[
+                'action'
+            ].numpy()
+        )
+        self.over = bool(done[0] or cut[0])
+        self.success |= bool(row_info(info, 0).get('is_success', False))
 
 # %% ../nbs/06d_control.ipynb #f924f3ae
-def run_delayed(policy, pre, post, vec, processors, seeds: list[int], delay: int, how: str, every: int, hold: np.ndarray) -> list[dict]:
-    "One episode per seed (at most `vec.num_envs`) with chunks that arrive `delay` ticks after they were asked for."
+def run_delayed(
+    policy,
+    pre,
+    post,
+    vec,
+    processors,
+    seeds: list[int],
+    delay: int,
+    how: str,
+    every: int,
+    hold: np.ndarray,
+) -> list[dict]:
+    """One episode per seed (at most `vec.num_envs`) with chunks that arrive `delay` ticks
+    after they were asked for.
+    """
     from lerobot.envs.utils import preprocess_observation
+
     from halo.evaluate import NEW_ROLLOUT_OPTION, batch_noise, row_info
-    env_pre, env_post = processors; n = len(seeds); rows = seeds + seeds[-1:] * (vec.num_envs - n)
-    policy.eval(); policy.reset(); schedule, under_way, begun = Schedule(how), None, -every
-    obs, _ = vec.reset(seed=rows, options={NEW_ROLLOUT_OPTION: True}); tasks, limit = list(vec.call('task_description')), vec.call('_max_episode_steps')[0]
+
+    env_pre, env_post = processors
+    n = len(seeds)
+    rows = seeds + seeds[-1:] * (vec.num_envs - n)
+    policy.eval()
+    policy.reset()
+    schedule, under_way, begun = Schedule(how), None, -every
+    obs, _ = vec.reset(seed=rows, options={NEW_ROLLOUT_OPTION: True})
+    tasks, limit = list(vec.call('task_description')), vec.call('_max_episode_steps')[0]
     alive, out, jerk, last = np.arange(vec.num_envs) < n, [None] * n, [], None
     for tick in range(limit):
-        batch = preprocess_observation(obs); batch['task'] = tasks; batch = pre(env_pre(batch))
-        if under_way and under_way[0] <= tick: schedule.add(under_way[1]); under_way = None
+        batch = preprocess_observation(obs)
+        batch['task'] = tasks
+        batch = pre(env_pre(batch))
+        if under_way and under_way[0] <= tick:
+            schedule.add(under_way[1])
+            under_way = None
         if under_way is None and tick - begun >= every:
-            chunk, begun = plan(policy, post, batch, tick, schedule, delay, batch_noise(policy, rows, tick)), tick
-            if delay: under_way = (tick + delay, chunk)
-            else: schedule.add(chunk)
-        else: policy.observe(batch, tick)
-        action = schedule.action(tick); action = np.repeat(hold[None], vec.num_envs, 0) if action is None else action
-        if last is not None: jerk.append(np.abs(action - last)[alive].mean())
+            chunk, begun = (
+                plan(
+                    policy,
+                    post,
+                    batch,
+                    tick,
+                    schedule,
+                    delay,
+                    batch_noise(policy, rows, tick),
+                ),
+                tick,
+            )
+            if delay:
+                under_way = (tick + delay, chunk)
+            else:
+                schedule.add(chunk)
+        else:
+            policy.observe(batch, tick)
+        action = schedule.action(tick)
+        action = np.repeat(hold[None], vec.num_envs, 0) if action is None else action
+        if last is not None:
+            jerk.append(np.abs(action - last)[alive].mean())
         last = action
-        obs, _, terminated, truncated, info = vec.step(env_post({'action': torch.from_numpy(np.ascontiguousarray(action))})['action'].numpy())
+        obs, _, terminated, truncated, info = vec.step(
+            env_post({'action': torch.from_numpy(np.ascontiguousarray(action))})[
+                'action'
+            ].numpy()
+        )
         for row in np.flatnonzero(alive & (terminated | truncated | (tick + 1 == limit))):
-            out[row] = dict(seed=seeds[row], success=bool(row_info(info, row).get('is_success', False)), ticks=tick + 1); alive[row] = False
-        if not alive.any(): break
+            out[row] = dict(
+                seed=seeds[row],
+                success=bool(row_info(info, row).get('is_success', False)),
+                ticks=tick + 1,
+            )
+            alive[row] = False
+        if not alive.any():
+            break
     return [e | dict(change=float(np.mean(jerk))) for e in out]
 
 # %% ../nbs/06d_control.ipynb #58e58f4c
-def latency(checkpoint: Path, seeds: list[int], delays=(0, 1, 2, 4), hows=('replace', 'rtc'), n_envs: int = 10, every: int = 2, ahead: int = 4, guidance: float = 10.0, show=print) -> list[dict]:
-    "Success by latency (ticks) and hand-over on the demonstration task, with Wilson intervals. RTC guides `ahead` ticks beyond those that are frozen, with weights of at most `guidance`."
+def latency(
+    checkpoint: Path,
+    seeds: list[int],
+    delays=(0, 1, 2, 4),
+    hows=('replace', 'rtc'),
+    n_envs: int = 10,
+    every: int = 2,
+    ahead: int = 4,
+    guidance: float = 10.0,
+    show=print,
+) -> list[dict]:
+    """Success by latency (ticks) and hand-over on the demonstration task, with Wilson
+    intervals. RTC guides `ahead` ticks beyond those that are frozen, with weights of at
+    most `guidance`.
+    """
     from lerobot.envs.factory import make_env_pre_post_processors
+
     from halo.envs import FlashPlaceEnvConfig
     from halo.evaluate import load_policy, open_envs, rate, split_seeds
-    policy, pre, post = load_policy(checkpoint); env = FlashPlaceEnvConfig(); vec, processors = open_envs(env, n_envs), make_env_pre_post_processors(env, policy.config)
+
+    policy, pre, post = load_policy(checkpoint)
+    env = FlashPlaceEnvConfig()
+    vec, processors = (
+        open_envs(env, n_envs),
+        make_env_pre_post_processors(env, policy.config),
+    )
     rows, hold = [], np.array([0, 0, 0, -1], np.float32)
     try:
         for delay in delays:
             for how in hows:
-                use_rtc(policy, how == 'rtc', delay + ahead, guidance); episodes = []
-                for batch in split_seeds(seeds, n_envs): episodes += run_delayed(policy, pre, post, vec, processors, batch, delay, how, every, hold)
-                r = rate(episodes); rows.append(dict(delay=delay, ms=1000 * delay / env.fps, how=how, guidance=guidance if how == 'rtc' else None, **r, change=float(np.mean([e['change'] for e in episodes])), ticks=float(np.mean([e['ticks'] for e in episodes])), episodes=episodes))
-                show(f"latency {rows[-1]['ms']:.0f} ms, {how:8}: {r['successes']}/{r['n']} = {r['rate']:.0%} [{r['lo']:.0%}, {r['hi']:.0%}], {rows[-1]['ticks']:.1f} ticks an episode, action changes by {rows[-1]['change']:.3f} a tick")
-    finally: vec.close(); use_rtc(policy, False)
+                use_rtc(policy, how == 'rtc', delay + ahead, guidance)
+                episodes = []
+                for batch in split_seeds(seeds, n_envs):
+                    episodes += run_delayed(
+                        policy, pre, post, vec, processors, batch, delay, how, every, hold
+                    )
+                r = rate(episodes)
+                rows.append(
+                    dict(
+                        delay=delay,
+                        ms=1000 * delay / env.fps,
+                        how=how,
+                        guidance=guidance if how == 'rtc' else None,
+                        **r,
+                        change=float(np.mean([e['change'] for e in episodes])),
+                        ticks=float(np.mean([e['ticks'] for e in episodes])),
+                        episodes=episodes,
+                    )
+                )
+                show(
+                    f"latency {rows[-1]['ms']:.0f} ms, {how:8}: {r['successes']}/{r['n']} ="
+                    f" {r['rate']:.0%} [{r['lo']:.0%}, {r['hi']:.0%}],"
+                    f" {rows[-1]['ticks']:.1f} ticks an episode, action changes by"
+                    f" {rows[-1]['change']:.3f} a tick"
+                )
+    finally:
+        vec.close()
+        use_rtc(policy, False)
     return rows
 
 # %% ../nbs/06d_control.ipynb #a8e8bb78
 def main(argv: list[str] | None = None) -> int:
     "Command line of the latency study."
-    p = argparse.ArgumentParser(prog='python -m halo.control', description='Success on flash_place under injected latency, with and without real-time chunking.')
-    p.add_argument('--checkpoint', type=Path, default=Path('checkpoints/flash_place/full'), help='policy folder (the shipped one of that name)'); p.add_argument('--seeds', type=int, default=60); p.add_argument('--first-seed', type=int, default=0, help='0: the evaluation seeds of the demonstration')
-    p.add_argument('--delays', type=int, nargs='+', default=[0, 1, 2, 4], help='ticks of 100 ms'); p.add_argument('--hand-over', nargs='+', default=['replace', 'rtc'], choices=['replace', 'rtc', 'ensemble']); p.add_argument('--n-envs', type=int, default=10)
-    p.add_argument('--ahead', type=int, default=4, help='ticks that RTC guides beyond those it freezes'); p.add_argument('--guidance', type=float, default=10.0, help="RTC's largest weight (LeRobot's default: 10)"); p.add_argument('--out', type=Path, help='JSON file; its rows of other hand-overs, weights or delays stay')
+    p = argparse.ArgumentParser(
+        prog='python -m halo.control',
+        description=(
+            'Success on flash_place under injected latency, with and without real-time'
+            ' chunking.'
+        ),
+    )
+    p.add_argument(
+        '--checkpoint',
+        type=Path,
+        default=Path('checkpoints/flash_place/full'),
+        help='policy folder (the shipped one of that name)',
+    )
+    p.add_argument('--seeds', type=int, default=60)
+    p.add_argument(
+        '--first-seed',
+        type=int,
+        default=0,
+        help='0: the evaluation seeds of the demonstration',
+    )
+    p.add_argument(
+        '--delays', type=int, nargs='+', default=[0, 1, 2, 4], help='ticks of 100 ms'
+    )
+    p.add_argument(
+        '--hand-over',
+        nargs='+',
+        default=['replace', 'rtc'],
+        choices=['replace', 'rtc', 'ensemble'],
+    )
+    p.add_argument('--n-envs', type=int, default=10)
+    p.add_argument(
+        '--ahead', type=int, default=4, help='ticks that RTC guides beyond those it freezes'
+    )
+    p.add_argument(
+        '--guidance',
+        type=float,
+        default=10.0,
+        help="RTC's largest weight (LeRobot's default: 10)",
+    )
+    p.add_argument(
+        '--out',
+        type=Path,
+        help='JSON file; its rows of other hand-overs, weights or delays stay',
+    )
     args = p.parse_args(argv)
     from halo.demo import SEEDS
-    seeds = [args.first_seed + k for k in range(args.seeds)] if args.first_seed else list(SEEDS)[:args.seeds]
-    rows = latency(args.checkpoint, seeds, args.delays, args.hand_over, args.n_envs, ahead=args.ahead, guidance=args.guidance, show=lambda x: print(x, flush=True))
+
+    seeds = (
+        [args.first_seed + k for k in range(args.seeds)]
+        if args.first_seed
+        else list(SEEDS)[: args.seeds]
+    )
+    rows = latency(
+        args.checkpoint,
+        seeds,
+        args.delays,
+        args.hand_over,
+        args.n_envs,
+        ahead=args.ahead,
+        guidance=args.guidance,
+        show=lambda x: print(x, flush=True),
+    )
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True); part = args.out.with_name(args.out.name + '.part'); command = f'python -m halo.control {" ".join(argv if argv is not None else sys.argv[1:])}'
-        mine = {(r['how'], r['guidance'], r['delay']) for r in rows}; known = [r for r in json.loads(args.out.read_text())['rows'] if (r['how'], r['guidance'], r['delay']) not in mine] if args.out.exists() else []
-        part.write_text(json.dumps(dict(rows=known + [r | dict(command=command) for r in rows]), indent=1)); os.replace(part, args.out)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        part = args.out.with_name(args.out.name + '.part')
+        command = (
+            f'python -m halo.control {" ".join(argv if argv is not None else sys.argv[1:])}'
+        )
+        mine = {(r['how'], r['guidance'], r['delay']) for r in rows}
+        known = (
+            [
+                r
+                for r in json.loads(args.out.read_text())['rows']
+                if (r['how'], r['guidance'], r['delay']) not in mine
+            ]
+            if args.out.exists()
+            else []
+        )
+        part.write_text(
+            json.dumps(
+                dict(rows=known + [r | dict(command=command) for r in rows]), indent=1
+            )
+        )
+        os.replace(part, args.out)
     return 0
 
 # %% ../nbs/06d_control.ipynb #5dd1e70e
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    sys.exit(main())

@@ -4,19 +4,33 @@
 
 # %% ../nbs/10_data.ipynb #edd38ff9
 from __future__ import annotations
-import hashlib, json, logging, math, os, shutil, tempfile, threading
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
-import av, numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
 from fastcore.basics import patch
 from filelock import FileLock
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.datasets.video_utils import FrameTimestampError, decode_video_frames
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-from lerobot.datasets.video_utils import FrameTimestampError, decode_video_frames
+
 from .config import ModelConfig, at_least, one_of
 from .sampling import downsample, history_ticks, resize_view, view_limit, view_shape
 
@@ -33,16 +47,24 @@ __all__ = ['log', 'as_meta', 'opened', 'episodes_of', 'episode_bounds', 'column_
            'check_episodes', 'HistoryDataset', 'split_episodes', 'EpisodeSampler']
 
 # %% ../nbs/10_data.ipynb #9e6b8089
-def as_meta(dataset # `LeRobotDataset`, its metadata, or its folder
-           ) -> LeRobotDatasetMetadata:
+def as_meta(
+    dataset,  # `LeRobotDataset`, its metadata, or its folder
+) -> LeRobotDatasetMetadata:
     "The dataset's metadata. Raises `ValueError` for a folder without a finished dataset."
-    if not isinstance(dataset, (str, Path)): meta = getattr(dataset, 'meta', dataset)
+    if not isinstance(dataset, (str, Path)):
+        meta = getattr(dataset, 'meta', dataset)
     else:
         root = Path(dataset)
-        if not (root/'meta/info.json').is_file():
-            raise ValueError(f"{root} holds no LeRobot dataset (meta/info.json is missing); give the folder that was recorded, or a LeRobotDataset")
+        if not (root / 'meta/info.json').is_file():
+            raise ValueError(
+                f"{root} holds no LeRobot dataset (meta/info.json is missing); give the"
+                " folder that was recorded, or a LeRobotDataset"
+            )
         if not any(root.glob('meta/episodes/*/*.parquet')):
-            raise ValueError(f"{root} holds no finished episode (meta/episodes is empty); record one and call finalize()")
+            raise ValueError(
+                f"{root} holds no finished episode (meta/episodes is empty); record one and"
+                " call finalize()"
+            )
         meta = LeRobotDatasetMetadata(f'local/{root.name}', root=root)
     meta.ensure_readable()
     return meta
@@ -54,36 +76,56 @@ def opened(dataset):
 
 # %% ../nbs/10_data.ipynb #99e3802b
 def episodes_of(dataset) -> list[int]:
-    "The episodes that `dataset` selects: all of them, unless it is a `LeRobotDataset(episodes=...)`."
+    """The episodes that `dataset` selects: all of them, unless it is a
+    `LeRobotDataset(episodes=...)`.
+    """
     chosen = getattr(dataset, 'episodes', None) if hasattr(dataset, 'meta') else None
-    return list(range(as_meta(dataset).total_episodes)) if chosen is None else sorted(chosen)
+    return (
+        list(range(as_meta(dataset).total_episodes)) if chosen is None else sorted(chosen)
+    )
 
 # %% ../nbs/10_data.ipynb #bd4df3c7
 def episode_bounds(meta: LeRobotDatasetMetadata) -> np.ndarray:
-    "First row and row after the last of every episode in the dataset's numbering of frames: (episodes, 2) int64."
-    return np.stack([np.asarray(meta.episodes[k]) for k in ('dataset_from_index', 'dataset_to_index')], 1).astype(np.int64)
+    """First row and row after the last of every episode in the dataset's numbering of
+    frames: (episodes, 2) int64.
+    """
+    return np.stack(
+        [np.asarray(meta.episodes[k]) for k in ('dataset_from_index', 'dataset_to_index')],
+        1,
+    ).astype(np.int64)
 
 # %% ../nbs/10_data.ipynb #91579941
 def column_array(column: pa.ChunkedArray) -> np.ndarray:
     "A column of numbers as (frames,), a column of vectors as (frames, d)."
     flat, n = column, len(column)
-    while pa.types.is_nested(flat.type): flat = pa.chunked_array([c.flatten() for c in flat.chunks], type=flat.type.value_type)
+    while pa.types.is_nested(flat.type):
+        flat = pa.chunked_array(
+            [c.flatten() for c in flat.chunks], type=flat.type.value_type
+        )
     x = flat.to_numpy()
     return x if flat is column else x.reshape(n, -1)
 
 # %% ../nbs/10_data.ipynb #55235b0f
 def read_columns(dataset, names: list[str]) -> dict[str, np.ndarray]:
-    "Columns of the parquet files by frame number: (frames, ...) arrays, zero in episodes that are not selected. Raises `ValueError` if frames are missing."
+    """Columns of the parquet files by frame number: (frames, ...) arrays, zero in episodes
+    that are not selected. Raises `ValueError` if frames are missing.
+    """
     meta = as_meta(dataset)
-    files = sorted((Path(meta.root)/'data').glob('*/*.parquet'))
-    if not files: raise ValueError(f"dataset {meta.repo_id} has no data/*/*.parquet under {meta.root}; download or record it again")
+    files = sorted((Path(meta.root) / 'data').glob('*/*.parquet'))
+    if not files:
+        raise ValueError(
+            f"dataset {meta.repo_id} has no data/*/*.parquet under {meta.root}; download or"
+            " record it again"
+        )
     table = pa.concat_tables([pq.read_table(f, columns=[*names, 'index']) for f in files])
     index, found, out = table['index'].to_numpy(), np.zeros(meta.total_frames, bool), {}
     found[index] = True
     for e, (a, z) in zip(episodes_of(dataset), episode_bounds(meta)[episodes_of(dataset)]):
         if not found[a:z].all():
-            raise ValueError(f"episode {e} of dataset {meta.repo_id} has {found[a:z].sum()} of {z - a} frames in its parquet files; "
-                             "download or record it again")
+            raise ValueError(
+                f"episode {e} of dataset {meta.repo_id} has {found[a:z].sum()} of {z - a}"
+                " frames in its parquet files; download or record it again"
+            )
     for name in names:
         x = column_array(table[name])
         out[name] = np.zeros((meta.total_frames, *x.shape[1:]), x.dtype)
@@ -98,14 +140,19 @@ def matrix(x: np.ndarray) -> np.ndarray:
 # %% ../nbs/10_data.ipynb #a1d40c11
 def picture_shape(meta, camera: str) -> tuple[int, int, int]:
     "Height, width and channels of a camera's frames."
-    shape, names = meta.features[camera]['shape'], list(meta.features[camera].get('names') or ())
+    shape, names = (
+        meta.features[camera]['shape'],
+        list(meta.features[camera].get('names') or ()),
+    )
     if len(names) == 3 and names[0].startswith('channel'):
         shape = (*shape[1:], shape[0])
     return tuple(int(n) for n in (*shape, 1)[:3])
 
+
 def camera_size(meta, camera: str) -> tuple[int, int]:
     "Height and width of a camera's frames in pixels."
     return picture_shape(meta, camera)[:2]
+
 
 def depth_cameras(meta) -> list[str]:
     "Keys of the depth maps: features that are marked as such, and pictures of one channel."
@@ -114,35 +161,52 @@ def depth_cameras(meta) -> list[str]:
 
 # %% ../nbs/10_data.ipynb #7e69c025
 def check_camera(meta, camera: str) -> None:
-    "Raise `ValueError` if the dataset has no such camera, or its pictures have no three colours."
+    """Raise `ValueError` if the dataset has no such camera, or its pictures have no three
+    colours.
+    """
     have = [k for k in meta.camera_keys if k not in depth_cameras(meta)]
     if camera in depth_cameras(meta):
-        raise ValueError(f"camera {camera!r} of dataset {meta.repo_id} is a depth map; "
-                         f"name an RGB camera instead: {', '.join(have) or 'it has none'}")
+        raise ValueError(
+            f"camera {camera!r} of dataset {meta.repo_id} is a depth map; "
+            f"name an RGB camera instead: {', '.join(have) or 'it has none'}"
+        )
     if camera not in have:
-        raise ValueError(f"dataset {meta.repo_id} has no camera {camera!r}; "
-                         f"choose among its cameras: {', '.join(have) or 'it has none'}")
+        raise ValueError(
+            f"dataset {meta.repo_id} has no camera {camera!r}; "
+            f"choose among its cameras: {', '.join(have) or 'it has none'}"
+        )
     h, w, c = picture_shape(meta, camera)
     if c != 3:
-        raise ValueError(f"camera {camera!r} of dataset {meta.repo_id} has pictures of {h} x {w} "
-                         f"with {c} channels; record it as RGB, or leave it out")
+        raise ValueError(
+            f"camera {camera!r} of dataset {meta.repo_id} has pictures of {h} x {w} "
+            f"with {c} channels; record it as RGB, or leave it out"
+        )
 
 # %% ../nbs/10_data.ipynb #a1d40c12
 def check_roles(roles: dict[str, str]) -> None:
-    "Raise `ValueError` unless the first camera, and no other, is primary and each role is one."
+    """Raise `ValueError` unless the first camera, and no other, is primary and each role is
+    one.
+    """
     if list(roles.values())[:1] != ['primary'] or list(roles.values()).count('primary') > 1:
-        raise ValueError(f"the roles of the cameras are {roles}; give exactly one camera the role "
-                         "'primary', and name it first")
+        raise ValueError(
+            f"the roles of the cameras are {roles}; give exactly one camera the role "
+            "'primary', and name it first"
+        )
     for camera, role in roles.items():
         one_of(f'role of camera {camera!r}', role, ('primary', 'secondary', 'wrist'))
 
+
 def check_cameras(meta, roles: dict[str, str]) -> None:
-    "Raise `ValueError` unless the cameras of `roles` (`HaloConfig.roles`) are in the dataset."
+    """Raise `ValueError` unless the cameras of `roles` (`HaloConfig.roles`) are in the
+    dataset.
+    """
     check_roles(roles)
     primary, have = next(iter(roles)), meta.camera_keys
     if primary not in have:
-        raise ValueError(f"dataset {meta.repo_id} has no primary camera {primary!r}; choose the "
-                         f"primary camera among its cameras: {', '.join(have) or 'it has none'}")
+        raise ValueError(
+            f"dataset {meta.repo_id} has no primary camera {primary!r}; choose the "
+            f"primary camera among its cameras: {', '.join(have) or 'it has none'}"
+        )
     for camera in roles:
         check_camera(meta, camera)
 
@@ -152,35 +216,50 @@ def check_vectors(meta, state_dim: int | None, action_dim: int | None) -> None:
     for key, want in (('observation.state', state_dim), ('action', action_dim)):
         if key not in meta.features:
             have = ', '.join(k for k in meta.features if k not in meta.camera_keys)
-            raise ValueError(f"dataset {meta.repo_id} has no column {key!r} (it has {have}); rename the "
-                             "column that holds it, or name it in a mixture (state: [...], action: [...])")
+            raise ValueError(
+                f"dataset {meta.repo_id} has no column {key!r} (it has {have}); rename the"
+                " column that holds it, or name it in a mixture (state: [...], action:"
+                " [...])"
+            )
         have = int(np.prod(meta.features[key]['shape']))
         if want is not None and have != want:
-            raise ValueError(f"{key} of dataset {meta.repo_id} has {have} numbers but the policy expects {want}; "
-                             f"use a dataset of the same robot, or make a policy for {have}")
+            raise ValueError(
+                f"{key} of dataset {meta.repo_id} has {have} numbers but the policy expects"
+                f" {want}; use a dataset of the same robot, or make a policy for {have}"
+            )
 
 # %% ../nbs/10_data.ipynb #a758adf8
 def check_fps(meta, fps: float | None) -> None:
     "Raise `ValueError` unless the dataset's rate is the policy's control rate (Hz)."
     if fps is not None and abs(meta.fps - fps) > 1e-6:
-        raise ValueError(f"dataset {meta.repo_id} was recorded at {meta.fps:g} fps but the policy's control rate "
-                         f"is {fps:g} Hz; make the policy with fps={meta.fps:g}, or train on it in a mixture, "
-                         "which translates between rates")
+        raise ValueError(
+            f"dataset {meta.repo_id} was recorded at {meta.fps:g} fps but the policy's"
+            f" control rate is {fps:g} Hz; make the policy with fps={meta.fps:g}, or train"
+            " on it in a mixture, which translates between rates"
+        )
 
 # %% ../nbs/10_data.ipynb #42884691
 def short_episodes(meta, episodes: list[int], chunk: int | None) -> list[int]:
-    "Those of `episodes` that have fewer ticks than a chunk of actions; none for `chunk=None`."
+    """Those of `episodes` that have fewer ticks than a chunk of actions; none for
+    `chunk=None`.
+    """
     lengths = np.diff(episode_bounds(meta))[:, 0]
     return [e for e in episodes if chunk is not None and lengths[e] < chunk]
 
-def check_lengths(meta, episodes: list[int], chunk: int | None, allow_short: bool = True) -> None:
+
+def check_lengths(
+    meta, episodes: list[int], chunk: int | None, allow_short: bool = True
+) -> None:
     "Raise `ValueError` for an episode shorter than one action chunk, unless `allow_short`."
     short = short_episodes(meta, episodes, chunk)
     if short and not allow_short:
         a, z = episode_bounds(meta)[short[0]]
-        raise ValueError(f"episode {short[0]} of dataset {meta.repo_id} has {z - a} ticks, fewer than the chunk "
-                         f"of {chunk}; lower chunk_size, drop the episode (lerobot-edit-dataset --operation.type "
-                         "delete_episodes), or give allow_short=True to pad it with masked steps")
+        raise ValueError(
+            f"episode {short[0]} of dataset {meta.repo_id} has {z - a} ticks, fewer than"
+            f" the chunk of {chunk}; lower chunk_size, drop the episode"
+            " (lerobot-edit-dataset --operation.type delete_episodes), or give"
+            " allow_short=True to pad it with masked steps"
+        )
 
 # %% ../nbs/10_data.ipynb #e62f1110
 def tasks_by_index(meta) -> dict[int, str]:
@@ -191,9 +270,11 @@ def tasks_by_index(meta) -> dict[int, str]:
 def check_tasks(meta) -> None:
     "Raise `ValueError` for an empty instruction."
     how = "give it an instruction (lerobot-edit-dataset --operation.type modify_tasks)"
-    if meta.tasks is None or not len(meta.tasks): raise ValueError(f"dataset {meta.repo_id} has no task; {how}")
+    if meta.tasks is None or not len(meta.tasks):
+        raise ValueError(f"dataset {meta.repo_id} has no task; {how}")
     for k, task in tasks_by_index(meta).items():
-        if not task.strip(): raise ValueError(f"task {k} of dataset {meta.repo_id} is an empty text; {how}")
+        if not task.strip():
+            raise ValueError(f"task {k} of dataset {meta.repo_id} is an empty text; {how}")
 
 # %% ../nbs/10_data.ipynb #4bfdae40
 def check_stats(meta) -> None:
@@ -201,8 +282,10 @@ def check_stats(meta) -> None:
     for key in ('observation.state', 'action'):
         have = (meta.stats or {}).get(key, {})
         if missing := [s for s in ('mean', 'std', 'min', 'max') if s not in have]:
-            raise ValueError(f"dataset {meta.repo_id} has no statistics {', '.join(missing)} of {key}; "
-                             "compute them with lerobot-edit-dataset --operation.type recompute_stats")
+            raise ValueError(
+                f"dataset {meta.repo_id} has no statistics {', '.join(missing)} of {key}; "
+                "compute them with lerobot-edit-dataset --operation.type recompute_stats"
+            )
 
 # %% ../nbs/10_data.ipynb #5f2c3785
 def check_finite(dataset) -> None:
@@ -212,19 +295,27 @@ def check_finite(dataset) -> None:
         if len(bad := np.argwhere(~np.isfinite(matrix(x)))):
             row, dim = bad[0]
             e = int(np.searchsorted(bounds[:, 1], row, side='right'))
-            raise ValueError(f"{key}[{dim}] of dataset {meta.repo_id} is {matrix(x)[row, dim]} in episode {e}, frame {row - bounds[e, 0]}; "
-                             "repair it or drop the episode (lerobot-edit-dataset --operation.type delete_episodes)")
+            raise ValueError(
+                f"{key}[{dim}] of dataset {meta.repo_id} is {matrix(x)[row, dim]} in"
+                f" episode {e}, frame {row - bounds[e, 0]}; repair it or drop the episode"
+                " (lerobot-edit-dataset --operation.type delete_episodes)"
+            )
 
 # %% ../nbs/10_data.ipynb #a1d40c15
 def tolerance_of(dataset, tolerance_s: float | None = None) -> float:
-    "Seconds between a row's stamp and its picture that are allowed: `tolerance_s`, the dataset's own, or 1e-4."
+    """Seconds between a row's stamp and its picture that are allowed: `tolerance_s`, the
+    dataset's own, or 1e-4.
+    """
     if tolerance_s is None:
         return float(getattr(dataset, 'tolerance_s', 1e-4))
     try:
         if (allowed := float(tolerance_s)) > 0:
             return allowed
-    except (TypeError, ValueError): pass
-    raise ValueError(f"tolerance_s={tolerance_s!r} must be a positive number of seconds, e.g. 0.01")
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"tolerance_s={tolerance_s!r} must be a positive number of seconds, e.g. 0.01"
+    )
 
 # %% ../nbs/10_data.ipynb #a1d40c16
 def picture_times(file) -> np.ndarray:
@@ -234,33 +325,50 @@ def picture_times(file) -> np.ndarray:
         times = [p.pts * stream.time_base for p in video.demux(stream) if p.pts is not None]
     return np.sort(np.array(times, np.float64))
 
+
 def stamp_gaps(meta, camera: str, episode: int, stamps: np.ndarray) -> np.ndarray:
-    "Seconds from each of an episode's `stamps` (frames,) to the nearest picture of its video."
-    times = picture_times(meta.root/meta.get_video_file_path(episode, camera))
-    at = meta.episodes[episode][f'videos/{camera}/from_timestamp'] + stamps.astype(np.float64)
+    """Seconds from each of an episode's `stamps` (frames,) to the nearest picture of its
+    video.
+    """
+    times = picture_times(meta.root / meta.get_video_file_path(episode, camera))
+    at = meta.episodes[episode][f'videos/{camera}/from_timestamp'] + stamps.astype(
+        np.float64
+    )
     after = np.searchsorted(times, at).clip(1, max(1, len(times) - 1))
     around = times[np.stack([after - 1, np.minimum(after, len(times) - 1)])]
     return np.abs(around - at).min(0)
 
 # %% ../nbs/10_data.ipynb #a1d40c17
-def off_beat(meta, camera: str, episode: int, stamps: np.ndarray, tolerance_s: float) -> str:
-    "Why an episode's `stamps` (frames,) do not meet their pictures, in one sentence; '' where they do."
+def off_beat(
+    meta, camera: str, episode: int, stamps: np.ndarray, tolerance_s: float
+) -> str:
+    """Why an episode's `stamps` (frames,) do not meet their pictures, in one sentence; ''
+    where they do.
+    """
     gaps = stamp_gaps(meta, camera, episode, stamps)
     k = int(gaps.argmax())
     if gaps[k] < tolerance_s:
         return ''
-    enough = f"tolerance_s={math.ceil(gaps[k] * 1e3 + .5) / 1e3:g}"
+    enough = f"tolerance_s={math.ceil(gaps[k] * 1e3 + 0.5) / 1e3:g}"
     what = "the picture is missing: download or record it again"
-    if gaps[k] < .5 / meta.fps:
-        what = (f"where that is how it was recorded, give {enough} (to LeRobotDataset, train or HistoryDataset; "
-                f"as data.{enough.split('=')[0]} in a run file), else record it again")
-    return (f"frame {k} of episode {episode} in dataset {meta.repo_id} is stamped {stamps[k]:.4f} s, "
-            f"{gaps[k] * 1e3:.1f} ms from the nearest picture in {meta.get_video_file_path(episode, camera)}, "
-            f"more than tolerance_s={tolerance_s:g}; {what}")
+    if gaps[k] < 0.5 / meta.fps:
+        what = (
+            f"where that is how it was recorded, give {enough} (to LeRobotDataset, train or"
+            f" HistoryDataset; as data.{enough.split('=')[0]} in a run file), else record"
+            " it again"
+        )
+    return (
+        f"frame {k} of episode {episode} in dataset {meta.repo_id} is stamped"
+        f" {stamps[k]:.4f} s, {gaps[k] * 1e3:.1f} ms from the nearest picture in"
+        f" {meta.get_video_file_path(episode, camera)}, more than"
+        f" tolerance_s={tolerance_s:g}; {what}"
+    )
 
 # %% ../nbs/10_data.ipynb #a1d40c18
 def check_stamps(dataset, cameras: list[str], tolerance_s: float | None = None) -> None:
-    "Raise `ValueError` for an episode whose time stamps lie too far from the pictures of a video camera."
+    """Raise `ValueError` for an episode whose time stamps lie too far from the pictures of
+    a video camera.
+    """
     meta, allowed = as_meta(dataset), tolerance_of(dataset, tolerance_s)
     columns = read_columns(dataset, ['timestamp', 'frame_index'])
     stamps = columns['timestamp'].reshape(-1)
@@ -272,16 +380,24 @@ def check_stamps(dataset, cameras: list[str], tolerance_s: float | None = None) 
                 raise ValueError(why)
 
 # %% ../nbs/10_data.ipynb #f001f4ad
-def check_dataset(dataset,                     # `LeRobotDataset`, its metadata, or its folder
-                  *, roles: dict[str, str],    # {camera key: role}, primary first: `HaloConfig.roles`
-                  state_dim: int | None = None, action_dim: int | None = None,  # the policy's sizes; None = any
-                  fps: float | None = None,    # the policy's control rate in Hz; None = any
-                  chunk: int | None = None,    # actions in a chunk; None = do not ask
-                  stats: bool = True,          # need normalisation statistics
-                  allow_short: bool = True,    # accept episodes shorter than a chunk
-                  tolerance_s: float | None = None  # of time stamps, s; None = the dataset's own
-                 ) -> None:
-    "Raise `ValueError`, one sentence with the fix, unless a policy can be trained on `dataset`."
+# the policy's sizes; None = any
+def check_dataset(
+    dataset,  # `LeRobotDataset`, its metadata, or its folder
+    # {camera key: role}, primary first: `HaloConfig.roles`
+    *,
+    roles: dict[str, str],
+    state_dim: int | None = None,
+    action_dim: int | None = None,
+    fps: float | None = None,  # the policy's control rate in Hz; None = any
+    chunk: int | None = None,  # actions in a chunk; None = do not ask
+    stats: bool = True,  # need normalisation statistics
+    allow_short: bool = True,  # accept episodes shorter than a chunk
+    # of time stamps, s; None = the dataset's own
+    tolerance_s: float | None = None,
+) -> None:
+    """Raise `ValueError`, one sentence with the fix, unless a policy can be trained on
+    `dataset`.
+    """
     dataset = opened(dataset)
     meta = as_meta(dataset)
     check_cameras(meta, roles)
@@ -290,7 +406,8 @@ def check_dataset(dataset,                     # `LeRobotDataset`, its metadata,
     check_lengths(meta, episodes_of(dataset), chunk, allow_short)
     check_tasks(meta)
     check_finite(dataset)
-    if stats: check_stats(meta)
+    if stats:
+        check_stats(meta)
     check_stamps(dataset, list(roles), tolerance_s)
 
 # %% ../nbs/10_data.ipynb #a1d40c1a
@@ -298,21 +415,30 @@ def notices(dataset, chunk: int | None = None) -> list[str]:
     "What training on `dataset` does without being asked, one sentence each."
     dataset = opened(dataset)
     meta, episodes = as_meta(dataset), episodes_of(dataset)
-    out = [f"camera {k!r} of dataset {meta.repo_id} is a depth map "
-           f"({' x '.join(map(str, picture_shape(meta, k)))}): HALO reads colour pictures and leaves it out"
-           for k in depth_cameras(meta)]
+    out = [
+        f"camera {k!r} of dataset {meta.repo_id} is a depth map"
+        f" ({' x '.join(map(str, picture_shape(meta, k)))}): HALO reads colour pictures and"
+        " leaves it out"
+        for k in depth_cameras(meta)
+    ]
     if short := short_episodes(meta, episodes, chunk):
         least = int(np.diff(episode_bounds(meta))[short, 0].min())
-        out.append(f"{len(short)} of {len(episodes)} episodes of dataset {meta.repo_id} are shorter than the chunk "
-                   f"of {chunk} (the shortest has {least} tick{'s' * (least > 1)}): the steps that "
-                   "they lack are padded and masked in the loss")
+        out.append(
+            f"{len(short)} of {len(episodes)} episodes of dataset {meta.repo_id} are"
+            f" shorter than the chunk of {chunk} (the shortest has {least}"
+            f" tick{'s' * (least > 1)}): the steps that they lack are padded and masked in"
+            " the loss"
+        )
     return out
 
 # %% ../nbs/10_data.ipynb #80d366db
 def fingerprint(dataset) -> str:
-    "16 hexadecimal digits that change when the dataset's episodes, frames or features change."
+    """16 hexadecimal digits that change when the dataset's episodes, frames or features
+    change.
+    """
     root, h = Path(as_meta(dataset).root), hashlib.sha256()
-    for f in [root/'meta/info.json', *sorted(root.glob('meta/episodes/*/*.parquet'))]: h.update(f.read_bytes())
+    for f in [root / 'meta/info.json', *sorted(root.glob('meta/episodes/*/*.parquet'))]:
+        h.update(f.read_bytes())
     for f in sorted([*root.glob('data/**/*.parquet'), *root.glob('videos/**/*.mp4')]):
         h.update(f'{f.relative_to(root).as_posix()} {f.stat().st_size}\n'.encode())
     return h.hexdigest()[:16]
@@ -320,13 +446,15 @@ def fingerprint(dataset) -> str:
 # %% ../nbs/10_data.ipynb #9894757d
 class View(NamedTuple):
     "A current view's size: arguments of `resize_view`."
-    factor: int = 28   # sides become multiples of it, pixels
-    limit: int = 0     # longest side, pixels; 0 keeps the camera's
+
+    factor: int = 28  # sides become multiples of it, pixels
+    limit: int = 0  # longest side, pixels; 0 keeps the camera's
 
 # %% ../nbs/10_data.ipynb #7fe00b4a
 def fit(x: Tensor, size: int | View) -> Tensor:
     "Frames (..., 3, H, W) at `size`: a square for an `int`, a current view for a `View`."
     return resize_view(x, *size) if isinstance(size, tuple) else downsample(x, size)
+
 
 def fit_shape(h: int, w: int, size: int | View) -> tuple[int, int]:
     "Height and width that `fit` gives."
@@ -341,40 +469,86 @@ def resizing_probe() -> list[int]:
 
 # %% ../nbs/10_data.ipynb #5fb60c48
 def store_plan(dataset, sizes: dict[str, int | View]) -> dict:
-    "What a store of `dataset` holds: the content of its `store.json`. Keys of `sizes` are a camera, or `camera@anything`."
+    """What a store of `dataset` holds: the content of its `store.json`.
+
+    Keys of `sizes` are a camera, or `camera@anything`.
+    """
     meta, entries = as_meta(dataset), {}
     for name, size in sizes.items():
         camera = name.partition('@')[0]
         check_camera(meta, camera)
         shape = [meta.total_frames, 3, *fit_shape(*camera_size(meta, camera), size)]
-        entries[name] = dict(camera=camera, size=size if isinstance(size, int) else list(View(*size)), shape=shape)
-    return dict(format=1, repo_id=meta.repo_id, fingerprint=fingerprint(meta), episodes=episodes_of(dataset), resizing=resizing_probe(), entries=entries)
+        entries[name] = dict(
+            camera=camera,
+            size=size if isinstance(size, int) else list(View(*size)),
+            shape=shape,
+        )
+    return dict(
+        format=1,
+        repo_id=meta.repo_id,
+        fingerprint=fingerprint(meta),
+        episodes=episodes_of(dataset),
+        resizing=resizing_probe(),
+        entries=entries,
+    )
 
 # %% ../nbs/10_data.ipynb #c70994f2
 class FrameStore:
-    "Memory-mapped uint8 frames (frames, 3, h, w) of some cameras at some sizes, by the dataset's frame number."
+    """Memory-mapped uint8 frames (frames, 3, h, w) of some cameras at some sizes, by the
+    dataset's frame number.
+    """
+
     def __init__(self, root: Path, plan: dict, mode: str = 'c'):
         self.root, self.plan, self.mode = Path(root), plan, mode
-        self.maps = {name: np.memmap(self.path(name), np.uint8, mode, shape=tuple(e['shape'])) for name, e in plan['entries'].items()}
+        self.maps = {
+            name: np.memmap(self.path(name), np.uint8, mode, shape=tuple(e['shape']))
+            for name, e in plan['entries'].items()
+        }
 
-    def path(self, name: str) -> Path: return self.root/f'{name}.u8'
-    def __getstate__(self): return dict(root=self.root, plan=self.plan, mode=self.mode)   # a worker process maps the files itself
-    def __setstate__(self, s): self.__init__(**s)
-    def __getitem__(self, name: str) -> Tensor: return torch.from_numpy(self.maps[name])
+    def path(self, name: str) -> Path:
+        return self.root / f'{name}.u8'
+
+    # a worker process maps the files itself
+    def __getstate__(self):
+        return dict(root=self.root, plan=self.plan, mode=self.mode)
+
+    def __setstate__(self, s):
+        self.__init__(**s)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.from_numpy(self.maps[name])
+
     @property
-    def nbytes(self) -> int: return sum(m.nbytes for m in self.maps.values())
+    def nbytes(self) -> int:
+        return sum(m.nbytes for m in self.maps.values())
 
 # %% ../nbs/10_data.ipynb #a4eb614e
 def check_plan(root: Path, have: dict, want: dict) -> None:
     "Raise `ValueError` unless a store with plan `have` serves what `want` asks for."
-    def refuse(why): raise ValueError(f"frame store {root} {why}; delete it and build it again, or name another folder")
-    if have.get('format') != want['format']: refuse(f"has format {have.get('format')} instead of {want['format']}")
+
+    def refuse(why):
+        raise ValueError(
+            f"frame store {root} {why}; delete it and build it again, or name another"
+            " folder"
+        )
+
+    if have.get('format') != want['format']:
+        refuse(f"has format {have.get('format')} instead of {want['format']}")
     if have['fingerprint'] != want['fingerprint']:
-        refuse(f"was built from a dataset with fingerprint {have['fingerprint']} ({have['repo_id']}), not {want['fingerprint']} ({want['repo_id']})")
-    if np.abs(np.subtract(have['resizing'], want['resizing'])).max() > 1: refuse("was built with another way of resizing")
+        refuse(
+            f"was built from a dataset with fingerprint {have['fingerprint']}"
+            f" ({have['repo_id']}), not {want['fingerprint']} ({want['repo_id']})"
+        )
+    if np.abs(np.subtract(have['resizing'], want['resizing'])).max() > 1:
+        refuse("was built with another way of resizing")
     for name, e in want['entries'].items():
-        if have['entries'].get(name) != e: refuse(f"has no entry {name!r} of size {e['size']} (it has {', '.join(have['entries'])})")
-    if lacks := sorted(set(want['episodes']) - set(have['episodes'])): refuse(f"lacks {len(lacks)} of the episodes, the first is {lacks[0]}")
+        if have['entries'].get(name) != e:
+            refuse(
+                f"has no entry {name!r} of size {e['size']} (it has"
+                f" {', '.join(have['entries'])})"
+            )
+    if lacks := sorted(set(want['episodes']) - set(have['episodes'])):
+        refuse(f"lacks {len(lacks)} of the episodes, the first is {lacks[0]}")
 
 # %% ../nbs/10_data.ipynb #cc0fbca3
 def partial_root(root: Path) -> Path:
@@ -384,44 +558,80 @@ def partial_root(root: Path) -> Path:
 # %% ../nbs/10_data.ipynb #54f0cde3
 @patch(cls_method=True)
 def open(cls: FrameStore, root, dataset, sizes: dict[str, int | View]) -> FrameStore:
-    "The finished store in folder `root`. Raises `ValueError` if it is absent, truncated, or does not fit `dataset` and `sizes`."
+    """The finished store in folder `root`.
+
+    Raises `ValueError` if it is absent, truncated, or does not fit `dataset` and `sizes`.
+    """
     root = Path(root)
-    if not (root/'store.json').is_file():
-        unfinished = ', which continues the unfinished one' if partial_root(root).exists() else ''
-        raise ValueError(f"{root} holds no finished frame store; build it with FrameStore.build(dataset, sizes, root){unfinished}")
-    plan = json.loads((root/'store.json').read_text())
+    if not (root / 'store.json').is_file():
+        unfinished = (
+            ', which continues the unfinished one' if partial_root(root).exists() else ''
+        )
+        raise ValueError(
+            f"{root} holds no finished frame store; build it with FrameStore.build(dataset,"
+            f" sizes, root){unfinished}"
+        )
+    plan = json.loads((root / 'store.json').read_text())
     check_plan(root, plan, store_plan(dataset, sizes))
     for name, e in plan['entries'].items():
-        f, want = root/f'{name}.u8', int(np.prod(e['shape'], dtype=np.int64))
-        if (have := f.stat().st_size if f.exists() else 0) != want: raise ValueError(f"{f} has {have} bytes instead of {want}; delete {root} and build it again")
+        f, want = root / f'{name}.u8', int(np.prod(e['shape'], dtype=np.int64))
+        if (have := f.stat().st_size if f.exists() else 0) != want:
+            raise ValueError(
+                f"{f} has {have} bytes instead of {want}; delete {root} and build it again"
+            )
     return cls(root, plan)
 
 # %% ../nbs/10_data.ipynb #34c87abd
-def episode_frames(meta, camera: str, episode: int,
-                   timestamps: np.ndarray,    # (frames,) of the episode, s
-                   tolerance_s: float = 1e-4, # between a stamp and its picture, s
-                   some: int = 64             # frames decoded at a time
-                  ):
-    "Yield an episode's frames in order, (k, 3, H, W) uint8 with k <= `some`. Raises `ValueError` for an unreadable video."
+def episode_frames(
+    meta,
+    camera: str,
+    episode: int,
+    timestamps: np.ndarray,  # (frames,) of the episode, s
+    tolerance_s: float = 1e-4,  # between a stamp and its picture, s
+    some: int = 64,  # frames decoded at a time
+):
+    """Yield an episode's frames in order, (k, 3, H, W) uint8 with k <= `some`.
+
+    Raises `ValueError` for an unreadable video.
+    """
     if camera not in meta.video_keys:
         yield from episode_images(meta, camera, episode, some)
         return
-    file, start = meta.root/meta.get_video_file_path(episode, camera), meta.episodes[episode][f'videos/{camera}/from_timestamp']
+    file, start = (
+        meta.root / meta.get_video_file_path(episode, camera),
+        meta.episodes[episode][f'videos/{camera}/from_timestamp'],
+    )
     for i in range(0, len(timestamps), some):
-        at = [start + t for t in timestamps[i:i + some].tolist()]
-        try: yield decode_video_frames(file, at, tolerance_s, return_uint8=True)
+        at = [start + t for t in timestamps[i : i + some].tolist()]
+        try:
+            yield decode_video_frames(file, at, tolerance_s, return_uint8=True)
         except Exception as e:
-            late = isinstance(e, FrameTimestampError) and off_beat(meta, camera, episode, timestamps, tolerance_s)
-            raise ValueError(late or f"{file} does not give frames {i} to {min(i + some, len(timestamps)) - 1} of episode "
-                             f"{episode} ({type(e).__name__}); download or record it again") from e
+            late = isinstance(e, FrameTimestampError) and off_beat(
+                meta, camera, episode, timestamps, tolerance_s
+            )
+            raise ValueError(
+                late
+                or f"{file} does not give frames {i} to {min(i + some, len(timestamps)) - 1} of episode {episode} ({type(e).__name__}); download or record it again"
+            ) from e
 
 # %% ../nbs/10_data.ipynb #dd7e4a78
 def episode_images(meta, camera: str, episode: int, some: int = 64):
     "As `episode_frames`, for a dataset that keeps its images in the parquet files."
-    table = pq.read_table(meta.root/meta.get_data_file_path(episode), columns=[camera], filters=[('episode_index', '==', episode)])
+    table = pq.read_table(
+        meta.root / meta.get_data_file_path(episode),
+        columns=[camera],
+        filters=[('episode_index', '==', episode)],
+    )
     for i in range(0, len(table), some):
-        images = [Image.open(BytesIO(x['bytes'])).convert('RGB') for x in table[camera][i:i + some].to_pylist()]
-        yield torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2).contiguous()
+        images = [
+            Image.open(BytesIO(x['bytes'])).convert('RGB')
+            for x in table[camera][i : i + some].to_pylist()
+        ]
+        yield (
+            torch.from_numpy(np.stack([np.asarray(im) for im in images]))
+            .permute(0, 3, 1, 2)
+            .contiguous()
+        )
 
 # %% ../nbs/10_data.ipynb #a1d40c21
 def writable(folder) -> bool:
@@ -430,46 +640,82 @@ def writable(folder) -> bool:
     while not os.path.exists(at):
         at = os.path.dirname(at)
     try:
-        with tempfile.TemporaryFile(dir=at): return True
-    except OSError: return False
+        with tempfile.TemporaryFile(dir=at):
+            return True
+    except OSError:
+        return False
+
 
 def cache_folder() -> Path:
-    "Where HALO keeps what can be computed again: `$HALO_CACHE`, or `halo` in `$XDG_CACHE_HOME` (~/.cache)."
-    if own := os.environ.get('HALO_CACHE'): return Path(own)
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'halo'
+    """Where HALO keeps what can be computed again: `$HALO_CACHE`, or `halo` in
+    `$XDG_CACHE_HOME` (~/.cache).
+    """
+    if own := os.environ.get('HALO_CACHE'):
+        return Path(own)
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'halo'
 
 # %% ../nbs/10_data.ipynb #a1d40c22
-def near_dataset(meta, kind: str, # 'frames' or 'statistics'
-                 name: str,       # of the file or folder
-                 mark: str = ''   # file in it that says that it is finished
-                ) -> Path:
-    "`<dataset>.<kind>/<name>` if it exists or can be made, else in the cache. Raises `ValueError` if neither can."
-    root = Path(meta.root) if Path(meta.root).name not in ('', '..') else Path(meta.root).resolve()
+# 'frames' or 'statistics'
+def near_dataset(
+    meta,
+    kind: str,
+    name: str,  # of the file or folder
+    mark: str = '',  # file in it that says that it is finished
+) -> Path:
+    """`<dataset>.<kind>/<name>` if it exists or can be made, else in the cache.
+
+    Raises `ValueError` if neither can.
+    """
+    root = (
+        Path(meta.root)
+        if Path(meta.root).name not in ('', '..')
+        else Path(meta.root).resolve()
+    )
     near = root.with_name(f'{root.name}.{kind}')
-    if (near/name/mark).exists() or writable(near):
-        return near/name
-    far = cache_folder()/f'{root.name}-{fingerprint(meta)}.{kind}'
+    if (near / name / mark).exists() or writable(near):
+        return near / name
+    far = cache_folder() / f'{root.name}-{fingerprint(meta)}.{kind}'
     if not writable(far):
-        raise ValueError(f"the {kind} of dataset {meta.repo_id} can be written neither beside it ({near.parent}) "
-                         f"nor in {far.parent}; set HALO_CACHE to a folder that can be written")
-    log.warning(f"{near.parent} cannot be written: the {kind} of dataset {meta.repo_id} are kept in {far.parent} "
-                "(set HALO_CACHE to choose another folder)")
-    return far/name
+        raise ValueError(
+            f"the {kind} of dataset {meta.repo_id} can be written neither beside it"
+            f" ({near.parent}) nor in {far.parent}; set HALO_CACHE to a folder that can be"
+            " written"
+        )
+    log.warning(
+        f"{near.parent} cannot be written: the {kind} of dataset {meta.repo_id} are kept in"
+        f" {far.parent} (set HALO_CACHE to choose another folder)"
+    )
+    return far / name
 
 # %% ../nbs/10_data.ipynb #0b6e9cf1
 def open_partial(root: Path, plan: dict) -> tuple[FrameStore, set]:
-    "The unfinished store for `plan` and the (camera, episode) pairs it already holds. Raises `ValueError` if the disk is too small."
+    """The unfinished store for `plan` and the (camera, episode) pairs it already holds.
+
+    Raises `ValueError` if the disk is too small.
+    """
     partial, text = partial_root(root), json.dumps(plan, indent=1)
-    if not ((partial/'store.json').is_file() and (partial/'store.json').read_text() == text):
-        shutil.rmtree(partial, ignore_errors=True); partial.mkdir(parents=True)
-        need, free = sum(int(np.prod(e['shape'], dtype=np.int64)) for e in plan['entries'].values()), shutil.disk_usage(partial).free
+    if not (
+        (partial / 'store.json').is_file() and (partial / 'store.json').read_text() == text
+    ):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        need, free = (
+            sum(int(np.prod(e['shape'], dtype=np.int64)) for e in plan['entries'].values()),
+            shutil.disk_usage(partial).free,
+        )
         if need > free:
-            raise ValueError(f"frame store {root} needs {need / 1e9:.1f} GB but {free / 1e9:.1f} GB are free; name a folder on a larger disk (store=, data.store in a run file), or choose smaller sizes")
+            raise ValueError(
+                f"frame store {root} needs {need / 1e9:.1f} GB but {free / 1e9:.1f} GB are"
+                " free; name a folder on a larger disk (store=, data.store in a run file),"
+                " or choose smaller sizes"
+            )
         FrameStore(partial, plan, 'w+')
-        (partial/'store.json').write_text(text)
-    done = partial/'done.txt'
+        (partial / 'store.json').write_text(text)
+    done = partial / 'done.txt'
     lines = done.read_text().split('\n')[:-1] if done.exists() else []
-    return FrameStore(partial, plan, 'r+'), {(c, int(e)) for c, _, e in (l.rpartition(' ') for l in lines)}
+    return FrameStore(partial, plan, 'r+'), {
+        (c, int(e)) for c, _, e in (l.rpartition(' ') for l in lines)
+    }
 
 # %% ../nbs/10_data.ipynb #5f45871a
 def decode_jobs(meta, plan: dict, done: set) -> list[list[tuple[str, int]]]:
@@ -477,81 +723,143 @@ def decode_jobs(meta, plan: dict, done: set) -> list[list[tuple[str, int]]]:
     jobs = {}
     for camera in dict.fromkeys(e['camera'] for e in plan['entries'].values()):
         for episode in plan['episodes']:
-            if (camera, episode) in done: continue
-            file = (meta.get_video_file_path if camera in meta.video_keys else lambda e, c: meta.get_data_file_path(e))(episode, camera)
+            if (camera, episode) in done:
+                continue
+            file = (
+                meta.get_video_file_path
+                if camera in meta.video_keys
+                else lambda e, c: meta.get_data_file_path(e)
+            )(episode, camera)
             jobs.setdefault((camera, file), []).append((camera, episode))
     return list(jobs.values())
 
 # %% ../nbs/10_data.ipynb #0c71a674
-def write_episode(store: FrameStore, meta, camera: str, episode: int, timestamps: np.ndarray,
-                  stop: threading.Event, tolerance_s: float = 1e-4) -> None:
+def write_episode(
+    store: FrameStore,
+    meta,
+    camera: str,
+    episode: int,
+    timestamps: np.ndarray,
+    stop: threading.Event,
+    tolerance_s: float = 1e-4,
+) -> None:
     "Decode one episode of one camera into every entry of that camera."
     a, z = episode_bounds(meta)[episode]
     for frames in episode_frames(meta, camera, episode, timestamps[a:z], tolerance_s):
-        if stop.is_set(): return
+        if stop.is_set():
+            return
         for name, e in store.plan['entries'].items():
             size = e['size'] if isinstance(e['size'], int) else View(*e['size'])
-            if e['camera'] == camera: store.maps[name][a:a + len(frames)] = fit(frames, size).numpy()
+            if e['camera'] == camera:
+                store.maps[name][a : a + len(frames)] = fit(frames, size).numpy()
         a += len(frames)
-    if a != z: raise ValueError(f"{camera} of episode {episode} in dataset {meta.repo_id} lacks its last {z - a} frames; download or record it again")
+    if a != z:
+        raise ValueError(
+            f"{camera} of episode {episode} in dataset {meta.repo_id} lacks its last"
+            f" {z - a} frames; download or record it again"
+        )
 
 # %% ../nbs/10_data.ipynb #0d1c5eb3
-def write_frames(store: FrameStore, dataset, done: set, workers: int, progress: bool,
-                 tolerance_s: float | None = None) -> None:
+def write_frames(
+    store: FrameStore,
+    dataset,
+    done: set,
+    workers: int,
+    progress: bool,
+    tolerance_s: float | None = None,
+) -> None:
     "Fill `store` with what is not `done` yet."
     meta, stop, lock = as_meta(dataset), threading.Event(), threading.Lock()
     allowed = tolerance_of(dataset, tolerance_s)
     jobs, length = decode_jobs(meta, store.plan, done), np.diff(episode_bounds(meta))[:, 0]
     timestamps = read_columns(dataset, ['timestamp'])['timestamp']
     total = sum(length[e] for job in jobs for _, e in job)
-    bar = tqdm(total=int(total), unit='frame', desc=f'frame store ({store.nbytes / 1e9:.2f} GB)', disable=not progress)
-    with bar, ThreadPoolExecutor(workers) as pool, (store.root/'done.txt').open('a') as log:
+    bar = tqdm(
+        total=int(total),
+        unit='frame',
+        desc=f'frame store ({store.nbytes / 1e9:.2f} GB)',
+        disable=not progress,
+    )
+    with (
+        bar,
+        ThreadPoolExecutor(workers) as pool,
+        (store.root / 'done.txt').open('a') as log,
+    ):
+
         def run(job):
             for camera, e in job:
-                if not stop.is_set(): write_episode(store, meta, camera, e, timestamps, stop, allowed)
-                if stop.is_set(): return
-                with lock: log.write(f'{camera} {e}\n'); log.flush(); bar.update(int(length[e]))
+                if not stop.is_set():
+                    write_episode(store, meta, camera, e, timestamps, stop, allowed)
+                if stop.is_set():
+                    return
+                with lock:
+                    log.write(f'{camera} {e}\n')
+                    log.flush()
+                    bar.update(int(length[e]))
+
         try:
-            for f in [pool.submit(run, job) for job in jobs]: f.result()
-        finally: stop.set()
+            for f in [pool.submit(run, job) for job in jobs]:
+                f.result()
+        finally:
+            stop.set()
 
 # %% ../nbs/10_data.ipynb #ca4087f3
 @patch(cls_method=True)
-def build(cls: FrameStore, dataset, sizes: dict[str, int | View], root,
-          workers: int = 2,        # video files decoded at the same time
-          progress: bool = True,   # show a progress bar
-          tolerance_s: float | None = None  # of time stamps, s; None = the dataset's own
-         ) -> FrameStore:
-    "Decode every frame of `dataset` once into folder `root`, or open what is there. Raises `ValueError` as `open` does."
+def build(
+    cls: FrameStore,
+    dataset,
+    sizes: dict[str, int | View],
+    root,
+    workers: int = 2,  # video files decoded at the same time
+    progress: bool = True,  # show a progress bar
+    tolerance_s: float | None = None,  # of time stamps, s; None = the dataset's own
+) -> FrameStore:
+    """Decode every frame of `dataset` once into folder `root`, or open what is there.
+
+    Raises `ValueError` as `open` does.
+    """
     root, dataset = Path(root), opened(dataset)
-    if (root/'store.json').exists():                         # also on a disk that cannot be written
+    if (root / 'store.json').exists():  # also on a disk that cannot be written
         return cls.open(root, dataset, sizes)
     plan = store_plan(dataset, sizes)
     if not writable(root.parent):
-        raise ValueError(f"frame store {root} cannot be written; name another folder (store=, data.store in a run file)")
+        raise ValueError(
+            f"frame store {root} cannot be written; name another folder (store=, data.store"
+            " in a run file)"
+        )
     root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.with_name(f'.{root.name}.lock')):     # a second process waits, then finds the finished store
-        if root.exists() and any(root.iterdir()) and not (root/'store.json').exists():
-            raise ValueError(f"{root} holds other files; name a new or empty folder for the frame store")
-        if not (root/'store.json').exists():
+    # a second process waits, then finds the finished store
+    with FileLock(root.with_name(f'.{root.name}.lock')):
+        if root.exists() and any(root.iterdir()) and not (root / 'store.json').exists():
+            raise ValueError(
+                f"{root} holds other files; name a new or empty folder for the frame store"
+            )
+        if not (root / 'store.json').exists():
             store, done = open_partial(root, plan)
             write_frames(store, dataset, done, workers, progress, tolerance_s)
-            for m in store.maps.values(): m.flush()
+            for m in store.maps.values():
+                m.flush()
             os.replace(store.root, root)
     return cls.open(root, dataset, sizes)
 
 # %% ../nbs/10_data.ipynb #d9515122
-def policy_sizes(meta, cfg: ModelConfig,
-                 roles: dict[str, str]     # {camera key: role}, primary first
-                ) -> tuple[dict, dict]:
+def policy_sizes(
+    meta,
+    cfg: ModelConfig,
+    roles: dict[str, str],  # {camera key: role}, primary first
+) -> tuple[dict, dict]:
     "Store entries {name: size} that the policy reads, and {key of the sample: name}."
     sizes, names, s = {}, {}, cfg.sampling
+
     def add(key, camera, size):
         h, w = fit_shape(*camera_size(meta, camera), size)
         names[key] = f'{camera}@{h}' if h == w else f'{camera}@{h}x{w}'
         sizes[names[key]] = h if h == w else size
-    if s.history_frames: add('observation.history', next(iter(roles)), s.history_size)
-    for c, role in roles.items(): add(c, c, View(cfg.vision.factor, view_limit(s, role)))
+
+    if s.history_frames:
+        add('observation.history', next(iter(roles)), s.history_size)
+    for c, role in roles.items():
+        add(c, c, View(cfg.vision.factor, view_limit(s, role)))
     return sizes, names
 
 # %% ../nbs/10_data.ipynb #87dafcff
@@ -562,99 +870,169 @@ def default_store(meta, sizes: dict) -> Path:
 
 # %% ../nbs/10_data.ipynb #5b77106d
 def check_episodes(dataset, episodes: list[int]) -> list[int]:
-    "The sorted `episodes`. Raises `ValueError` for one that `dataset` lacks, or for none at all."
+    """The sorted `episodes`.
+
+    Raises `ValueError` for one that `dataset` lacks, or for none at all.
+    """
     have = set(episodes_of(dataset))
     if unknown := sorted(set(episodes) - have):
-        raise ValueError(f"dataset {as_meta(dataset).repo_id} has no episode {unknown[0]} among its {len(have)}; choose others")
-    if not len(episodes): raise ValueError("episodes=[] selects nothing; give at least one episode")
+        raise ValueError(
+            f"dataset {as_meta(dataset).repo_id} has no episode {unknown[0]} among its"
+            f" {len(have)}; choose others"
+        )
+    if not len(episodes):
+        raise ValueError("episodes=[] selects nothing; give at least one episode")
     return sorted(int(e) for e in episodes)
 
 # %% ../nbs/10_data.ipynb #1b692a11
 class HistoryDataset(torch.utils.data.Dataset):
-    "Ticks of a LeRobot dataset, each with its history, current views, state, action chunk and instruction."
-    def __init__(self, dataset,               # `LeRobotDataset` or its folder
-                 cfg: ModelConfig,
-                 roles: dict[str, str],       # {camera key: role}, primary first: `HaloConfig.roles`
-                 store_root=None,             # folder of the frame store; None = beside the dataset
-                 episodes: list[int] | None = None,  # only ticks of these; None = all
-                 stats: bool = False,         # need normalisation statistics
-                 allow_short: bool = True,    # accept episodes shorter than a chunk
-                 tolerance_s: float | None = None,   # of time stamps, s; None = the dataset's own
-                 workers: int = 2, progress: bool = True,
-                 frames: bool = True):        # False: every check, no frame store (dry runs)
+    """Ticks of a LeRobot dataset, each with its history, current views, state, action chunk
+    and instruction.
+    """
+
+    def __init__(
+        self,
+        dataset,  # `LeRobotDataset` or its folder
+        cfg: ModelConfig,
+        # {camera key: role}, primary first: `HaloConfig.roles`
+        roles: dict[str, str],
+        store_root=None,  # folder of the frame store; None = beside the dataset
+        episodes: list[int] | None = None,  # only ticks of these; None = all
+        stats: bool = False,  # need normalisation statistics
+        allow_short: bool = True,  # accept episodes shorter than a chunk
+        # of time stamps, s; None = the dataset's own
+        tolerance_s: float | None = None,
+        workers: int = 2,
+        progress: bool = True,
+        frames: bool = True,
+    ):  # False: every check, no frame store (dry runs)
         dataset = opened(dataset)
-        check_dataset(dataset, roles=roles, fps=cfg.sampling.fps, chunk=cfg.chunk, stats=stats,
-                      allow_short=allow_short, tolerance_s=tolerance_s)
+        check_dataset(
+            dataset,
+            roles=roles,
+            fps=cfg.sampling.fps,
+            chunk=cfg.chunk,
+            stats=stats,
+            allow_short=allow_short,
+            tolerance_s=tolerance_s,
+        )
         meta, self.cfg, self.cameras = as_meta(dataset), cfg, list(roles)
         self.notices = notices(dataset, cfg.chunk)
         for text in self.notices if os.environ.get('RANK', '0') == '0' else ():
             log.warning(text)
         self.bounds, self.tasks = episode_bounds(meta), tasks_by_index(meta)
-        self.columns = read_columns(dataset, ['observation.state', 'action', 'episode_index', 'frame_index', 'task_index'])
-        self.episodes = episodes_of(dataset) if episodes is None else check_episodes(dataset, episodes)
+        self.columns = read_columns(
+            dataset,
+            ['observation.state', 'action', 'episode_index', 'frame_index', 'task_index'],
+        )
+        self.episodes = (
+            episodes_of(dataset) if episodes is None else check_episodes(dataset, episodes)
+        )
         self.rows = np.concatenate([np.arange(*self.bounds[e]) for e in self.episodes])
         sizes, self.names = policy_sizes(meta, cfg, roles)
         self.store = None
         if frames:
             root = store_root or default_store(meta, sizes)
-            self.store = FrameStore.build(dataset, sizes, root, workers, progress, tolerance_s)
+            self.store = FrameStore.build(
+                dataset, sizes, root, workers, progress, tolerance_s
+            )
 
-    def __len__(self): return len(self.rows)
-    def __getitem__(self, i: int) -> dict: return {k: v[0] for k, v in self.batch([i]).items()}
-    def __getitems__(self, indices: list[int]) -> dict: return self.batch(indices)   # torch's DataLoader asks for whole batches through it
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict:
+        return {k: v[0] for k, v in self.batch([i]).items()}
+
+    # torch's DataLoader asks for whole batches through it
+    def __getitems__(self, indices: list[int]) -> dict:
+        return self.batch(indices)
 
 # %% ../nbs/10_data.ipynb #0b6713b4
 @patch
 def batch(self: HistoryDataset, indices) -> dict:
-    "Samples stacked along axis b; images are uint8, states and actions float32 as recorded (not normalised)."
+    """Samples stacked along axis b; images are uint8, states and actions float32 as
+    recorded (not normalised).
+    """
     rows = self.rows[np.asarray(indices, np.int64)]
     first, after = self.bounds[self.columns['episode_index'][rows]].T
     out = self.history(rows, first)
-    for c in self.cameras: out[c] = torch.from_numpy(np.asarray(self.store.maps[self.names[c]])[rows])
-    steps = rows[:, None] + np.arange(self.cfg.chunk)                                  # (b, s)
-    out['observation.state'] = torch.from_numpy(matrix(self.columns['observation.state'])[rows])
-    out['action'] = torch.from_numpy(matrix(self.columns['action'])[np.minimum(steps, after[:, None] - 1)])
+    for c in self.cameras:
+        out[c] = torch.from_numpy(np.asarray(self.store.maps[self.names[c]])[rows])
+    steps = rows[:, None] + np.arange(self.cfg.chunk)  # (b, s)
+    out['observation.state'] = torch.from_numpy(
+        matrix(self.columns['observation.state'])[rows]
+    )
+    out['action'] = torch.from_numpy(
+        matrix(self.columns['action'])[np.minimum(steps, after[:, None] - 1)]
+    )
     out['action_is_pad'] = torch.from_numpy(steps >= after[:, None])
     out['task'] = [self.tasks[int(k)] for k in self.columns['task_index'][rows]]
-    return out | {k: torch.from_numpy(self.columns[k][rows]) for k in ('episode_index', 'frame_index')}
+    return out | {
+        k: torch.from_numpy(self.columns[k][rows]) for k in ('episode_index', 'frame_index')
+    }
 
 # %% ../nbs/10_data.ipynb #f6b02160
 @patch
 def history(self: HistoryDataset, rows: np.ndarray, first: np.ndarray) -> dict:
-    "'observation.history' (b, n, 3, S, S) uint8 aligned right and 'observation.history_mask' (b, n) of frames `rows` in episodes that start at `first`."
+    """'observation.history' (b, n, 3, S, S) uint8 aligned right and
+    'observation.history_mask' (b, n) of frames `rows` in episodes that start at `first`.
+    """
     s = self.cfg.sampling
     n, stride, size = s.history_frames, s.history_stride, s.history_size
     wanted = [history_ticks(int(t), n, stride, s.history_hop) for t in rows - first]
-    known = np.array([len(w) for w in wanted])                            # (b,) frames that lie inside the episode
-    frames = np.zeros((len(rows), n, 3, size, size), np.uint8)            # untouched zeros cost nothing
+    known = np.array([len(w) for w in wanted])  # (b,) frames that lie inside the episode
+    # untouched zeros cost nothing
+    frames = np.zeros((len(rows), n, 3, size, size), np.uint8)
     for i, (at, w) in enumerate(zip(first, wanted)):
-        if w: frames[i, n - len(w):] = self.store.maps[self.names['observation.history']][at + w[0]:at + w[-1] + 1:stride]
+        if w:
+            frames[i, n - len(w) :] = self.store.maps[self.names['observation.history']][
+                at + w[0] : at + w[-1] + 1 : stride
+            ]
     mask = np.arange(n) >= n - known[:, None]
-    return {'observation.history': torch.from_numpy(frames), 'observation.history_mask': torch.from_numpy(mask)}
+    return {
+        'observation.history': torch.from_numpy(frames),
+        'observation.history_mask': torch.from_numpy(mask),
+    }
 
 # %% ../nbs/10_data.ipynb #de181c11
 def split_episodes(dataset, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    "Episodes for training and a held-out `fraction` of them (at least one where it is above 0), chosen by `seed`."
+    """Episodes for training and a held-out `fraction` of them (at least one where it is
+    above 0), chosen by `seed`.
+    """
     episodes = episodes_of(dataset)
-    if not 0 <= fraction < 1: raise ValueError(f"fraction={fraction!r} must lie in [0, 1); give the held-out share of episodes")
+    if not 0 <= fraction < 1:
+        raise ValueError(
+            f"fraction={fraction!r} must lie in [0, 1); give the held-out share of episodes"
+        )
     held = max(round(fraction * len(episodes)), 1 if fraction else 0)
-    if held >= len(episodes): raise ValueError(f"fraction={fraction} holds out all {len(episodes)} episodes; record more episodes, or lower it")
+    if held >= len(episodes):
+        raise ValueError(
+            f"fraction={fraction} holds out all {len(episodes)} episodes; record more"
+            " episodes, or lower it"
+        )
     order = np.random.default_rng(seed).permutation(episodes).tolist()
     return sorted(order[held:]), sorted(order[:held])
 
 # %% ../nbs/10_data.ipynb #de852a8f
 class EpisodeSampler:
-    "Endless batches of `batch` indices below `n`, every index once per pass, in an order fixed by `seed`; its position can be saved."
+    """Endless batches of `batch` indices below `n`, every index once per pass, in an order
+    fixed by `seed`; its position can be saved.
+    """
+
     def __init__(self, n: int, batch: int, seed: int = 0):
-        at_least('n', n, 1); at_least('batch', batch, 1)
+        at_least('n', n, 1)
+        at_least('batch', batch, 1)
         self.n, self.size, self.seed, self.step, self.passes = n, batch, seed, 0, {}
 
     def order(self, k: int) -> np.ndarray:
         "The permutation of pass `k`."
-        if k not in self.passes: self.passes = {k: np.random.default_rng([self.seed, k]).permutation(self.n)}
+        if k not in self.passes:
+            self.passes = {k: np.random.default_rng([self.seed, k]).permutation(self.n)}
         return self.passes[k]
 
-    def __iter__(self): return self
+    def __iter__(self):
+        return self
+
     def __next__(self) -> list[int]:
         at = np.arange(self.step * self.size, (self.step + 1) * self.size)
         self.step += 1
@@ -663,8 +1041,16 @@ class EpisodeSampler:
 # %% ../nbs/10_data.ipynb #0ed83dfe
 @patch
 def state_dict(self: EpisodeSampler, step: int | None = None) -> dict:
-    "Position after `step` batches (default: those handed out; give the trained ones where a loader reads ahead)."
-    return dict(n=self.n, batch=self.size, seed=self.seed, step=self.step if step is None else int(step))
+    """Position after `step` batches (default: those handed out; give the trained ones where
+    a loader reads ahead).
+    """
+    return dict(
+        n=self.n,
+        batch=self.size,
+        seed=self.seed,
+        step=self.step if step is None else int(step),
+    )
+
 
 @patch
 def load_state_dict(self: EpisodeSampler, state: dict) -> None:
@@ -672,5 +1058,8 @@ def load_state_dict(self: EpisodeSampler, state: dict) -> None:
     mine = self.state_dict(step=0)
     for k in ('n', 'batch', 'seed'):
         if state[k] != mine[k]:
-            raise ValueError(f"the saved sampler has {k}={state[k]} but this one has {k}={mine[k]}; resume with the same dataset, batch size and seed")
+            raise ValueError(
+                f"the saved sampler has {k}={state[k]} but this one has {k}={mine[k]};"
+                " resume with the same dataset, batch size and seed"
+            )
     self.step = int(state['step'])

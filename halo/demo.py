@@ -4,18 +4,27 @@
 
 # %% ../nbs/20_demo.ipynb #590c7757
 from __future__ import annotations
-import argparse, contextlib, json, os, shutil, sys, time
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.envs.factory import make_env_config
+
 from .envs import EVAL_SEED, FlashPlaceSpec, record_demonstrations, require_sim
-from .evaluate import EvalResult, compare, evaluate, load_policy, sha256, summary, write_whole
+from .evaluate import EvalResult, compare, evaluate, load_policy, sha256, summary
 from .files import locate, place, shipped, shown
-from .report import continued_text, write_report
 from .pretrain import pretrain
+from .report import continued_text, write_report
 from .train import TrainConfig, train
 
 # %% auto #0
@@ -27,10 +36,11 @@ __all__ = ['VARIANTS', 'TRAIN', 'ACTIONS', 'SEEDS', 'FRESH_SEED', 'FILMS', 'CHEC
 # %% ../nbs/20_demo.ipynb #80f6ad78
 VARIANTS = {'full': {}, 'no_history': {'history_frames': 0}, 'no_salr': {'salr': False}}
 TRAIN = TrainConfig(steps=2400, batch=16, lr=8e-4)
-ACTIONS = 2                                # actions executed per inference, of a chunk of 16
-SEEDS = range(EVAL_SEED, EVAL_SEED + 60)   # evaluation; demonstrations use smaller seeds
-FRESH_SEED = 500_000                       # first seed of the demonstrations that no shipped checkpoint was trained on
-FILMS = 6                                  # evaluation seeds that are recorded for the report
+ACTIONS = 2  # actions executed per inference, of a chunk of 16
+SEEDS = range(EVAL_SEED, EVAL_SEED + 60)  # evaluation; demonstrations use smaller seeds
+# first seed of the demonstrations that no shipped checkpoint was trained on
+FRESH_SEED = 500_000
+FILMS = 6  # evaluation seeds that are recorded for the report
 
 # %% ../nbs/20_demo.ipynb #2412bafc
 CHECKPOINTS, DATA = shipped('checkpoints/flash_place'), place('data')
@@ -38,39 +48,68 @@ RUNS, OUT = place('runs/flash_place'), place('outputs/demo')
 
 # %% ../nbs/20_demo.ipynb #72860a1a
 def ship(run: Path, target: Path) -> Path:
-    "Copy the policy of a training run (`run/checkpoint`, its log, its masks along training) to `target`, whole or not at all."
-    tmp, old = target.with_name(target.name + '.tmp'), target.with_name(target.name + '.old')
-    for d in (tmp, old): shutil.rmtree(d, ignore_errors=True)
+    """Copy the policy of a training run (`run/checkpoint`, its log, its masks along
+    training) to `target`, whole or not at all.
+    """
+    tmp, old = (
+        target.with_name(target.name + '.tmp'),
+        target.with_name(target.name + '.old'),
+    )
+    for d in (tmp, old):
+        shutil.rmtree(d, ignore_errors=True)
     tmp.mkdir(parents=True)
-    for f in [f for f in (run / 'checkpoint').iterdir() if f.is_file()] + [f for f in (run / 'log.jsonl', run / 'masks.safetensors') if f.exists()]: shutil.copy2(f, tmp)
-    if target.exists(): target.rename(old)
-    tmp.rename(target); shutil.rmtree(old, ignore_errors=True)
+    for f in [f for f in (run / 'checkpoint').iterdir() if f.is_file()] + [
+        f for f in (run / 'log.jsonl', run / 'masks.safetensors') if f.exists()
+    ]:
+        shutil.copy2(f, tmp)
+    if target.exists():
+        target.rename(old)
+    tmp.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
     return target
 
 # %% ../nbs/20_demo.ipynb #a24e3a77
 def find_checkpoints(folder: Path) -> dict[str, Path]:
-    "The checkpoint of every variant in `folder`, or those that ship if it has none. Raises `FileNotFoundError` naming what is missing and how to get it."
-    def whole(f): return (f / 'model.safetensors').exists()
+    """The checkpoint of every variant in `folder`, or those that ship if it has none.
+
+    Raises `FileNotFoundError` naming what is missing and how to get it.
+    """
+
+    def whole(f):
+        return (f / 'model.safetensors').exists()
+
     found = {name: folder / name for name in VARIANTS}
-    if not any(map(whole, found.values())): found = {name: locate(f) for name, f in found.items()}
+    if not any(map(whole, found.values())):
+        found = {name: locate(f) for name, f in found.items()}
     if missing := [k for k, f in found.items() if not whole(f)]:
-        raise FileNotFoundError(f"no trained checkpoint for {', '.join(missing)} in {shown(folder)}: train them with python -m halo.demo --train-from-scratch")
+        raise FileNotFoundError(
+            f"no trained checkpoint for {', '.join(missing)} in {shown(folder)}: train them"
+            " with python -m halo.demo --train-from-scratch"
+        )
     return found
 
 # %% ../nbs/20_demo.ipynb #da8b7a6b
 class Stages:
     "Numbered headings with times."
-    def __init__(self, total: int): self.total, self.done, self.start = total, 0, time.perf_counter()
+
+    def __init__(self, total: int):
+        self.total, self.done, self.start = total, 0, time.perf_counter()
 
     @contextlib.contextmanager
     def __call__(self, text: str):
-        self.done += 1; begin = time.perf_counter()
+        self.done += 1
+        begin = time.perf_counter()
         print(f'\n[{self.done}/{self.total}] {text}', flush=True)
         yield
         now = time.perf_counter()
-        print(f'      took {clock(now - begin)}, {clock(now - self.start)} since the start', flush=True)
+        print(
+            f'      took {clock(now - begin)}, {clock(now - self.start)} since the start',
+            flush=True,
+        )
 
-def clock(seconds: float) -> str: return f'{int(seconds // 60)} min {int(seconds % 60):02d} s'
+
+def clock(seconds: float) -> str:
+    return f'{int(seconds // 60)} min {int(seconds % 60):02d} s'
 
 # %% ../nbs/20_demo.ipynb #3873f3fb
 def demonstrations(root: Path, episodes: int, seed: int) -> LeRobotDataset:
@@ -81,119 +120,308 @@ def demonstrations(root: Path, episodes: int, seed: int) -> LeRobotDataset:
     return data
 
 # %% ../nbs/20_demo.ipynb #bf52ab8b
-def device() -> str: return 'cuda' if torch.cuda.is_available() else 'cpu'
+def device() -> str:
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
 
-def continue_training(dataset: LeRobotDataset, checkpoint: Path, out: Path, steps: int, batch: int = TRAIN.batch) -> list[dict]:
-    "Train the policy in `checkpoint` for some more steps on `dataset`, at a twentieth of its learning rate; returns the log."
+# %% ../nbs/20_demo.ipynb #00bf1486
+def continue_training(
+    dataset: LeRobotDataset,
+    checkpoint: Path,
+    out: Path,
+    steps: int,
+    batch: int = TRAIN.batch,
+) -> list[dict]:
+    """Train the policy in `checkpoint` for some more steps on `dataset`, at a twentieth of
+    its learning rate; returns the log.
+    """
     shutil.rmtree(out, ignore_errors=True)
-    tc = replace(TRAIN, steps=steps, batch=batch, lr=TRAIN.lr / 20, warmup=1, log_every=1, save_every=steps)
-    model = PreTrainedConfig.from_pretrained(checkpoint).model   # what was trained, whatever the preset says today
-    train(dataset, out, tc, resume=False, init_from=checkpoint, device=device(), model=model)
+    tc = replace(
+        TRAIN,
+        steps=steps,
+        batch=batch,
+        lr=TRAIN.lr / 20,
+        warmup=1,
+        log_every=1,
+        save_every=steps,
+    )
+    # what was trained, whatever the preset says today
+    model = PreTrainedConfig.from_pretrained(checkpoint).model
+    train(
+        dataset, out, tc, resume=False, init_from=checkpoint, device=device(), model=model
+    )
     log = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
     print(f'      {continued_text(log)}')
     return log
 
 # %% ../nbs/20_demo.ipynb #e956f7bc
 def reusable(file: Path, checkpoint: Path, seeds, films: int) -> EvalResult | None:
-    "The result in `file` if it was measured with the same weights on the same seeds and holds the recordings, else None."
-    try: r = EvalResult.load(file)
-    except (OSError, ValueError): return None
-    same = r.seeds == list(seeds) and r.conventions['policy']['checkpoint_sha256'] == sha256(checkpoint / 'model.safetensors') and set(r.records) == set(list(seeds)[:films])
+    """The result in `file` if it was measured with the same weights on the same seeds and
+    holds the recordings, else None.
+    """
+    try:
+        r = EvalResult.load(file)
+    except (OSError, ValueError):
+        return None
+    same = (
+        r.seeds == list(seeds)
+        and r.conventions['policy']['checkpoint_sha256']
+        == sha256(checkpoint / 'model.safetensors')
+        and set(r.records) == set(list(seeds)[:films])
+    )
     return r if same else None
 
 # %% ../nbs/20_demo.ipynb #23ff7dfa
-def evaluate_variant(name: str, checkpoint: Path, seeds, out: Path, films: int = FILMS, n_envs: int = 10) -> EvalResult:
-    "Roll out a checkpoint on `seeds`, or reuse the result in `out/NAME.json` if it belongs to the same weights and seeds."
+def evaluate_variant(
+    name: str, checkpoint: Path, seeds, out: Path, films: int = FILMS, n_envs: int = 10
+) -> EvalResult:
+    """Roll out a checkpoint on `seeds`, or reuse the result in `out/NAME.json` if it
+    belongs to the same weights and seeds.
+    """
     file = out / f'{name}.json'
-    if r := reusable(file, checkpoint, seeds, films): print(f'      {name}: reused {shown(file)}'); return r
+    if r := reusable(file, checkpoint, seeds, films):
+        print(f'      {name}: reused {shown(file)}')
+        return r
     print(f'      {name}', flush=True)
-    r = evaluate(*load_policy(checkpoint), make_env_config('flash_place'), seeds, n_envs, record=list(seeds)[:films])
+    r = evaluate(
+        *load_policy(checkpoint),
+        make_env_config('flash_place'),
+        seeds,
+        n_envs,
+        record=list(seeds)[:films],
+    )
     r.save(file)
     return r
 
 # %% ../nbs/20_demo.ipynb #de692c2e
-def evaluate_all(checkpoints: dict[str, Path], seeds, out: Path, films: int = FILMS) -> dict[str, EvalResult]:
+def evaluate_all(
+    checkpoints: dict[str, Path], seeds, out: Path, films: int = FILMS
+) -> dict[str, EvalResult]:
     "All variants on the same seeds, and their rates on the screen."
-    results = {name: evaluate_variant(name, f, seeds, out, films) for name, f in checkpoints.items()}
-    print('\n' + summary(results) + f"\n{'chance':12} {1 / len(FlashPlaceSpec().pads):15.1%}   one pad in three, picked blindly")
+    results = {
+        name: evaluate_variant(name, f, seeds, out, films)
+        for name, f in checkpoints.items()
+    }
+    print(
+        '\n'
+        + summary(results)
+        + f"\n{'chance':12} {1 / len(FlashPlaceSpec().pads):15.1%}   one pad in three,"
+        " picked blindly"
+    )
     return results
 
 # %% ../nbs/20_demo.ipynb #de7a4d39
 def run_demo(args) -> Path:
     "Record, continue training, roll out three checkpoints, report. Returns the report."
     stage, checkpoints = Stages(4), find_checkpoints(args.checkpoints)
-    with stage(f'{args.episodes} demonstrations by the scripted expert, on seeds no checkpoint was trained on'): data = demonstrations(args.data, args.episodes, FRESH_SEED)
-    with stage(f'{args.steps} more training steps from the shipped weights of full HALO'): log = continue_training(data, checkpoints['full'], args.out / 'continued', args.steps, args.batch)
-    with stage(f'three policies on the same {args.seeds} unseen seeds'): results = evaluate_all(checkpoints, SEEDS[:args.seeds], args.out / 'results', min(FILMS, args.seeds))
-    with stage('the report'): report = write_report(args.out / 'report.html', results, checkpoints, args.command, log, not args.quick)
+    with stage(
+        f'{args.episodes} demonstrations by the scripted expert, on seeds no checkpoint was'
+        ' trained on'
+    ):
+        data = demonstrations(args.data, args.episodes, FRESH_SEED)
+    with stage(f'{args.steps} more training steps from the shipped weights of full HALO'):
+        log = continue_training(
+            data, checkpoints['full'], args.out / 'continued', args.steps, args.batch
+        )
+    with stage(f'three policies on the same {args.seeds} unseen seeds'):
+        results = evaluate_all(
+            checkpoints, SEEDS[: args.seeds], args.out / 'results', min(FILMS, args.seeds)
+        )
+    with stage('the report'):
+        report = write_report(
+            args.out / 'report.html',
+            results,
+            checkpoints,
+            args.command,
+            log,
+            not args.quick,
+        )
     return report
 
 # %% ../nbs/20_demo.ipynb #a099f945
-def train_variants(dataset: LeRobotDataset, runs: Path, checkpoints: Path, tc: TrainConfig, stage, quick: bool = False) -> dict[str, Path]:
-    "Train every variant in `runs/NAME` (going on where it was) and ship it to `checkpoints/NAME`."
+def train_variants(
+    dataset: LeRobotDataset,
+    runs: Path,
+    checkpoints: Path,
+    tc: TrainConfig,
+    stage,
+    quick: bool = False,
+) -> dict[str, Path]:
+    """Train every variant in `runs/NAME` (going on where it was) and ship it to
+    `checkpoints/NAME`.
+    """
     shipped, vlm = {}, runs / 'vlm'
     if not vlm.exists():
-        with stage('pretrain the tiny VLM by pointing'): pretrain(vlm, **(dict(steps=4, batch=4) if quick else {}))
+        with stage('pretrain the tiny VLM by pointing'):
+            pretrain(vlm, **(dict(steps=4, batch=4) if quick else {}))
     for name, changes in VARIANTS.items():
         with stage(f'train {name}: {tc.steps} steps of {tc.batch}'):
-            train(dataset, runs / name, tc, device=device(), vlm_id=os.path.relpath(vlm), n_action_steps=ACTIONS, **changes)
+            train(
+                dataset,
+                runs / name,
+                tc,
+                device=device(),
+                vlm_id=os.path.relpath(vlm),
+                n_action_steps=ACTIONS,
+                **changes,
+            )
             shipped[name] = ship(runs / name, checkpoints / name)
     return shipped
 
 # %% ../nbs/20_demo.ipynb #1606737c
 def run_training(args) -> Path:
-    "Record, train the three variants from nothing, ship them, evaluate, report. Returns the report."
-    stage, tc = Stages(3 + len(VARIANTS) + (not (args.runs / 'vlm').exists())), replace(TRAIN, steps=args.steps, batch=args.batch, save_every=min(TRAIN.save_every, args.steps))
-    with stage(f'{args.episodes} demonstrations by the scripted expert'): data = demonstrations(args.data, args.episodes, 0)
+    """Record, train the three variants from nothing, ship them, evaluate, report.
+
+    Returns the report.
+    """
+    stage, tc = (
+        Stages(3 + len(VARIANTS) + (not (args.runs / 'vlm').exists())),
+        replace(
+            TRAIN,
+            steps=args.steps,
+            batch=args.batch,
+            save_every=min(TRAIN.save_every, args.steps),
+        ),
+    )
+    with stage(f'{args.episodes} demonstrations by the scripted expert'):
+        data = demonstrations(args.data, args.episodes, 0)
     checkpoints = train_variants(data, args.runs, args.checkpoints, tc, stage, args.quick)
-    with stage(f'three policies on the same {args.seeds} unseen seeds'): results = evaluate_all(checkpoints, SEEDS[:args.seeds], args.out / 'results', min(FILMS, args.seeds))
-    for name, r in results.items(): EvalResult(r.episodes, r.conventions, r.seconds).save(checkpoints[name] / 'evaluation.json')
-    with stage('the report'): report = write_report(args.out / 'report.html', results, checkpoints, args.command, inside=not args.quick)
+    with stage(f'three policies on the same {args.seeds} unseen seeds'):
+        results = evaluate_all(
+            checkpoints, SEEDS[: args.seeds], args.out / 'results', min(FILMS, args.seeds)
+        )
+    for name, r in results.items():
+        EvalResult(r.episodes, r.conventions, r.seconds).save(
+            checkpoints[name] / 'evaluation.json'
+        )
+    with stage('the report'):
+        report = write_report(
+            args.out / 'report.html',
+            results,
+            checkpoints,
+            args.command,
+            inside=not args.quick,
+        )
     return report
 
 # %% ../nbs/20_demo.ipynb #8a17c60e
 def parser() -> argparse.ArgumentParser:
     "Options of the demonstration; those left out depend on the mode (see `defaults`)."
-    p = argparse.ArgumentParser(prog='python -m halo.demo', description='Three HALO policies on a task that needs memory, and one HTML report.')
-    p.add_argument('--train-from-scratch', action='store_true', help='train the three policies first (hours on two cores); go on where an interrupted run was')
-    p.add_argument('--episodes', type=int, help='demonstrations to record (100; 400 for training)')
-    p.add_argument('--seeds', type=int, help=f'evaluation episodes per policy, at most {len(SEEDS)} ({len(SEEDS)})')
-    p.add_argument('--steps', type=int, help=f'training steps (20 more; {TRAIN.steps} from scratch)')
-    p.add_argument('--batch', type=int, help=f'observations per training step ({TRAIN.batch})')
-    p.add_argument('--data', type=Path, help='folder of the demonstrations (data/flash_place_demo; data/flash_place for training)')
-    p.add_argument('--checkpoints', type=Path, help='folder of the trained policies (checkpoints/flash_place)')
-    p.add_argument('--runs', type=Path, help='folder of unfinished training (runs/flash_place)')
+    p = argparse.ArgumentParser(
+        prog='python -m halo.demo',
+        description='Three HALO policies on a task that needs memory, and one HTML report.',
+    )
+    p.add_argument(
+        '--train-from-scratch',
+        action='store_true',
+        help=(
+            'train the three policies first (hours on two cores); go on where an'
+            ' interrupted run was'
+        ),
+    )
+    p.add_argument(
+        '--episodes', type=int, help='demonstrations to record (100; 400 for training)'
+    )
+    p.add_argument(
+        '--seeds',
+        type=int,
+        help=f'evaluation episodes per policy, at most {len(SEEDS)} ({len(SEEDS)})',
+    )
+    p.add_argument(
+        '--steps', type=int, help=f'training steps (20 more; {TRAIN.steps} from scratch)'
+    )
+    p.add_argument(
+        '--batch', type=int, help=f'observations per training step ({TRAIN.batch})'
+    )
+    p.add_argument(
+        '--data',
+        type=Path,
+        help=(
+            'folder of the demonstrations (data/flash_place_demo; data/flash_place for'
+            ' training)'
+        ),
+    )
+    p.add_argument(
+        '--checkpoints',
+        type=Path,
+        help='folder of the trained policies (checkpoints/flash_place)',
+    )
+    p.add_argument(
+        '--runs', type=Path, help='folder of unfinished training (runs/flash_place)'
+    )
     p.add_argument('--out', type=Path, help='folder of results and report (outputs/demo)')
-    p.add_argument('--quick', action='store_true', help='every stage in miniature: checks the machinery only')
+    p.add_argument(
+        '--quick',
+        action='store_true',
+        help='every stage in miniature: checks the machinery only',
+    )
     return p
 
 # %% ../nbs/20_demo.ipynb #08c63740
 def defaults(args) -> argparse.Namespace:
     "Fill in what was left out. Raises `ValueError` for counts that cannot be."
     scratch, base = args.train_from_scratch, place('outputs/quick') if args.quick else None
-    ours = place('checkpoints/flash_place')   # what training replaces
-    usual = dict(episodes=400 if scratch else 100, seeds=len(SEEDS), steps=TRAIN.steps if scratch else 20, batch=TRAIN.batch, data=DATA / ('flash_place' if scratch else 'flash_place_demo'), checkpoints=ours, runs=RUNS, out=OUT)
-    if args.quick: usual |= dict(episodes=2, seeds=2, steps=3, batch=4, data=base / ('data' if scratch else 'data_demo'), checkpoints=base / 'checkpoints' if scratch else ours, runs=base / 'runs', out=base / 'out')
+    ours = place('checkpoints/flash_place')  # what training replaces
+    usual = dict(
+        episodes=400 if scratch else 100,
+        seeds=len(SEEDS),
+        steps=TRAIN.steps if scratch else 20,
+        batch=TRAIN.batch,
+        data=DATA / ('flash_place' if scratch else 'flash_place_demo'),
+        checkpoints=ours,
+        runs=RUNS,
+        out=OUT,
+    )
+    if args.quick:
+        usual |= dict(
+            episodes=2,
+            seeds=2,
+            steps=3,
+            batch=4,
+            data=base / ('data' if scratch else 'data_demo'),
+            checkpoints=base / 'checkpoints' if scratch else ours,
+            runs=base / 'runs',
+            out=base / 'out',
+        )
     for k, v in usual.items():
-        if getattr(args, k) is None: setattr(args, k, v)
-    for k, most in (('episodes', FRESH_SEED), ('seeds', len(SEEDS)), ('steps', 10**9), ('batch', 10**6)):
-        if not 1 <= getattr(args, k) <= most: raise ValueError(f'--{k} is {getattr(args, k)}: give a number between 1 and {most}')
+        if getattr(args, k) is None:
+            setattr(args, k, v)
+    for k, most in (
+        ('episodes', FRESH_SEED),
+        ('seeds', len(SEEDS)),
+        ('steps', 10**9),
+        ('batch', 10**6),
+    ):
+        if not 1 <= getattr(args, k) <= most:
+            raise ValueError(
+                f'--{k} is {getattr(args, k)}: give a number between 1 and {most}'
+            )
     return args
 
 # %% ../nbs/20_demo.ipynb #fc6b5ec5
 def main(argv: list[str] | None = None) -> int:
-    "The command `python -m halo.demo`; returns its exit status (130 after an interruption)."
+    """The command `python -m halo.demo`; returns its exit status (130 after an
+    interruption).
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(argv)
     args.command = ' '.join(['python -m halo.demo', *argv])
     try:
-        try: require_sim()   # before minutes of work
-        except RuntimeError as e: raise ImportError(e) from e
+        # before minutes of work
+        try:
+            require_sim()
+        except RuntimeError as e:
+            raise ImportError(e) from e
         report = (run_training if args.train_from_scratch else run_demo)(defaults(args))
-    except (FileNotFoundError, ValueError, ImportError) as e: print(f'\n{e}', file=sys.stderr); return 1
-    except KeyboardInterrupt: print('\nInterrupted: the same command goes on from here.', file=sys.stderr); return 130
+    except (FileNotFoundError, ValueError, ImportError) as e:
+        print(f'\n{e}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('\nInterrupted: the same command goes on from here.', file=sys.stderr)
+        return 130
     print(f'\nThe report is {shown(report)}: open it in a browser.')
     return 0
 
 # %% ../nbs/20_demo.ipynb #4df85c53
-if __name__ == '__main__' and globals().get('__spec__') is not None: sys.exit(main())   # python -m, but not a notebook
+# python -m, but not a notebook
+if __name__ == '__main__' and globals().get('__spec__') is not None:
+    sys.exit(main())

@@ -12,13 +12,28 @@ __all__ = ['COLOURS', 'CAMERAS', 'EVAL_SEED', 'NO_GL', 'PUCK', 'PAD_GREY', 'TABL
            'finished', 'record_some', 'record_demonstrations', 'main']
 
 # %% ../nbs/12_envs.ipynb #e86c3879
-"""The demonstration task `flash_place`: MuJoCo manipulation whose goal is visible only in the past.
+"""The demonstration task `flash_place`: MuJoCo manipulation whose goal is visible only in
+the past.
 
-Meta-World's Sawyer arm, a puck and three pads that glow red, green and blue for 0.8 s and then turn grey; the
-instruction names a colour. The module holds the environment, its LeRobot registration, a scripted expert and the
+Meta-World's Sawyer arm, a puck and three pads that glow red, green and blue for 0.8 s and
+then turn grey; the
+instruction names a colour. The module holds the environment, its LeRobot registration, a
+scripted expert and the
 recorder of demonstrations. MuJoCo is imported only when an environment is first reset.
 """
-import argparse, contextlib, ctypes.util, functools, importlib, json, os, shutil, signal, sys, threading, weakref
+
+import argparse
+import contextlib
+import ctypes.util
+import functools
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +55,7 @@ EVAL_SEED = 1_000_000  # evaluation seeds start here; demonstrations use smaller
 @dataclass(frozen=True)
 class FlashPlaceSpec:
     "Everything fixed about the task. Lengths in metres, times in control ticks of 0.1 s."
+
     pads: tuple = ((-0.17, 0.73), (0.0, 0.79), (0.17, 0.73))  # pad centres (x, y)
     pad_radius: float = 0.06
     flash_ticks: int = 8  # the observations 0 … flash_ticks − 1 show the colours
@@ -51,48 +67,72 @@ class FlashPlaceSpec:
     hand_spread: tuple = (0.03, 0.02, 0.02)
     hand_low: tuple = (-0.30, 0.42, 0.05)  # workspace of the hand
     hand_high: tuple = (0.30, 0.90, 0.35)
-    move_steps: int = 4  # Meta-World steps of 1 cm that carry an action out: 4 cm per tick at full deflection
+    # Meta-World steps of 1 cm that carry an action out: 4 cm per tick at full deflection
+    move_steps: int = 4
     hold_steps: int = 4  # steps of rest in which the hand catches up with its command
-    rest_height: float = 0.03  # a puck centre below this lies on the table (half its height is 2 cm)
+    # a puck centre below this lies on the table (half its height is 2 cm)
+    rest_height: float = 0.03
     rest_speed: float = 0.03  # metres a second; slower is still
     open_gripper: float = 0.6  # gripper opening (0 … 1) above which the puck is released
     success_ticks: int = 3  # consecutive ticks at rest on the target pad
 
 # %% ../nbs/12_envs.ipynb #de39deff
 def instruction(colour: str) -> str:
-    "The sentence that names the goal `colour`; `ValueError` for a colour that never flashes."
-    if colour not in COLOURS: raise ValueError(f"unknown goal colour {colour!r}: use one of {', '.join(COLOURS)}")
+    """The sentence that names the goal `colour`; `ValueError` for a colour that never
+    flashes.
+    """
+    if colour not in COLOURS:
+        raise ValueError(f"unknown goal colour {colour!r}: use one of {', '.join(COLOURS)}")
     return f"put the puck on the pad that flashed {colour}"
 
 # %% ../nbs/12_envs.ipynb #84f28194
-NO_GL = ("flash_place cannot draw its cameras ({reason}): install a software renderer with `apt-get install libosmesa6` "
-         "(or libegl1) and set MUJOCO_GL=osmesa (or egl) before Python starts")
+NO_GL = (
+    "flash_place cannot draw its cameras ({reason}): install a software renderer with"
+    " `apt-get install libosmesa6` (or libegl1) and set MUJOCO_GL=osmesa (or egl) before"
+    " Python starts"
+)
 
 # %% ../nbs/12_envs.ipynb #d58caf65
 def choose_gl() -> str:
-    "Set `MUJOCO_GL`, if it is unset, to what this machine offers and return it ('' = the system's default)."
+    """Set `MUJOCO_GL`, if it is unset, to what this machine offers and return it ('' = the
+    system's default).
+    """
     late = "mujoco" in sys.modules  # too late to choose: MuJoCo has read the variable
-    if "MUJOCO_GL" in os.environ or late or not sys.platform.startswith("linux"): return os.environ.get("MUJOCO_GL", "")
-    has = {name: ctypes.util.find_library(lib) for name, lib in (("egl", "EGL"), ("osmesa", "OSMesa"))}
+    if "MUJOCO_GL" in os.environ or late or not sys.platform.startswith("linux"):
+        return os.environ.get("MUJOCO_GL", "")
+    has = {
+        name: ctypes.util.find_library(lib)
+        for name, lib in (("egl", "EGL"), ("osmesa", "OSMesa"))
+    }
     order = ("egl", "osmesa") if os.path.exists("/dev/nvidiactl") else ("osmesa", "egl")
-    found = next((name for name in order if has[name]), "glfw" if os.environ.get("DISPLAY") else None)
-    if found is None: raise RuntimeError(NO_GL.format(reason="neither libOSMesa nor libEGL was found"))
+    found = next(
+        (name for name in order if has[name]), "glfw" if os.environ.get("DISPLAY") else None
+    )
+    if found is None:
+        raise RuntimeError(NO_GL.format(reason="neither libOSMesa nor libEGL was found"))
     os.environ["MUJOCO_GL"] = found
     return found
 
 # %% ../nbs/12_envs.ipynb #c54ca22c
 def require_sim():
-    "Import MuJoCo with a working `MUJOCO_GL` and return it; one clear `ImportError` if the simulator is missing."
+    """Import MuJoCo with a working `MUJOCO_GL` and return it; one clear `ImportError` if
+    the simulator is missing.
+    """
     choose_gl()
     try:
         importlib.import_module("metaworld.sawyer_xyz_env")
         return importlib.import_module("mujoco")
     except ImportError as e:
-        raise ImportError(f"flash_place needs MuJoCo and Meta-World ({e}): pip install 'lerobot_policy_halo[sim]'") from e
+        raise ImportError(
+            f"flash_place needs MuJoCo and Meta-World ({e}): pip install"
+            " 'lerobot_policy_halo[sim]'"
+        ) from e
 
 # %% ../nbs/12_envs.ipynb #46ccc863
 def look_at(eye, target, up) -> np.ndarray:
-    "Quaternion (w, x, y, z) of a camera at `eye` looking at `target` with `up` upwards; MuJoCo's cameras look along −z."
+    """Quaternion (w, x, y, z) of a camera at `eye` looking at `target` with `up` upwards;
+    MuJoCo's cameras look along −z.
+    """
     z = np.subtract(eye, target) / np.linalg.norm(np.subtract(eye, target))
     x = np.cross(up, z)
     x /= np.linalg.norm(x)
@@ -102,38 +142,69 @@ def look_at(eye, target, up) -> np.ndarray:
 
 # %% ../nbs/12_envs.ipynb #49bc4321
 def add_cameras(spec):
-    "Add `primary` (oblique, fixed) and `wrist` (on the hand, looking along the fingers) to a `mujoco.MjSpec`."
+    """Add `primary` (oblique, fixed) and `wrist` (on the hand, looking along the fingers)
+    to a `mujoco.MjSpec`.
+    """
     eye, target = (0.36, 1.04, 0.62), (0.015, 0.685, 0.02)
-    spec.worldbody.add_camera(name="primary", pos=eye, quat=look_at(eye, target, (0, 0, 1)), fovy=34)
-    eye, target = (-0.06, 0, 0.10), (0.07, 0, 0)  # in the hand's frame: x points down, z along the world's x
-    spec.body("hand").add_camera(name="wrist", pos=eye, quat=look_at(eye, target, (-1, 0, 0)), fovy=75)
+    spec.worldbody.add_camera(
+        name="primary", pos=eye, quat=look_at(eye, target, (0, 0, 1)), fovy=34
+    )
+    # in the hand's frame: x points down, z along the world's x
+    eye, target = (-0.06, 0, 0.10), (0.07, 0, 0)
+    spec.body("hand").add_camera(
+        name="wrist", pos=eye, quat=look_at(eye, target, (-1, 0, 0)), fovy=75
+    )
 
 # %% ../nbs/12_envs.ipynb #5bd5a5a6
-PUCK, PAD_GREY, TABLE, DARK = (1.0, 0.72, 0.0), (0.34, 0.34, 0.34), (0.56, 0.55, 0.53), (0.2, 0.2, 0.22)
+PUCK, PAD_GREY, TABLE, DARK = (
+    (1.0, 0.72, 0.0),
+    (0.34, 0.34, 0.34),
+    (0.56, 0.55, 0.53),
+    (0.2, 0.2, 0.22),
+)
 FLASH = ((0.95, 0.05, 0.05), (0.05, 0.75, 0.05), (0.05, 0.15, 1.0))  # of COLOURS
-PAINT = {"table_wood": TABLE, "basic_floor": DARK, "wall_metal": DARK}  # plain paint instead of Meta-World's textures
+# plain paint instead of Meta-World's textures
+PAINT = {"table_wood": TABLE, "basic_floor": DARK, "wall_metal": DARK}
 
 # %% ../nbs/12_envs.ipynb #75f4bd84
 def add_pads(spec, task: FlashPlaceSpec):
     "Add the three pads: flat grey discs that are seen but never touched."
     kind = require_sim().mjtGeom.mjGEOM_CYLINDER
     for i, xy in enumerate(task.pads):
-        spec.worldbody.add_geom(name=f"pad{i}", type=kind, size=[task.pad_radius, 5e-4, 0], pos=[*xy, 5e-4],
-                                contype=0, conaffinity=0, group=1, rgba=[*PAD_GREY, 1])
+        spec.worldbody.add_geom(
+            name=f"pad{i}",
+            type=kind,
+            size=[task.pad_radius, 5e-4, 0],
+            pos=[*xy, 5e-4],
+            contype=0,
+            conaffinity=0,
+            group=1,
+            rgba=[*PAD_GREY, 1],
+        )
 
 # %% ../nbs/12_envs.ipynb #da2416bf
 def repaint(spec):
     "Plain colours: a yellow puck, a dark arm, an untextured table, no highlights."
     for geom in spec.geoms:
-        if geom.material in PAINT: geom.rgba, geom.material = [*PAINT[geom.material], 1], ""
+        if geom.material in PAINT:
+            geom.rgba, geom.material = [*PAINT[geom.material], 1], ""
         elif geom.rgba[3] > 0 and not geom.name.startswith("pad"):
-            geom.rgba = [0.15 + 0.3 * float(np.mean(geom.rgba[:3]))] * 3 + [float(geom.rgba[3])]
-    for light in spec.lights: light.specular = (0, 0, 0)
+            geom.rgba = [0.15 + 0.3 * float(np.mean(geom.rgba[:3]))] * 3 + [
+                float(geom.rgba[3])
+            ]
+    for light in spec.lights:
+        light.specular = (0, 0, 0)
     puck = spec.geom("objGeom")
     puck.material, puck.rgba = "", [*PUCK, 1]
 
 # %% ../nbs/12_envs.ipynb #3c0f0789
-UNSEEN = ("pedestal", "head", "right_arm_base_link", *(f"right_l{i}" for i in range(4)), "tablelink")
+UNSEEN = (
+    "pedestal",
+    "head",
+    "right_arm_base_link",
+    *(f"right_l{i}" for i in range(4)),
+    "tablelink",
+)
 
 # %% ../nbs/12_envs.ipynb #6162d992
 def hide_unseen(model):
@@ -141,12 +212,16 @@ def hide_unseen(model):
     for name in UNSEEN:
         body = model.body(name)
         for geom in range(body.geomadr[0], body.geomadr[0] + body.geomnum[0]):
-            if model.geom_dataid[geom] >= 0: model.geom_group[geom] = 5  # has a mesh
+            # has a mesh
+            if model.geom_dataid[geom] >= 0:
+                model.geom_group[geom] = 5
 
 # %% ../nbs/12_envs.ipynb #5c80e919
 @functools.cache
 def scene_class():
-    "Meta-World's pick-place scene with pads and cameras, as a class; built on first use, so that MuJoCo loads late."
+    """Meta-World's pick-place scene with pads and cameras, as a class; built on first use,
+    so that MuJoCo loads late.
+    """
     mujoco = require_sim()
     from metaworld.envs.sawyer_pick_place_v3 import SawyerPickPlaceEnvV3
 
@@ -154,9 +229,13 @@ def scene_class():
         def __init__(self, task):
             self.task = task
             super().__init__()
-            self.mocap_low, self.mocap_high = np.array(task.hand_low), np.array(task.hand_high)
+            self.mocap_low, self.mocap_high = (
+                np.array(task.hand_low),
+                np.array(task.hand_high),
+            )
 
-        def _initialize_simulation(self):  # gymnasium's hook: how the model of a MujocoEnv is made
+        # gymnasium's hook: how the model of a MujocoEnv is made
+        def _initialize_simulation(self):
             spec = mujoco.MjSpec.from_file(self.fullpath)
             repaint(spec), add_pads(spec, self.task), add_cameras(spec)
             model = spec.compile()
@@ -164,7 +243,8 @@ def scene_class():
             hide_unseen(model)
             return model, mujoco.MjData(model)
 
-        def start(self, hand, puck):  # from the same rest every time, so that a seed fixes the episode
+        # from the same rest every time, so that a seed fixes the episode
+        def start(self, hand, puck):
             mujoco.mj_resetData(self.model, self.data)
             self.hand_init_pos = np.asarray(hand)
             self._reset_hand()
@@ -175,40 +255,82 @@ def scene_class():
 
 # %% ../nbs/12_envs.ipynb #f358ea94
 def make_renderer(model, size: int):
-    "An offscreen renderer of (size, size) pictures without shadows and reflections; one sentence if there is no GL."
+    """An offscreen renderer of (size, size) pictures without shadows and reflections; one
+    sentence if there is no GL.
+    """
     mujoco, late = require_sim(), "MUJOCO_GL" not in os.environ
-    try: renderer = mujoco.Renderer(model, size, size)
+    try:
+        renderer = mujoco.Renderer(model, size, size)
     except Exception as e:
-        reason = "MuJoCo was imported before MUJOCO_GL was set" if late else f"MUJOCO_GL={os.environ['MUJOCO_GL']}: {e}"
+        reason = (
+            "MuJoCo was imported before MUJOCO_GL was set"
+            if late
+            else f"MUJOCO_GL={os.environ['MUJOCO_GL']}: {e}"
+        )
         raise RuntimeError(NO_GL.format(reason=reason)) from e
-    for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION): renderer.scene.flags[flag] = 0
+    for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+        renderer.scene.flags[flag] = 0
     return renderer
 
 # %% ../nbs/12_envs.ipynb #edfe90fb
 def close_all(renderers: dict):
-    "Free the renderers in `renderers` while Python still stands: MuJoCo's own clean-up comes too late at exit."
-    while renderers: renderers.popitem()[1].close()
+    """Free the renderers in `renderers` while Python still stands: MuJoCo's own clean-up
+    comes too late at exit.
+    """
+    while renderers:
+        renderers.popitem()[1].close()
 
 # %% ../nbs/12_envs.ipynb #6a2519c6
 class FlashPlaceEnv(gym.Env):
     """Put the puck on the pad that flashed in the colour that the instruction names.
 
-    Observation: `pixels.primary`, `pixels.wrist` (image_size, image_size, 3) uint8 RGB; `agent_pos` (4,) float32: hand
-    x, y, z in metres and gripper opening (0 … 1). Action (4,) float32 in [−1, 1]: hand displacement x, y, z (1 = 4 cm
-    a tick) and gripper (−1 open, 1 closed). A tick is 0.1 s. `cameras=()` leaves the pictures out.
+    Observation: `pixels.primary`, `pixels.wrist` (image_size, image_size, 3) uint8 RGB;
+    `agent_pos` (4,) float32: hand
+    x, y, z in metres and gripper opening (0 … 1). Action (4,) float32 in [−1, 1]: hand
+    displacement x, y, z (1 = 4 cm
+    a tick) and gripper (−1 open, 1 closed). A tick is 0.1 s. `cameras=()` leaves the
+    pictures out.
     """
+
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
-    def __init__(self, image_size: int = 112, render_size: int = 224, cameras: tuple = CAMERAS, rules: FlashPlaceSpec = FlashPlaceSpec()):
+    def __init__(
+        self,
+        image_size: int = 112,
+        render_size: int = 224,
+        cameras: tuple = CAMERAS,
+        rules: FlashPlaceSpec = FlashPlaceSpec(),
+    ):
         for name, size in (("image_size", image_size), ("render_size", render_size)):
             if not (isinstance(size, int) and 16 <= size <= 480):
-                raise ValueError(f"{name} is {size!r}: use an integer between 16 and 480 (pixels)")
-        self.image_size, self.render_size, self.cameras, self.rules = image_size, render_size, tuple(cameras), rules
-        self.task, self.render_mode, self._max_episode_steps = "flash_place", "rgb_array", rules.max_ticks
-        self.goal, self.order, self.tick, self.speed, self._scene = 0, np.arange(3), 0, 0.0, None
+                raise ValueError(
+                    f"{name} is {size!r}: use an integer between 16 and 480 (pixels)"
+                )
+        self.image_size, self.render_size, self.cameras, self.rules = (
+            image_size,
+            render_size,
+            tuple(cameras),
+            rules,
+        )
+        self.task, self.render_mode, self._max_episode_steps = (
+            "flash_place",
+            "rgb_array",
+            rules.max_ticks,
+        )
+        self.goal, self.order, self.tick, self.speed, self._scene = (
+            0,
+            np.arange(3),
+            0,
+            0.0,
+            None,
+        )
         image = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        self.observation_space = gym.spaces.Dict({"pixels": gym.spaces.Dict({name: image for name in self.cameras}),
-                                                  "agent_pos": gym.spaces.Box(-2, 2, (4,), np.float32)})
+        self.observation_space = gym.spaces.Dict(
+            {
+                "pixels": gym.spaces.Dict({name: image for name in self.cameras}),
+                "agent_pos": gym.spaces.Box(-2, 2, (4,), np.float32),
+            }
+        )
         self.action_space = gym.spaces.Box(-1, 1, (4,), np.float32)
 
 # %% ../nbs/12_envs.ipynb #27a9a1bf
@@ -217,14 +339,18 @@ def task_description(self: FlashPlaceEnv) -> str:
     "The instruction of this episode."
     return instruction(COLOURS[self.goal])
 
+
 @patch(as_prop=True)
 def target(self: FlashPlaceEnv) -> int:
     "Index of the pad that flashed in the goal's colour (privileged)."
     return int(np.flatnonzero(self.order == self.goal)[0])
 
+
 @patch(as_prop=True)
 def scene(self: FlashPlaceEnv):
-    "The Meta-World scene, made on first use: an environment is built and pickled without MuJoCo."
+    """The Meta-World scene, made on first use: an environment is built and pickled without
+    MuJoCo.
+    """
     if self._scene is None:
         self._scene, self._renderers = scene_class()(self.rules), {}
         weakref.finalize(self, close_all, self._renderers)
@@ -236,10 +362,12 @@ def hand(self: FlashPlaceEnv) -> np.ndarray:
     "Position (3,) of the hand in metres."
     return self.scene.get_endeff_pos().copy()
 
+
 @patch(as_prop=True)
 def puck(self: FlashPlaceEnv) -> np.ndarray:
     "Position (3,) of the puck's centre in metres (privileged)."
     return self.scene.get_body_com("obj").copy()
+
 
 @patch(as_prop=True)
 def opening(self: FlashPlaceEnv) -> float:
@@ -253,24 +381,36 @@ def grasped(self: FlashPlaceEnv) -> bool:
     "Both fingers press on the puck (privileged)."
     return bool(self.scene.touching_main_object)
 
+
 @patch(as_prop=True)
 def placed(self: FlashPlaceEnv) -> int:
-    "The pad on which the puck lies low, still and released; −1 if there is none (privileged)."
+    """The pad on which the puck lies low, still and released; −1 if there is none
+    (privileged).
+    """
     rules, puck = self.rules, self.puck
-    if self.tick == 0 or puck[2] > rules.rest_height or self.speed > rules.rest_speed: return -1
+    if self.tick == 0 or puck[2] > rules.rest_height or self.speed > rules.rest_speed:
+        return -1
     inside = np.linalg.norm(np.subtract(rules.pads, puck[:2]), axis=1) < rules.pad_radius
-    return int(inside.argmax()) if inside.any() and self.opening > rules.open_gripper else -1
+    return (
+        int(inside.argmax()) if inside.any() and self.opening > rules.open_gripper else -1
+    )
 
 # %% ../nbs/12_envs.ipynb #b4a10464
 @patch
-def picture(self: FlashPlaceEnv, camera: str = "primary", size: int | None = None) -> np.ndarray:
+def picture(
+    self: FlashPlaceEnv, camera: str = "primary", size: int | None = None
+) -> np.ndarray:
     "What `camera` sees now, (size, size, 3) uint8 RGB; `size` defaults to `image_size`."
-    if camera not in CAMERAS: raise ValueError(f"unknown camera {camera!r}: use one of {', '.join(CAMERAS)}")
+    if camera not in CAMERAS:
+        raise ValueError(f"unknown camera {camera!r}: use one of {', '.join(CAMERAS)}")
     scene, size, option = self.scene, size or self.image_size, require_sim().MjvOption()
     for pad, colour in enumerate(self.order):
-        scene.model.geom(f"pad{pad}").rgba[:3] = FLASH[colour] if self.tick < self.rules.flash_ticks else PAD_GREY
+        scene.model.geom(f"pad{pad}").rgba[:3] = (
+            FLASH[colour] if self.tick < self.rules.flash_ticks else PAD_GREY
+        )
     option.sitegroup[:] = 0
-    if size not in self._renderers: self._renderers[size] = make_renderer(scene.model, size)
+    if size not in self._renderers:
+        self._renderers[size] = make_renderer(scene.model, size)
     self._renderers[size].update_scene(scene.data, camera=camera, scene_option=option)
     return self._renderers[size].render().copy()
 
@@ -278,23 +418,35 @@ def picture(self: FlashPlaceEnv, camera: str = "primary", size: int | None = Non
 @patch
 def observe(self: FlashPlaceEnv) -> dict:
     "The observation of the present moment."
-    return {"pixels": {name: self.picture(name) for name in self.cameras},
-            "agent_pos": np.array([*self.hand, self.opening], np.float32)}
+    return {
+        "pixels": {name: self.picture(name) for name in self.cameras},
+        "agent_pos": np.array([*self.hand, self.opening], np.float32),
+    }
+
 
 @patch
 def report(self: FlashPlaceEnv, success: bool = False) -> dict:
     "The info dictionary: what happened, for judges and statistics; no policy sees it."
-    return {"is_success": bool(success), "placed": self.placed, "grasped": self.grasped, "target": self.target,
-            "goal": self.goal, "tick": self.tick}
+    return {
+        "is_success": bool(success),
+        "placed": self.placed,
+        "grasped": self.grasped,
+        "target": self.target,
+        "goal": self.goal,
+        "tick": self.tick,
+    }
 
 # %% ../nbs/12_envs.ipynb #4071efec
 @patch
 def reset(self: FlashPlaceEnv, *, seed: int | None = None, options: dict | None = None):
-    "Start an episode: draw the pads' colours, the goal, the puck and the hand; settle the arm. Returns (obs, info)."
+    """Start an episode: draw the pads' colours, the goal, the puck and the hand; settle the
+    arm. Returns (obs, info).
+    """
     gym.Env.reset(self, seed=seed)
     rules, rng, goal = self.rules, self.np_random, (options or {}).get("goal")
     self.order, self.goal = rng.permutation(3), int(rng.integers(3))  # order[pad] = colour
-    if goal is not None: instruction(goal), setattr(self, "goal", COLOURS.index(goal))
+    if goal is not None:
+        instruction(goal), setattr(self, "goal", COLOURS.index(goal))
     puck = np.add(rules.puck, rng.uniform(-1, 1, 2) * rules.puck_spread)
     self.scene.start(np.add(rules.hand, rng.uniform(-1, 1, 3) * rules.hand_spread), puck)
     self.tick, self.rest, self.speed = 0, 0, 0.0
@@ -303,19 +455,29 @@ def reset(self: FlashPlaceEnv, *, seed: int | None = None, options: dict | None 
 # %% ../nbs/12_envs.ipynb #d29abe2a
 @patch
 def step(self: FlashPlaceEnv, action):
-    "Carry out `action` (4,) for one tick (0.1 s). Returns (obs, reward, terminated, truncated, info)."
+    """Carry out `action` (4,) for one tick (0.1 s).
+
+    Returns (obs, reward, terminated, truncated, info).
+    """
     action = np.asarray(action, np.float64)
     if action.shape != (4,) or not np.isfinite(action).all():
-        raise ValueError(f"action is {action!r}: flash_place takes 4 finite numbers (dx, dy, dz, gripper)")
+        raise ValueError(
+            f"action is {action!r}: flash_place takes 4 finite numbers (dx, dy, dz,"
+            " gripper)"
+        )
     action, scene, rules, before = np.clip(action, -1, 1), self.scene, self.rules, self.puck
     for i in range(rules.move_steps + rules.hold_steps):
         scene.set_xyz_action(action[:3] * (i < rules.move_steps))
         scene.do_simulation([action[3], -action[3]], scene.frame_skip)
-    self.tick, self.speed = self.tick + 1, float(np.linalg.norm(self.puck - before) * rules.fps)
+    self.tick, self.speed = (
+        self.tick + 1,
+        float(np.linalg.norm(self.puck - before) * rules.fps),
+    )
     self.rest = self.rest + 1 if self.placed == self.target else 0
     success, late = self.rest >= rules.success_ticks, self.tick >= rules.max_ticks
     info = self.report(success)
-    if success or late: info["final_info"] = dict(info)
+    if success or late:
+        info["final_info"] = dict(info)
     return self.observe(), float(success), success, late and not success, info
 
 # %% ../nbs/12_envs.ipynb #6dfef08d
@@ -324,20 +486,27 @@ def render(self: FlashPlaceEnv) -> np.ndarray:
     "The primary camera's picture at `render_size`, for videos."
     return self.picture("primary", self.render_size)
 
+
 @patch
 def close(self: FlashPlaceEnv):
     "Free the renderers; the next reset starts a new scene."
-    if self._scene is not None: close_all(self._renderers)
+    if self._scene is not None:
+        close_all(self._renderers)
     self._scene = None
 
 # %% ../nbs/12_envs.ipynb #88343723
 @patch
-def project_to_image(self: FlashPlaceEnv, xyz, camera: str = "primary", size: int | None = None) -> np.ndarray:
-    """Pixel coordinates (…, 2), as (column, row), of world points `xyz` (…, 3) in the picture of `camera` at `size` pixels.
+def project_to_image(
+    self: FlashPlaceEnv, xyz, camera: str = "primary", size: int | None = None
+) -> np.ndarray:
+    """Pixel coordinates (…, 2), as (column, row), of world points `xyz` (…, 3) in the
+    picture of `camera` at `size` pixels.
 
-    The pinhole above: q = Rᵀ(x − c), pixel = S/2 + f (q_x, −q_y) / −q_z. Points behind the camera give NaN.
+    The pinhole above: q = Rᵀ(x − c), pixel = S/2 + f (q_x, −q_y) / −q_z. Points behind the
+    camera give NaN.
     """
-    if camera not in CAMERAS: raise ValueError(f"unknown camera {camera!r}: use one of {', '.join(CAMERAS)}")
+    if camera not in CAMERAS:
+        raise ValueError(f"unknown camera {camera!r}: use one of {', '.join(CAMERAS)}")
     data, size = self.scene.data.camera(camera), size or self.image_size
     q = (np.asarray(xyz, float) - data.xpos) @ data.xmat.reshape(3, 3)
     focal = size / 2 / np.tan(np.deg2rad(self.scene.model.camera(camera).fovy[0]) / 2)
@@ -350,7 +519,10 @@ PHASES = ("reach", "descend", "grasp", "lift", "carry", "lower", "release", "ris
 # %% ../nbs/12_envs.ipynb #1e4a7309
 @dataclass
 class FlashPlaceExpert:
-    "Scripted, closed-loop expert with privileged sight; the goal enters only from the phase `carry` on. Heights in metres."
+    """Scripted, closed-loop expert with privileged sight; the goal enters only from the
+    phase `carry` on. Heights in metres.
+    """
+
     env: FlashPlaceEnv
     gain: float = 0.4  # share of the remaining way that a tick covers
     top: float = 0.55  # largest deflection
@@ -361,7 +533,9 @@ class FlashPlaceExpert:
     ticks: int = 0  # in this phase
 
     def towards(self, xyz, gripper: float) -> np.ndarray:
-        "The action (4,) that moves the hand towards `xyz`: proportional, its largest component limited to `top`."
+        """The action (4,) that moves the hand towards `xyz`: proportional, its largest
+        component limited to `top`.
+        """
         move = self.gain * (np.asarray(xyz) - self.env.hand) / 0.04
         move *= min(1.0, self.top / max(np.abs(move).max(), 1e-9))
         return np.array([*move, gripper], np.float32)
@@ -375,155 +549,277 @@ class FlashPlaceExpert:
 # %% ../nbs/12_envs.ipynb #c33e5b10
 @patch
 def aim(self: FlashPlaceExpert) -> tuple:
-    "Where the hand should go (3,) and what the gripper should do (−1 open, 1 closed) in the present phase."
+    """Where the hand should go (3,) and what the gripper should do (−1 open, 1 closed) in
+    the present phase.
+    """
     env, phase, hand, puck = self.env, self.phase, self.env.hand, self.env.puck
-    if phase == "reach": return (*puck[:2], max(self.hover, hand[2] - 0.06)), -1
-    if phase == "descend": return (*puck[:2], self.grip), -1
-    if phase == "grasp": return (*(puck if env.opening > 0.6 else hand)[:2], self.grip), 1
-    if phase == "lift": return (*hand[:2], self.carry + 0.01), 1
-    if phase == "release": return (*hand[:2], self.grip + 0.004), -1
-    if phase == "rise": return (*hand[:2], self.carry), -1
-    way = np.subtract(env.rules.pads[env.target], puck[:2])  # carry, lower: centre the puck, not the hand
+    if phase == "reach":
+        return (*puck[:2], max(self.hover, hand[2] - 0.06)), -1
+    if phase == "descend":
+        return (*puck[:2], self.grip), -1
+    if phase == "grasp":
+        return (*(puck if env.opening > 0.6 else hand)[:2], self.grip), 1
+    if phase == "lift":
+        return (*hand[:2], self.carry + 0.01), 1
+    if phase == "release":
+        return (*hand[:2], self.grip + 0.004), -1
+    if phase == "rise":
+        return (*hand[:2], self.carry), -1
+    # carry, lower: centre the puck, not the hand
+    way = np.subtract(env.rules.pads[env.target], puck[:2])
     down = self.grip if np.linalg.norm(way) < 0.03 else hand[2]
     return (*(hand[:2] + way), self.carry if phase == "carry" else down), 1
 
 # %% ../nbs/12_envs.ipynb #45378ee4
 @patch
 def next_phase(self: FlashPlaceExpert) -> str:
-    "The phase for the present state: the next one when a phase is done, `reach` when the puck is lost."
+    """The phase for the present state: the next one when a phase is done, `reach` when the
+    puck is lost.
+    """
     env, phase, hand, puck = self.env, self.phase, self.env.hand, self.env.puck
-    off, held = np.linalg.norm(hand[:2] - puck[:2]), np.linalg.norm(hand - puck - [0, 0, 0.048]) < 0.04
+    off, held = (
+        np.linalg.norm(hand[:2] - puck[:2]),
+        np.linalg.norm(hand - puck - [0, 0, 0.048]) < 0.04,
+    )
     left = np.linalg.norm(np.subtract(env.rules.pads[env.target], puck[:2]))
-    lost = {"lift": not held, "carry": not held, "lower": not held, "descend": off > 0.03 and hand[2] > 0.09,
-            "grasp": self.ticks >= 4 and not env.grasped, "rise": self.ticks > 4 and env.placed != env.target}
-    done = {"reach": off < 0.02 and hand[2] < self.hover + 0.03 and env.opening > 0.8,
-            "descend": hand[2] < self.grip + 0.008 and off < 0.015, "grasp": self.ticks >= 2 and env.grasped,
-            "lift": hand[2] > self.carry - 0.012, "carry": left < 0.02,
-            "lower": hand[2] < self.grip + 0.012 and left < 0.04, "release": env.opening > 0.8}
-    if lost.get(phase): return "reach"
+    lost = {
+        "lift": not held,
+        "carry": not held,
+        "lower": not held,
+        "descend": off > 0.03 and hand[2] > 0.09,
+        "grasp": self.ticks >= 4 and not env.grasped,
+        "rise": self.ticks > 4 and env.placed != env.target,
+    }
+    done = {
+        "reach": off < 0.02 and hand[2] < self.hover + 0.03 and env.opening > 0.8,
+        "descend": hand[2] < self.grip + 0.008 and off < 0.015,
+        "grasp": self.ticks >= 2 and env.grasped,
+        "lift": hand[2] > self.carry - 0.012,
+        "carry": left < 0.02,
+        "lower": hand[2] < self.grip + 0.012 and left < 0.04,
+        "release": env.opening > 0.8,
+    }
+    if lost.get(phase):
+        return "reach"
     return PHASES[PHASES.index(phase) + 1] if done.get(phase) else phase
 
 # %% ../nbs/12_envs.ipynb #a17ebdad
-def disturb(rng, ticks: int, scale: float, share: float = 0.25, burst: int = 3) -> np.ndarray:
-    """Noise (ticks, 4) for the executed actions of a demonstration: bursts of a constant push in x, y, z.
+def disturb(
+    rng, ticks: int, scale: float, share: float = 0.25, burst: int = 3
+) -> np.ndarray:
+    """Noise (ticks, 4) for the executed actions of a demonstration: bursts of a constant
+    push in x, y, z.
 
-    A burst starts with probability `share` / `burst` a tick, lasts `burst` ticks and is normal with standard deviation
+    A burst starts with probability `share` / `burst` a tick, lasts `burst` ticks and is
+    normal with standard deviation
     `scale` (in units of action); the gripper is spared.
     """
     noise = np.zeros((ticks, 4))
     for t in range(ticks):
         push = rng.normal(0, scale, 3)
-        if rng.random() < share / burst: noise[t:t + burst, :3] = push
+        if rng.random() < share / burst:
+            noise[t : t + burst, :3] = push
     return noise
 
 # %% ../nbs/12_envs.ipynb #072cad0b
-def demonstrate(env: FlashPlaceEnv, seed: int, noise: float = 0.0, goal: str | None = None) -> dict:
-    "One expert episode: frames (a list of obs), clean actions (ticks, 4), phases, puck path (ticks, 3), success, task."
+def demonstrate(
+    env: FlashPlaceEnv, seed: int, noise: float = 0.0, goal: str | None = None
+) -> dict:
+    """One expert episode: frames (a list of obs), clean actions (ticks, 4), phases, puck
+    path (ticks, 3), success, task.
+    """
     obs, info = env.reset(seed=seed, options={"goal": goal})
-    expert, push = FlashPlaceExpert(env), disturb(np.random.default_rng([seed, 1]), env.rules.max_ticks, noise)
+    expert, push = (
+        FlashPlaceExpert(env),
+        disturb(np.random.default_rng([seed, 1]), env.rules.max_ticks, noise),
+    )
     frames, actions, phases, pucks, over = [], [], [], [], False
     while not over:
         action = expert.act()
-        frames.append(obs), actions.append(action), phases.append(expert.phase), pucks.append(env.puck)
+        (
+            frames.append(obs),
+            actions.append(action),
+            phases.append(expert.phase),
+            pucks.append(env.puck),
+        )
         obs, _, terminated, truncated, info = env.step(action + push[len(actions) - 1])
         over = terminated or truncated
-    return dict(frames=frames, actions=np.stack(actions), phases=phases, pucks=np.stack(pucks),
-                success=info["is_success"], info=info, task=env.task_description, seed=seed)
+    return dict(
+        frames=frames,
+        actions=np.stack(actions),
+        phases=phases,
+        pucks=np.stack(pucks),
+        success=info["is_success"],
+        info=info,
+        task=env.task_description,
+        seed=seed,
+    )
 
 # %% ../nbs/12_envs.ipynb #6ed1fc35
 def expert_success(seeds, noise: float = 0.0) -> dict:
-    "Run the expert on `seeds` without pictures: success, ticks and the first ticks of lift (each (len(seeds),))."
+    """Run the expert on `seeds` without pictures: success, ticks and the first ticks of
+    lift (each (len(seeds),)).
+    """
     blind = FlashPlaceEnv(cameras=())
     runs = [demonstrate(blind, seed, noise) for seed in seeds]
-    return {"success": np.array([r["success"] for r in runs]), "ticks": np.array([len(r["actions"]) for r in runs]),
-            "lift": np.array([r["phases"].index("lift") for r in runs])}
+    return {
+        "success": np.array([r["success"] for r in runs]),
+        "ticks": np.array([len(r["actions"]) for r in runs]),
+        "lift": np.array([r["phases"].index("lift") for r in runs]),
+    }
 
 # %% ../nbs/12_envs.ipynb #f7581952
 class FreezeUntilReset(FreezeAfterEpisodeEnd):
     "LeRobot's freeze of a finished episode, thawed by any reset that names a seed."
+
     def reset(self, *, seed=None, options=None):
-        if seed is not None: options = {**(options or {}), NEW_ROLLOUT_OPTION: True}
+        if seed is not None:
+            options = {**(options or {}), NEW_ROLLOUT_OPTION: True}
         return super().reset(seed=seed, options=options)
 
 # %% ../nbs/12_envs.ipynb #e9defcb9
 def make_one(**kwargs) -> gym.Env:
-    "One environment of a vector: a module-level function, so that worker processes can unpickle it."
+    """One environment of a vector: a module-level function, so that worker processes can
+    unpickle it.
+    """
     return FreezeUntilReset(FlashPlaceEnv(**kwargs))
 
 # %% ../nbs/12_envs.ipynb #3db9c8c0
 @dataclass
 class FlashPlaceEnvConfig(EnvConfig):
     "LeRobot's description of `flash_place` (`--env.type=flash_place`)."
+
     task: str | None = "flash_place"
     fps: int = 10
     image_size: int = 112  # pixels, both cameras
     render_size: int = 224  # pixels, of the videos
-    features: dict[str, PolicyFeature] = field(default_factory=lambda: {
-        ACTION: PolicyFeature(FeatureType.ACTION, (4,)), "agent_pos": PolicyFeature(FeatureType.STATE, (4,))})
-    features_map: dict[str, str] = field(default_factory=lambda: {
-        ACTION: ACTION, "agent_pos": OBS_STATE, **{f"pixels/{name}": f"{OBS_IMAGES}.{name}" for name in CAMERAS}})
+    features: dict[str, PolicyFeature] = field(
+        default_factory=lambda: {
+            ACTION: PolicyFeature(FeatureType.ACTION, (4,)),
+            "agent_pos": PolicyFeature(FeatureType.STATE, (4,)),
+        }
+    )
+    features_map: dict[str, str] = field(
+        default_factory=lambda: {
+            ACTION: ACTION,
+            "agent_pos": OBS_STATE,
+            **{f"pixels/{name}": f"{OBS_IMAGES}.{name}" for name in CAMERAS},
+        }
+    )
 
     def __post_init__(self):
-        if self.fps != FlashPlaceSpec().fps: raise ValueError(f"fps is {self.fps}: flash_place runs at {FlashPlaceSpec().fps}")
+        if self.fps != FlashPlaceSpec().fps:
+            raise ValueError(
+                f"fps is {self.fps}: flash_place runs at {FlashPlaceSpec().fps}"
+            )
         shape = (self.image_size, self.image_size, 3)
-        self.features |= {f"pixels/{name}": PolicyFeature(FeatureType.VISUAL, shape) for name in CAMERAS}
+        self.features |= {
+            f"pixels/{name}": PolicyFeature(FeatureType.VISUAL, shape) for name in CAMERAS
+        }
 
     @property
-    def gym_kwargs(self) -> dict: return {"image_size": self.image_size, "render_size": self.render_size}
+    def gym_kwargs(self) -> dict:
+        return {"image_size": self.image_size, "render_size": self.render_size}
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
-        "`{'flash_place': {0: vector}}` with `n_envs` independent environments, in worker processes if `use_async_envs`."
-        if n_envs < 1: raise ValueError(f"n_envs is {n_envs}: use at least 1")
-        makers, mode = [functools.partial(make_one, **self.gym_kwargs)] * n_envs, gym.vector.AutoresetMode.NEXT_STEP
-        if use_async_envs and n_envs > 1: vector = gym.vector.AsyncVectorEnv(makers, context="forkserver", autoreset_mode=mode)
-        else: vector = gym.vector.SyncVectorEnv(makers, autoreset_mode=mode)
+        """`{'flash_place': {0: vector}}` with `n_envs` independent environments, in worker
+        processes if `use_async_envs`.
+        """
+        if n_envs < 1:
+            raise ValueError(f"n_envs is {n_envs}: use at least 1")
+        makers, mode = (
+            [functools.partial(make_one, **self.gym_kwargs)] * n_envs,
+            gym.vector.AutoresetMode.NEXT_STEP,
+        )
+        if use_async_envs and n_envs > 1:
+            vector = gym.vector.AsyncVectorEnv(
+                makers, context="forkserver", autoreset_mode=mode
+            )
+        else:
+            vector = gym.vector.SyncVectorEnv(makers, autoreset_mode=mode)
         return {"flash_place": {0: vector}}
 
 # %% ../nbs/12_envs.ipynb #ff751768
-if "flash_place" not in EnvConfig.get_known_choices(): EnvConfig.register_subclass("flash_place", FlashPlaceEnvConfig)
+if "flash_place" not in EnvConfig.get_known_choices():
+    EnvConfig.register_subclass("flash_place", FlashPlaceEnvConfig)
 
 # %% ../nbs/12_envs.ipynb #a4160757
 def dataset_features(image_size: int = 112) -> dict:
     "Features of the recorded dataset, in the format of `LeRobotDataset.create`."
-    image = {"dtype": "video", "shape": (image_size, image_size, 3), "names": ["height", "width", "channels"]}
+    image = {
+        "dtype": "video",
+        "shape": (image_size, image_size, 3),
+        "names": ["height", "width", "channels"],
+    }
     vector = lambda names: {"dtype": "float32", "shape": (4,), "names": names}
-    return {**{f"{OBS_IMAGES}.{name}": image for name in CAMERAS},
-            OBS_STATE: vector(["x", "y", "z", "gripper"]), ACTION: vector(["dx", "dy", "dz", "gripper"])}
+    return {
+        **{f"{OBS_IMAGES}.{name}": image for name in CAMERAS},
+        OBS_STATE: vector(["x", "y", "z", "gripper"]),
+        ACTION: vector(["dx", "dy", "dz", "gripper"]),
+    }
 
 # %% ../nbs/12_envs.ipynb #c9bb6d16
 def video_encoder():
-    "H.264 without chroma subsampling: a small puck keeps its colour; every second frame is a key frame, for random access."
+    """H.264 without chroma subsampling: a small puck keeps its colour; every second frame
+    is a key frame, for random access.
+    """
     from lerobot.configs.video import RGBEncoderConfig
-    return RGBEncoderConfig(vcodec="h264", pix_fmt="yuv444p", g=2, crf=14, preset="veryfast")
+
+    return RGBEncoderConfig(
+        vcodec="h264", pix_fmt="yuv444p", g=2, crf=14, preset="veryfast"
+    )
 
 # %% ../nbs/12_envs.ipynb #6a201038
 def open_dataset(root: Path, repo_id: str, image_size: int):
     "A `LeRobotDataset` in write mode: the one in `root` to be continued, or a new one."
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
     options = dict(rgb_encoder=video_encoder(), encoder_threads=1)
-    if (root / "meta/info.json").exists(): return LeRobotDataset.resume(repo_id, root, **options)
-    return LeRobotDataset.create(repo_id, FlashPlaceSpec().fps, dataset_features(image_size), root, robot_type="sawyer", **options)
+    if (root / "meta/info.json").exists():
+        return LeRobotDataset.resume(repo_id, root, **options)
+    return LeRobotDataset.create(
+        repo_id,
+        FlashPlaceSpec().fps,
+        dataset_features(image_size),
+        root,
+        robot_type="sawyer",
+        **options,
+    )
 
 # %% ../nbs/12_envs.ipynb #ca1f9f3e
 @contextlib.contextmanager
 def quiet():
-    "Silence the video encoder's and `datasets`' chatter, which would bury the progress bar."
-    import av, datasets
+    """Silence the video encoder's and `datasets`' chatter, which would bury the progress
+    bar.
+    """
+    import av
+    import datasets
+
     av.logging.set_libav_level(av.logging.ERROR), datasets.disable_progress_bars()
-    try: yield
-    finally: av.logging.set_libav_level(av.logging.INFO), datasets.enable_progress_bars()
+    try:
+        yield
+    finally:
+        av.logging.set_libav_level(av.logging.INFO), datasets.enable_progress_bars()
 
 # %% ../nbs/12_envs.ipynb #e7a6dcc6
 def add_episode(dataset, episode: dict):
     "Append one episode of `demonstrate` to a dataset in write mode."
     for obs, action in zip(episode["frames"], episode["actions"]):
-        dataset.add_frame({**{f"{OBS_IMAGES}.{name}": obs["pixels"][name] for name in CAMERAS},
-                           OBS_STATE: obs["agent_pos"], ACTION: action, "task": episode["task"]})
-    with quiet(): dataset.save_episode(parallel_encoding=False)
+        dataset.add_frame(
+            {
+                **{f"{OBS_IMAGES}.{name}": obs["pixels"][name] for name in CAMERAS},
+                OBS_STATE: obs["agent_pos"],
+                ACTION: action,
+                "task": episode["task"],
+            }
+        )
+    with quiet():
+        dataset.save_episode(parallel_encoding=False)
 
 # %% ../nbs/12_envs.ipynb #b772debd
 CHECKPOINT = 50  # episodes between two checkpoints of a recording
-LOG = "meta/flash_place.json"  # settings, seeds used, episodes dropped, and whether a recording is under way
+# settings, seeds used, episodes dropped, and whether a recording is under way
+LOG = "meta/flash_place.json"
 
 # %% ../nbs/12_envs.ipynb #a6432ebf
 def write_json(path: Path, value):
@@ -534,120 +830,232 @@ def write_json(path: Path, value):
 
 # %% ../nbs/12_envs.ipynb #a449b7e8
 def save_checkpoint(root: Path):
-    "Remember the closed dataset in `root`: the names of its files, and a copy of those in `meta/` that change in place."
+    """Remember the closed dataset in `root`: the names of its files, and a copy of those in
+    `meta/` that change in place.
+    """
     keep, new = root / ".checkpoint", root / ".checkpoint.new"
     shutil.rmtree(new, ignore_errors=True)
-    files = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and keep not in p.parents)
+    files = sorted(
+        str(p.relative_to(root))
+        for p in root.rglob("*")
+        if p.is_file() and keep not in p.parents
+    )
     (new / "meta").mkdir(parents=True)
-    for path in (root / "meta").glob("*.*"): shutil.copy2(path, new / "meta")
+    for path in (root / "meta").glob("*.*"):
+        shutil.copy2(path, new / "meta")
     write_json(new / "files.json", files)
     shutil.rmtree(keep, ignore_errors=True)
     new.rename(keep)
 
 # %% ../nbs/12_envs.ipynb #8068a414
 def restore_checkpoint(root: Path):
-    "Bring the dataset in `root`, left open by a killed recording, back to its last checkpoint (or to nothing)."
+    """Bring the dataset in `root`, left open by a killed recording, back to its last
+    checkpoint (or to nothing).
+    """
     keep = root / ".checkpoint"
-    if not (keep / "files.json").exists(): return shutil.rmtree(root)
+    if not (keep / "files.json").exists():
+        return shutil.rmtree(root)
     files = set(json.loads((keep / "files.json").read_text()))
     for path in [p for p in root.rglob("*") if p.is_file() and keep not in p.parents]:
-        if str(path.relative_to(root)) not in files: path.unlink()
-    for path in (keep / "meta").iterdir(): shutil.copy2(path, root / "meta")
+        if str(path.relative_to(root)) not in files:
+            path.unlink()
+    for path in (keep / "meta").iterdir():
+        shutil.copy2(path, root / "meta")
 
 # %% ../nbs/12_envs.ipynb #16b3d7a7
 @contextlib.contextmanager
 def stop_gently():
-    "Within this block SIGINT and SIGTERM only set the event that it yields; in another thread than the main one, nothing changes."
+    """Within this block SIGINT and SIGTERM only set the event that it yields; in another
+    thread than the main one, nothing changes.
+    """
     stop, main = threading.Event(), threading.current_thread() is threading.main_thread()
-    old = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
-    try: yield stop
+    old = (
+        {
+            s: signal.signal(s, lambda *_: stop.set())
+            for s in (signal.SIGINT, signal.SIGTERM)
+        }
+        if main
+        else {}
+    )
+    try:
+        yield stop
     finally:
-        for s, handler in old.items(): signal.signal(s, handler)
+        for s, handler in old.items():
+            signal.signal(s, handler)
 
 # %% ../nbs/12_envs.ipynb #f61ae279
 def open_log(root: Path, settings: dict) -> dict:
-    "The recording's log in `root`, after repairing a killed recording; `ValueError` if `root` holds something else."
-    if (root / LOG).exists() and json.loads((root / LOG).read_text())["open"]: restore_checkpoint(root)
+    """The recording's log in `root`, after repairing a killed recording; `ValueError` if
+    `root` holds something else.
+    """
+    if (root / LOG).exists() and json.loads((root / LOG).read_text())["open"]:
+        restore_checkpoint(root)
     if not (root / LOG).exists():
-        if root.exists() and any(root.iterdir()): raise ValueError(f"{root} holds files but no flash_place recording: choose an empty folder")
-        return {"settings": settings, "episodes": 0, "seeds": [], "dropped": [], "next": settings["seed"], "open": False}
+        if root.exists() and any(root.iterdir()):
+            raise ValueError(
+                f"{root} holds files but no flash_place recording: choose an empty folder"
+            )
+        return {
+            "settings": settings,
+            "episodes": 0,
+            "seeds": [],
+            "dropped": [],
+            "next": settings["seed"],
+            "open": False,
+        }
     log = json.loads((root / LOG).read_text())
     for name, value in settings.items():
         if log["settings"].get(name) != value:
-            raise ValueError(f"{root} was recorded with {name}={log['settings'].get(name)!r}, not {value!r}: choose another folder")
+            raise ValueError(
+                f"{root} was recorded with {name}={log['settings'].get(name)!r}, not"
+                f" {value!r}: choose another folder"
+            )
     return log
 
 # %% ../nbs/12_envs.ipynb #b7c1e0a2
 @contextlib.contextmanager
 def recording_lock(root: Path):
-    "Hold the folder `root` within this block. Raises `ValueError` while another recording does, or where nothing can be written."
+    """Hold the folder `root` within this block.
+
+    Raises `ValueError` while another recording does, or where nothing can be written.
+    """
     root, lock = root.absolute(), None
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root.with_name(f".{root.name}.lock"))
         lock.acquire(timeout=0)
-    except Timeout: raise ValueError(f"another recording into {root} is under way: wait for it, or choose another folder") from None
-    except OSError as e: raise ValueError(f"{root} cannot be written ({e.strerror}): choose another folder") from e
-    try: yield
-    finally: lock.release()
+    except Timeout:
+        raise ValueError(
+            f"another recording into {root} is under way: wait for it, or choose another"
+            " folder"
+        ) from None
+    except OSError as e:
+        raise ValueError(
+            f"{root} cannot be written ({e.strerror}): choose another folder"
+        ) from e
+    try:
+        yield
+    finally:
+        lock.release()
 
 # %% ../nbs/12_envs.ipynb #b7c1e0a3
 def finished(root: Path, settings: dict, episodes: int) -> bool:
-    "Whether `root` holds a closed recording of at least `episodes`. Raises `ValueError` for one with other settings."
-    if not (root / LOG).exists() or json.loads((root / LOG).read_text())["open"]: return False
+    """Whether `root` holds a closed recording of at least `episodes`.
+
+    Raises `ValueError` for one with other settings.
+    """
+    if not (root / LOG).exists() or json.loads((root / LOG).read_text())["open"]:
+        return False
     return open_log(root, settings)["episodes"] >= episodes
 
 # %% ../nbs/12_envs.ipynb #9d7607c2
 def record_some(env, dataset, log: dict, episodes: int, root: Path, bar, stop):
-    "Record until `dataset` holds `episodes` episodes or `stop` is set; failed episodes are dropped and counted in `log`."
+    """Record until `dataset` holds `episodes` episodes or `stop` is set; failed episodes
+    are dropped and counted in `log`.
+    """
     while dataset.num_episodes < episodes and not stop.is_set():
-        if log["next"] >= EVAL_SEED: raise ValueError(f"seed {log['next']} is reserved for evaluation: start from a smaller one")
+        if log["next"] >= EVAL_SEED:
+            raise ValueError(
+                f"seed {log['next']} is reserved for evaluation: start from a smaller one"
+            )
         episode = demonstrate(env, log["next"], log["settings"]["noise"])
         log["seeds" if episode["success"] else "dropped"].append(log["next"])
         log["next"] += 1
-        if episode["success"]: add_episode(dataset, episode), bar.update()
+        if episode["success"]:
+            add_episode(dataset, episode), bar.update()
     dataset.finalize()
     write_json(root / LOG, {**log, "episodes": dataset.num_episodes, "open": False})
     save_checkpoint(root)
 
 # %% ../nbs/12_envs.ipynb #d7647f17
-def record_demonstrations(root, episodes: int = 100, seed: int = 0, repo_id: str = "halo/flash_place",
-                          noise: float = 0.2, image_size: int = 112) -> Path:
-    """Record successful demonstrations into the LeRobotDataset at `root` until it holds `episodes`; return `root`.
+def record_demonstrations(
+    root,
+    episodes: int = 100,
+    seed: int = 0,
+    repo_id: str = "halo/flash_place",
+    noise: float = 0.2,
+    image_size: int = 112,
+) -> Path:
+    """Record successful demonstrations into the LeRobotDataset at `root` until it holds
+    `episodes`; return `root`.
 
-    Seeds run upwards from `seed` and stay below `EVAL_SEED`. What is there already is reused; an interrupted recording is
+    Seeds run upwards from `seed` and stay below `EVAL_SEED`. What is there already is
+    reused; an interrupted recording is
     loadable and is continued by the same call. `KeyboardInterrupt` after an interruption.
     """
     from tqdm.auto import tqdm
+
     root, settings = Path(root), {"seed": seed, "noise": noise, "image_size": image_size}
-    if finished(root, settings, episodes): return root
+    if finished(root, settings, episodes):
+        return root
     with contextlib.ExitStack() as held:
         held.enter_context(recording_lock(root))
         log = open_log(root, settings)
-        env, done = held.enter_context(contextlib.closing(FlashPlaceEnv(image_size))), log["episodes"]
-        bar = tqdm(total=episodes, initial=min(done, episodes), desc="demonstrations", unit="episode")
+        env, done = (
+            held.enter_context(contextlib.closing(FlashPlaceEnv(image_size))),
+            log["episodes"],
+        )
+        bar = tqdm(
+            total=episodes,
+            initial=min(done, episodes),
+            desc="demonstrations",
+            unit="episode",
+        )
         held.enter_context(contextlib.closing(bar))
         stop = held.enter_context(stop_gently())
         while done < episodes and not stop.is_set():
-            if not done: shutil.rmtree(root, ignore_errors=True)  # LeRobot cannot continue an empty dataset
+            # LeRobot cannot continue an empty dataset
+            if not done:
+                shutil.rmtree(root, ignore_errors=True)
             dataset = open_dataset(root, repo_id, image_size)
             write_json(root / LOG, {**log, "open": True})
-            record_some(env, dataset, log, min(episodes, done + CHECKPOINT), root, bar, stop)
+            record_some(
+                env, dataset, log, min(episodes, done + CHECKPOINT), root, bar, stop
+            )
             done = log["episodes"] = dataset.num_episodes
-    if done < episodes: raise KeyboardInterrupt(f"{done} of {episodes} demonstrations are in {root}; the same call goes on from there")
+    if done < episodes:
+        raise KeyboardInterrupt(
+            f"{done} of {episodes} demonstrations are in {root}; the same call goes on from"
+            " there"
+        )
     return root
 
 # %% ../nbs/12_envs.ipynb #7a8db121
 def main(arguments=None):
-    "Command line of the recorder; exit status 130 after an interruption, 1 with a sentence where nothing can be recorded."
-    parser = argparse.ArgumentParser(prog="python -m halo.envs", description="Record demonstrations of flash_place.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--root", type=Path, required=True, help="folder of the LeRobotDataset; an unfinished one is continued")
-    parser.add_argument("--episodes", type=int, default=100, help="episodes the dataset shall hold")
-    parser.add_argument("--seed", type=int, default=0, help=f"first seed; seeds from {EVAL_SEED} on are for evaluation")
-    parser.add_argument("--noise", type=float, default=0.2, help="standard deviation of the pushes, in units of action")
-    parser.add_argument("--image-size", type=int, default=112, help="pixels a side, both cameras")
-    try: record_demonstrations(**vars(parser.parse_args(arguments)))
+    """Command line of the recorder; exit status 130 after an interruption, 1 with a
+    sentence where nothing can be recorded.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m halo.envs",
+        description="Record demonstrations of flash_place.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        required=True,
+        help="folder of the LeRobotDataset; an unfinished one is continued",
+    )
+    parser.add_argument(
+        "--episodes", type=int, default=100, help="episodes the dataset shall hold"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help=f"first seed; seeds from {EVAL_SEED} on are for evaluation",
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.2,
+        help="standard deviation of the pushes, in units of action",
+    )
+    parser.add_argument(
+        "--image-size", type=int, default=112, help="pixels a side, both cameras"
+    )
+    try:
+        record_demonstrations(**vars(parser.parse_args(arguments)))
     except KeyboardInterrupt as e:
         print(f"interrupted: {e}", file=sys.stderr)
         sys.exit(130)
@@ -656,4 +1064,6 @@ def main(arguments=None):
         sys.exit(1)
 
 # %% ../nbs/12_envs.ipynb #cf51f60a
-if __name__ == "__main__" and globals().get("__spec__") is not None: main()  # python -m, but not a notebook
+# python -m, but not a notebook
+if __name__ == "__main__" and globals().get("__spec__") is not None:
+    main()

@@ -4,16 +4,30 @@
 
 # %% ../nbs/13_evaluate.ipynb #be3e692a
 from __future__ import annotations
-import contextlib, hashlib, importlib.metadata, inspect, io, json, math, platform, sys, time
+
+import contextlib
+import hashlib
+import importlib.metadata
+import inspect
+import io
+import json
+import math
+import platform
+import sys
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-import draccus, numpy as np, torch
+
+import draccus
+import numpy as np
+import torch
 from lerobot.envs.factory import make_env, make_env_pre_post_processors
 from lerobot.envs.utils import NEW_ROLLOUT_OPTION, preprocess_observation
 from lerobot.policies.factory import make_pre_post_processors
-from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from lerobot.utils.constants import ACTION
 from tqdm.auto import tqdm
-import halo.processor_halo   # registers the tokenizer step that saved processors name
+
+import halo.processor_halo  # registers the tokenizer step that saved processors name
 from .files import locate, shown
 from .modeling_halo import HaloPolicy
 
@@ -24,8 +38,15 @@ __all__ = ['wilson', 'rate', 'sha256', 'config_hash', 'checkpoint_hash', 'versio
 
 # %% ../nbs/13_evaluate.ipynb #06cee2fd
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    "Wilson's interval (lo, hi) of a success rate, in [0, 1]. Raises `ValueError` unless 0 <= successes <= n and n > 0."
-    if n <= 0 or not 0 <= successes <= n: raise ValueError(f"{successes} successes in {n} episodes have no rate; give 0 <= successes <= n and n > 0")
+    """Wilson's interval (lo, hi) of a success rate, in [0, 1].
+
+    Raises `ValueError` unless 0 <= successes <= n and n > 0.
+    """
+    if n <= 0 or not 0 <= successes <= n:
+        raise ValueError(
+            f"{successes} successes in {n} episodes have no rate; give 0 <= successes <= n"
+            " and n > 0"
+        )
     p, w = successes / n, z * z / n
     centre, half = p + w / 2, math.sqrt(w * p * (1 - p) + w * w / 4)
     return max(0.0, (centre - half) / (1 + w)), min(1.0, (centre + half) / (1 + w))
@@ -42,32 +63,60 @@ def sha256(*parts: bytes | Path) -> str:
     "Hexadecimal SHA-256 of bytes and files, one after the other."
     h = hashlib.sha256()
     for p in parts:
-        if isinstance(p, bytes): h.update(p)
+        if isinstance(p, bytes):
+            h.update(p)
         else:
             with open(p, 'rb') as f:
-                while block := f.read(1 << 20): h.update(block)
+                while block := f.read(1 << 20):
+                    h.update(block)
     return h.hexdigest()
 
 # %% ../nbs/13_evaluate.ipynb #1dca32df
 def config_hash(config) -> str:
-    "SHA-256 of a policy configuration, without what depends on the machine (device, folder)."
-    fields = {k: v for k, v in draccus.encode(config).items() if k not in ('device', 'pretrained_path')}
+    """SHA-256 of a policy configuration, without what depends on the machine (device,
+    folder).
+    """
+    fields = {
+        k: v
+        for k, v in draccus.encode(config).items()
+        if k not in ('device', 'pretrained_path')
+    }
     return sha256(json.dumps(fields, sort_keys=True).encode())
 
 # %% ../nbs/13_evaluate.ipynb #bc6b46f2
 def checkpoint_hash(policy) -> str:
-    "SHA-256 of the checkpoint's `model.safetensors`, or, for a policy that was not loaded from a folder, of names and bytes of its weights."
+    """SHA-256 of the checkpoint's `model.safetensors`, or, for a policy that was not loaded
+    from a folder, of names and bytes of its weights.
+    """
     file = Path(policy.config.pretrained_path or '') / 'model.safetensors'
-    if policy.config.pretrained_path and file.exists(): return sha256(file)
-    weights = ((k, v.detach().cpu().contiguous()) for k, v in sorted(policy.state_dict().items()))
-    return sha256(*(b for k, v in weights for b in (k.encode(), v.reshape(-1).view(torch.uint8).numpy().tobytes())))
+    if policy.config.pretrained_path and file.exists():
+        return sha256(file)
+    weights = (
+        (k, v.detach().cpu().contiguous()) for k, v in sorted(policy.state_dict().items())
+    )
+    return sha256(
+        *(
+            b
+            for k, v in weights
+            for b in (k.encode(), v.reshape(-1).view(torch.uint8).numpy().tobytes())
+        )
+    )
 
 # %% ../nbs/13_evaluate.ipynb #a21e2d83
 def versions() -> dict[str, str]:
     "Versions of what the numbers depend on."
     found = {'python': platform.python_version()}
-    for p in ('lerobot', 'torch', 'transformers', 'numpy', 'gymnasium', 'mujoco', 'metaworld'):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError): found[p] = importlib.metadata.version(p)
+    for p in (
+        'lerobot',
+        'torch',
+        'transformers',
+        'numpy',
+        'gymnasium',
+        'mujoco',
+        'metaworld',
+    ):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[p] = importlib.metadata.version(p)
     return found
 
 # %% ../nbs/13_evaluate.ipynb #07e333d0
@@ -75,18 +124,43 @@ def conventions(policy, env_cfg, n_envs: int) -> dict:
     "Everything but seeds and outcomes that a success rate depends on, as JSON-able values."
     c, m = policy.config, policy.config.model
     return dict(
-        env=dict(type=env_cfg.type, **draccus.encode(env_cfg)), fps=env_cfg.fps, envs_per_batch=n_envs, versions=versions(),
-        policy=dict(type=c.type, config_sha256=config_hash(c), checkpoint_sha256=checkpoint_hash(policy), parameters=sum(p.numel() for p in policy.parameters())),
-        chunk=m.chunk, n_action_steps=c.n_action_steps, denoising=dict(steps=m.flow.steps, method=m.flow.method), history=asdict(m.sampling), salr=asdict(m.salr),
-        normalisation={k: getattr(v, 'value', v) for k, v in c.normalization_mapping.items()},
-        cameras={k: dict(shape=list(f.shape), role=c.roles[k]) for k, f in c.image_features.items()},
-        state=list(c.robot_state_feature.shape), action=list(c.action_feature.shape), device=str(next(policy.parameters()).device), dtype=m.dtype,
-        noise='standard normal from numpy default_rng([episode seed, tick]) for each call of the model')
+        env=dict(type=env_cfg.type, **draccus.encode(env_cfg)),
+        fps=env_cfg.fps,
+        envs_per_batch=n_envs,
+        versions=versions(),
+        policy=dict(
+            type=c.type,
+            config_sha256=config_hash(c),
+            checkpoint_sha256=checkpoint_hash(policy),
+            parameters=sum(p.numel() for p in policy.parameters()),
+        ),
+        chunk=m.chunk,
+        n_action_steps=c.n_action_steps,
+        denoising=dict(steps=m.flow.steps, method=m.flow.method),
+        history=asdict(m.sampling),
+        salr=asdict(m.salr),
+        normalisation={
+            k: getattr(v, 'value', v) for k, v in c.normalization_mapping.items()
+        },
+        cameras={
+            k: dict(shape=list(f.shape), role=c.roles[k])
+            for k, f in c.image_features.items()
+        },
+        state=list(c.robot_state_feature.shape),
+        action=list(c.action_feature.shape),
+        device=str(next(policy.parameters()).device),
+        dtype=m.dtype,
+        noise=(
+            'standard normal from numpy default_rng([episode seed, tick]) for each call of'
+            ' the model'
+        ),
+    )
 
 # %% ../nbs/13_evaluate.ipynb #29ebf890
 def write_whole(path: str | Path, data: bytes | str) -> Path:
     "Write a file under a temporary name, then rename it: a reader never sees half of it."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + '.tmp')
     tmp.write_bytes(data if isinstance(data, bytes) else data.encode())
     tmp.replace(path)
@@ -95,220 +169,436 @@ def write_whole(path: str | Path, data: bytes | str) -> Path:
 # %% ../nbs/13_evaluate.ipynb #798ce5dc
 @dataclass
 class EvalResult:
-    "Outcomes of a policy over seeds. `records[seed]` holds arrays of that episode: see `Recorder`."
-    episodes: list[dict]                                     # seed, success, ticks, task, inference_ms (one model call for the whole batch) and the environment's final info
+    """Outcomes of a policy over seeds.
+
+    `records[seed]` holds arrays of that episode: see `Recorder`.
+    """
+
+    # seed, success, ticks, task, inference_ms (one model call for the whole batch) and the
+    # environment's final info
+    episodes: list[dict]
     conventions: dict
-    seconds: float = 0.0                                     # wall time of the evaluation
+    seconds: float = 0.0  # wall time of the evaluation
     records: dict[int, dict[str, np.ndarray]] = field(default_factory=dict, repr=False)
 
     @property
-    def seeds(self) -> list[int]: return [e['seed'] for e in self.episodes]
+    def seeds(self) -> list[int]:
+        return [e['seed'] for e in self.episodes]
 
     @property
-    def success(self) -> dict: return rate(self.episodes)
+    def success(self) -> dict:
+        return rate(self.episodes)
 
     @property
     def goals(self) -> dict[str, dict]:
         "The rate of every instruction."
-        return {t: rate([e for e in self.episodes if e['task'] == t]) for t in sorted({e['task'] for e in self.episodes})}
+        return {
+            t: rate([e for e in self.episodes if e['task'] == t])
+            for t in sorted({e['task'] for e in self.episodes})
+        }
 
-    def episode(self, seed: int) -> dict: return next(e for e in self.episodes if e['seed'] == seed)
+    def episode(self, seed: int) -> dict:
+        return next(e for e in self.episodes if e['seed'] == seed)
 
 # %% ../nbs/13_evaluate.ipynb #bee66d28
 from fastcore.basics import patch
 
+
 @patch
 def save(self: EvalResult, path: str | Path) -> Path:
     "Write JSON to `path`, and recordings (if any) to the same name with `.npz`."
-    path, summary = Path(path), dict(success=self.success, goals=self.goals, prompts=sorted(self.goals), seeds=self.seeds, seconds=round(self.seconds, 1))
+    path, summary = (
+        Path(path),
+        dict(
+            success=self.success,
+            goals=self.goals,
+            prompts=sorted(self.goals),
+            seeds=self.seeds,
+            seconds=round(self.seconds, 1),
+        ),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     if self.records:
         tmp = path.with_suffix('.npz.tmp')
-        with tmp.open('wb') as f: np.savez_compressed(f, **{f'{seed}/{k}': v for seed, r in self.records.items() for k, v in r.items()})
+        with tmp.open('wb') as f:
+            np.savez_compressed(
+                f,
+                **{
+                    f'{seed}/{k}': v
+                    for seed, r in self.records.items()
+                    for k, v in r.items()
+                },
+            )
         tmp.replace(path.with_suffix('.npz'))
-    return write_whole(path, json.dumps(summary | dict(conventions=self.conventions, episodes=self.episodes), indent=1))
+    return write_whole(
+        path,
+        json.dumps(
+            summary | dict(conventions=self.conventions, episodes=self.episodes), indent=1
+        ),
+    )
 
 # %% ../nbs/13_evaluate.ipynb #5e0e7bf3
 @patch(cls_method=True)
 def load(cls: EvalResult, path: str | Path) -> EvalResult:
     "Read what `save` wrote. Raises `ValueError` for a file that is not a result."
-    try: d = json.loads(Path(path).read_text()); out = cls(d['episodes'], d['conventions'], d['seconds'])
-    except (ValueError, KeyError) as e: raise ValueError(f"{path} is not an evaluation result ({e!r}); delete it and evaluate again") from e
+    try:
+        d = json.loads(Path(path).read_text())
+        out = cls(d['episodes'], d['conventions'], d['seconds'])
+    except (ValueError, KeyError) as e:
+        raise ValueError(
+            f"{path} is not an evaluation result ({e!r}); delete it and evaluate again"
+        ) from e
     if (npz := Path(path).with_suffix('.npz')).exists():
         with np.load(npz, allow_pickle=False) as f:
-            for name in f.files: out.records.setdefault(int(name.split('/')[0]), {})[name.split('/', 1)[1]] = f[name]
+            for name in f.files:
+                out.records.setdefault(int(name.split('/')[0]), {})[
+                    name.split('/', 1)[1]
+                ] = f[name]
     return out
 
 # %% ../nbs/13_evaluate.ipynb #556e0c25
 def open_envs(env_cfg, n_envs: int):
-    "The vector environment of a configuration. Raises `ValueError` if it names several tasks."
-    found = [v for tasks in make_env(env_cfg, n_envs=n_envs).values() for v in tasks.values()]
-    if len(found) != 1: raise ValueError(f"{env_cfg.type!r} makes {len(found)} tasks; evaluate them one by one (set env.task)")
+    """The vector environment of a configuration.
+
+    Raises `ValueError` if it names several tasks.
+    """
+    found = [
+        v for tasks in make_env(env_cfg, n_envs=n_envs).values() for v in tasks.values()
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"{env_cfg.type!r} makes {len(found)} tasks; evaluate them one by one (set"
+            " env.task)"
+        )
     return found[0]
 
 # %% ../nbs/13_evaluate.ipynb #c0310358
 def split_seeds(seeds: list[int], n_envs: int) -> list[list[int]]:
     "Batches of at most `n_envs` seeds, as equal in size as can be."
     seeds = [int(s) for s in seeds]
-    if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds must be different and at least one; got {seeds[:10]}")
-    if n_envs < 1: raise ValueError(f"n_envs={n_envs} must be at least 1")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be different and at least one; got {seeds[:10]}")
+    if n_envs < 1:
+        raise ValueError(f"n_envs={n_envs} must be at least 1")
     size = math.ceil(len(seeds) / math.ceil(len(seeds) / n_envs))
-    return [seeds[i:i + size] for i in range(0, len(seeds), size)]
+    return [seeds[i : i + size] for i in range(0, len(seeds), size)]
 
 # %% ../nbs/13_evaluate.ipynb #b6408feb
 def episode_noise(seeds: list[int], tick: int, shape: tuple[int, int]) -> torch.Tensor:
     "Standard normal noise (b, s, d) for the episodes `seeds` at `tick`."
-    return torch.from_numpy(np.stack([np.random.default_rng([s, tick]).standard_normal(shape, np.float32) for s in seeds]))
+    return torch.from_numpy(
+        np.stack(
+            [
+                np.random.default_rng([s, tick]).standard_normal(shape, np.float32)
+                for s in seeds
+            ]
+        )
+    )
 
 # %% ../nbs/13_evaluate.ipynb #8514a91c
 @contextlib.contextmanager
 def watch(policy, calls: list):
     "While open, every model call appends (seconds, normalised chunk (b, s, d)) to `calls`."
     original = policy.predict_action_chunk
+
     def timed(*args, **kwargs):
-        start = time.perf_counter(); out = original(*args, **kwargs); chunk = out.detach().float().cpu()
+        start = time.perf_counter()
+        out = original(*args, **kwargs)
+        chunk = out.detach().float().cpu()
         calls.append((time.perf_counter() - start, chunk))
         return out
+
     policy.predict_action_chunk = timed
-    try: yield calls
-    finally: del policy.predict_action_chunk
+    try:
+        yield calls
+    finally:
+        del policy.predict_action_chunk
 
 # %% ../nbs/13_evaluate.ipynb #f3dd9511
 def row_info(info: dict, row: int) -> dict:
-    "The plain numbers of a vectorised `info` for one row; `final_info` wins where that row has one."
-    out = {k: v[row].item() for k, v in info.items() if isinstance(v, np.ndarray) and not k.startswith('_') and v.dtype.kind in 'biuf' and v.ndim == 1}
+    """The plain numbers of a vectorised `info` for one row; `final_info` wins where that
+    row has one.
+    """
+    out = {
+        k: v[row].item()
+        for k, v in info.items()
+        if isinstance(v, np.ndarray)
+        and not k.startswith('_')
+        and v.dtype.kind in 'biuf'
+        and v.ndim == 1
+    }
     final, has = info.get('final_info'), info.get('_final_info')
-    if isinstance(final, dict) and (has is None or has[row]): out |= row_info(final, row)
-    elif final is not None and not isinstance(final, dict) and final[row] is not None: out |= {k: np.asarray(v).item() for k, v in final[row].items() if np.ndim(v) == 0 and np.asarray(v).dtype.kind in 'biuf'}
+    if isinstance(final, dict) and (has is None or has[row]):
+        out |= row_info(final, row)
+    elif final is not None and not isinstance(final, dict) and final[row] is not None:
+        out |= {
+            k: np.asarray(v).item()
+            for k, v in final[row].items()
+            if np.ndim(v) == 0 and np.asarray(v).dtype.kind in 'biuf'
+        }
     return out
 
 # %% ../nbs/13_evaluate.ipynb #0f98e26d
 class Recorder:
-    """Arrays of chosen episodes. Per tick: `frames.CAMERA` (T, H, W, 3) uint8, `scene` (T, h, w, 3) the environment's own picture, `state` (T, d), `action` (T, d) as executed,
-    `info.NAME` (T,) after the action. Per model call: `chunk_ticks` (C,), `chunks` (C, s, d) in the environment's units."""
-    def __init__(self, batch: list[int], wanted): self.rows, self.data = {r: s for r, s in enumerate(batch) if s in set(wanted)}, {}
+    """Arrays of chosen episodes. Per tick: `frames.CAMERA` (T, H, W, 3) uint8, `scene` (T,
+    h, w, 3) the environment's own picture, `state` (T, d), `action` (T, d) as executed,
+    `info.NAME` (T,) after the action. Per model call: `chunk_ticks` (C,), `chunks` (C, s,
+    d) in the environment's units.
+    """
+
+    def __init__(self, batch: list[int], wanted):
+        self.rows, self.data = {r: s for r, s in enumerate(batch) if s in set(wanted)}, {}
 
     def add(self, seed: int, **values):
-        for k, v in values.items(): self.data.setdefault(seed, {}).setdefault(k, []).append(np.array(v))
+        for k, v in values.items():
+            self.data.setdefault(seed, {}).setdefault(k, []).append(np.array(v))
 
-    def arrays(self) -> dict[int, dict[str, np.ndarray]]: return {s: {k: np.stack(v) for k, v in d.items()} for s, d in self.data.items()}
+    def arrays(self) -> dict[int, dict[str, np.ndarray]]:
+        return {s: {k: np.stack(v) for k, v in d.items()} for s, d in self.data.items()}
 
 # %% ../nbs/13_evaluate.ipynb #8dfe12fa
 @patch
 def see(self: Recorder, vec, obs: dict, alive) -> None:
     "Keep this tick's observation of the recorded rows that still run."
-    pixels = obs['pixels'] if isinstance(obs.get('pixels'), dict) else {'image': obs['pixels']}
+    pixels = (
+        obs['pixels'] if isinstance(obs.get('pixels'), dict) else {'image': obs['pixels']}
+    )
     for row, seed in self.rows.items():
-        if not alive[row]: continue
-        self.add(seed, state=obs['agent_pos'][row], **{f'frames.{k}': v[row] for k, v in pixels.items()})
-        if hasattr(vec, 'envs'): self.add(seed, scene=vec.envs[row].render())
+        if not alive[row]:
+            continue
+        self.add(
+            seed,
+            state=obs['agent_pos'][row],
+            **{f'frames.{k}': v[row] for k, v in pixels.items()},
+        )
+        if hasattr(vec, 'envs'):
+            self.add(seed, scene=vec.envs[row].render())
 
+# %% ../nbs/13_evaluate.ipynb #d247b17e
 @patch
 def act(self: Recorder, action: np.ndarray, info: dict, alive) -> None:
     "Keep the executed actions (b, d) and what the environment said."
     for row, seed in self.rows.items():
-        if alive[row]: self.add(seed, action=action[row], **{f'info.{k}': v for k, v in row_info(info, row).items()})
+        if alive[row]:
+            self.add(
+                seed,
+                action=action[row],
+                **{f'info.{k}': v for k, v in row_info(info, row).items()},
+            )
+
 
 @patch
 def plan(self: Recorder, tick: int, chunk: np.ndarray, alive) -> None:
     "Keep a predicted chunk (b, s, d)."
     for row, seed in self.rows.items():
-        if alive[row]: self.add(seed, chunk_ticks=tick, chunks=chunk[row])
+        if alive[row]:
+            self.add(seed, chunk_ticks=tick, chunks=chunk[row])
 
 # %% ../nbs/13_evaluate.ipynb #2e6d4a39
-def choose_action(policy, pre, post, env_pre, env_post, obs: dict, tasks: list[str], noise=None) -> np.ndarray:
-    "Actions (b, d) in the environment's units for raw observations of a vector environment."
+def choose_action(
+    policy, pre, post, env_pre, env_post, obs: dict, tasks: list[str], noise=None
+) -> np.ndarray:
+    """Actions (b, d) in the environment's units for raw observations of a vector
+    environment.
+    """
     batch = preprocess_observation(obs)
     batch['task'] = tasks
     batch = pre(env_pre(batch))
-    with torch.inference_mode(): action = policy.select_action(batch, **({} if noise is None else dict(noise=noise)))
+    with torch.inference_mode():
+        action = policy.select_action(batch, **({} if noise is None else dict(noise=noise)))
     return env_post({ACTION: post(action)})[ACTION].to('cpu').numpy()
 
 # %% ../nbs/13_evaluate.ipynb #d386fbd7
 def batch_noise(policy, seeds: list[int], tick: int):
-    "Noise for `select_action` on the policy's device, or None for a policy that takes none."
-    if 'noise' not in inspect.signature(policy.select_action).parameters or not hasattr(policy.config, 'model'): return None
-    return episode_noise(seeds, tick, (policy.config.model.chunk, policy.config.model.max_action_dim)).to(next(policy.parameters()).device)
+    """Noise for `select_action` on the policy's device, or None for a policy that takes
+    none.
+    """
+    if 'noise' not in inspect.signature(policy.select_action).parameters or not hasattr(
+        policy.config, 'model'
+    ):
+        return None
+    return episode_noise(
+        seeds, tick, (policy.config.model.chunk, policy.config.model.max_action_dim)
+    ).to(next(policy.parameters()).device)
 
 # %% ../nbs/13_evaluate.ipynb #34fe0b04
-def run_batch(policy, pre, post, vec, env_processors, batch: list[int], record=(), on_tick=None) -> tuple[list[dict], dict]:
-    "Roll out one episode per seed in `batch` (at most `vec.num_envs`; spare rows repeat the last seed). Returns episodes and recordings."
+def run_batch(
+    policy, pre, post, vec, env_processors, batch: list[int], record=(), on_tick=None
+) -> tuple[list[dict], dict]:
+    """Roll out one episode per seed in `batch` (at most `vec.num_envs`; spare rows repeat
+    the last seed). Returns episodes and recordings.
+    """
     n, seeds = len(batch), batch + batch[-1:] * (vec.num_envs - len(batch))
-    policy.eval(); policy.reset()
+    policy.eval()
+    policy.reset()
     obs, info = vec.reset(seed=seeds, options={NEW_ROLLOUT_OPTION: True})
-    limit, tasks, rec, calls = vec.call('_max_episode_steps')[0], list(vec.call('task_description')), Recorder(batch, record), []
+    limit, tasks, rec, calls = (
+        vec.call('_max_episode_steps')[0],
+        list(vec.call('task_description')),
+        Recorder(batch, record),
+        [],
+    )
     alive, out, planned = np.arange(vec.num_envs) < n, [None] * n, 0
     with watch(policy, calls):
         for tick in range(limit):
             rec.see(vec, obs, alive)
-            action = choose_action(policy, pre, post, *env_processors, obs, tasks, batch_noise(policy, seeds, tick))
-            if len(calls) > planned: planned = len(calls); rec.plan(tick, post(calls[-1][1]).numpy(), alive)
+            action = choose_action(
+                policy,
+                pre,
+                post,
+                *env_processors,
+                obs,
+                tasks,
+                batch_noise(policy, seeds, tick),
+            )
+            if len(calls) > planned:
+                planned = len(calls)
+                rec.plan(tick, post(calls[-1][1]).numpy(), alive)
             obs, _, terminated, truncated, info = vec.step(action)
             rec.act(action, info, alive)
-            for row in np.flatnonzero(alive & (terminated | truncated | (tick + 1 == limit))):
+            for row in np.flatnonzero(
+                alive & (terminated | truncated | (tick + 1 == limit))
+            ):
                 last = row_info(info, row)
-                out[row] = dict(seed=batch[row], success=bool(last.pop('is_success', False)), ticks=tick + 1, task=tasks[row], **{k: v for k, v in last.items() if k != 'tick'}); alive[row] = False
-            if on_tick: on_tick(tick + 1, out)
-            if not alive.any(): break
+                out[row] = dict(
+                    seed=batch[row],
+                    success=bool(last.pop('is_success', False)),
+                    ticks=tick + 1,
+                    task=tasks[row],
+                    **{k: v for k, v in last.items() if k != 'tick'},
+                )
+                alive[row] = False
+            if on_tick:
+                on_tick(tick + 1, out)
+            if not alive.any():
+                break
     ms = round(1000 * float(np.mean([s for s, _ in calls])), 2) if calls else None
     return [e | dict(inference_ms=ms) for e in out], rec.arrays()
 
 # %% ../nbs/13_evaluate.ipynb #a789739d
-def evaluate(policy, pre, post, env_cfg, seeds, n_envs: int = 10, record=(), progress: bool = True) -> EvalResult:
-    """Roll out `policy` once per seed in LeRobot environments made from `env_cfg`, `n_envs` at a time, as `lerobot-eval` does.
+def evaluate(
+    policy, pre, post, env_cfg, seeds, n_envs: int = 10, record=(), progress: bool = True
+) -> EvalResult:
+    """Roll out `policy` once per seed in LeRobot environments made from `env_cfg`, `n_envs`
+    at a time, as `lerobot-eval` does.
 
-    `pre`, `post`: the policy's processors. `record`: seeds whose episodes are kept whole. The same call gives the same episodes.
+    `pre`, `post`: the policy's processors. `record`: seeds whose episodes are kept whole.
+    The same call gives the same episodes.
     """
-    batches, start, episodes, records = split_seeds(seeds, n_envs), time.perf_counter(), [], {}
-    if strange := set(record) - {s for b in batches for s in b}: raise ValueError(f"record names seeds that are not evaluated: {sorted(strange)}")
-    vec, processors = open_envs(env_cfg, len(batches[0])), make_env_pre_post_processors(env_cfg, policy.config)
-    bar = tqdm(total=sum(map(len, batches)), desc='rollouts', unit='episode', disable=not progress, file=sys.stdout, mininterval=1)
-    def show(tick, out): bar.n = len(episodes) + sum(e is not None for e in out); bar.set_postfix(tick=tick, success=sum(e['success'] for e in episodes + [e for e in out if e]), refresh=False); bar.update(0)
+    batches, start, episodes, records = (
+        split_seeds(seeds, n_envs),
+        time.perf_counter(),
+        [],
+        {},
+    )
+    if strange := set(record) - {s for b in batches for s in b}:
+        raise ValueError(f"record names seeds that are not evaluated: {sorted(strange)}")
+    vec, processors = (
+        open_envs(env_cfg, len(batches[0])),
+        make_env_pre_post_processors(env_cfg, policy.config),
+    )
+    bar = tqdm(
+        total=sum(map(len, batches)),
+        desc='rollouts',
+        unit='episode',
+        disable=not progress,
+        file=sys.stdout,
+        mininterval=1,
+    )
+
+    def show(tick, out):
+        bar.n = len(episodes) + sum(e is not None for e in out)
+        bar.set_postfix(
+            tick=tick,
+            success=sum(e['success'] for e in episodes + [e for e in out if e]),
+            refresh=False,
+        )
+        bar.update(0)
+
     try:
         with torch.random.fork_rng():
             for batch in batches:
                 torch.manual_seed(batch[0])
-                new, arrays = run_batch(policy, pre, post, vec, processors, batch, record, show)
-                episodes += new; records |= arrays
-    finally: bar.close(); vec.close()
-    return EvalResult(episodes, conventions(policy, env_cfg, len(batches[0])), time.perf_counter() - start, records)
+                new, arrays = run_batch(
+                    policy, pre, post, vec, processors, batch, record, show
+                )
+                episodes += new
+                records |= arrays
+    finally:
+        bar.close()
+        vec.close()
+    return EvalResult(
+        episodes,
+        conventions(policy, env_cfg, len(batches[0])),
+        time.perf_counter() - start,
+        records,
+    )
 
 # %% ../nbs/13_evaluate.ipynb #f2000002
 def policy_folder(path: str | Path) -> Path:
-    """The folder that `path` means, if it holds a policy of LeRobot with its processors: whole, or as LoRA adapters.
+    """The folder that `path` means, if it holds a policy of LeRobot with its processors:
+    whole, or as LoRA adapters.
 
-    Raises `ValueError` naming what is missing, or saying that it is the record of a run only.
+    Raises `ValueError` naming what is missing, or saying that it is the record of a run
+    only.
     """
     folder = locate(path)
     adapters = (folder / 'adapter_config.json').is_file()
-    weights, record = 'adapter_model.safetensors' if adapters else 'model.safetensors', folder / 'provenance.json'
+    weights, record = (
+        ('adapter_model.safetensors' if adapters else 'model.safetensors'),
+        folder / 'provenance.json',
+    )
     if not (folder / weights).exists() and record.is_file():
         if said := json.loads(record.read_text(encoding='utf-8')).get('weights'):
-            raise ValueError(f"{shown(folder)} holds the record of a run, no weights: {said}")
-    for name in ('config.json', weights, 'policy_preprocessor.json', 'policy_postprocessor.json'):
+            raise ValueError(
+                f"{shown(folder)} holds the record of a run, no weights: {said}"
+            )
+    for name in (
+        'config.json',
+        weights,
+        'policy_preprocessor.json',
+        'policy_postprocessor.json',
+    ):
         if not (folder / name).exists():
             raise ValueError(
-                f"{shown(folder)} is not a policy folder: {name} is missing; train one (halo train, "
-                "lerobot-train) or copy it again")
+                f"{shown(folder)} is not a policy folder: {name} is missing; train one"
+                " (halo train, lerobot-train) or copy it again"
+            )
     return folder
 
 # %% ../nbs/13_evaluate.ipynb #e34c02ab
 def load_policy(folder: str | Path):
-    "Policy, preprocessor and postprocessor of a LeRobot policy folder. Raises `ValueError` if there is none, or for a truncated or foreign checkpoint."
+    """Policy, preprocessor and postprocessor of a LeRobot policy folder.
+
+    Raises `ValueError` if there is none, or for a truncated or foreign checkpoint.
+    """
     folder = policy_folder(folder)
-    with contextlib.redirect_stdout(io.StringIO()):   # LeRobot prints where it loads from
+    with contextlib.redirect_stdout(io.StringIO()):  # LeRobot prints where it loads from
         policy = HaloPolicy.from_pretrained(folder)
     policy.config.pretrained_path = folder
     device = {'device_processor': {'device': str(next(policy.parameters()).device)}}
-    return policy.eval(), *make_pre_post_processors(policy.config, pretrained_path=str(folder), preprocessor_overrides=device)
+    return policy.eval(), *make_pre_post_processors(
+        policy.config, pretrained_path=str(folder), preprocessor_overrides=device
+    )
 
 # %% ../nbs/13_evaluate.ipynb #b58eafb1
 def observation_at(policy, pre, record: dict, task: str, tick: int):
-    "The model's `Observation` (b = 1) at `tick` of a recorded episode, with the history it had then."
+    """The model's `Observation` (b = 1) at `tick` of a recorded episode, with the history
+    it had then.
+    """
     pixels = {k.split('.', 1)[1]: v for k, v in record.items() if k.startswith('frames.')}
-    def batch(t): return preprocess_observation(dict(pixels={k: v[t:t + 1] for k, v in pixels.items()}, agent_pos=record['state'][t:t + 1].astype(np.float32)))
+
+    def batch(t):
+        return preprocess_observation(
+            dict(
+                pixels={k: v[t : t + 1] for k, v in pixels.items()},
+                agent_pos=record['state'][t : t + 1].astype(np.float32),
+            )
+        )
+
     policy.reset()
-    for t in range(tick + 1): ticks = policy.observe(batch(t), tick=t)
+    for t in range(tick + 1):
+        ticks = policy.observe(batch(t), tick=t)
     full = pre(batch(tick) | dict(task=[task]))
     obs = policy.observation(full, policy.history(ticks))
     policy.reset()
@@ -316,18 +606,43 @@ def observation_at(policy, pre, record: dict, task: str, tick: int):
 
 # %% ../nbs/13_evaluate.ipynb #0dec64fd
 def compare(a: EvalResult, b: EvalResult) -> dict:
-    "McNemar's counts of two results on the same seeds, and the exact two-sided p. Raises `ValueError` for different seeds or environments."
-    if sorted(a.seeds) != sorted(b.seeds): raise ValueError(f"the results have different seeds ({len(a.seeds)} and {len(b.seeds)}); evaluate both on the same ones")
-    if a.conventions.get('env') != b.conventions.get('env'): raise ValueError("the results come from different environments; compare like with like")
+    """McNemar's counts of two results on the same seeds, and the exact two-sided p.
+
+    Raises `ValueError` for different seeds or environments.
+    """
+    if sorted(a.seeds) != sorted(b.seeds):
+        raise ValueError(
+            f"the results have different seeds ({len(a.seeds)} and {len(b.seeds)});"
+            " evaluate both on the same ones"
+        )
+    if a.conventions.get('env') != b.conventions.get('env'):
+        raise ValueError(
+            "the results come from different environments; compare like with like"
+        )
     other = {e['seed']: e['success'] for e in b.episodes}
-    counts = {(x, y): sum(e['success'] == x and other[e['seed']] == y for e in a.episodes) for x in (True, False) for y in (True, False)}
+    counts = {
+        (x, y): sum(e['success'] == x and other[e['seed']] == y for e in a.episodes)
+        for x in (True, False)
+        for y in (True, False)
+    }
     only_a, only_b = counts[True, False], counts[False, True]
     m, k = only_a + only_b, min(only_a, only_b)
     p = min(1.0, 2 * sum(math.comb(m, i) for i in range(k + 1)) / 2**m)
-    return dict(both=counts[True, True], only_a=only_a, only_b=only_b, neither=counts[False, False], difference=(only_a - only_b) / len(a.seeds), p=p)
+    return dict(
+        both=counts[True, True],
+        only_a=only_a,
+        only_b=only_b,
+        neither=counts[False, False],
+        difference=(only_a - only_b) / len(a.seeds),
+        p=p,
+    )
 
 # %% ../nbs/13_evaluate.ipynb #a69106df
 def summary(results: dict[str, EvalResult]) -> str:
     "Rates with intervals, one line per policy."
     rows = [(name, r.success) for name, r in results.items()]
-    return '\n'.join(f"{name:12} {s['successes']:3d}/{s['n']:<3d} {s['rate']:7.1%}   95 % interval {s['lo']:.1%} to {s['hi']:.1%}" for name, s in rows)
+    return '\n'.join(
+        f"{name:12} {s['successes']:3d}/{s['n']:<3d} {s['rate']:7.1%}   95 % interval"
+        f" {s['lo']:.1%} to {s['hi']:.1%}"
+        for name, s in rows
+    )

@@ -4,87 +4,171 @@
 
 # %% ../nbs/05_expert.ipynb #2e48974f
 from __future__ import annotations
+
 from dataclasses import dataclass
-import torch, torch.nn as nn, torch.nn.functional as F
-from torch import Tensor
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from lerobot.policies.common.vla_utils import create_sinusoidal_pos_embedding
+from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2DecoderLayer,
+    Qwen2RMSNorm,
+    Qwen2RotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
 from .config import ModelConfig, preset
-from .vlm import Context, init_fan_in
+from .vlm import Context
 
 # %% auto #0
 __all__ = ['FEW', 'attend_few', 'grouped_attention', 'expert_config', 'expert_mask', 'ExpertContext', 'ExpertLayer',
            'ExpertHeads']
 
 # %% ../nbs/05_expert.ipynb #75a06030
-FEW = 1024   # rows (samples, heads and queries together) up to which a GPU runs attention as products
+# rows (samples, heads and queries together) up to which a GPU runs attention as products
+FEW = 1024
 
-def attend_few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    "Attention of few rows (b, o, r, h) to many keys and values (b, o, l, h) as two products with FP32 scores between: a fused kernel gives a block of rows to one multiprocessor and leaves the rest of a large GPU idle. Not differentiable."
+
+def attend_few(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """Attention of few rows (b, o, r, h) to many keys and values (b, o, l, h) as two
+    products with FP32 scores between: a fused kernel gives a block of rows to one
+    multiprocessor and leaves the rest of a large GPU idle. Not differentiable.
+    """
     a, b = query.flatten(0, 1), key.flatten(0, 1).mT
-    scores = torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else torch.bmm(a, b).float()
+    scores = (
+        torch.bmm(a, b, out_dtype=torch.float32)
+        if a.is_cuda and a.dtype != torch.float32
+        else torch.bmm(a, b).float()
+    )
     scores = scores.unflatten(0, query.shape[:2]) * scaling
-    if mask is not None: scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if mask is not None:
+        scores = (
+            scores.masked_fill(~mask, -torch.inf)
+            if mask.dtype == torch.bool
+            else scores + mask
+        )
     return torch.softmax(scores, -1).to(value.dtype) @ value
 
-def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, dropout: float = 0.0, **kw) -> tuple[Tensor, None]:
-    "Attention of query heads (b, o * g, q, h) to keys and values (b, o, l, h) that g of them share, none copied. `attention_mask` (b, 1, q or 1, l) bool or additive, None = all see all. Returns (b, q, o * g, h), None."
-    b, n, q, h = query.shape; o, mask = key.shape[1], attention_mask
+# %% ../nbs/05_expert.ipynb #793708e8
+def grouped_attention(
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kw,
+) -> tuple[Tensor, None]:
+    """Attention of query heads (b, o * g, q, h) to keys and values (b, o, l, h) that g of
+    them share, none copied. `attention_mask` (b, 1, q or 1, l) bool or additive, None = all
+    see all. Returns (b, q, o * g, h), None.
+    """
+    b, n, q, h = query.shape
+    o, mask = key.shape[1], attention_mask
     query = query.reshape(b, o, -1, h)
-    if mask is not None: mask = mask.expand(-1, -1, query.shape[2], -1) if mask.shape[2] == 1 else mask.repeat(1, 1, n // o, 1)
-    if query.is_cuda and b * n * q <= FEW and not torch.is_grad_enabled(): out = attend_few(query, key, value, mask, h ** -0.5 if scaling is None else scaling)
-    else: out = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
+    if mask is not None:
+        mask = (
+            mask.expand(-1, -1, query.shape[2], -1)
+            if mask.shape[2] == 1
+            else mask.repeat(1, 1, n // o, 1)
+        )
+    if query.is_cuda and b * n * q <= FEW and not torch.is_grad_enabled():
+        out = attend_few(query, key, value, mask, h**-0.5 if scaling is None else scaling)
+    else:
+        out = F.scaled_dot_product_attention(
+            query, key, value, mask, dropout, scale=scaling
+        )
     return out.view(b, n, q, h).transpose(1, 2).contiguous(), None
 
+# %% ../nbs/05_expert.ipynb #b4a8800e
 AttentionInterface.register('halo_grouped', grouped_attention);
 
 # %% ../nbs/05_expert.ipynb #df330416
 def expert_config(cfg: ModelConfig) -> Qwen2Config:
     "transformers' configuration of the expert's layers."
     e, t = cfg.expert, cfg.text
-    return Qwen2Config(hidden_size=e.width, intermediate_size=e.mlp, num_hidden_layers=t.layers, num_attention_heads=e.heads, num_key_value_heads=e.kv_heads, vocab_size=8,
-                       rms_norm_eps=1e-6, rope_parameters=dict(rope_type='default', rope_theta=t.rope_theta), attn_implementation='halo_grouped')
+    return Qwen2Config(
+        hidden_size=e.width,
+        intermediate_size=e.mlp,
+        num_hidden_layers=t.layers,
+        num_attention_heads=e.heads,
+        num_key_value_heads=e.kv_heads,
+        vocab_size=8,
+        rms_norm_eps=1e-6,
+        rope_parameters=dict(rope_type='default', rope_theta=t.rope_theta),
+        attn_implementation='halo_grouped',
+    )
 
 # %% ../nbs/05_expert.ipynb #0ef6c054
-def expert_mask(valid: Tensor,    # (b, l) bool, prefix tokens that exist
-                s: int,           # action steps
-                state: bool       # is there a state token?
-               ) -> Tensor:
+# (b, l) bool, prefix tokens that exist
+def expert_mask(
+    valid: Tensor,
+    s: int,
+    state: bool,  # action steps  # is there a state token?
+) -> Tensor:
     "Boolean attention mask (b, 1, q, l + q), True = may look, with q = s + state."
     b, q = len(valid), s + state
     own = torch.ones(q, q, dtype=torch.bool, device=valid.device)
-    if state: own[0, 1:] = False
-    return torch.cat([valid[:, None, :].expand(-1, q, -1), own.expand(b, -1, -1)], 2)[:, None]
+    if state:
+        own[0, 1:] = False
+    return torch.cat([valid[:, None, :].expand(-1, q, -1), own.expand(b, -1, -1)], 2)[
+        :, None
+    ]
 
 # %% ../nbs/05_expert.ipynb #26c83900
 class _Prefix(Cache):
-    "A cache that puts fixed K_u, V_u (b, o, l, h) in front of a layer's own keys and values."
-    def __init__(self, k: Tensor, v: Tensor): self.k, self.v = k, v
+    """A cache that puts fixed K_u, V_u (b, o, l, h) in front of a layer's own keys and
+    values.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor):
+        self.k, self.v = k, v
+
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        return torch.cat([self.k.to(key_states.dtype), key_states], 2), torch.cat([self.v.to(value_states.dtype), value_states], 2)
+        return torch.cat([self.k.to(key_states.dtype), key_states], 2), torch.cat(
+            [self.v.to(value_states.dtype), value_states], 2
+        )
 
 # %% ../nbs/05_expert.ipynb #bdd07c71
 @dataclass
 class ExpertContext:
     "What every expert layer needs besides its tokens."
-    mask: Tensor                  # (b, 1, q, l + q) bool
-    rope: tuple[Tensor, Tensor]   # cos, sin (b, q, h) of the expert's tokens
-    prefix_rope: tuple[Tensor, Tensor] | None = None  # of the prefix, only where keys come before RoPE
+
+    mask: Tensor  # (b, 1, q, l + q) bool
+    rope: tuple[Tensor, Tensor]  # cos, sin (b, q, h) of the expert's tokens
+    # of the prefix, only where keys come before RoPE
+    prefix_rope: tuple[Tensor, Tensor] | None = None
 
 # %% ../nbs/05_expert.ipynb #e20139b5
 class ExpertLayer(nn.Module):
     "One Qwen2 layer over [state, noisy actions] that also reads K_u, V_u."
-    def __init__(self, config: Qwen2Config): super().__init__(); self.layer = Qwen2DecoderLayer(config, 0)   # all layers have one number: torch.compile takes them for one
+
+    # all layers have one number: torch.compile takes them for one
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.layer = Qwen2DecoderLayer(config, 0)
+
     def forward(self, x: Tensor, k: Tensor, v: Tensor, ctx: ExpertContext) -> Tensor:
         "x (b, q, width), k and v (b, o, l, h) -> (b, q, width)."
-        return self.layer(x, attention_mask=ctx.mask, position_embeddings=ctx.rope, past_key_values=_Prefix(k, v))
+        return self.layer(
+            x,
+            attention_mask=ctx.mask,
+            position_embeddings=ctx.rope,
+            past_key_values=_Prefix(k, v),
+        )
 
 # %% ../nbs/05_expert.ipynb #63c649ea
 class ExpertHeads(nn.Module):
     "What surrounds the expert's layers: state, noisy actions and time in; velocity out."
+
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         w, self.cfg = cfg.expert.width, cfg
@@ -98,24 +182,35 @@ class ExpertHeads(nn.Module):
 # %% ../nbs/05_expert.ipynb #ea38bcfa
 from fastcore.basics import patch
 
+
 @patch
 def embed_actions(self: ExpertHeads, x_t: Tensor, t: Tensor) -> Tensor:
     "Noisy actions (b, s, d), flow time (b,) -> tokens (b, s, width)."
     a = self.action_in(x_t.to(self.action_in.weight.dtype))
-    e = create_sinusoidal_pos_embedding(t, a.shape[-1], 4e-3, 4.0, device=t.device).to(a.dtype)
+    e = create_sinusoidal_pos_embedding(t, a.shape[-1], 4e-3, 4.0, device=t.device).to(
+        a.dtype
+    )
     return self.time_in(torch.cat([a, e[:, None].expand_as(a)], -1))
+
 
 @patch
 def embed(self: ExpertHeads, state: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    "state (b, d_state), noisy actions (b, s, d), flow time (b,) -> tokens (b, q, width), the state's first if there is one."
+    """state (b, d_state), noisy actions (b, s, d), flow time (b,) -> tokens (b, q, width),
+    the state's first if there is one.
+    """
     a = self.embed_actions(x_t, t)
-    return a if self.state_in is None else torch.cat([self.state_in(state.to(a.dtype))[:, None], a], 1)
+    return (
+        a
+        if self.state_in is None
+        else torch.cat([self.state_in(state.to(a.dtype))[:, None], a], 1)
+    )
 
 # %% ../nbs/05_expert.ipynb #b2919482
 @patch
 def velocity(self: ExpertHeads, a: Tensor) -> Tensor:
     "Action tokens (b, s, width) -> velocity (b, s, d) in float32."
     return self.action_out(self.norm(a)).float()
+
 
 @patch
 def read(self: ExpertHeads, x: Tensor) -> Tensor:
@@ -127,6 +222,12 @@ def read(self: ExpertHeads, x: Tensor) -> Tensor:
 def context(self: ExpertHeads, ctx: Context, s: int, like: Tensor) -> ExpertContext:
     "Mask and RoPE of the expert's tokens behind the prefix described by `ctx`."
     q = s + (self.state_in is not None)
-    rope = self.rotary(like, ctx.next_position[:, None] + torch.arange(q, device=like.device))
+    rope = self.rotary(
+        like, ctx.next_position[:, None] + torch.arange(q, device=like.device)
+    )
     before = self.cfg.salr.enabled and self.cfg.salr.keys == 'before_rope'
-    return ExpertContext(expert_mask(ctx.valid, s, q > s), rope, self.rotary(like, ctx.positions) if before else None)
+    return ExpertContext(
+        expert_mask(ctx.valid, s, q > s),
+        rope,
+        self.rotary(like, ctx.positions) if before else None,
+    )

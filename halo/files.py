@@ -4,27 +4,37 @@
 
 # %% ../nbs/00b_files.ipynb #f0000003
 from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
+
 import halo
 
 # %% auto #0
 __all__ = ['SHIPS', 'PACKAGE', 'CLONE', 'clone_of', 'ships', 'shipped', 'locate', 'place', 'shown', 'listing', 'main']
 
 # %% ../nbs/00b_files.ipynb #f0000005
-SHIPS = ('checkpoints', 'clients', 'configs', 'constraints.txt', 'nbs/tables',
-         'scripts/lavapipe.sh')   # names in the repository
+SHIPS = (
+    'checkpoints',
+    'clients',
+    'configs',
+    'constraints.txt',
+    'nbs/tables',
+    'scripts/lavapipe.sh',
+)  # names in the repository
 
 # %% ../nbs/00b_files.ipynb #f0000007
 def clone_of(package: Path) -> Path | None:
     "The repository around a package folder; None for a wheel's, or where there is none."
-    inside = (package/'shipped').is_dir() or not (package.parent/'settings.ini').is_file()
+    inside = (package / 'shipped').is_dir() or not (
+        package.parent / 'settings.ini'
+    ).is_file()
     return None if inside else package.parent
 
 # %% ../nbs/00b_files.ipynb #f0000008
 PACKAGE = Path(halo.__file__).resolve().parent
-CLONE = clone_of(PACKAGE)   # the repository's folder, or None
+CLONE = clone_of(PACKAGE)  # the repository's folder, or None
 
 # %% ../nbs/00b_files.ipynb #f000000b
 def ships(name: str | Path) -> bool:
@@ -37,11 +47,13 @@ def ships(name: str | Path) -> bool:
 # %% ../nbs/00b_files.ipynb #f000000c
 def shipped(name: str | Path) -> Path:
     "The file or folder `name` that comes with HALO. Raises `FileNotFoundError` for others."
-    path = (CLONE or PACKAGE/'shipped')/name
+    path = (CLONE or PACKAGE / 'shipped') / name
     if ships(name) and path.exists():
         return path
-    raise FileNotFoundError(f"{name} does not come with HALO ({', '.join(SHIPS)} do); "
-                            "`python -m halo.files` lists what is there")
+    raise FileNotFoundError(
+        f"{name} does not come with HALO ({', '.join(SHIPS)} do); "
+        "`python -m halo.files` lists what is there"
+    )
 
 # %% ../nbs/00b_files.ipynb #f000000f
 def locate(path: str | Path) -> Path:
@@ -49,13 +61,13 @@ def locate(path: str | Path) -> Path:
     path = Path(path)
     if path.exists() or not ships(path):
         return path
-    ours = (CLONE or PACKAGE/'shipped')/path
+    ours = (CLONE or PACKAGE / 'shipped') / path
     return ours if ours.exists() else path
 
 # %% ../nbs/00b_files.ipynb #f0000012
 def place(name: str | Path) -> Path:
     "Where to write `name`: in the clone, or below the working directory without one."
-    return (CLONE or Path())/name
+    return (CLONE or Path()) / name
 
 # %% ../nbs/00b_files.ipynb #f0000013
 def shown(path: str | Path) -> str:
@@ -68,8 +80,8 @@ def shown(path: str | Path) -> str:
 # %% ../nbs/00b_files.ipynb #f0000016
 def listing() -> str:
     "Every shipped folder: its name, number of files, size, and where it is."
-    base, lines = CLONE or PACKAGE/'shipped', []
-    found = [p for s in SHIPS for p in [base/s, *(base/s).rglob('*')] if p.is_file()]
+    base, lines = CLONE or PACKAGE / 'shipped', []
+    found = [p for s in SHIPS for p in [base / s, *(base / s).rglob('*')] if p.is_file()]
     found = [p for p in found if '__pycache__' not in p.parts]
     for folder in sorted({p.parent for p in found}):
         sizes = [p.stat().st_size for p in found if p.parent == folder]
@@ -92,5 +104,5 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 # %% ../nbs/00b_files.ipynb #f0000019
-if __name__ == '__main__' and globals().get('__spec__') is not None:   # python -m
+if __name__ == '__main__' and globals().get('__spec__') is not None:  # python -m
     sys.exit(main())

@@ -13,88 +13,147 @@ from torch import Tensor
 
 # %% ../nbs/04_flow.ipynb #e931331e
 def _check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
-    "Both tensors of a pair must have one shape; broadcasting between them would hide a mistake."
+    """Both tensors of a pair must have one shape; broadcasting between them would hide a
+    mistake.
+    """
     if a.shape != b.shape:
-        raise ValueError(f'{name_a} has shape {tuple(a.shape)} and {name_b} {tuple(b.shape)}: both must be (b, s, d)')
+        raise ValueError(
+            f'{name_a} has shape {tuple(a.shape)} and {name_b} {tuple(b.shape)}: both must'
+            ' be (b, s, d)'
+        )
 
 # %% ../nbs/04_flow.ipynb #054aa0e0
 def interpolate(action: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """The noisy chunk `x_t = t * noise + (1 - t) * action`; t = 1 is noise, t = 0 is data.
 
-    `action`, `noise`: (b, s, d), or any equal shapes that begin with b. `t`: (b,). Returns the shape of `action`.
+    `action`, `noise`: (b, s, d), or any equal shapes that begin with b. `t`: (b,). Returns
+    the shape of `action`.
     """
     _check_pair('action', action, 'noise', noise)
     if t.shape != action.shape[:1]:
-        raise ValueError(f't has shape {tuple(t.shape)}: give one time per sample, ({action.shape[0]},)')
+        raise ValueError(
+            f't has shape {tuple(t.shape)}: give one time per sample, ({action.shape[0]},)'
+        )
     t = t.view(-1, *[1] * (action.ndim - 1))
     return t * noise + (1 - t) * action
 
 # %% ../nbs/04_flow.ipynb #ceb4f747
 def velocity_target(action: Tensor, noise: Tensor) -> Tensor:
-    "The velocity `u = dx_t/dt = noise - action` that the network regresses: constant along the path, pointing from data to noise."
+    """The velocity `u = dx_t/dt = noise - action` that the network regresses: constant
+    along the path, pointing from data to noise.
+    """
     _check_pair('action', action, 'noise', noise)
     return noise - action
 
 # %% ../nbs/04_flow.ipynb #31a628eb
-def _unit_beta(b: int, alpha: float, beta: float, generator: torch.Generator | None) -> Tensor:
-    "(b,) draws of Beta(alpha, beta) on the CPU. torch's Beta takes no generator: one given seeds a fork of the CPU's."
-    law = torch.distributions.Beta(torch.tensor(alpha, dtype=torch.float32), torch.tensor(beta, dtype=torch.float32))
-    if generator is None: return law.sample((b,))
+def _unit_beta(
+    b: int, alpha: float, beta: float, generator: torch.Generator | None
+) -> Tensor:
+    """(b,) draws of Beta(alpha, beta) on the CPU.
+
+    torch's Beta takes no generator: one given seeds a fork of the CPU's.
+    """
+    law = torch.distributions.Beta(
+        torch.tensor(alpha, dtype=torch.float32), torch.tensor(beta, dtype=torch.float32)
+    )
+    if generator is None:
+        return law.sample((b,))
     seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         return law.sample((b,))
 
 # %% ../nbs/04_flow.ipynb #5e50b710
-def sample_time(b: int, dist: str = 'beta', alpha: float = 1.5, beta: float = 1.0, t_min: float = 0.001, t_max: float = 1.0,
-                generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Tensor:
+def sample_time(
+    b: int,
+    dist: str = 'beta',
+    alpha: float = 1.5,
+    beta: float = 1.0,
+    t_min: float = 0.001,
+    t_max: float = 1.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Training times of shape (b,), FP32, in [t_min, t_max].
 
-    'beta': `t_min + (t_max - t_min) * Beta(alpha, beta)`; the default (1.5, 1) favours the noisy end t = 1, as π0. 'uniform': flat.
+    'beta': `t_min + (t_max - t_min) * Beta(alpha, beta)`; the default (1.5, 1) favours the
+    noisy end t = 1, as π0. 'uniform': flat.
     """
-    if not 0 <= t_min < t_max <= 1: raise ValueError(f't_min={t_min}, t_max={t_max}: need 0 <= t_min < t_max <= 1')
+    if not 0 <= t_min < t_max <= 1:
+        raise ValueError(f't_min={t_min}, t_max={t_max}: need 0 <= t_min < t_max <= 1')
     if dist == 'uniform':
-        unit = torch.rand(b, generator=generator, device=device if generator is None else generator.device, dtype=torch.float32)
+        unit = torch.rand(
+            b,
+            generator=generator,
+            device=device if generator is None else generator.device,
+            dtype=torch.float32,
+        )
     elif dist == 'beta':
-        if alpha <= 0 or beta <= 0: raise ValueError(f'alpha={alpha}, beta={beta}: both must be positive')
+        if alpha <= 0 or beta <= 0:
+            raise ValueError(f'alpha={alpha}, beta={beta}: both must be positive')
         unit = _unit_beta(b, alpha, beta, generator)
-    else: raise ValueError(f"dist={dist!r}: choose 'beta' or 'uniform'")
+    else:
+        raise ValueError(f"dist={dist!r}: choose 'beta' or 'uniform'")
     return (t_min + (t_max - t_min) * unit).to(device)
 
 # %% ../nbs/04_flow.ipynb #8ffd15d6
 def _spread(mask: Tensor | None, like: Tensor) -> Tensor:
-    "`mask` (True or non-zero = real value, or a weight) expanded to the shape of `like`, in its dtype; None means all real."
-    if mask is None: return torch.ones_like(like)
-    try: return mask.to(like).expand(like.shape)
+    """`mask` (True or non-zero = real value, or a weight) expanded to the shape of `like`,
+    in its dtype; None means all real.
+    """
+    if mask is None:
+        return torch.ones_like(like)
+    try:
+        return mask.to(like).expand(like.shape)
     except RuntimeError:
-        raise ValueError(f'mask of shape {tuple(mask.shape)} does not broadcast to {tuple(like.shape)}: '
-                         'use (b, s, 1) for padded steps, (1, 1, d) for padded dimensions') from None
+        raise ValueError(
+            f'mask of shape {tuple(mask.shape)} does not broadcast to {tuple(like.shape)}: '
+            'use (b, s, 1) for padded steps, (1, 1, d) for padded dimensions'
+        ) from None
 
 # %% ../nbs/04_flow.ipynb #dbdea86e
-def flow_loss(v: Tensor, u: Tensor, mask: Tensor | None = None, reduction: str = 'mean') -> Tensor:
-    """Squared error between predicted velocity `v` and target `u`, both (b, s, d), over the real values of `mask`; FP32 or wider.
+def flow_loss(
+    v: Tensor, u: Tensor, mask: Tensor | None = None, reduction: str = 'mean'
+) -> Tensor:
+    """Squared error between predicted velocity `v` and target `u`, both (b, s, d), over the
+    real values of `mask`; FP32 or wider.
 
-    `mask` broadcasts to (b, s, d): True is real; numbers act as weights. Padding has zero gradient, whatever it holds.
-    reduction 'mean': scalar, weighted mean over everything; 'sample': (b,), one mean each; 'none': (b, s, d), zero at padding.
+    `mask` broadcasts to (b, s, d): True is real; numbers act as weights. Padding has zero
+    gradient, whatever it holds.
+    reduction 'mean': scalar, weighted mean over everything; 'sample': (b,), one mean each;
+    'none': (b, s, d), zero at padding.
     With nothing real the mean is 0.
     """
     _check_pair('v', v, 'u', u)
     diff = v.to(torch.promote_types(v.dtype, torch.float32)) - u
     weight = _spread(mask, diff.detach())
     square = weight * torch.where(weight != 0, diff, 0).square()
-    if reduction == 'none': return square
-    if reduction == 'mean': return square.sum() / weight.sum().clamp_min(torch.finfo(diff.dtype).tiny)
-    if reduction == 'sample': return square.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(torch.finfo(diff.dtype).tiny)
+    if reduction == 'none':
+        return square
+    if reduction == 'mean':
+        return square.sum() / weight.sum().clamp_min(torch.finfo(diff.dtype).tiny)
+    if reduction == 'sample':
+        return square.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(
+            torch.finfo(diff.dtype).tiny
+        )
     raise ValueError(f"reduction={reduction!r}: choose 'mean', 'sample' or 'none'")
 
 # %% ../nbs/04_flow.ipynb #9f7f3a65
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 
+
 def _velocity(velocity_fn: VelocityFn, x: Tensor, t: float) -> Tensor:
-    "The velocity at `x` (b, ...) and one time for the batch, handed over as (b,), FP32 (FP64 where x is); its shape is checked."
-    time = torch.full(x.shape[:1], t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    """The velocity at `x` (b, ...) and one time for the batch, handed over as (b,), FP32
+    (FP64 where x is); its shape is checked.
+    """
+    time = torch.full(
+        x.shape[:1], t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
+    )
     v = velocity_fn(x, time)
-    if v.shape != x.shape: raise ValueError(f'velocity_fn returned {tuple(v.shape)} for a chunk of shape {tuple(x.shape)}')
+    if v.shape != x.shape:
+        raise ValueError(
+            f'velocity_fn returned {tuple(v.shape)} for a chunk of shape {tuple(x.shape)}'
+        )
     return v
 
 # %% ../nbs/04_flow.ipynb #459e8e4b
@@ -104,21 +163,35 @@ def euler_step(velocity_fn: VelocityFn, x: Tensor, t: float, dt: float) -> Tenso
 
 # %% ../nbs/04_flow.ipynb #604ff5f8
 def heun_step(velocity_fn: VelocityFn, x: Tensor, t: float, dt: float) -> Tensor:
-    "One Heun step from `t` to `t + dt`: two evaluations, error O(dt²). The last one evaluates at t = 0."
+    """One Heun step from `t` to `t + dt`: two evaluations, error O(dt²).
+
+    The last one evaluates at t = 0.
+    """
     v = _velocity(velocity_fn, x, t)
-    ahead = _velocity(velocity_fn, x + dt * v, max(0., t + dt))
+    ahead = _velocity(velocity_fn, x + dt * v, max(0.0, t + dt))
     return x + dt / 2 * (v + ahead)
 
 # %% ../nbs/04_flow.ipynb #be889590
-def integrate(velocity_fn: VelocityFn, noise: Tensor, steps: int = 10, method: str = 'euler', return_path: bool = False) -> Tensor:
-    """Follow `velocity_fn(x (b, s, d), t (b,)) -> (b, s, d)` from `noise` at t = 1 to an action chunk at t = 0 in fixed steps.
+def integrate(
+    velocity_fn: VelocityFn,
+    noise: Tensor,
+    steps: int = 10,
+    method: str = 'euler',
+    return_path: bool = False,
+) -> Tensor:
+    """Follow `velocity_fn(x (b, s, d), t (b,)) -> (b, s, d)` from `noise` at t = 1 to an
+    action chunk at t = 0 in fixed steps.
 
-    Returns (b, s, d), or with `return_path` (steps + 1, b, s, d) from noise to action. Gradients are left to the caller
-    (sample under `torch.no_grad()`). 'euler' calls `velocity_fn` once per step, 'heun' twice.
+    Returns (b, s, d), or with `return_path` (steps + 1, b, s, d) from noise to action.
+    Gradients are left to the caller
+    (sample under `torch.no_grad()`). 'euler' calls `velocity_fn` once per step, 'heun'
+    twice.
     """
     methods = {'euler': euler_step, 'heun': heun_step}
-    if method not in methods: raise ValueError(f'method={method!r}: choose one of {sorted(methods)}')
-    if steps < 1: raise ValueError(f'steps={steps}: need at least 1')
+    if method not in methods:
+        raise ValueError(f'method={method!r}: choose one of {sorted(methods)}')
+    if steps < 1:
+        raise ValueError(f'steps={steps}: need at least 1')
     dt, path = -1.0 / steps, [noise]
     for k in range(steps):
         x = methods[method](velocity_fn, path[-1], 1.0 + k * dt, dt)

@@ -4,19 +4,30 @@
 
 # %% ../nbs/06c_graph.ipynb #fd43a07c
 from __future__ import annotations
+
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-import copy, torch
-import torch.nn.functional as F
+
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from .config import ModelConfig, preset
+
+from .config import preset
 from .model import HaloModel, Prefix
 from .stream import Denoiser, Streamer, window_pairs
-from .vlm import Context, Observation, equal_pieces, normalize_pixels, patchify, row_layout, special_ids
+from halo.vlm import (
+    Context,
+    Observation,
+    equal_pieces,
+    normalize_pixels,
+    patchify,
+    row_layout,
+    special_ids,
+)
 
 # %% auto #0
 __all__ = ['padded_mlp', 'refill', 'vision_block', 'VisionPlan', 'Slots', 'Inputs', 'TickProgram', 'vlm_layer', 'through',
@@ -24,40 +35,72 @@ __all__ = ['padded_mlp', 'refill', 'vision_block', 'VisionPlan', 'Slots', 'Input
 
 # %% ../nbs/06c_graph.ipynb #09f6db4e
 def padded_mlp(mlp: nn.Module, of: int = 64) -> nn.Module:
-    "A copy of a gated MLP whose inner width is the next multiple of `of`: the rest are zeros, the results are the same. `refill` brings it up to date."
-    out, n = copy.copy(mlp), mlp.gate_proj.out_features; wide = -(-n // of) * of
+    """A copy of a gated MLP whose inner width is the next multiple of `of`: the rest are
+    zeros, the results are the same. `refill` brings it up to date.
+    """
+    out, n = copy.copy(mlp), mlp.gate_proj.out_features
+    wide = -(-n // of) * of
     out._modules = dict(mlp._modules)
-    with torch.inference_mode(False), torch.no_grad():            # may be refilled in either mode
+    with torch.inference_mode(False), torch.no_grad():  # may be refilled in either mode
         for name in ('gate_proj', 'up_proj', 'down_proj'):
-            old = getattr(mlp, name); sizes = (wide, old.out_features) if name == 'down_proj' else (old.in_features, wide)
-            new = out._modules[name] = nn.Linear(*sizes, old.bias is not None, old.weight.device, old.weight.dtype).requires_grad_(False)
-            for p in new.parameters(): p.zero_()
+            old = getattr(mlp, name)
+            sizes = (
+                (wide, old.out_features) if name == 'down_proj' else (old.in_features, wide)
+            )
+            new = out._modules[name] = nn.Linear(
+                *sizes, old.bias is not None, old.weight.device, old.weight.dtype
+            ).requires_grad_(False)
+            for p in new.parameters():
+                p.zero_()
     refill(out, mlp)
     return out
 
+# %% ../nbs/06c_graph.ipynb #a6bf2b72
 @torch.no_grad()
 def refill(padded: nn.Module, mlp: nn.Module) -> None:
     "Copy the weights of `mlp` into `padded` in place, so that recorded programs see them."
     for name in ('gate_proj', 'up_proj', 'down_proj'):
-        for new, old in zip(getattr(padded, name).parameters(), getattr(mlp, name).parameters()): new[tuple(map(slice, old.shape))] = old
+        for new, old in zip(
+            getattr(padded, name).parameters(), getattr(mlp, name).parameters()
+        ):
+            new[tuple(map(slice, old.shape))] = old
 
 # %% ../nbs/06c_graph.ipynb #f0f47782
-def vision_block(block, x: Tensor, cu_seqlens: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def vision_block(
+    block, x: Tensor, cu_seqlens: Tensor, rope: tuple[Tensor, Tensor]
+) -> Tensor:
     "One block of the tower over patches (n, width)."
     return block(x, cu_seqlens=cu_seqlens, position_embeddings=rope)
 
+# %% ../nbs/06c_graph.ipynb #86dd7163
 class VisionPlan:
-    "Qwen2.5-VL's vision tower for fixed `grids` [(t, h, w) in patches]: everything that only depends on them is laid out once."
+    """Qwen2.5-VL's vision tower for fixed `grids` [(t, h, w) in patches]: everything that
+    only depends on them is laid out once.
+    """
+
     def __init__(self, visual, grids: list[tuple[int, int, int]], device=None):
-        grid, self.visual, unit = torch.tensor(grids, device=device), visual, visual.spatial_merge_unit
+        grid, self.visual, unit = (
+            torch.tensor(grids, device=device),
+            visual,
+            visual.spatial_merge_unit,
+        )
         order, windows = visual.get_window_index(grid)
         order = order.to(grid.device)
-        self.patches = (order[:, None] * unit + torch.arange(unit, device=order.device)).flatten()     # patch order by windows
+        # patch order by windows
+        self.patches = (
+            order[:, None] * unit + torch.arange(unit, device=order.device)
+        ).flatten()
         self.back = order.argsort()
         turn = visual.rot_pos_emb(grid)[self.patches]
         self.rope = tuple(f(torch.cat((turn, turn), -1)) for f in (torch.cos, torch.sin))
         frames = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0]).cumsum(0)
-        self.whole, self.windows = (self.laid(x.int()) for x in (torch.cat([frames.new_zeros(1), frames]), torch.tensor(windows, device=grid.device).unique_consecutive()))
+        self.whole, self.windows = (
+            self.laid(x.int())
+            for x in (
+                torch.cat([frames.new_zeros(1), frames]),
+                torch.tensor(windows, device=grid.device).unique_consecutive(),
+            )
+        )
 
     @staticmethod
     def laid(cu_seqlens: Tensor) -> Tensor:
@@ -66,36 +109,60 @@ class VisionPlan:
         return cu_seqlens
 
     def __call__(self, patches: Tensor, run: Callable | None = None) -> Tensor:
-        "Patches (n, values) -> tokens (n / 4, width), as the tower's own forward gives them; `run(block, x, cu_seqlens, rope)` runs a block."
-        x, run = self.visual.patch_embed(patches.to(self.visual.dtype))[self.patches], run or vision_block
-        for i, block in enumerate(self.visual.blocks): x = run(block, x, self.whole if i in self.visual.fullatt_block_indexes else self.windows, self.rope)
+        """Patches (n, values) -> tokens (n / 4, width), as the tower's own forward gives
+        them; `run(block, x, cu_seqlens, rope)` runs a block.
+        """
+        x, run = (
+            self.visual.patch_embed(patches.to(self.visual.dtype))[self.patches],
+            run or vision_block,
+        )
+        for i, block in enumerate(self.visual.blocks):
+            x = run(
+                block,
+                x,
+                self.whole if i in self.visual.fullatt_block_indexes else self.windows,
+                self.rope,
+            )
         return self.visual.merger(x)[self.back]
 
 # %% ../nbs/06c_graph.ipynb #ba79b2be
 class Slots(Cache):
-    "Keys and values (1, j, L, h) of one layer; `update` writes those of new tokens at the slots `at` (q,) and returns all."
-    def __init__(self, j: int, l: int, h: int, dtype, device): self.k, self.v, self.at = *(torch.zeros(1, l, j, h, dtype=dtype, device=device).transpose(1, 2) for _ in 'kv'), None
+    """Keys and values (1, j, L, h) of one layer; `update` writes those of new tokens at the
+    slots `at` (q,) and returns all.
+    """
+
+    def __init__(self, j: int, l: int, h: int, dtype, device):
+        self.k, self.v, self.at = (
+            *(
+                torch.zeros(1, l, j, h, dtype=dtype, device=device).transpose(1, 2)
+                for _ in 'kv'
+            ),
+            None,
+        )
 
     def update(self, key_states, value_states, layer_idx=0, *args, **kwargs):
-        self.k.index_copy_(2, self.at, key_states); self.v.index_copy_(2, self.at, value_states)
+        self.k.index_copy_(2, self.at, key_states)
+        self.v.index_copy_(2, self.at, value_states)
         return self.k, self.v
 
 # %% ../nbs/06c_graph.ipynb #3a890740
 @dataclass
 class Inputs:
     "What changes from tick to tick; the shapes do not."
-    patches: Tensor       # (n, values) of the new pair and the views
-    known: Tensor         # (m, width) features of pairs that are in the suffix but not new
-    ids: Tensor           # (q,) token ids of the suffix
-    positions: Tensor     # (3, 1, q)
-    at: Tensor            # (q,) slots
-    state: Tensor         # (1, d_state)
-    noise: Tensor         # (1, s, d)
-    dims: Tensor          # (d,) 1 for real action dimensions
+
+    patches: Tensor  # (n, values) of the new pair and the views
+    known: Tensor  # (m, width) features of pairs that are in the suffix but not new
+    ids: Tensor  # (q,) token ids of the suffix
+    positions: Tensor  # (3, 1, q)
+    at: Tensor  # (q,) slots
+    state: Tensor  # (1, d_state)
+    noise: Tensor  # (1, s, d)
+    dims: Tensor  # (d,) 1 for real action dimensions
 
     def fill(self, other: 'Inputs') -> None:
         "Overwrite in place."
-        for name, x in vars(self).items(): x.copy_(getattr(other, name), non_blocking=True)
+        for name, x in vars(self).items():
+            x.copy_(getattr(other, name), non_blocking=True)
 
     def signature(self) -> tuple:
         "The shapes: one program for each."
@@ -103,168 +170,359 @@ class Inputs:
 
 # %% ../nbs/06c_graph.ipynb #15e1089a
 class TickProgram:
-    "Observation tensors to an action chunk over fixed memory (equations 3-5 and the denoising)."
-    def __init__(self, model: HaloModel, slots: list[Slots], example: Inputs, grids: list[tuple[int, int, int]], steps: int | None = None, method: str | None = None, pool=None, compiled: bool = False, mlps: dict | None = None):
-        self.model, self.slots, self.steps, self.method, self.pool, self.compiled, self.mlps = model, slots, steps, method, pool, compiled, mlps or {}
+    """Observation tensors to an action chunk over fixed memory (equations 3-5 and the
+    denoising).
+    """
+
+    def __init__(
+        self,
+        model: HaloModel,
+        slots: list[Slots],
+        example: Inputs,
+        grids: list[tuple[int, int, int]],
+        steps: int | None = None,
+        method: str | None = None,
+        pool=None,
+        compiled: bool = False,
+        mlps: dict | None = None,
+    ):
+        (
+            self.model,
+            self.slots,
+            self.steps,
+            self.method,
+            self.pool,
+            self.compiled,
+            self.mlps,
+        ) = (model, slots, steps, method, pool, compiled, mlps or {})
         self.inputs = Inputs(**{n: x.clone() for n, x in vars(example).items()})
-        self.plan = VisionPlan(model.embed.visual, grids, example.ids.device) if grids else None
-        pads = [special_ids(model.cfg.tokenizer)[f'<|{n}_pad|>'] for n in ('video', 'image')]
-        self.places = torch.isin(example.ids, torch.tensor(pads, device=example.ids.device)).nonzero()[:, 0]   # where features go
+        self.plan = (
+            VisionPlan(model.embed.visual, grids, example.ids.device) if grids else None
+        )
+        pads = [
+            special_ids(model.cfg.tokenizer)[f'<|{n}_pad|>'] for n in ('video', 'image')
+        ]
+        # where features go
+        self.places = torch.isin(
+            example.ids, torch.tensor(pads, device=example.ids.device)
+        ).nonzero()[:, 0]
         self.graph = self.out = None
 
     def embed(self) -> Tensor:
         "Embeddings (1, q, width) of the suffix."
         i, x = self.inputs, self.model.embed.embed_tokens(self.inputs.ids)
-        feats = [i.known] + ([self.plan(i.patches, compiled_vision() if self.compiled else None)] if self.plan else [])
+        feats = [i.known] + (
+            [self.plan(i.patches, compiled_vision() if self.compiled else None)]
+            if self.plan
+            else []
+        )
         self.features = feats[-1]
         return x.index_copy(0, self.places, torch.cat(feats).to(x.dtype))[None]
 
     def run(self) -> Tensor:
         "The chunk (1, s, d)."
-        with laid_out(self.model, self.mlps): return self.compute()
+        with laid_out(self.model, self.mlps):
+            return self.compute()
 
     def compute(self) -> Tensor:
         m, i = self.model, self.inputs
         x, order = self.embed(), torch.arange(self.slots[0].k.shape[2], device=i.ids.device)
-        seen = order <= i.at[:, None]; mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)[None, None]
-        ctx = Context(mask, m.embed.rotary(x, i.positions), (order <= i.at[-1])[None], i.positions.amax((0, 2)) + 1, None)
+        seen = order <= i.at[:, None]
+        mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)[
+            None, None
+        ]
+        ctx = Context(
+            mask,
+            m.embed.rotary(x, i.positions),
+            (order <= i.at[-1])[None],
+            i.positions.amax((0, 2)) + 1,
+            None,
+        )
         state, cache = i.state if m.state_tokens is None else m.state_tokens(i.state), []
         for block, slots in zip(m.blocks, self.slots):
             slots.at = i.at
-            x, k, v = through(block.vlm, x, ctx, slots, compiled_vlm() if self.compiled else vlm_layer)
+            x, k, v = through(
+                block.vlm, x, ctx, slots, compiled_vlm() if self.compiled else vlm_layer
+            )
             state, k, v = block.represent(k, v, state, ctx, None)
             cache.append((k, v))
-        velocity = Denoiser(m, Prefix(cache, i.state, ctx), whole=False, compiled=self.compiled)   # later slots are empty
-        return m.integrate(lambda x_t, t: velocity(x_t, t) * i.dims, i.noise, self.steps, self.method)
+        # later slots are empty
+        velocity = Denoiser(
+            m, Prefix(cache, i.state, ctx), whole=False, compiled=self.compiled
+        )
+        return m.integrate(
+            lambda x_t, t: velocity(x_t, t) * i.dims, i.noise, self.steps, self.method
+        )
 
 # %% ../nbs/06c_graph.ipynb #4bb532b7
-def vlm_layer(layer, x: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor], slots: Slots) -> Tensor:
+def vlm_layer(
+    layer, x: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor], slots: Slots
+) -> Tensor:
     "A VLM layer over tokens x (1, q, width), keys and values in `slots`."
     return layer(x, attention_mask=mask, position_embeddings=rope, past_key_values=slots)
 
-def through(layer, x: Tensor, ctx: Context, slots: Slots, run: Callable = vlm_layer) -> tuple[Tensor, Tensor, Tensor]:
-    "New tokens x (1, q, width) through a VLM layer -> their next hidden state, and K, V (1, j, L, h) of all slots; `run` is `vlm_layer` or its compiled form."
-    if hasattr(layer, 'layer'): return run(layer.layer, x, ctx.mask, ctx.rope, slots), slots.k, slots.v
+
+def through(
+    layer, x: Tensor, ctx: Context, slots: Slots, run: Callable = vlm_layer
+) -> tuple[Tensor, Tensor, Tensor]:
+    """New tokens x (1, q, width) through a VLM layer -> their next hidden state, and K, V
+    (1, j, L, h) of all slots; `run` is `vlm_layer` or its compiled form.
+    """
+    if hasattr(layer, 'layer'):
+        return run(layer.layer, x, ctx.mask, ctx.rope, slots), slots.k, slots.v
     x, k, v = layer(x, ctx)
     return x, *slots.update(k, v)
 
 # %% ../nbs/06c_graph.ipynb #b576e7f0
 @lru_cache
-def compiled_vlm() -> Callable: return torch.compile(vlm_layer, dynamic=False)
+def compiled_vlm() -> Callable:
+    return torch.compile(vlm_layer, dynamic=False)
+
 
 @lru_cache
-def compiled_vision() -> Callable: return torch.compile(vision_block, dynamic=False)
+def compiled_vision() -> Callable:
+    return torch.compile(vision_block, dynamic=False)
 
+# %% ../nbs/06c_graph.ipynb #5f6cbac3
 @contextmanager
 def laid_out(model: HaloModel, mlps: dict[int, nn.Module]):
-    "Within the block all VLM layers have number 0, and block k of the tower has the MLP `mlps[k]`."
-    attention, blocks = [b.vlm.layer.self_attn for b in model.blocks if hasattr(b.vlm, 'layer')], model.embed.visual.blocks
+    """Within the block all VLM layers have number 0, and block k of the tower has the MLP
+    `mlps[k]`.
+    """
+    attention, blocks = (
+        [b.vlm.layer.self_attn for b in model.blocks if hasattr(b.vlm, 'layer')],
+        model.embed.visual.blocks,
+    )
     before, kept = [a.layer_idx for a in attention], {k: blocks[k].mlp for k in mlps}
     try:
-        for a in attention: a.layer_idx = 0
-        for k, m in mlps.items(): blocks[k].mlp = m
+        for a in attention:
+            a.layer_idx = 0
+        for k, m in mlps.items():
+            blocks[k].mlp = m
         yield
     finally:
-        for a, k in zip(attention, before): a.layer_idx = k
-        for k, m in kept.items(): blocks[k].mlp = m
+        for a, k in zip(attention, before):
+            a.layer_idx = k
+        for k, m in kept.items():
+            blocks[k].mlp = m
 
 # %% ../nbs/06c_graph.ipynb #b7637252
 from fastcore.basics import patch
 
+
 @patch
 @torch.no_grad()
 def __call__(self: TickProgram, inputs: Inputs) -> Tensor:
-    "Run with these inputs: replayed on a GPU, eagerly elsewhere. The result is overwritten by the next call."
+    """Run with these inputs: replayed on a GPU, eagerly elsewhere.
+
+    The result is overwritten by the next call.
+    """
     self.inputs.fill(inputs)
-    if not inputs.ids.is_cuda: return self.run()
-    if self.graph is None: self.record()
+    if not inputs.ids.is_cuda:
+        return self.run()
+    if self.graph is None:
+        self.record()
     self.graph.replay()
     return self.out
 
+# %% ../nbs/06c_graph.ipynb #cab00b1e
 @patch
 def record(self: TickProgram, warm_up: int = 1) -> None:
     "Capture the program as a CUDA graph."
-    side = torch.cuda.Stream(); side.wait_stream(torch.cuda.current_stream())
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(warm_up): self.run()
+        for _ in range(warm_up):
+            self.run()
     torch.cuda.current_stream().wait_stream(side)
     self.graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode='thread_local'): self.out = self.run()   # other threads may use the device meanwhile
+    # other threads may use the device meanwhile
+    with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode='thread_local'):
+        self.out = self.run()
 
 # %% ../nbs/06c_graph.ipynb #5ab2b39f
 class GraphStreamer:
-    "Action chunks for one running robot: a streaming tick with static shapes, replayed as a CUDA graph where there is a GPU. Same actions as `HaloModel.sample`."
-    def __init__(self, model: HaloModel, steps: int | None = None, method: str | None = None, reuse: bool = True, programs: int = 16, compiled: bool = False):
-        if model.blocks[0].before: raise ValueError("salr.keys='before_rope' turns keys of old tokens anew in every tick; use halo.stream.Streamer for it")
-        if model.embed.text_config._attn_implementation == 'flash_attention_2': raise ValueError("a tick with slots is masked by slot number, which flash-attn 2 cannot do; build the model with SDPA attention")
-        self.model, self.steps, self.method, self.reuse, self.limit, self.programs = model, steps, method, reuse, programs, OrderedDict()
+    """Action chunks for one running robot: a streaming tick with static shapes, replayed as
+    a CUDA graph where there is a GPU. Same actions as `HaloModel.sample`.
+    """
+
+    def __init__(
+        self,
+        model: HaloModel,
+        steps: int | None = None,
+        method: str | None = None,
+        reuse: bool = True,
+        programs: int = 16,
+        compiled: bool = False,
+    ):
+        if model.blocks[0].before:
+            raise ValueError(
+                "salr.keys='before_rope' turns keys of old tokens anew in every tick; use"
+                " halo.stream.Streamer for it"
+            )
+        if model.embed.text_config._attn_implementation == 'flash_attention_2':
+            raise ValueError(
+                "a tick with slots is masked by slot number, which flash-attn 2 cannot do;"
+                " build the model with SDPA attention"
+            )
+        self.model, self.steps, self.method, self.reuse, self.limit, self.programs = (
+            model,
+            steps,
+            method,
+            reuse,
+            programs,
+            OrderedDict(),
+        )
         self.follow, self.slots, self.compiled = Streamer(model), None, compiled
         gpu = model.embed.embed_tokens.weight.is_cuda
-        self.pool = torch.cuda.graph_pool_handle() if gpu else None   # programs run one at a time, in the same memory
-        self.mlps = {k: padded_mlp(b.mlp) for k, b in enumerate(model.embed.visual.blocks) if gpu and model.cfg.vision.mlp % 8}
+        # programs run one at a time, in the same memory
+        self.pool = torch.cuda.graph_pool_handle() if gpu else None
+        self.mlps = {
+            k: padded_mlp(b.mlp)
+            for k, b in enumerate(model.embed.visual.blocks)
+            if gpu and model.cfg.vision.mlp % 8
+        }
 
     def reset(self) -> None:
-        "A new episode: what was encoded is forgotten, the programs stay; weights may have changed in place."
+        """A new episode: what was encoded is forgotten, the programs stay; weights may have
+        changed in place.
+        """
         self.follow.reset()
-        for k, m in self.mlps.items(): refill(m, self.model.embed.visual.blocks[k].mlp)
+        for k, m in self.mlps.items():
+            refill(m, self.model.embed.visual.blocks[k].mlp)
 
     def room(self, obs: Observation) -> int:
-        "Slots needed for the longest row of this robot: full history, these views, this instruction."
+        """Slots needed for the longest row of this robot: full history, these views, this
+        instruction.
+        """
         cfg, f = self.model.cfg, self.model.cfg.vision.factor
         pairs = (cfg.sampling.history_frames + 2) // 2
-        layout = row_layout(pairs, cfg.sampling.history_size // f, [(v.shape[-2] // f, v.shape[-1] // f) for v in obs.views], int(obs.text_mask.sum()))
+        layout = row_layout(
+            pairs,
+            cfg.sampling.history_size // f,
+            [(v.shape[-2] // f, v.shape[-1] // f) for v in obs.views],
+            int(obs.text_mask.sum()),
+        )
         return sum(n[0] * (n[1] * n[2] if len(n) > 1 else 1) for _, *n in layout)
 
 # %% ../nbs/06c_graph.ipynb #1bd986e4
 @patch
-def split(self: GraphStreamer, obs: Observation) -> tuple[list[Tensor], int, list[Tensor], list[Tensor]]:
-    "All frame pairs of an observation, how many stand, features of those known behind them, and the new ones."
+def split(
+    self: GraphStreamer, obs: Observation
+) -> tuple[list[Tensor], int, list[Tensor], list[Tensor]]:
+    """All frame pairs of an observation, how many stand, features of those known behind
+    them, and the new ones.
+    """
     pairs = window_pairs(obs)
-    if not self.reuse: return pairs, 0, [], pairs
+    if not self.reuse:
+        return pairs, 0, [], pairs
     keep, known = self.follow.common(pairs), []
     for p in pairs[keep:]:
-        if (found := self.follow.features.find(p)) is None: break
+        if (found := self.follow.features.find(p)) is None:
+            break
         known.append(found)
-    return pairs, keep, known, pairs[keep + len(known):]
+    return pairs, keep, known, pairs[keep + len(known) :]
 
+# %% ../nbs/06c_graph.ipynb #c7ef5b2a
 @patch
-def inputs(self: GraphStreamer, obs: Observation, noise: Tensor, dims: Tensor | None = None) -> tuple[Inputs, int, list, list[Tensor], list[Tensor]]:
-    "The program's inputs, the row's length, the grids of its pictures, all pairs and the new ones."
+def inputs(
+    self: GraphStreamer, obs: Observation, noise: Tensor, dims: Tensor | None = None
+) -> tuple[Inputs, int, list, list[Tensor], list[Tensor]]:
+    """The program's inputs, the row's length, the grids of its pictures, all pairs and the
+    new ones.
+    """
     cfg, v, dev = self.model.cfg, self.model.cfg.vision, obs.state.device
     pairs, keep, known, new = self.split(obs)
     views = [x[0] for x, there in zip(obs.views, obs.view_mask[0]) if there]
     ids, pos = self.follow.row(obs, pairs, views)
-    side = cfg.sampling.history_size // v.factor; start = 1 + keep * side**2 if keep else 0
+    side = cfg.sampling.history_size // v.factor
+    start = 1 + keep * side**2 if keep else 0
     pictures = [*new, *(x[None].expand(v.temporal_patch, -1, -1, -1) for x in views)]
-    patches = [patchify(normalize_pixels(x)[None], v.patch, v.merge, v.temporal_patch) for x in pictures]
+    patches = [
+        patchify(normalize_pixels(x)[None], v.patch, v.merge, v.temporal_patch)
+        for x in pictures
+    ]
     grids = [(1, x.shape[-2] // v.patch, x.shape[-1] // v.patch) for x in pictures]
-    wide = torch.cat(known) if known else torch.zeros(0, cfg.text.width, dtype=self.model.embed.visual.dtype, device=dev)
-    flat = torch.cat(patches) if patches else torch.zeros(0, 3 * v.temporal_patch * v.patch**2, device=dev)
+    wide = (
+        torch.cat(known)
+        if known
+        else torch.zeros(0, cfg.text.width, dtype=self.model.embed.visual.dtype, device=dev)
+    )
+    flat = (
+        torch.cat(patches)
+        if patches
+        else torch.zeros(0, 3 * v.temporal_patch * v.patch**2, device=dev)
+    )
     dims = torch.ones(cfg.max_action_dim, device=dev) if dims is None else dims
-    return Inputs(flat, wide, ids[start:].to(dev), pos[:, None, start:].to(dev), torch.arange(start, len(ids), device=dev), obs.state, noise, dims), len(ids), grids, pairs, new
+    return (
+        Inputs(
+            flat,
+            wide,
+            ids[start:].to(dev),
+            pos[:, None, start:].to(dev),
+            torch.arange(start, len(ids), device=dev),
+            obs.state,
+            noise,
+            dims,
+        ),
+        len(ids),
+        grids,
+        pairs,
+        new,
+    )
 
 # %% ../nbs/06c_graph.ipynb #dabc5b41
 @patch
 @torch.no_grad()
-def sample(self: GraphStreamer, obs: Observation, noise: Tensor, dims: Tensor | None = None) -> Tensor:
+def sample(
+    self: GraphStreamer, obs: Observation, noise: Tensor, dims: Tensor | None = None
+) -> Tensor:
     "An action chunk (1, s, d). Raises `ValueError` for a batch of several."
-    if len(obs) != 1: raise ValueError(f"a streamer follows one robot, this batch holds {len(obs)}; use one GraphStreamer for each")
+    if len(obs) != 1:
+        raise ValueError(
+            f"a streamer follows one robot, this batch holds {len(obs)}; use one"
+            " GraphStreamer for each"
+        )
     inputs, l, grids, pairs, new = self.inputs(obs, noise, dims)
-    if self.slots is None or l > self.slots[0].k.shape[2]: self.make_room(max(l, self.room(obs)))
+    if self.slots is None or l > self.slots[0].k.shape[2]:
+        self.make_room(max(l, self.room(obs)))
     key = inputs.signature(), tuple(grids), obs.history.shape[-1]
-    if key not in self.programs: self.programs[key] = TickProgram(self.model, self.slots, inputs, grids, self.steps, self.method, self.pool, self.compiled, self.mlps)
+    if key not in self.programs:
+        self.programs[key] = TickProgram(
+            self.model,
+            self.slots,
+            inputs,
+            grids,
+            self.steps,
+            self.method,
+            self.pool,
+            self.compiled,
+            self.mlps,
+        )
     self.programs.move_to_end(key)
-    while len(self.programs) > self.limit: self.programs.popitem(last=False)
-    program = self.programs[key]; out = program(inputs).clone()
+    while len(self.programs) > self.limit:
+        self.programs.popitem(last=False)
+    program = self.programs[key]
+    out = program(inputs).clone()
     side = (self.model.cfg.sampling.history_size // self.model.cfg.vision.factor) ** 2
-    for k, pair in enumerate(new if self.reuse else []): self.follow.features.remember(pair, program.features[k * side:(k + 1) * side].clone())
+    for k, pair in enumerate(new if self.reuse else []):
+        self.follow.features.remember(
+            pair, program.features[k * side : (k + 1) * side].clone()
+        )
     self.follow.pairs = pairs
     return out
 
+# %% ../nbs/06c_graph.ipynb #d7406694
 @patch
 def make_room(self: GraphStreamer, l: int) -> None:
-    "Slots for rows of `l` tokens; what is in the present ones is kept, programs over them are forgotten."
+    """Slots for rows of `l` tokens; what is in the present ones is kept, programs over them
+    are forgotten.
+    """
     t, w, old = self.model.cfg.text, self.model.embed.embed_tokens.weight, self.slots
     self.programs.clear()
-    self.slots = [Slots(t.kv_heads, -(-l // 8) * 8, t.head_dim, w.dtype, w.device) for _ in self.model.blocks]
-    for a, b in zip(self.slots, old or ()): a.k[:, :, :b.k.shape[2]], a.v[:, :, :b.v.shape[2]] = b.k, b.v
+    self.slots = [
+        Slots(t.kv_heads, -(-l // 8) * 8, t.head_dim, w.dtype, w.device)
+        for _ in self.model.blocks
+    ]
+    for a, b in zip(self.slots, old or ()):
+        a.k[:, :, : b.k.shape[2]], a.v[:, :, : b.v.shape[2]] = b.k, b.v

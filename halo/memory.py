@@ -4,9 +4,13 @@
 
 # %% ../nbs/23c_memory.ipynb #9d67ea37
 from __future__ import annotations
-import math, os
+
+import math
+import os
 from pathlib import Path
+
 import numpy as np
+
 from .files import locate, shown
 from .thin import Player, connect, executed, parser, rate, run_benchmark, run_episode
 
@@ -16,110 +20,244 @@ __all__ = ['PROTOCOL', 'CHANCE', 'ROBOMME', 'chance', 'rpy', 'split_cameras', 's
            'main_robomme']
 
 # %% ../nbs/23c_memory.ipynb #98432cdf
-PROTOCOL = dict(benchmark='MIKASA-Robo VLA', episodes=50, first_seed=4242424242, control_mode='pd_ee_delta_pose', control_rate=20, success='at any tick', observation='rgb',
-                cameras=dict(primary='base_camera 128×128', wrist='hand_camera 128×128'), orientation='as rendered (upright)', wrappers='apply_mikasa_vla_wrappers(include_overlays=False)',
-                state='tool xyz (m), roll pitch yaw (rad, from a quaternion in w x y z order), gripper opening (m): 7',
-                action='relative tool pose (7,) in [-1, 1]: xyz, axis-angle or Euler by the controller, gripper 1 opens', prompts='the task\'s own instruction',
-                simulation='GPU', versions='ManiSkill 3.0.0b15, gymnasium 0.29.1')
-CHANCE = {'RememberColor3': 1 / 3, 'RememberColor5': 1 / 5, 'RememberColor9': 1 / 9, 'RememberShape3': 1 / 3, 'RememberShape5': 1 / 5, 'RememberShape9': 1 / 9}   # a policy that guesses
+PROTOCOL = dict(
+    benchmark='MIKASA-Robo VLA',
+    episodes=50,
+    first_seed=4242424242,
+    control_mode='pd_ee_delta_pose',
+    control_rate=20,
+    success='at any tick',
+    observation='rgb',
+    cameras=dict(primary='base_camera 128×128', wrist='hand_camera 128×128'),
+    orientation='as rendered (upright)',
+    wrappers='apply_mikasa_vla_wrappers(include_overlays=False)',
+    state=(
+        'tool xyz (m), roll pitch yaw (rad, from a quaternion in w x y z order), gripper'
+        ' opening (m): 7'
+    ),
+    action=(
+        'relative tool pose (7,) in [-1, 1]: xyz, axis-angle or Euler by the controller,'
+        ' gripper 1 opens'
+    ),
+    prompts='the task\'s own instruction',
+    simulation='GPU',
+    versions='ManiSkill 3.0.0b15, gymnasium 0.29.1',
+)
+# a policy that guesses
+CHANCE = {
+    'RememberColor3': 1 / 3,
+    'RememberColor5': 1 / 5,
+    'RememberColor9': 1 / 9,
+    'RememberShape3': 1 / 3,
+    'RememberShape5': 1 / 5,
+    'RememberShape9': 1 / 9,
+}
+
 
 def chance(task: str) -> float | None:
-    "Success of a policy that always touches one of the candidates at random, where the task's rules say it."
+    """Success of a policy that always touches one of the candidates at random, where the
+    task's rules say it.
+    """
     return CHANCE.get(task.split('-')[0])
 
 # %% ../nbs/23c_memory.ipynb #1523af65
 def rpy(q) -> np.ndarray:
     "Roll, pitch, yaw (rad) of a unit quaternion in w, x, y, z order."
     w, x, y, z = np.asarray(q, np.float64) / np.linalg.norm(q)
-    return np.array([math.atan2(2 * (w * x + y * z), 1 - 2 * (x * x + y * y)), math.asin(np.clip(2 * (w * y - z * x), -1, 1)), math.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))])
+    return np.array(
+        [
+            math.atan2(2 * (w * x + y * z), 1 - 2 * (x * x + y * y)),
+            math.asin(np.clip(2 * (w * y - z * x), -1, 1)),
+            math.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z)),
+        ]
+    )
 
 # %% ../nbs/23c_memory.ipynb #2b08f077
 def split_cameras(rgb) -> dict[str, np.ndarray]:
     "(1, H, W, 6) uint8 of two cameras -> primary and wrist, (H, W, 3) each."
     a = np.asarray(rgb)
-    if a.ndim != 4 or a.shape[0] != 1 or a.shape[-1] != 6: raise ValueError(f"expected one environment's two cameras (1, H, W, 6), got {a.shape}; use num_envs=1 and a robot with a wrist camera")
-    return dict(primary=np.ascontiguousarray(a[0, ..., :3]), wrist=np.ascontiguousarray(a[0, ..., 3:]))
+    if a.ndim != 4 or a.shape[0] != 1 or a.shape[-1] != 6:
+        raise ValueError(
+            f"expected one environment's two cameras (1, H, W, 6), got {a.shape}; use"
+            " num_envs=1 and a robot with a wrist camera"
+        )
+    return dict(
+        primary=np.ascontiguousarray(a[0, ..., :3]),
+        wrist=np.ascontiguousarray(a[0, ..., 3:]),
+    )
 
 # %% ../nbs/23c_memory.ipynb #a27b7ede
 def scalar(x) -> float:
     "The number in a tensor, an array or a number."
     return float(np.asarray(x.cpu() if hasattr(x, 'cpu') else x).reshape(-1)[0])
 
+# %% ../nbs/23c_memory.ipynb #58db0c04
 class Mikasa:
     "A MIKASA-Robo task behind `reset(seed)` and `step(action)`."
+
     def __init__(self, task: str, device: str = 'cpu'):
         try:
             import gymnasium as gym
             import mikasa_robo_suite.vla.memory_envs  # noqa: F401 - registers the tasks
             from mikasa_robo_suite.vla.utils.apply_wrappers import apply_mikasa_vla_wrappers
-        except ImportError as e: raise ImportError(f"MIKASA-Robo is not installed here ({e}); see {shown(locate('configs/requirements/maniskill.txt'))}") from e
-        env = gym.make(task, num_envs=1, obs_mode='rgb', control_mode=PROTOCOL['control_mode'], reward_mode='normalized_dense', sim_backend=device, render_backend=device, render_mode='all')
+        except ImportError as e:
+            raise ImportError(
+                f"MIKASA-Robo is not installed here ({e}); see"
+                f" {shown(locate('configs/requirements/maniskill.txt'))}"
+            ) from e
+        env = gym.make(
+            task,
+            num_envs=1,
+            obs_mode='rgb',
+            control_mode=PROTOCOL['control_mode'],
+            reward_mode='normalized_dense',
+            sim_backend=device,
+            render_backend=device,
+            render_mode='all',
+        )
         self.env = apply_mikasa_vla_wrappers(env, include_overlays=False)
-        self.task, self.limit, self.prompt = task, int(self.env.max_episode_steps), env.unwrapped.LANGUAGE_INSTRUCTION
+        self.task, self.limit, self.prompt = (
+            task,
+            int(self.env.max_episode_steps),
+            env.unwrapped.LANGUAGE_INSTRUCTION,
+        )
 
-    def seen(self, obs): return split_cameras(obs['rgb'].cpu()), obs['proprio'][0].cpu().numpy().astype(np.float32), self.prompt
+    def seen(self, obs):
+        return (
+            split_cameras(obs['rgb'].cpu()),
+            obs['proprio'][0].cpu().numpy().astype(np.float32),
+            self.prompt,
+        )
 
-    def reset(self, seed: int): self.obs, _ = self.env.reset(seed=int(seed)); return self.seen(self.obs)
+    def reset(self, seed: int):
+        self.obs, _ = self.env.reset(seed=int(seed))
+        return self.seen(self.obs)
 
     def step(self, action):
-        self.obs, _, terminated, truncated, info = self.env.step(np.asarray(action, np.float32))
-        return *self.seen(self.obs), bool(scalar(terminated) or scalar(truncated)), bool(scalar(info['success']))
+        self.obs, _, terminated, truncated, info = self.env.step(
+            np.asarray(action, np.float32)
+        )
+        return (
+            *self.seen(self.obs),
+            bool(scalar(terminated) or scalar(truncated)),
+            bool(scalar(info['success'])),
+        )
 
 # %% ../nbs/23c_memory.ipynb #b6164d14
 class Scripted:
-    "Touches a cube of *RememberColor*: the right one, or one drawn per episode (`guess`). `infer` is a server's."
-    def __init__(self, env: Mikasa, guess: bool = False): self.sim, self.guess = env.env.unwrapped, guess
+    """Touches a cube of *RememberColor*: the right one, or one drawn per episode (`guess`).
+
+    `infer` is a server's.
+    """
+
+    def __init__(self, env: Mikasa, guess: bool = False):
+        self.sim, self.guess = env.env.unwrapped, guess
 
     def choose(self, obs: dict) -> int:
         "The cube's number for this episode."
-        if obs.get('reset'): self.pick = int(np.random.default_rng(obs['seed']).integers(len(self.sim.cubes)))
+        if obs.get('reset'):
+            self.pick = int(
+                np.random.default_rng(obs['seed']).integers(len(self.sim.cubes))
+            )
         return self.pick if self.guess else int(scalar(self.sim.true_color_indices))
 
     def infer(self, obs: dict) -> dict:
         cube = self.sim.cubes[self.choose(obs)].pose.p[0].cpu().numpy()
-        there = cube[2] < 1                                          # hidden cubes are a kilometre up
-        way = (cube + [0, 0, 0.03] - self.sim.agent.tcp.pose.p[0].cpu().numpy()) if there else np.zeros(3)
-        return dict(actions=np.array([[*np.clip(way / 0.1, -1, 1), 0, 0, 0, -1]], np.float32))   # the controller's largest step is 10 cm
+        there = cube[2] < 1  # hidden cubes are a kilometre up
+        way = (
+            (cube + [0, 0, 0.03] - self.sim.agent.tcp.pose.p[0].cpu().numpy())
+            if there
+            else np.zeros(3)
+        )
+        # the controller's largest step is 10 cm
+        return dict(
+            actions=np.array([[*np.clip(way / 0.1, -1, 1), 0, 0, 0, -1]], np.float32)
+        )
 
 # %% ../nbs/23c_memory.ipynb #13cac618
 def vulkan_hint(error: Exception) -> str:
     "What to do when the renderer did not start."
     unpack = f"""eval "$(bash '{shown(locate('scripts/lavapipe.sh'))}' FOLDER)\""""
-    return (f"ManiSkill's renderer did not start ({str(error)[:100]}). On a machine without GPU: "
-            "Mesa 25 or later with lavapipe (Debian 12: apt install -t bookworm-backports "
-            f"mesa-vulkan-drivers, or unpacked by {unpack}), and --device cpu")
+    return (
+        f"ManiSkill's renderer did not start ({str(error)[:100]}). On a machine without"
+        " GPU: Mesa 25 or later with lavapipe (Debian 12: apt install -t"
+        f" bookworm-backports mesa-vulkan-drivers, or unpacked by {unpack}), and"
+        " --device cpu"
+    )
 
 # %% ../nbs/23c_memory.ipynb #c08583a2
-ROBOMME = dict(benchmark='RoboMME', episodes=50, dataset='test', action='eight joint angles (rad) and gripper', control_rate=10, cameras=dict(primary='front 256×256', wrist='wrist 256×256'),
-               orientation='as rendered (upright)', state='seven joint angles (rad), gripper: 8', ticks=300, prompts='the episode\'s own goal', success='status "success"', versions='its own fork of ManiSkill')
+ROBOMME = dict(
+    benchmark='RoboMME',
+    episodes=50,
+    dataset='test',
+    action='eight joint angles (rad) and gripper',
+    control_rate=10,
+    cameras=dict(primary='front 256×256', wrist='wrist 256×256'),
+    orientation='as rendered (upright)',
+    state='seven joint angles (rad), gripper: 8',
+    ticks=300,
+    prompts='the episode\'s own goal',
+    success='status "success"',
+    versions='its own fork of ManiSkill',
+)
+
 
 def shown_before(raw: dict, name: str = 'front_rgb_list') -> np.ndarray:
-    "Frames (k, H, W, 3) that an observation shows before the present one: all but the last of a list, none of a single frame."
+    """Frames (k, H, W, 3) that an observation shows before the present one: all but the
+    last of a list, none of a single frame.
+    """
     frames = raw[name] if isinstance(raw[name], (list, tuple)) else [raw[name]]
     return np.stack([np.asarray(f, np.uint8) for f in frames])[:-1]
 
 # %% ../nbs/23c_memory.ipynb #06965190
 class RoboMME:
-    "A RoboMME task through LeRobot's class; `demo` holds the frames shown before the episode, `about()` what it showed."
+    """A RoboMME task through LeRobot's class; `demo` holds the frames shown before the
+    episode, `about()` what it showed.
+    """
+
     def __init__(self, task: str, dataset: str = 'test', limit: int = ROBOMME['ticks']):
-        try: from lerobot.envs.robomme import RoboMMEGymEnv
-        except ImportError as e: raise ImportError(f"RoboMME runs through LeRobot's class ({e}); see {shown(locate('configs/requirements/robomme.txt'))}") from e
-        self.make, self.limit = (lambda episode: RoboMMEGymEnv(task=task, dataset=dataset, episode_idx=episode, max_steps=limit)), limit
+        try:
+            from lerobot.envs.robomme import RoboMMEGymEnv
+        except ImportError as e:
+            raise ImportError(
+                f"RoboMME runs through LeRobot's class ({e}); see"
+                f" {shown(locate('configs/requirements/robomme.txt'))}"
+            ) from e
+        self.make, self.limit = (
+            (
+                lambda episode: RoboMMEGymEnv(
+                    task=task, dataset=dataset, episode_idx=episode, max_steps=limit
+                )
+            ),
+            limit,
+        )
         self.task = task
 
     def seen(self, obs):
-        front, wrist = list(obs['pixels'].values())[:2]   # LeRobot names them image, wrist_image; its successor camera1, camera2
+        # LeRobot names them image, wrist_image; its successor camera1, camera2
+        front, wrist = list(obs['pixels'].values())[:2]
         self.images = dict(primary=front, wrist=wrist)
         return self.images, obs['agent_pos'], self.prompt
 
-    def cameras(self) -> dict: "The cameras as they are, in the protocol's words."; return {k: f"{name} {self.images[k].shape[1]}×{self.images[k].shape[0]}" for k, name in (('primary', 'front'), ('wrist', 'wrist'))}
+    def cameras(self) -> dict:
+        "The cameras as they are, in the protocol's words."
+        return {
+            k: f"{name} {self.images[k].shape[1]}×{self.images[k].shape[0]}"
+            for k, name in (('primary', 'front'), ('wrist', 'wrist'))
+        }
 
-    def about(self) -> dict: "What the running episode showed."; return dict(pictures={k: list(v.shape) for k, v in self.images.items()}, shown_before=len(self.demo))
+    def about(self) -> dict:
+        "What the running episode showed."
+        return dict(
+            pictures={k: list(v.shape) for k, v in self.images.items()},
+            shown_before=len(self.demo),
+        )
 
     def reset(self, seed: int):
         self.env = self.make(int(seed))
         obs, info = self.env.reset()
-        goal = info['task_goal']; self.prompt = goal if isinstance(goal, str) else goal[0]
+        goal = info['task_goal']
+        self.prompt = goal if isinstance(goal, str) else goal[0]
         self.demo = shown_before(self.env._last_raw_obs)
         return self.seen(obs)
 
@@ -132,68 +270,159 @@ def show_first(player: Player, frames: np.ndarray, seed: int):
     "Start an episode whose history already holds `frames` (k, H, W, 3)."
     player.reset(seed)
     for tick, frame in enumerate(frames):
-        player.policy.infer(dict(frame_only=True, images=dict(primary=frame), tick=tick) | (dict(reset=True, seed=int(seed)) if not tick else {}))
+        player.policy.infer(
+            dict(frame_only=True, images=dict(primary=frame), tick=tick)
+            | (dict(reset=True, seed=int(seed)) if not tick else {})
+        )
     player.tick, player.fresh = len(frames), not len(frames)
 
 # %% ../nbs/23c_memory.ipynb #9a33a587
 def conventions(args, env, metadata: dict) -> dict:
     "What this run does, in the protocol's words."
-    import importlib.metadata as m, platform
+    import importlib.metadata as m
+    import platform
+
     v = lambda name: m.version(name)
-    own = dict(PROTOCOL) | dict(episodes=args.episodes, first_seed=args.seed, simulation=args.device.upper(), versions=f"ManiSkill {v('mani_skill')}, gymnasium {v('gymnasium')}")
-    return own | dict(task=args.task, chance=chance(args.task), ticks=env.limit, frames=args.frames, chunk_executed=executed(args.replan, metadata), python=platform.python_version(), server=metadata)
+    own = dict(PROTOCOL) | dict(
+        episodes=args.episodes,
+        first_seed=args.seed,
+        simulation=args.device.upper(),
+        versions=f"ManiSkill {v('mani_skill')}, gymnasium {v('gymnasium')}",
+    )
+    return own | dict(
+        task=args.task,
+        chance=chance(args.task),
+        ticks=env.limit,
+        frames=args.frames,
+        chunk_executed=executed(args.replan, metadata),
+        python=platform.python_version(),
+        server=metadata,
+    )
 
 # %% ../nbs/23c_memory.ipynb #a9ac6718
 def film(env: Mikasa, seed: int, path: Path, ticks: int = 12, columns: int = 6):
-    "A sheet of what the primary camera sees in the first `ticks` ticks while the arm stands still, row by row."
+    """A sheet of what the primary camera sees in the first `ticks` ticks while the arm
+    stands still, row by row.
+    """
     from PIL import Image
-    images, _, _ = env.reset(seed); strip = []
-    for _ in range(ticks): strip.append(images['primary']); images, *_ = env.step(np.zeros(7))
-    Image.fromarray(np.concatenate([np.concatenate(strip[i:i + columns], 1) for i in range(0, ticks, columns)])).save(path)
+
+    images, _, _ = env.reset(seed)
+    strip = []
+    for _ in range(ticks):
+        strip.append(images['primary'])
+        images, *_ = env.step(np.zeros(7))
+    Image.fromarray(
+        np.concatenate(
+            [np.concatenate(strip[i : i + columns], 1) for i in range(0, ticks, columns)]
+        )
+    ).save(path)
 
 # %% ../nbs/23c_memory.ipynb #464f97e3
 def check(env: Mikasa, task: str, seeds):
-    "Play *RememberColor* with the truth and with a guess; exit status 1 unless the truth always succeeds."
+    """Play *RememberColor* with the truth and with a guess; exit status 1 unless the truth
+    always succeeds.
+    """
     for name, guess in (('knows the colour', False), ('guesses', True)):
-        s = rate([run_episode(env, Player(Scripted(env, guess), dim=7), seed, env.limit)['success'] for seed in seeds])
-        print(f"{name:18} {s['successes']}/{s['n']}   95 % interval {s['lo']:.1%} to {s['hi']:.1%}" + (f'; chance is {chance(task):.1%}' if guess else ''))
-        if not guess and s['successes'] < s['n']: raise SystemExit(1)
+        s = rate(
+            [
+                run_episode(env, Player(Scripted(env, guess), dim=7), seed, env.limit)[
+                    'success'
+                ]
+                for seed in seeds
+            ]
+        )
+        print(
+            f"{name:18} {s['successes']}/{s['n']}   95 % interval {s['lo']:.1%} to"
+            f" {s['hi']:.1%}" + (f'; chance is {chance(task):.1%}' if guess else '')
+        )
+        if not guess and s['successes'] < s['n']:
+            raise SystemExit(1)
 
 # %% ../nbs/23c_memory.ipynb #636a7e58
 def main(arguments=None):
     "Command line of `clients/maniskill.py`."
     p = parser('maniskill', 'Play a MIKASA-Robo memory task with a served policy.')
-    p.add_argument('--task', default='RememberColor3-VLA-v0'); p.add_argument('--device', default='cpu', choices=('cpu', 'gpu'))
-    p.add_argument('--seed', type=int, default=PROTOCOL['first_seed'], help='seed of the first episode'); p.add_argument('--film', type=Path, help='only write a sheet of pictures of the first episode here')
-    p.add_argument('--check', action='store_true', help='only play the scripted players of RememberColor')
+    p.add_argument('--task', default='RememberColor3-VLA-v0')
+    p.add_argument('--device', default='cpu', choices=('cpu', 'gpu'))
+    p.add_argument(
+        '--seed', type=int, default=PROTOCOL['first_seed'], help='seed of the first episode'
+    )
+    p.add_argument(
+        '--film', type=Path, help='only write a sheet of pictures of the first episode here'
+    )
+    p.add_argument(
+        '--check',
+        action='store_true',
+        help='only play the scripted players of RememberColor',
+    )
     args = p.parse_args(arguments)
-    try: env = Mikasa(args.task, args.device)
-    except RuntimeError as e: raise SystemExit(vulkan_hint(e)) from e
-    if args.film: return film(env, args.seed, args.film)
-    if args.check: return check(env, args.task, range(args.seed, args.seed + args.episodes))
+    try:
+        env = Mikasa(args.task, args.device)
+    except RuntimeError as e:
+        raise SystemExit(vulkan_hint(e)) from e
+    if args.film:
+        return film(env, args.seed, args.film)
+    if args.check:
+        return check(env, args.task, range(args.seed, args.seed + args.episodes))
     policy = connect(args.address, args.token)
     seeds = range(args.seed, args.seed + args.episodes)
-    out = run_benchmark(env, Player(policy, args.replan, args.frames, 7), seeds, env.limit, args.out, conventions(args, env, dict(policy.get_server_metadata())), PROTOCOL)
+    out = run_benchmark(
+        env,
+        Player(policy, args.replan, args.frames, 7),
+        seeds,
+        env.limit,
+        args.out,
+        conventions(args, env, dict(policy.get_server_metadata())),
+        PROTOCOL,
+    )
     s, guess = out['success'], chance(args.task)
-    print(f"{args.task}: {s['successes']}/{s['n']} = {s['rate']:.1%}, 95 % interval {s['lo']:.1%} to {s['hi']:.1%}" + (f"; guessing gives {guess:.1%}" if guess else ''))
+    print(
+        f"{args.task}: {s['successes']}/{s['n']} = {s['rate']:.1%}, 95 % interval"
+        f" {s['lo']:.1%} to {s['hi']:.1%}"
+        + (f"; guessing gives {guess:.1%}" if guess else '')
+    )
 
 # %% ../nbs/23c_memory.ipynb #07403d42
 def robomme_versions() -> str:
     "What the simulation stands on."
     import importlib.metadata as m
+
     return ', '.join(f'{n} {m.version(n)}' for n in ('mani_skill', 'gymnasium', 'numpy'))
 
+# %% ../nbs/23c_memory.ipynb #ee85fd8a
 def main_robomme(arguments=None):
     "Command line of `clients/robomme.py`."
     p = parser('robomme', 'Play a RoboMME task with a served policy.')
-    p.add_argument('--task', default='PickXtimes'); p.add_argument('--dataset', default='test')
+    p.add_argument('--task', default='PickXtimes')
+    p.add_argument('--dataset', default='test')
     p.add_argument('--limit', type=int, default=ROBOMME['ticks'], help='ticks per episode')
     args = p.parse_args(arguments)
     env = RoboMME(args.task, args.dataset, args.limit)
-    env.reset(0)                                              # only pictures say how large they are; before a server waits
+    env.reset(0)  # only pictures say how large they are; before a server waits
     policy = connect(args.address, args.token)
     begin = lambda player, seed: show_first(player, env.demo, seed)
-    own = dict(ROBOMME) | dict(episodes=args.episodes, dataset=args.dataset, ticks=args.limit, cameras=env.cameras(), versions=robomme_versions(), task=args.task, frames=args.frames, chunk_executed=executed(args.replan, dict(policy.get_server_metadata())), server=dict(policy.get_server_metadata()))
-    play = lambda env, player, seed, limit: run_episode(env, player, seed, limit, start=begin) | env.about()
-    out = run_benchmark(env, Player(policy, args.replan, args.frames, 8), range(args.episodes), env.limit, args.out, own, ROBOMME, episode=play)
+    own = dict(ROBOMME) | dict(
+        episodes=args.episodes,
+        dataset=args.dataset,
+        ticks=args.limit,
+        cameras=env.cameras(),
+        versions=robomme_versions(),
+        task=args.task,
+        frames=args.frames,
+        chunk_executed=executed(args.replan, dict(policy.get_server_metadata())),
+        server=dict(policy.get_server_metadata()),
+    )
+    play = lambda env, player, seed, limit: (
+        run_episode(env, player, seed, limit, start=begin) | env.about()
+    )
+    out = run_benchmark(
+        env,
+        Player(policy, args.replan, args.frames, 8),
+        range(args.episodes),
+        env.limit,
+        args.out,
+        own,
+        ROBOMME,
+        episode=play,
+    )
     print(f"{args.task}: {out['success']['successes']}/{out['success']['n']}")

@@ -4,23 +4,54 @@
 
 # %% ../nbs/10b_mixture.ipynb #92a1d66d
 from __future__ import annotations
-import contextlib, difflib, hashlib, json, logging, os, time, typing
+
+import contextlib
+import difflib
+import hashlib
+import json
+import logging
+import os
+import time
+import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-import numpy as np, torch, yaml
+
+import numpy as np
+import torch
+import yaml
 from fastcore.basics import patch
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
+from lerobot.configs.video import RGBEncoderConfig
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 from tqdm import tqdm
-from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.configs.video import RGBEncoderConfig
+
 from .config import ModelConfig, at_least, one_of, preset
 from .configuration_halo import ROLES, HaloConfig
-from .data import (FrameStore, HistoryDataset, View, as_meta, near_dataset, camera_size, check_cameras, check_lengths, check_stamps, check_tasks, default_store, episode_bounds, episodes_of,
-                       fingerprint, fit_shape, matrix, notices, read_columns, tasks_by_index)
+from halo.data import (
+    FrameStore,
+    HistoryDataset,
+    View,
+    as_meta,
+    camera_size,
+    check_cameras,
+    check_lengths,
+    check_stamps,
+    check_tasks,
+    default_store,
+    episode_bounds,
+    episodes_of,
+    fingerprint,
+    fit_shape,
+    matrix,
+    near_dataset,
+    notices,
+    read_columns,
+    tasks_by_index,
+)
 from .files import locate
 from .modeling_halo import HaloPolicy
 from .processor_halo import make_halo_pre_post_processors
@@ -39,29 +70,58 @@ __all__ = ['log', 'ROTATIONS', 'GRIPPERS', 'NORMALIZATIONS', 'TOPICS', 'STATISTI
            'declared', 'needed', 'verification', 'timed', 'store_speed', 'bench_store', 'check_mixture', 'main', 'run']
 
 # %% ../nbs/10b_mixture.ipynb #ae44b75c
-ROTATIONS = {'none': 0, 'euler': 3, 'quaternion': 4, 'axis_angle': 3, 'rot6d': 6}   # roll-pitch-yaw about fixed axes | x, y, z, w | axis times angle | first two columns of the matrix
-GRIPPERS = ('none', 'open_high', 'open_low')                                          # which end of its range is open
-NORMALIZATIONS = {'quantiles': ('q01', 'q99'), 'mean_std': ('mean', 'std'), 'min_max': ('min', 'max'), 'identity': ()}
+# roll-pitch-yaw about fixed axes | x, y, z, w | axis times angle | first two columns of the
+# matrix
+ROTATIONS = {'none': 0, 'euler': 3, 'quaternion': 4, 'axis_angle': 3, 'rot6d': 6}
+GRIPPERS = ('none', 'open_high', 'open_low')  # which end of its range is open
+NORMALIZATIONS = {
+    'quantiles': ('q01', 'q99'),
+    'mean_std': ('mean', 'std'),
+    'min_max': ('min', 'max'),
+    'identity': (),
+}
 
 # %% ../nbs/10b_mixture.ipynb #da8f128c
 @dataclass(frozen=True)
 class ActionSpace:
-    "What the numbers of an action mean. 'ee': per arm [position 3, rotation, gripper]; 'joint': any order, grippers named by `gripper_at`."
-    frame: str = 'joint'                   # 'joint' or 'ee' (end effector)
-    control: str = 'absolute'              # 'absolute' targets or 'delta' per frame of the dataset
-    rotation: str = 'none'                 # a key of ROTATIONS
-    gripper: str = 'none'                  # one of GRIPPERS
+    """What the numbers of an action mean.
+
+    'ee': per arm [position 3, rotation, gripper]; 'joint': any order, grippers named by
+    `gripper_at`.
+    """
+
+    frame: str = 'joint'  # 'joint' or 'ee' (end effector)
+    control: str = 'absolute'  # 'absolute' targets or 'delta' per frame of the dataset
+    rotation: str = 'none'  # a key of ROTATIONS
+    gripper: str = 'none'  # one of GRIPPERS
     gripper_range: tuple[float, ...] = (0.0, 1.0)  # recorded values of the two ends
-    gripper_at: tuple[int, ...] = ()       # dimensions of the grippers; for 'ee' they follow from the layout
+    # dimensions of the grippers; for 'ee' they follow from the layout
+    gripper_at: tuple[int, ...] = ()
     arms: int = 1
 
     def __post_init__(self):
-        one_of('frame', self.frame, ('joint', 'ee')); one_of('control', self.control, ('absolute', 'delta'))
-        one_of('rotation', self.rotation, tuple(ROTATIONS)); one_of('gripper', self.gripper, GRIPPERS); at_least('arms', self.arms, 1)
-        if len(self.gripper_range) != 2 or not self.gripper_range[0] < self.gripper_range[1]:
-            raise ValueError(f"gripper_range={list(self.gripper_range)} must be [low, high] with low < high; say which end is open with gripper: open_high or open_low")
-        if self.frame == 'joint' and self.gripper != 'none' and not self.gripper_at: raise ValueError("frame='joint' with a gripper needs gripper_at, the dimensions of the grippers, e.g. gripper_at: [6]")
-        if self.frame == 'joint' and self.rotation != 'none': raise ValueError(f"rotation={self.rotation!r} belongs to frame='ee'; joints have none")
+        one_of('frame', self.frame, ('joint', 'ee'))
+        one_of('control', self.control, ('absolute', 'delta'))
+        one_of('rotation', self.rotation, tuple(ROTATIONS))
+        one_of('gripper', self.gripper, GRIPPERS)
+        at_least('arms', self.arms, 1)
+        if (
+            len(self.gripper_range) != 2
+            or not self.gripper_range[0] < self.gripper_range[1]
+        ):
+            raise ValueError(
+                f"gripper_range={list(self.gripper_range)} must be [low, high] with low <"
+                " high; say which end is open with gripper: open_high or open_low"
+            )
+        if self.frame == 'joint' and self.gripper != 'none' and not self.gripper_at:
+            raise ValueError(
+                "frame='joint' with a gripper needs gripper_at, the dimensions of the"
+                " grippers, e.g. gripper_at: [6]"
+            )
+        if self.frame == 'joint' and self.rotation != 'none':
+            raise ValueError(
+                f"rotation={self.rotation!r} belongs to frame='ee'; joints have none"
+            )
 
 # %% ../nbs/10b_mixture.ipynb #d243df45
 @patch(as_prop=True)
@@ -69,51 +129,87 @@ def arm(self: ActionSpace) -> int:
     "Numbers per arm of an 'ee' action."
     return 3 + ROTATIONS[self.rotation] + (self.gripper != 'none')
 
+
 @patch(as_prop=True)
 def grippers(self: ActionSpace) -> list[int]:
     "Dimensions of the grippers."
-    if self.gripper == 'none': return []
-    return list(self.gripper_at) if self.frame == 'joint' else [(k + 1) * self.arm - 1 for k in range(self.arms)]
+    if self.gripper == 'none':
+        return []
+    return (
+        list(self.gripper_at)
+        if self.frame == 'joint'
+        else [(k + 1) * self.arm - 1 for k in range(self.arms)]
+    )
 
 # %% ../nbs/10b_mixture.ipynb #5866da6c
 def slot_role(slot: str) -> str:
     "The role of a camera slot: 'wrist' of 'wrist_left'."
     return slot.split('_')[0]
 
-TOPICS = ('id', 'cameras', 'state', 'control', 'rotation', 'gripper')   # of a declaration: 'state' is order and constant dimensions, 'control' the frame too
 
+# of a declaration: 'state' is order and constant dimensions, 'control' the frame too
+TOPICS = ('id', 'cameras', 'state', 'control', 'rotation', 'gripper')
+
+# %% ../nbs/10b_mixture.ipynb #7bbcc509
 @dataclass(frozen=True)
 class DatasetSpec:
     "One dataset of a mixture."
-    id: str                                # folder or LeRobot hub id
-    cameras: dict[str, str]                # slot -> key: 'primary' (whose past is read), 'secondary', 'wrist', also 'wrist_left', 'secondary_2', ...
+
+    id: str  # folder or LeRobot hub id
+    # slot -> key: 'primary' (whose past is read), 'secondary', 'wrist', also 'wrist_left',
+    # 'secondary_2', ...
+    cameras: dict[str, str]
     weight: float = 1.0
     action_space: ActionSpace = field(default_factory=ActionSpace)
-    name: str = ''                         # for logs; default: the end of the id
-    state: tuple[str, ...] = ('observation.state',)  # columns that make the state; [] = the robot reports none
+    name: str = ''  # for logs; default: the end of the id
+    # columns that make the state; [] = the robot reports none
+    state: tuple[str, ...] = ('observation.state',)
     action: tuple[str, ...] = ('action',)
-    state_norm: str = 'quantiles'          # 'quantiles' (q01-q99 to -1..1), 'mean_std', 'min_max' or 'identity'
+    # 'quantiles' (q01-q99 to -1..1), 'mean_std', 'min_max' or 'identity'
+    state_norm: str = 'quantiles'
     action_norm: str = 'quantiles'
-    state_constant: tuple[int, ...] = ()   # dimensions that never move
+    state_constant: tuple[int, ...] = ()  # dimensions that never move
     action_constant: tuple[int, ...] = ()
-    revision: str = ''                     # of the hub; '' = the newest that LeRobot reads
-    verified: dict[str, str] = field(default_factory=dict)   # topic -> names of the mixture's sources that confirm it, separated by spaces
-    note: str = ''                         # what is not verified, and why
+    revision: str = ''  # of the hub; '' = the newest that LeRobot reads
+    # topic -> names of the mixture's sources that confirm it, separated by spaces
+    verified: dict[str, str] = field(default_factory=dict)
+    note: str = ''  # what is not verified, and why
 
     def __post_init__(self):
-        if not self.id: raise ValueError("id is empty; give a folder or a LeRobot hub id")
-        if not self.weight > 0: raise ValueError(f"weight={self.weight!r} must be positive; remove the dataset to leave it out")
-        if 'primary' not in self.cameras: raise ValueError(f"cameras have no 'primary' (they are {list(self.cameras)}); name the camera whose past is read")
-        for slot in self.cameras: one_of(f'camera slot {slot!r}', slot_role(slot), ROLES)
-        if more := [s for s in self.cameras if slot_role(s) == 'primary' and s != 'primary']:
-            raise ValueError(f"camera slot {more[0]!r} would be a second primary view; call it 'secondary_2'")
+        if not self.id:
+            raise ValueError("id is empty; give a folder or a LeRobot hub id")
+        if not self.weight > 0:
+            raise ValueError(
+                f"weight={self.weight!r} must be positive; remove the dataset to leave"
+                " it out"
+            )
+        if 'primary' not in self.cameras:
+            raise ValueError(
+                f"cameras have no 'primary' (they are {list(self.cameras)}); name the"
+                " camera whose past is read"
+            )
+        for slot in self.cameras:
+            one_of(f'camera slot {slot!r}', slot_role(slot), ROLES)
+        if more := [
+            s for s in self.cameras if slot_role(s) == 'primary' and s != 'primary'
+        ]:
+            raise ValueError(
+                f"camera slot {more[0]!r} would be a second primary view; call it"
+                " 'secondary_2'"
+            )
         keys = list(self.cameras.values())
         if twice := [c for c in keys if keys.count(c) > 1]:
-            raise ValueError(f"camera {twice[0]!r} stands in {keys.count(twice[0])} slots; give it one")
-        if not self.action: raise ValueError("action is empty; name the column that holds it")
-        for k in ('state_norm', 'action_norm'): one_of(k, getattr(self, k), tuple(NORMALIZATIONS))
-        for k in self.verified: one_of('topic of verified', k, TOPICS)
-        if not self.name: object.__setattr__(self, 'name', self.id.rstrip('/').split('/')[-1])
+            raise ValueError(
+                f"camera {twice[0]!r} stands in {keys.count(twice[0])} slots; give it one"
+            )
+        if not self.action:
+            raise ValueError("action is empty; name the column that holds it")
+        for k in ('state_norm', 'action_norm'):
+            one_of(k, getattr(self, k), tuple(NORMALIZATIONS))
+        for k in self.verified:
+            one_of('topic of verified', k, TOPICS)
+        if not self.name:
+            object.__setattr__(self, 'name', self.id.rstrip('/').split('/')[-1])
 
     @property
     def roles(self) -> dict[str, str]:
@@ -124,81 +220,148 @@ class DatasetSpec:
 # %% ../nbs/10b_mixture.ipynb #f447ba05
 @dataclass(frozen=True)
 class Augmentation:
-    "Random changes of pictures; one draw per sample and camera, the same for all frames of a history."
-    crop: float = 0.0         # share of the side that may be cut off; the rest is resized back
-    brightness: float = 0.0   # factors lie in 1 +- this
+    """Random changes of pictures; one draw per sample and camera, the same for all frames
+    of a history.
+    """
+
+    crop: float = 0.0  # share of the side that may be cut off; the rest is resized back
+    brightness: float = 0.0  # factors lie in 1 +- this
     contrast: float = 0.0
     saturation: float = 0.0
-    hue: float = 0.0          # shift within +- this, of a full turn
+    hue: float = 0.0  # shift within +- this, of a full turn
 
     def __post_init__(self):
         for f in fields(self):
-            if not 0 <= getattr(self, f.name) <= 0.5: raise ValueError(f"{f.name}={getattr(self, f.name)!r} must lie in [0, 0.5]")
+            if not 0 <= getattr(self, f.name) <= 0.5:
+                raise ValueError(f"{f.name}={getattr(self, f.name)!r} must lie in [0, 0.5]")
 
+# %% ../nbs/10b_mixture.ipynb #f3a69e73
 @dataclass(frozen=True)
 class Mixture:
     "Weighted datasets and how they meet."
+
     name: str
     datasets: tuple[DatasetSpec, ...]
-    balance: str = 'frames'         # a weight multiplies: 'frames' (Octo, OpenVLA) or 'none' (weights are shares)
-    rotation: str = ''              # rotation form of all 'ee' actions; '' keeps each dataset's
-    actions: str = 'native'         # chunks at each dataset's own rate ('native', as Octo and OpenVLA), or at the policy's ('resampled')
+    # a weight multiplies: 'frames' (Octo, OpenVLA) or 'none' (weights are shares)
+    balance: str = 'frames'
+    rotation: str = ''  # rotation form of all 'ee' actions; '' keeps each dataset's
+    # chunks at each dataset's own rate ('native', as Octo and OpenVLA), or at the policy's
+    # ('resampled')
+    actions: str = 'native'
     augment: Augmentation = field(default_factory=Augmentation)
-    sources: dict[str, str] = field(default_factory=dict)   # name -> title and address, for what `verified` names
+    # name -> title and address, for what `verified` names
+    sources: dict[str, str] = field(default_factory=dict)
     note: str = ''
 
     def __post_init__(self):
-        one_of('balance', self.balance, ('frames', 'none')); one_of('actions', self.actions, ('native', 'resampled'))
-        if self.rotation: one_of('rotation', self.rotation, tuple(ROTATIONS))
-        if not self.datasets: raise ValueError("datasets is empty; name at least one")
+        one_of('balance', self.balance, ('frames', 'none'))
+        one_of('actions', self.actions, ('native', 'resampled'))
+        if self.rotation:
+            one_of('rotation', self.rotation, tuple(ROTATIONS))
+        if not self.datasets:
+            raise ValueError("datasets is empty; name at least one")
         names = [d.name for d in self.datasets]
         for d in self.datasets:
-            for k, s in ((k, s) for k, v in d.verified.items() for s in v.split()): one_of(f'source of {k} in dataset {d.name}', s, tuple(self.sources))
-        if twice := [n for n in names if names.count(n) > 1]: raise ValueError(f"two datasets are called {twice[0]!r}; give one of them another name")
+            for k, s in ((k, s) for k, v in d.verified.items() for s in v.split()):
+                one_of(f'source of {k} in dataset {d.name}', s, tuple(self.sources))
+        if twice := [n for n in names if names.count(n) > 1]:
+            raise ValueError(
+                f"two datasets are called {twice[0]!r}; give one of them another name"
+            )
 
 # %% ../nbs/10b_mixture.ipynb #01118a56
 def inside(where: str, k) -> str:
-    "The place of field `k` in the place `where`: 'a.yaml:' -> 'a.yaml: k' -> 'a.yaml: k.j'."
+    """The place of field `k` in the place `where`: 'a.yaml:' -> 'a.yaml: k' -> 'a.yaml:
+    k.j'.
+    """
     return f"{where}{' ' if where.endswith(':') else '.'}{k}"
 
+# %% ../nbs/10b_mixture.ipynb #31d8aba6
 def from_dict(cls, d, where: str):
-    "`cls`, a dataclass, from the dict `d`, with its parts. Raises `ValueError` that begins with the place `where`."
-    if not isinstance(d, dict): raise ValueError(f"{where} is {d!r}; it must hold named fields ({', '.join(f.name for f in fields(cls))})")
+    """`cls`, a dataclass, from the dict `d`, with its parts.
+
+    Raises `ValueError` that begins with the place `where`.
+    """
+    if not isinstance(d, dict):
+        raise ValueError(
+            f"{where} is {d!r}; it must hold named fields"
+            f" ({', '.join(f.name for f in fields(cls))})"
+        )
     hints, known = typing.get_type_hints(cls), [f.name for f in fields(cls)]
     for k in d:
-        if k not in known: raise ValueError(f"{inside(where, k)} is unknown; " + (f"did you mean {near[0]!r}?" if (near := difflib.get_close_matches(str(k), known, 1)) else f"use {', '.join(known)}"))
-    try: return cls(**{k: convert(hints[k], v, inside(where, k)) for k, v in d.items()})
-    except ValueError as e: raise e if str(e).startswith(where) else ValueError(f"{where.rstrip(':')}: {e}") from e
-    except TypeError as e: raise ValueError(f"{where.rstrip(':')}: {str(e).replace(cls.__name__ + '.__init__()', cls.__name__)}") from e
+        if k not in known:
+            raise ValueError(
+                f"{inside(where, k)} is unknown; "
+                + (
+                    f"did you mean {near[0]!r}?"
+                    if (near := difflib.get_close_matches(str(k), known, 1))
+                    else f"use {', '.join(known)}"
+                )
+            )
+    try:
+        return cls(**{k: convert(hints[k], v, inside(where, k)) for k, v in d.items()})
+    except ValueError as e:
+        raise (
+            e if str(e).startswith(where) else ValueError(f"{where.rstrip(':')}: {e}")
+        ) from e
+    except TypeError as e:
+        raise ValueError(
+            f"{where.rstrip(':')}:"
+            f" {str(e).replace(cls.__name__ + '.__init__()', cls.__name__)}"
+        ) from e
 
 # %% ../nbs/10b_mixture.ipynb #02d23456
 def convert(hint, v, where: str):
     "`v` as the type `hint`. Raises `ValueError` that begins with `where`."
     args = typing.get_args(hint)
-    if is_dataclass(hint): return from_dict(hint, v, where)
+    if is_dataclass(hint):
+        return from_dict(hint, v, where)
     if typing.get_origin(hint) is tuple:
-        if not isinstance(v, (list, tuple)): raise ValueError(f"{where}={v!r} must be a list, e.g. [{v}]")
+        if not isinstance(v, (list, tuple)):
+            raise ValueError(f"{where}={v!r} must be a list, e.g. [{v}]")
         return tuple(convert(args[0], x, f'{where}[{i}]') for i, x in enumerate(v))
     if typing.get_origin(hint) is dict:
-        if not isinstance(v, dict): raise ValueError(f"{where}={v!r} must map names to text, e.g. {{primary: observation.images.front}}")
+        if not isinstance(v, dict):
+            raise ValueError(
+                f"{where}={v!r} must map names to text, e.g. {{primary:"
+                " observation.images.front}"
+            )
         return {str(k): str(x) for k, x in v.items()}
-    if hint is float and isinstance(v, int) and not isinstance(v, bool): return float(v)
-    if not isinstance(v, hint) or isinstance(v, bool): raise ValueError(f"{where}={v!r} must be a {dict(str='text', float='number', int='whole number')[hint.__name__]}")
+    if hint is float and isinstance(v, int) and not isinstance(v, bool):
+        return float(v)
+    if not isinstance(v, hint) or isinstance(v, bool):
+        raise ValueError(
+            f"{where}={v!r} must be a"
+            f" {dict(str='text', float='number', int='whole number')[hint.__name__]}"
+        )
     return v
 
 # %% ../nbs/10b_mixture.ipynb #85f6a7fb
 @patch(cls_method=True)
 def load(cls: Mixture, file) -> Mixture:
-    "A mixture from a YAML file, or by its name in configs/mixtures. Raises `ValueError` naming file and field."
+    """A mixture from a YAML file, or by its name in configs/mixtures.
+
+    Raises `ValueError` naming file and field.
+    """
     path = Path(file)
-    named = Path('configs/mixtures')/f'{path}.yaml'
-    near = [d/named for d in (Path.cwd(), *Path.cwd().parents)]
+    named = Path('configs/mixtures') / f'{path}.yaml'
+    near = [d / named for d in (Path.cwd(), *Path.cwd().parents)]
     here = [locate(path)] if path.suffix else [*near, locate(named)]
     found = next((p for p in here if p.is_file()), None)
-    if found is None: raise ValueError(f"there is no mixture {str(file)!r}; give a YAML file, or a name in configs/mixtures")
-    try: d = yaml.safe_load(found.read_text())
-    except yaml.YAMLError as e: raise ValueError(f"{found.name} is not YAML ({' '.join(str(e).split())})") from e
-    if isinstance(d, dict): d = {'name': found.stem} | {k: v for k, v in d.items() if not str(k).startswith('x-')}   # x-...: a place for YAML anchors
+    if found is None:
+        raise ValueError(
+            f"there is no mixture {str(file)!r}; give a YAML file, or a name in"
+            " configs/mixtures"
+        )
+    try:
+        d = yaml.safe_load(found.read_text())
+    except yaml.YAMLError as e:
+        raise ValueError(f"{found.name} is not YAML ({' '.join(str(e).split())})") from e
+    # x-...: a place for YAML anchors
+    if isinstance(d, dict):
+        d = {'name': found.stem} | {
+            k: v for k, v in d.items() if not str(k).startswith('x-')
+        }
     return from_dict(Mixture, d, f'{found.name}:')
 
 # %% ../nbs/10b_mixture.ipynb #af0a6766
@@ -206,8 +369,15 @@ def axis_rotation(angle: np.ndarray, axis: int) -> np.ndarray:
     "Rotations (..., 3, 3) by `angle` (...) about axis 0, 1 or 2."
     c, s, i, j = np.cos(angle), np.sin(angle), (axis + 1) % 3, (axis + 2) % 3
     r = np.zeros((*np.shape(angle), 3, 3))
-    r[..., axis, axis], r[..., i, i], r[..., j, j], r[..., j, i], r[..., i, j] = 1, c, c, s, -s
+    r[..., axis, axis], r[..., i, i], r[..., j, j], r[..., j, i], r[..., i, j] = (
+        1,
+        c,
+        c,
+        s,
+        -s,
+    )
     return r
+
 
 def cross_matrix(v: np.ndarray) -> np.ndarray:
     "(..., 3) -> (..., 3, 3) with `cross_matrix(v) @ x = v x x`."
@@ -219,23 +389,46 @@ def cross_matrix(v: np.ndarray) -> np.ndarray:
 def to_rotation(x: np.ndarray, form: str) -> np.ndarray:
     "Rotation matrices (..., 3, 3) from the numbers of `form`."
     x = np.asarray(x, np.float64)
-    if form == 'euler': return axis_rotation(x[..., 2], 2) @ axis_rotation(x[..., 1], 1) @ axis_rotation(x[..., 0], 0)
+    if form == 'euler':
+        return (
+            axis_rotation(x[..., 2], 2)
+            @ axis_rotation(x[..., 1], 1)
+            @ axis_rotation(x[..., 0], 0)
+        )
     if form == 'axis_angle':
-        a = np.linalg.norm(x, axis=-1)[..., None, None]; k = cross_matrix(x)
-        return np.eye(3) + np.sinc(a / np.pi) * k + 0.5 * np.sinc(a / 2 / np.pi) ** 2 * k @ k     # Rodrigues, smooth at 0
+        a = np.linalg.norm(x, axis=-1)[..., None, None]
+        k = cross_matrix(x)
+        # Rodrigues, smooth at 0
+        return (
+            np.eye(3) + np.sinc(a / np.pi) * k + 0.5 * np.sinc(a / 2 / np.pi) ** 2 * k @ k
+        )
     if form == 'quaternion':
-        q = x / np.linalg.norm(x, axis=-1, keepdims=True); k = cross_matrix(q[..., :3])
+        q = x / np.linalg.norm(x, axis=-1, keepdims=True)
+        k = cross_matrix(q[..., :3])
         return np.eye(3) + 2 * q[..., 3, None, None] * k + 2 * k @ k
-    a = x[..., :3] / np.linalg.norm(x[..., :3], axis=-1, keepdims=True)                            # rot6d: Gram-Schmidt
-    b = x[..., 3:] - (a * x[..., 3:]).sum(-1, keepdims=True) * a; b = b / np.linalg.norm(b, axis=-1, keepdims=True)
+    # rot6d: Gram-Schmidt
+    a = x[..., :3] / np.linalg.norm(x[..., :3], axis=-1, keepdims=True)
+    b = x[..., 3:] - (a * x[..., 3:]).sum(-1, keepdims=True) * a
+    b = b / np.linalg.norm(b, axis=-1, keepdims=True)
     return np.stack([a, b, np.cross(a, b)], -1)
 
 # %% ../nbs/10b_mixture.ipynb #c331e5de
 def rotation_quaternion(r: np.ndarray) -> np.ndarray:
-    "Unit quaternions (..., 4), w >= 0, of rotation matrices: the best conditioned of four ways for each."
-    d = np.diagonal(r, axis1=-2, axis2=-1); skew = np.stack([r[..., 2, 1] - r[..., 1, 2], r[..., 0, 2] - r[..., 2, 0], r[..., 1, 0] - r[..., 0, 1]], -1)
-    m = r + np.swapaxes(r, -1, -2); t = d.sum(-1)
-    k = np.zeros((*r.shape[:-2], 4, 4))                                   # each row is 4 q_i q
+    """Unit quaternions (..., 4), w >= 0, of rotation matrices: the best conditioned of four
+    ways for each.
+    """
+    d = np.diagonal(r, axis1=-2, axis2=-1)
+    skew = np.stack(
+        [
+            r[..., 2, 1] - r[..., 1, 2],
+            r[..., 0, 2] - r[..., 2, 0],
+            r[..., 1, 0] - r[..., 0, 1],
+        ],
+        -1,
+    )
+    m = r + np.swapaxes(r, -1, -2)
+    t = d.sum(-1)
+    k = np.zeros((*r.shape[:-2], 4, 4))  # each row is 4 q_i q
     for i in range(3):
         k[..., i, :3], k[..., i, 3], k[..., 3, i] = m[..., i, :], skew[..., i], skew[..., i]
         k[..., i, i] = 1 + 2 * d[..., i] - t
@@ -248,52 +441,121 @@ def rotation_quaternion(r: np.ndarray) -> np.ndarray:
 # %% ../nbs/10b_mixture.ipynb #68af340c
 def from_rotation(r: np.ndarray, form: str) -> np.ndarray:
     "The numbers of `form` for rotation matrices (..., 3, 3)."
-    if form == 'rot6d': return np.concatenate([r[..., 0], r[..., 1]], -1)
-    if form == 'euler': return np.stack([np.arctan2(r[..., 2, 1], r[..., 2, 2]), np.arcsin(np.clip(-r[..., 2, 0], -1, 1)), np.arctan2(r[..., 1, 0], r[..., 0, 0])], -1)
+    if form == 'rot6d':
+        return np.concatenate([r[..., 0], r[..., 1]], -1)
+    if form == 'euler':
+        return np.stack(
+            [
+                np.arctan2(r[..., 2, 1], r[..., 2, 2]),
+                np.arcsin(np.clip(-r[..., 2, 0], -1, 1)),
+                np.arctan2(r[..., 1, 0], r[..., 0, 0]),
+            ],
+            -1,
+        )
     q = rotation_quaternion(r)
-    if form == 'quaternion': return q
+    if form == 'quaternion':
+        return q
     s = np.linalg.norm(q[..., :3], axis=-1, keepdims=True)
-    return q[..., :3] * np.where(s < 1e-9, 2.0, 2 * np.arctan2(s, q[..., 3:]) / np.maximum(s, 1e-9))
+    return q[..., :3] * np.where(
+        s < 1e-9, 2.0, 2 * np.arctan2(s, q[..., 3:]) / np.maximum(s, 1e-9)
+    )
 
 # %% ../nbs/10b_mixture.ipynb #e86e8c76
 def unify(x: np.ndarray, space: ActionSpace, rotation: str = '') -> np.ndarray:
-    "Actions (..., d) in the mixture's convention: grippers -1 closed ... 1 open, rotations as `rotation` ('' keeps them)."
+    """Actions (..., d) in the mixture's convention: grippers -1 closed ...
+
+    1 open, rotations as `rotation` ('' keeps them).
+    """
     x, (lo, hi) = np.array(x, np.float64), space.gripper_range
     g = space.grippers
-    if g: x[..., g] = (2 * (x[..., g] - lo) / (hi - lo) - 1) * (1 if space.gripper == 'open_high' else -1)
-    if space.frame != 'ee' or not rotation or 'none' in (rotation, space.rotation) or rotation == space.rotation: return x.astype(np.float32)
+    if g:
+        x[..., g] = (2 * (x[..., g] - lo) / (hi - lo) - 1) * (
+            1 if space.gripper == 'open_high' else -1
+        )
+    if (
+        space.frame != 'ee'
+        or not rotation
+        or 'none' in (rotation, space.rotation)
+        or rotation == space.rotation
+    ):
+        return x.astype(np.float32)
     n, arms = ROTATIONS[space.rotation], x.reshape(*x.shape[:-1], space.arms, space.arm)
-    turned = from_rotation(to_rotation(arms[..., 3:3 + n], space.rotation), rotation)
-    return np.concatenate([arms[..., :3], turned, arms[..., 3 + n:]], -1).reshape(*x.shape[:-1], -1).astype(np.float32)
+    turned = from_rotation(to_rotation(arms[..., 3 : 3 + n], space.rotation), rotation)
+    return (
+        np.concatenate([arms[..., :3], turned, arms[..., 3 + n :]], -1)
+        .reshape(*x.shape[:-1], -1)
+        .astype(np.float32)
+    )
 
 # %% ../nbs/10b_mixture.ipynb #4ba3aa86
 def unified(space: ActionSpace, rotation: str = '') -> ActionSpace:
     "The space that `unify` leads to."
     turn = space.frame == 'ee' and rotation and 'none' not in (rotation, space.rotation)
-    has = {} if space.gripper == 'none' else dict(gripper='open_high', gripper_range=(-1.0, 1.0))
+    has = (
+        {}
+        if space.gripper == 'none'
+        else dict(gripper='open_high', gripper_range=(-1.0, 1.0))
+    )
     return ActionSpace(**asdict(space) | has | (dict(rotation=rotation) if turn else {}))
 
+# %% ../nbs/10b_mixture.ipynb #06a374ce
 def to_robot(x: np.ndarray, space: ActionSpace, rotation: str = '') -> np.ndarray:
-    "Actions of the mixture's convention (..., d) back in the robot's own: the inverse of `unify`."
+    """Actions of the mixture's convention (..., d) back in the robot's own: the inverse of
+    `unify`.
+    """
     common = unified(space, rotation)
-    y, (lo, hi) = unify(x, ActionSpace(**asdict(common) | dict(gripper='open_high' if common.gripper != 'none' else 'none')), space.rotation), space.gripper_range
+    y, (lo, hi) = (
+        unify(
+            x,
+            ActionSpace(
+                **asdict(common)
+                | dict(gripper='open_high' if common.gripper != 'none' else 'none')
+            ),
+            space.rotation,
+        ),
+        space.gripper_range,
+    )
     g = space.grippers
-    if g: y[..., g] = lo + (hi - lo) * (y[..., g] * (1 if space.gripper == 'open_high' else -1) + 1) / 2
+    if g:
+        y[..., g] = (
+            lo
+            + (hi - lo) * (y[..., g] * (1 if space.gripper == 'open_high' else -1) + 1) / 2
+        )
     return y
 
 # %% ../nbs/10b_mixture.ipynb #bbd66e9d
-def clock_frames(t: np.ndarray, height: int, width: int, seed: int = 0, turn: float = 4.0) -> np.ndarray:
-    "Pictures (n, height, width, 3) uint8 at times `t` (s): a texture that drifts, and a hand that turns once in `turn` seconds."
+def clock_frames(
+    t: np.ndarray, height: int, width: int, seed: int = 0, turn: float = 4.0
+) -> np.ndarray:
+    """Pictures (n, height, width, 3) uint8 at times `t` (s): a texture that drifts, and a
+    hand that turns once in `turn` seconds.
+    """
     rng = np.random.default_rng(seed)
-    coarse = np.kron(rng.uniform(40, 190, (-(-height // 16) + 8, -(-width // 16) + 8, 3)), np.ones((16, 16, 1)))
+    coarse = np.kron(
+        rng.uniform(40, 190, (-(-height // 16) + 8, -(-width // 16) + 8, 3)),
+        np.ones((16, 16, 1)),
+    )
     texture = (coarse + rng.normal(0, 12, coarse.shape)).clip(0, 255).astype(np.uint8)
-    y, x = np.mgrid[:height, :width]; y, x = y - height / 2, x - width / 2
+    y, x = np.mgrid[:height, :width]
+    y, x = y - height / 2, x - width / 2
     out = np.empty((len(t), height, width, 3), np.uint8)
     for i, s in enumerate(t):
-        a, dy, dx = 2 * np.pi * s / turn, int(60 * (1 + np.sin(s))) % 128, int(60 * (1 + np.cos(.7 * s))) % 128
+        a, dy, dx = (
+            2 * np.pi * s / turn,
+            int(60 * (1 + np.sin(s))) % 128,
+            int(60 * (1 + np.cos(0.7 * s))) % 128,
+        )
         along, across = x * np.sin(a) - y * np.cos(a), x * np.cos(a) + y * np.sin(a)
-        hand = (along > 0) & (along < .42 * min(height, width)) & (np.abs(across) < .05 * min(height, width) + 1)
-        out[i] = np.where((x ** 2 + y ** 2 < (.46 * min(height, width)) ** 2)[..., None], 235, texture[dy:dy + height, dx:dx + width])
+        hand = (
+            (along > 0)
+            & (along < 0.42 * min(height, width))
+            & (np.abs(across) < 0.05 * min(height, width) + 1)
+        )
+        out[i] = np.where(
+            (x**2 + y**2 < (0.46 * min(height, width)) ** 2)[..., None],
+            235,
+            texture[dy : dy + height, dx : dx + width],
+        )
         out[i][hand] = (200, 30, 30)
     return out
 
@@ -301,28 +563,69 @@ def clock_frames(t: np.ndarray, height: int, width: int, seed: int = 0, turn: fl
 @contextlib.contextmanager
 def silent():
     "Silence what video encoders and `datasets` print while recording."
-    import av, datasets
+    import av
+    import datasets
+
     os.environ.setdefault('SVT_LOG', '1')
     av.logging.set_libav_level(av.logging.ERROR), datasets.disable_progress_bars()
-    try: yield
-    finally: av.logging.set_libav_level(av.logging.INFO), datasets.enable_progress_bars()
+    try:
+        yield
+    finally:
+        av.logging.set_libav_level(av.logging.INFO), datasets.enable_progress_bars()
 
 # %% ../nbs/10b_mixture.ipynb #2e2c0e04
 @silent()
-def record_clock(folder, fps: int, seconds: tuple[float, ...], cameras: dict[str, tuple[int, int]], state: np.ndarray | int, action: np.ndarray | int,
-                 task: str = 'watch the clock', seed: int = 0, encoder=None) -> LeRobotDataset:
-    "Record a LeRobot video dataset of `clock_frames`, one episode for each of `seconds`; `state`, `action`: sizes, or (frames, d)."
+def record_clock(
+    folder,
+    fps: int,
+    seconds: tuple[float, ...],
+    cameras: dict[str, tuple[int, int]],
+    state: np.ndarray | int,
+    action: np.ndarray | int,
+    task: str = 'watch the clock',
+    seed: int = 0,
+    encoder=None,
+) -> LeRobotDataset:
+    """Record a LeRobot video dataset of `clock_frames`, one episode for each of `seconds`;
+    `state`, `action`: sizes, or (frames, d).
+    """
     rng, n = np.random.default_rng(seed), [round(s * fps) for s in seconds]
-    waves = lambda d: np.sin(np.arange(sum(n))[:, None] / fps * np.linspace(.5, 2, d) + rng.uniform(0, 6, d)) + .05 * rng.standard_normal((sum(n), d))
+    waves = lambda d: (
+        np.sin(
+            np.arange(sum(n))[:, None] / fps * np.linspace(0.5, 2, d) + rng.uniform(0, 6, d)
+        )
+        + 0.05 * rng.standard_normal((sum(n), d))
+    )
     state, action = (waves(x) if isinstance(x, int) else x for x in (state, action))
     vector = lambda x: dict(dtype='float32', shape=(x.shape[1],), names=None)
-    features = {k: dict(dtype='video', shape=(*hw, 3), names=['height', 'width', 'channels']) for k, hw in cameras.items()}
-    ds = LeRobotDataset.create(f'local/{Path(folder).name}', fps, features | {'observation.state': vector(state), 'action': vector(action)}, folder, use_videos=True, rgb_encoder=encoder)
+    features = {
+        k: dict(dtype='video', shape=(*hw, 3), names=['height', 'width', 'channels'])
+        for k, hw in cameras.items()
+    }
+    ds = LeRobotDataset.create(
+        f'local/{Path(folder).name}',
+        fps,
+        features | {'observation.state': vector(state), 'action': vector(action)},
+        folder,
+        use_videos=True,
+        rgb_encoder=encoder,
+    )
     row = 0
     for k in n:
-        pictures = {c: clock_frames(np.arange(k) / fps, *hw, seed=seed + j) for j, (c, hw) in enumerate(cameras.items())}
+        pictures = {
+            c: clock_frames(np.arange(k) / fps, *hw, seed=seed + j)
+            for j, (c, hw) in enumerate(cameras.items())
+        }
         for t in range(k):
-            ds.add_frame({c: p[t] for c, p in pictures.items()} | {'observation.state': state[row].astype(np.float32), 'action': action[row].astype(np.float32), 'task': task}); row += 1
+            ds.add_frame(
+                {c: p[t] for c, p in pictures.items()}
+                | {
+                    'observation.state': state[row].astype(np.float32),
+                    'action': action[row].astype(np.float32),
+                    'task': task,
+                }
+            )
+            row += 1
         ds.save_episode(parallel_encoding=False)
     ds.finalize()
     return LeRobotDataset(f'local/{Path(folder).name}', folder)
@@ -330,140 +633,345 @@ def record_clock(folder, fps: int, seconds: tuple[float, ...], cameras: dict[str
 # %% ../nbs/10b_mixture.ipynb #3d78d9f1
 STATISTICS = ('mean', 'std', 'min', 'max', 'q01', 'q99')
 
-def compute_statistics(x: np.ndarray, label: str = 'statistics', progress: bool = True) -> dict[str, np.ndarray]:
-    "Exact mean, std, min, max, q01, q99 of (frames, d), dimension by dimension. Raises `ValueError` for fewer than two frames."
-    if len(x) < 2: raise ValueError(f"{label}: {len(x)} frames are too few for statistics; record more")
+
+def compute_statistics(
+    x: np.ndarray, label: str = 'statistics', progress: bool = True
+) -> dict[str, np.ndarray]:
+    """Exact mean, std, min, max, q01, q99 of (frames, d), dimension by dimension.
+
+    Raises `ValueError` for fewer than two frames.
+    """
+    if len(x) < 2:
+        raise ValueError(
+            f"{label}: {len(x)} frames are too few for statistics; record more"
+        )
     out = {k: np.zeros(x.shape[1]) for k in STATISTICS}
     for d in tqdm(range(x.shape[1]), desc=label, unit='dim', disable=not progress):
         v = x[:, d].astype(np.float64)
-        out['mean'][d], out['std'][d], out['min'][d], out['max'][d] = v.mean(), v.std(), v.min(), v.max()
-        out['q01'][d], out['q99'][d] = np.quantile(v, [.01, .99])
+        out['mean'][d], out['std'][d], out['min'][d], out['max'][d] = (
+            v.mean(),
+            v.std(),
+            v.min(),
+            v.max(),
+        )
+        out['q01'][d], out['q99'][d] = np.quantile(v, [0.01, 0.99])
     return out
 
 # %% ../nbs/10b_mixture.ipynb #26691bb9
-def check_statistics(stats: dict, x: np.ndarray, mode: str, dataset: str, key: str, constant: tuple[int, ...] = ()) -> None:
-    "Raise `ValueError` unless `stats` can normalise the sampled values `x` (n, d) under `mode`."
-    d, fix = x.shape[1], "recompute the statistics (python -m halo.mixture stats MIXTURE --recompute)"
-    def refuse(why, fix=fix): raise ValueError(f"statistics of {key} in dataset {dataset}: {why}; {fix}")
+def check_statistics(
+    stats: dict,
+    x: np.ndarray,
+    mode: str,
+    dataset: str,
+    key: str,
+    constant: tuple[int, ...] = (),
+) -> None:
+    """Raise `ValueError` unless `stats` can normalise the sampled values `x` (n, d) under
+    `mode`.
+    """
+    d, fix = (
+        x.shape[1],
+        "recompute the statistics (python -m halo.mixture stats MIXTURE --recompute)",
+    )
+
+    def refuse(why, fix=fix):
+        raise ValueError(f"statistics of {key} in dataset {dataset}: {why}; {fix}")
+
     for name in NORMALIZATIONS[mode]:
-        if name not in stats: refuse(f"{name} is missing (there are {', '.join(sorted(stats)) or 'none'}), but {mode} needs it", f"{fix}, or choose another normalisation")
+        if name not in stats:
+            refuse(
+                f"{name} is missing (there are {', '.join(sorted(stats)) or 'none'}), but"
+                f" {mode} needs it",
+                f"{fix}, or choose another normalisation",
+            )
         v = np.asarray(stats[name], np.float64).reshape(-1)
-        if len(v) != d: refuse(f"{name} has {len(v)} numbers, the data {d}")
-        if not np.isfinite(v).all(): refuse(f"{name}[{int(np.argmin(np.isfinite(v)))}] is {v[~np.isfinite(v)][0]}")
-    if mode == 'identity': return
+        if len(v) != d:
+            refuse(f"{name} has {len(v)} numbers, the data {d}")
+        if not np.isfinite(v).all():
+            refuse(f"{name}[{int(np.argmin(np.isfinite(v)))}] is {v[~np.isfinite(v)][0]}")
+    if mode == 'identity':
+        return
     a, b = (np.asarray(stats[k], np.float64).reshape(-1) for k in NORMALIZATIONS[mode])
     for i in range(d):
-        if i in constant: continue
+        if i in constant:
+            continue
         check_dimension(x[:, i].astype(np.float64), a[i], b[i], mode, i, refuse, key)
 
 # %% ../nbs/10b_mixture.ipynb #07ed692f
-def check_dimension(v: np.ndarray, a: float, b: float, mode: str, i: int, refuse, key: str) -> None:
-    "Call `refuse` unless mean and std, or low and high ends, `a` and `b` describe the sampled values `v` (n,)."
-    width, names, (lo, hi) = (b if mode == 'mean_std' else b - a), NORMALIZATIONS[mode], (v.min(), v.max())
+def check_dimension(
+    v: np.ndarray, a: float, b: float, mode: str, i: int, refuse, key: str
+) -> None:
+    """Call `refuse` unless mean and std, or low and high ends, `a` and `b` describe the
+    sampled values `v` (n,).
+    """
+    width, names, (lo, hi) = (
+        (b if mode == 'mean_std' else b - a),
+        NORMALIZATIONS[mode],
+        (v.min(), v.max()),
+    )
     if not width > 1e-9 * max(1.0, abs(a)):
-        moves = f"although the data span [{lo:.4g}, {hi:.4g}]" if hi > lo else f"and the data are always {lo:.4g}"
-        refuse(f"dimension {i} has no range ({names[0]}={a:.4g}, {names[1]}={b:.4g}) {moves}",
-               "recompute the statistics, or choose min_max" if hi > lo else f"list it as {'action' if key == 'action' else 'state'}_constant: [{i}] in the mixture")
+        moves = (
+            f"although the data span [{lo:.4g}, {hi:.4g}]"
+            if hi > lo
+            else f"and the data are always {lo:.4g}"
+        )
+        refuse(
+            f"dimension {i} has no range ({names[0]}={a:.4g}, {names[1]}={b:.4g}) {moves}",
+            (
+                "recompute the statistics, or choose min_max"
+                if hi > lo
+                else (
+                    f"list it as {'action' if key == 'action' else 'state'}_constant: [{i}]"
+                    " in the mixture"
+                )
+            ),
+        )
     if mode == 'mean_std':
         far, spread = abs(np.median(v) - a) / b, v.std() / b
-        if far > 5: refuse(f"dimension {i} has mean={a:.4g}, std={b:.4g}, but the data's median {np.median(v):.4g} lies {far:.1f} standard deviations away")
-        if not (1 / 5 < spread < 5) and hi > lo: refuse(f"dimension {i} has std={b:.4g}, but the data's is {v.std():.4g}")
+        if far > 5:
+            refuse(
+                f"dimension {i} has mean={a:.4g}, std={b:.4g}, but the data's median"
+                f" {np.median(v):.4g} lies {far:.1f} standard deviations away"
+            )
+        if not (1 / 5 < spread < 5) and hi > lo:
+            refuse(f"dimension {i} has std={b:.4g}, but the data's is {v.std():.4g}")
     else:
         slack = 1e-3 * width + 1e-6 * abs(a) if mode == 'min_max' else 0.0
-        out, allowed = ((v < a - slack) | (v > b + slack)).mean(), 0.0 if mode == 'min_max' else 0.1
-        if out > allowed: refuse(f"{out:.0%} of dimension {i} lies outside [{names[0]}={a:.4g}, {names[1]}={b:.4g}] (the data span [{lo:.4g}, {hi:.4g}])")
-        if np.quantile(v, .99) - np.quantile(v, .01) < width / 50: refuse(f"dimension {i} has [{names[0]}={a:.4g}, {names[1]}={b:.4g}], but 98 % of the data span only [{np.quantile(v, .01):.4g}, {np.quantile(v, .99):.4g}]", fix="recompute the statistics, or choose quantiles")
+        out, allowed = (
+            ((v < a - slack) | (v > b + slack)).mean(),
+            (0.0 if mode == 'min_max' else 0.1),
+        )
+        if out > allowed:
+            refuse(
+                f"{out:.0%} of dimension {i} lies outside [{names[0]}={a:.4g},"
+                f" {names[1]}={b:.4g}] (the data span [{lo:.4g}, {hi:.4g}])"
+            )
+        if np.quantile(v, 0.99) - np.quantile(v, 0.01) < width / 50:
+            refuse(
+                f"dimension {i} has [{names[0]}={a:.4g}, {names[1]}={b:.4g}], but 98 % of"
+                f" the data span only [{np.quantile(v, 0.01):.4g},"
+                f" {np.quantile(v, 0.99):.4g}]",
+                fix="recompute the statistics, or choose quantiles",
+            )
 
 # %% ../nbs/10b_mixture.ipynb #4a81f0da
-def scale(x: np.ndarray, stats: dict, mode: str, constant: tuple[int, ...] = (), inverse: bool = False) -> np.ndarray:
-    "Values (..., d) normalised by `stats` (or back); ranges go to -1 ... 1, constant dimensions to 0."
-    if mode == 'identity': return np.asarray(x, np.float32)
+def scale(
+    x: np.ndarray,
+    stats: dict,
+    mode: str,
+    constant: tuple[int, ...] = (),
+    inverse: bool = False,
+) -> np.ndarray:
+    """Values (..., d) normalised by `stats` (or back); ranges go to -1 ...
+
+    1, constant dimensions to 0.
+    """
+    if mode == 'identity':
+        return np.asarray(x, np.float32)
     a, b = (np.asarray(stats[k], np.float64) for k in NORMALIZATIONS[mode])
     centre, half = (a, b) if mode == 'mean_std' else ((a + b) / 2, (b - a) / 2)
-    still = np.isin(np.arange(len(a)), constant); half = np.where(still, 1.0, half)
-    return (np.asarray(x) * half + centre if inverse else np.where(still, 0.0, (x - centre) / half)).astype(np.float32)
+    still = np.isin(np.arange(len(a)), constant)
+    half = np.where(still, 1.0, half)
+    return (
+        np.asarray(x) * half + centre
+        if inverse
+        else np.where(still, 0.0, (x - centre) / half)
+    ).astype(np.float32)
 
 # %% ../nbs/10b_mixture.ipynb #80a31e7c
-def kept_statistics(file: Path, compute, recompute: bool = False) -> dict[str, dict[str, np.ndarray]]:
+def kept_statistics(
+    file: Path, compute, recompute: bool = False
+) -> dict[str, dict[str, np.ndarray]]:
     "Statistics {key: {name: (d,)}} from `file`; `compute()` makes them where it is absent."
     if recompute or not file.is_file():
         stats = compute()
         file.parent.mkdir(parents=True, exist_ok=True)
         tmp = file.with_name(f'{file.name}.{os.getpid()}.tmp')
-        tmp.write_text(json.dumps({k: {n: v.tolist() for n, v in s.items()} for k, s in stats.items()}))
+        tmp.write_text(
+            json.dumps({k: {n: v.tolist() for n, v in s.items()} for k, s in stats.items()})
+        )
         os.replace(tmp, file)
-    try: return {k: {n: np.asarray(v, np.float64) for n, v in s.items()} for k, s in json.loads(file.read_text()).items()}
-    except (json.JSONDecodeError, AttributeError) as e: raise ValueError(f"{file} cannot be read ({e}); delete it, it is computed again") from e
+    try:
+        return {
+            k: {n: np.asarray(v, np.float64) for n, v in s.items()}
+            for k, s in json.loads(file.read_text()).items()
+        }
+    except (json.JSONDecodeError, AttributeError) as e:
+        raise ValueError(
+            f"{file} cannot be read ({e}); delete it, it is computed again"
+        ) from e
 
 # %% ../nbs/10b_mixture.ipynb #ec528b8d
-def frames_at(stamps: np.ndarray,   # (frames,) time stamps of one episode, s
-              now: int,             # row of the present
-              ticks: list[int],     # wanted ticks of the policy's clock, `history_ticks(tick, ...)`
-              tick: int, fps: float) -> np.ndarray:
+# (frames,) time stamps of one episode, s
+def frames_at(
+    stamps: np.ndarray,
+    now: int,  # row of the present
+    # wanted ticks of the policy's clock, `history_ticks(tick, ...)`
+    ticks: list[int],
+    tick: int,
+    fps: float,
+) -> np.ndarray:
     "Rows of an episode that were the newest at each of `ticks`."
-    return np.searchsorted(stamps, stamps[now] - (tick - np.asarray(ticks)) / fps + 1e-4, side='right') - 1
+    return (
+        np.searchsorted(
+            stamps, stamps[now] - (tick - np.asarray(ticks)) / fps + 1e-4, side='right'
+        )
+        - 1
+    )
 
 # %% ../nbs/10b_mixture.ipynb #71770084
-def resample_actions(x: np.ndarray, fps: float, times: np.ndarray, step: float, space: ActionSpace) -> np.ndarray:
-    "Actions (..., d) for the intervals [times, times + step] (s from the start of an episode) of actions `x` (frames, d) at `fps`."
+def resample_actions(
+    x: np.ndarray, fps: float, times: np.ndarray, step: float, space: ActionSpace
+) -> np.ndarray:
+    """Actions (..., d) for the intervals [times, times + step] (s from the start of an
+    episode) of actions `x` (frames, d) at `fps`.
+    """
     held = np.clip(np.floor(times * fps + 1e-3).astype(np.int64), 0, len(x) - 1)
     out = x[held].astype(np.float64)
     if space.control == 'delta':
-        total, moving = np.concatenate([np.zeros((1, x.shape[1])), np.cumsum(x, 0, np.float64)]), [i for i in range(x.shape[1]) if i not in space.grippers]
-        at = lambda t: np.stack([np.interp(t * fps, np.arange(len(total)), total[:, i]) for i in moving], -1)
+        total, moving = (
+            np.concatenate([np.zeros((1, x.shape[1])), np.cumsum(x, 0, np.float64)]),
+            [i for i in range(x.shape[1]) if i not in space.grippers],
+        )
+        at = lambda t: np.stack(
+            [np.interp(t * fps, np.arange(len(total)), total[:, i]) for i in moving], -1
+        )
         out[..., moving] = at(times + step) - at(times)
     return out.astype(np.float32)
 
 # %% ../nbs/10b_mixture.ipynb #1230aed3
 def open_dataset(spec: DatasetSpec, root=None) -> LeRobotDataset:
-    "The LeRobot dataset of `spec`: its folder, a folder of its id or name under `root`, or the hub. Raises `ValueError` if there is none."
-    tried = [Path(spec.id), *(Path(root)/p for p in (spec.id, spec.id.split('/')[-1], spec.name) if root is not None)]
-    folder = next((p for p in tried if (p/'meta/info.json').is_file()), None)
-    if folder is not None: return LeRobotDataset(spec.id if '/' in spec.id and not Path(spec.id).exists() else f'local/{folder.name}', as_meta(folder).root)
-    try: return LeRobotDataset(spec.id, revision=spec.revision or None)
+    """The LeRobot dataset of `spec`: its folder, a folder of its id or name under `root`,
+    or the hub. Raises `ValueError` if there is none.
+    """
+    tried = [
+        Path(spec.id),
+        *(
+            Path(root) / p
+            for p in (spec.id, spec.id.split('/')[-1], spec.name)
+            if root is not None
+        ),
+    ]
+    folder = next((p for p in tried if (p / 'meta/info.json').is_file()), None)
+    if folder is not None:
+        return LeRobotDataset(
+            (
+                spec.id
+                if '/' in spec.id and not Path(spec.id).exists()
+                else f'local/{folder.name}'
+            ),
+            as_meta(folder).root,
+        )
+    try:
+        return LeRobotDataset(spec.id, revision=spec.revision or None)
     except Exception as e:
-        raise ValueError(f"dataset {spec.id!r} of the mixture is neither a folder{f' under {root}' if root else ''} nor to be had from the hub ({type(e).__name__}); download it once "
-                         f"(hf download {spec.id} --repo-type dataset --local-dir DIR/{spec.name}) and give root=DIR; datasets before version 3.0 go through lerobot's convert_dataset_v21_to_v30") from e
+        raise ValueError(
+            f"dataset {spec.id!r} of the mixture is neither a"
+            f" folder{f' under {root}' if root else ''} nor to be had from the hub"
+            f" ({type(e).__name__}); download it once (hf download {spec.id} --repo-type"
+            f" dataset --local-dir DIR/{spec.name}) and give root=DIR; datasets before"
+            " version 3.0 go through lerobot's convert_dataset_v21_to_v30"
+        ) from e
 
 # %% ../nbs/10b_mixture.ipynb #667e3bf8
 def check_columns(meta, spec: DatasetSpec) -> tuple[int, int]:
-    "Sizes of state and action. Raises `ValueError` where the files contradict the declaration."
+    """Sizes of state and action.
+
+    Raises `ValueError` where the files contradict the declaration.
+    """
     for c in (*spec.state, *spec.action):
-        if c not in meta.features: raise ValueError(f"dataset {spec.name} has no column {c!r}; it has {', '.join(k for k in meta.features if k not in meta.camera_keys)}: correct state or action in the mixture")
-    sizes = [sum(int(np.prod(meta.features[c]['shape'])) for c in cols) for cols in (spec.state, spec.action)]
+        if c not in meta.features:
+            raise ValueError(
+                f"dataset {spec.name} has no column {c!r}; it has"
+                f" {', '.join(k for k in meta.features if k not in meta.camera_keys)}:"
+                " correct state or action in the mixture"
+            )
+    sizes = [
+        sum(int(np.prod(meta.features[c]['shape'])) for c in cols)
+        for cols in (spec.state, spec.action)
+    ]
     s, d = spec.action_space, sizes[1]
     if s.frame == 'ee' and d != s.arms * s.arm:
-        raise ValueError(f"dataset {spec.name} has {d} action dimensions, but {s.arms} arm(s) of position 3 + rotation {s.rotation!r} {ROTATIONS[s.rotation]} + gripper {int(s.gripper != 'none')} are {s.arms * s.arm}; correct action_space")
-    for name, n, dims in (('action_constant', d, spec.action_constant), ('state_constant', sizes[0], spec.state_constant), ('gripper_at', d, s.gripper_at)):
-        if bad := [i for i in dims if not 0 <= i < n]: raise ValueError(f"{name} of dataset {spec.name} names dimension {bad[0]}, but there are {n} (0 to {n - 1})")
+        raise ValueError(
+            f"dataset {spec.name} has {d} action dimensions, but {s.arms} arm(s) of"
+            f" position 3 + rotation {s.rotation!r} {ROTATIONS[s.rotation]} + gripper"
+            f" {int(s.gripper != 'none')} are {s.arms * s.arm}; correct action_space"
+        )
+    for name, n, dims in (
+        ('action_constant', d, spec.action_constant),
+        ('state_constant', sizes[0], spec.state_constant),
+        ('gripper_at', d, s.gripper_at),
+    ):
+        if bad := [i for i in dims if not 0 <= i < n]:
+            raise ValueError(
+                f"{name} of dataset {spec.name} names dimension {bad[0]}, but there are {n}"
+                f" (0 to {n - 1})"
+            )
     return tuple(sizes)
 
 # %% ../nbs/10b_mixture.ipynb #0b57c11c
 def view_sizes(meta, spec: DatasetSpec, cfg: ModelConfig) -> tuple[dict, dict]:
-    "Entries of the frame store {name: size}, and {slot or 'history': name}: each view at the size the policy gives its role."
+    """Entries of the frame store {name: size}, and {slot or 'history': name}: each view at
+    the size the policy gives its role.
+    """
     s, sizes, names = cfg.sampling, {}, {}
+
     def add(slot, camera, size):
         h, w = fit_shape(*camera_size(meta, camera), size)
         names[slot] = f'{camera}@{h}' if h == w else f'{camera}@{h}x{w}'
         sizes[names[slot]] = h if h == w else size
-    if s.history_frames: add('history', spec.cameras['primary'], s.history_size)
-    for slot, c in spec.cameras.items(): add(slot, c, View(cfg.vision.factor, view_limit(s, slot_role(slot))))
+
+    if s.history_frames:
+        add('history', spec.cameras['primary'], s.history_size)
+    for slot, c in spec.cameras.items():
+        add(slot, c, View(cfg.vision.factor, view_limit(s, slot_role(slot))))
     return sizes, names
 
 # %% ../nbs/10b_mixture.ipynb #5b2691ff
 class Member:
     "One dataset of a mixture: its frames, numbers, statistics and conventions."
-    def __init__(self, spec: DatasetSpec, cfg: ModelConfig, rotation: str = '', actions: str = 'native', root=None, store_root=None, recompute: bool = False, workers: int = 2, progress: bool = True, frames: bool = True,
-                 allow_short: bool = True, tolerance_s: float | None = None):
-        dataset, self.spec, self.cfg, self.actions = open_dataset(spec, root), spec, cfg, actions
+
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        cfg: ModelConfig,
+        rotation: str = '',
+        actions: str = 'native',
+        root=None,
+        store_root=None,
+        recompute: bool = False,
+        workers: int = 2,
+        progress: bool = True,
+        frames: bool = True,
+        allow_short: bool = True,
+        tolerance_s: float | None = None,
+    ):
+        dataset, self.spec, self.cfg, self.actions = (
+            open_dataset(spec, root),
+            spec,
+            cfg,
+            actions,
+        )
         meta = self.meta = as_meta(dataset)
-        check_cameras(meta, spec.roles); check_tasks(meta); check_columns(meta, spec)
-        ticks = cfg.chunk if actions == 'native' else -int(-cfg.chunk * meta.fps // cfg.sampling.fps)
+        check_cameras(meta, spec.roles)
+        check_tasks(meta)
+        check_columns(meta, spec)
+        ticks = (
+            cfg.chunk
+            if actions == 'native'
+            else -int(-cfg.chunk * meta.fps // cfg.sampling.fps)
+        )
         check_lengths(meta, episodes_of(dataset), ticks, allow_short)
         check_stamps(dataset, list(spec.roles), tolerance_s)
         self.notices = notices(dataset, ticks)
-        for text in self.notices if os.environ.get('RANK', '0') == '0' else (): log.warning(text)
-        self.fps, self.bounds, self.tasks, self.fingerprint = float(meta.fps), episode_bounds(meta), tasks_by_index(meta), fingerprint(meta)
+        for text in self.notices if os.environ.get('RANK', '0') == '0' else ():
+            log.warning(text)
+        self.fps, self.bounds, self.tasks, self.fingerprint = (
+            float(meta.fps),
+            episode_bounds(meta),
+            tasks_by_index(meta),
+            fingerprint(meta),
+        )
         self.columns = read_columns(dataset, ['episode_index', 'frame_index', 'task_index'])
         self.episodes = episodes_of(dataset)
         self.rows = np.concatenate([np.arange(*self.bounds[e]) for e in self.episodes])
@@ -471,314 +979,698 @@ class Member:
         self.read_numbers(dataset, rotation)
         self.read_statistics(rotation, recompute, progress)
         sizes, self.names = view_sizes(meta, spec, cfg)
-        self.store = FrameStore.build(dataset, sizes, store_root or default_store(meta, sizes), workers, progress, tolerance_s) if frames else None
+        self.store = (
+            FrameStore.build(
+                dataset,
+                sizes,
+                store_root or default_store(meta, sizes),
+                workers,
+                progress,
+                tolerance_s,
+            )
+            if frames
+            else None
+        )
 
-    def __len__(self): return len(self.rows)
+    def __len__(self):
+        return len(self.rows)
 
 # %% ../nbs/10b_mixture.ipynb #5c98e6eb
 @patch
 def read_numbers(self: Member, dataset, rotation: str) -> None:
-    "State and unified action of every frame. Raises `ValueError` for NaN, and for sizes beyond the policy's."
+    """State and unified action of every frame.
+
+    Raises `ValueError` for NaN, and for sizes beyond the policy's.
+    """
     spec, cfg = self.spec, self.cfg
     x = read_columns(dataset, [*spec.state, *spec.action])
-    join = lambda cols: np.concatenate([matrix(x[c]) for c in cols], 1) if cols else np.zeros((self.meta.total_frames, 0), np.float32)
+    join = lambda cols: (
+        np.concatenate([matrix(x[c]) for c in cols], 1)
+        if cols
+        else np.zeros((self.meta.total_frames, 0), np.float32)
+    )
     self.state, self.action = join(spec.state), join(spec.action)
-    for key, v, most in (('state', self.state, cfg.max_state_dim), ('action', self.action, cfg.max_action_dim)):
+    for key, v, most in (
+        ('state', self.state, cfg.max_state_dim),
+        ('action', self.action, cfg.max_action_dim),
+    ):
         if len(bad := np.argwhere(~np.isfinite(v[self.rows]))):
-            raise ValueError(f"{key}[{bad[0][1]}] of dataset {spec.name} is {v[self.rows][tuple(bad[0])]} in frame {self.rows[bad[0][0]]}; repair it or drop the episode (lerobot-edit-dataset --operation.type delete_episodes)")
+            raise ValueError(
+                f"{key}[{bad[0][1]}] of dataset {spec.name} is"
+                f" {v[self.rows][tuple(bad[0])]} in frame {self.rows[bad[0][0]]}; repair it"
+                " or drop the episode (lerobot-edit-dataset --operation.type"
+                " delete_episodes)"
+            )
     self.action = unify(self.action, spec.action_space, rotation)
-    for key, v, most in (('state', self.state, cfg.max_state_dim), ('action', self.action, cfg.max_action_dim)):
-        if v.shape[1] > most: raise ValueError(f"{key} of dataset {spec.name} has {v.shape[1]} dimensions, the policy takes {most}; raise max_{key}_dim")
-    if self.actions == 'resampled' and self.space.control == 'delta' and self.space.rotation in ('quaternion', 'rot6d'):
-        raise ValueError(f"delta rotations of dataset {spec.name} as {self.space.rotation!r} cannot be added up over time; set rotation: axis_angle in the mixture, or actions: native")
+    for key, v, most in (
+        ('state', self.state, cfg.max_state_dim),
+        ('action', self.action, cfg.max_action_dim),
+    ):
+        if v.shape[1] > most:
+            raise ValueError(
+                f"{key} of dataset {spec.name} has {v.shape[1]} dimensions, the policy"
+                f" takes {most}; raise max_{key}_dim"
+            )
+    if (
+        self.actions == 'resampled'
+        and self.space.control == 'delta'
+        and self.space.rotation in ('quaternion', 'rot6d')
+    ):
+        raise ValueError(
+            f"delta rotations of dataset {spec.name} as {self.space.rotation!r} cannot be"
+            " added up over time; set rotation: axis_angle in the mixture, or actions:"
+            " native"
+        )
 
 # %% ../nbs/10b_mixture.ipynb #6314aaf8
 @patch
 def read_statistics(self: Member, rotation: str, recompute: bool, progress: bool) -> None:
-    "Load or compute statistics of what the policy sees, and check them against a sample of it."
-    spec, what = self.spec, dict(state=self.spec.state, action=self.spec.action, space=asdict(self.spec.action_space), rotation=rotation, actions=self.actions, fps=self.cfg.sampling.fps if self.actions == 'resampled' else 0, of=self.fingerprint)
-    file = near_dataset(self.meta, 'statistics', f'{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}.json')
-    seen = lambda rows: {k: v for k, v in (('observation.state', self.state[rows]), ('action', self.chunks(rows, 1)[0][:, 0])) if v.shape[1]}
-    self.stats = kept_statistics(file, lambda: {k: compute_statistics(v, f'{spec.name} {k}', progress) for k, v in seen(self.rows).items()}, recompute)
-    sample = seen(np.random.default_rng(0).choice(self.rows, min(len(self.rows), 20_000), replace=False))
-    for key, mode, still in (('observation.state', spec.state_norm, spec.state_constant), ('action', spec.action_norm, spec.action_constant)):
-        if key in sample: check_statistics(self.stats.get(key, {}), sample[key], mode, spec.name, key, still)
+    """Load or compute statistics of what the policy sees, and check them against a sample
+    of it.
+    """
+    spec, what = (
+        self.spec,
+        dict(
+            state=self.spec.state,
+            action=self.spec.action,
+            space=asdict(self.spec.action_space),
+            rotation=rotation,
+            actions=self.actions,
+            fps=self.cfg.sampling.fps if self.actions == 'resampled' else 0,
+            of=self.fingerprint,
+        ),
+    )
+    file = near_dataset(
+        self.meta,
+        'statistics',
+        f'{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}.json',
+    )
+    seen = lambda rows: {
+        k: v
+        for k, v in (
+            ('observation.state', self.state[rows]),
+            ('action', self.chunks(rows, 1)[0][:, 0]),
+        )
+        if v.shape[1]
+    }
+    self.stats = kept_statistics(
+        file,
+        lambda: {
+            k: compute_statistics(v, f'{spec.name} {k}', progress)
+            for k, v in seen(self.rows).items()
+        },
+        recompute,
+    )
+    sample = seen(
+        np.random.default_rng(0).choice(
+            self.rows, min(len(self.rows), 20_000), replace=False
+        )
+    )
+    for key, mode, still in (
+        ('observation.state', spec.state_norm, spec.state_constant),
+        ('action', spec.action_norm, spec.action_constant),
+    ):
+        if key in sample:
+            check_statistics(
+                self.stats.get(key, {}), sample[key], mode, spec.name, key, still
+            )
 
 # %% ../nbs/10b_mixture.ipynb #61346657
 @patch
 def chunks(self: Member, rows: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    "Unified actions (b, s, d) from `rows` on, and which steps lie behind the episode's end (b, s)."
+    """Unified actions (b, s, d) from `rows` on, and which steps lie behind the episode's
+    end (b, s).
+    """
     first, after = self.bounds[self.columns['episode_index'][rows]].T
     if self.actions == 'native' or abs(self.fps - self.cfg.sampling.fps) < 1e-6:
         at = rows[:, None] + np.arange(steps)
         return self.action[np.minimum(at, after[:, None] - 1)], at >= after[:, None]
-    times = ((rows - first)[:, None] / self.fps + np.arange(steps) / self.cfg.sampling.fps)          # (b, s) seconds from the episode's start
+    # (b, s) seconds from the episode's start
+    times = (rows - first)[:, None] / self.fps + np.arange(steps) / self.cfg.sampling.fps
     out = np.zeros((*times.shape, self.action.shape[1]), np.float32)
     for a in np.unique(first):
         mine = first == a
-        out[mine] = resample_actions(self.action[a:after[mine][0]], self.fps, times[mine], 1 / self.cfg.sampling.fps, self.space)
+        out[mine] = resample_actions(
+            self.action[a : after[mine][0]],
+            self.fps,
+            times[mine],
+            1 / self.cfg.sampling.fps,
+            self.space,
+        )
     return out, times >= ((after - first) / self.fps)[:, None] - 1e-6
 
 # %% ../nbs/10b_mixture.ipynb #c2f3ba09
 @patch
 def history(self: Member, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    "History (b, n, 3, S, S) uint8 aligned right, and its mask (b, n), on the policy's clock."
+    """History (b, n, 3, S, S) uint8 aligned right, and its mask (b, n), on the policy's
+    clock.
+    """
     s, first = self.cfg.sampling, self.bounds[self.columns['episode_index'][rows], 0]
     n, size = s.history_frames, s.history_size
-    frames, mask = np.zeros((len(rows), n, 3, size, size), np.uint8), np.zeros((len(rows), n), bool)
+    frames, mask = (
+        np.zeros((len(rows), n, 3, size, size), np.uint8),
+        np.zeros((len(rows), n), bool),
+    )
     for i, (row, a) in enumerate(zip(rows, first)) if n else ():
         stamps = np.arange(row - a + 1) / self.fps
         tick = int(np.floor(stamps[-1] * s.fps + 1e-3))
         if ticks := history_ticks(tick, n, s.history_stride, s.history_hop):
-            frames[i, n - len(ticks):] = self.store.maps[self.names['history']][a + frames_at(stamps, row - a, ticks, tick, s.fps)]
-            mask[i, n - len(ticks):] = True
+            frames[i, n - len(ticks) :] = self.store.maps[self.names['history']][
+                a + frames_at(stamps, row - a, ticks, tick, s.fps)
+            ]
+            mask[i, n - len(ticks) :] = True
     return torch.from_numpy(frames), torch.from_numpy(mask)
 
 # %% ../nbs/10b_mixture.ipynb #ef7b5b6b
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)   # 2^64 / golden ratio, odd
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
+
 
 def weyl(i: np.ndarray, offset: int) -> np.ndarray:
     "Evenly spread numbers in [0, 1) for draw numbers `i`."
-    with np.errstate(over='ignore'): u = np.asarray(i, np.uint64) * GOLDEN + np.uint64(offset)
-    return (u >> np.uint64(11)).astype(np.float64) / 2.0 ** 53
+    with np.errstate(over='ignore'):
+        u = np.asarray(i, np.uint64) * GOLDEN + np.uint64(offset)
+    return (u >> np.uint64(11)).astype(np.float64) / 2.0**53
+
 
 def dataset_of(i: np.ndarray, weights: np.ndarray, offset: int) -> np.ndarray:
     "Dataset of each of the draws `i` under `weights` that sum to 1."
-    return np.minimum(np.searchsorted(np.cumsum(weights), weyl(i, offset), side='right'), len(weights) - 1)
+    return np.minimum(
+        np.searchsorted(np.cumsum(weights), weyl(i, offset), side='right'), len(weights) - 1
+    )
 
 # %% ../nbs/10b_mixture.ipynb #951d1b52
 def shuffled(i: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    "A permutation of 0 ... n - 1, applied to `i`, from four 64-bit numbers `key`. No memory."
-    half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2)); low = np.uint64((1 << int(half)) - 1)
+    """A permutation of 0 ... n - 1, applied to `i`, from four 64-bit numbers `key`.
+
+    No memory.
+    """
+    half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+
     def rounds(x):
         left, right = x >> half, x & low
         for k in key:
-            h = (right + k) * GOLDEN; h = (h ^ (h >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            h = (right + k) * GOLDEN
+            h = (h ^ (h >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
             left, right = right, left ^ ((h >> np.uint64(31)) & low)
         return (left << half) | right
+
     with np.errstate(over='ignore'):
         x = rounds(np.asarray(i, np.uint64))
-        while len(out := np.flatnonzero(x >= n)): x[out] = rounds(x[out])
+        while len(out := np.flatnonzero(x >= n)):
+            x[out] = rounds(x[out])
     return x.astype(np.int64)
 
 # %% ../nbs/10b_mixture.ipynb #5f852a9c
 class MixtureSampler:
-    "Endless batches of picks (dataset, sample, draw number), a pure function of `seed`; this process takes every `world`-th of the global batch."
-    def __init__(self, lengths, weights, batch: int, seed: int = 0, rank: int = 0, world: int = 1):
-        at_least('batch', batch, 1); at_least('world', world, 1)
-        if batch % world: raise ValueError(f"batch={batch} does not divide among {world} processes; choose a multiple of {world}")
-        if not 0 <= rank < world: raise ValueError(f"rank={rank} must lie between 0 and {world - 1}")
-        self.lengths, self.weights = np.asarray(lengths, np.int64), np.asarray(weights, np.float64) / np.sum(weights)
-        if len(self.lengths) != len(self.weights) or (self.lengths < 1).any() or not (self.weights > 0).all():
-            raise ValueError(f"lengths={list(lengths)} and weights={list(weights)} must be equally many and positive")
+    """Endless batches of picks (dataset, sample, draw number), a pure function of `seed`;
+    this process takes every `world`-th of the global batch.
+    """
+
+    def __init__(
+        self, lengths, weights, batch: int, seed: int = 0, rank: int = 0, world: int = 1
+    ):
+        at_least('batch', batch, 1)
+        at_least('world', world, 1)
+        if batch % world:
+            raise ValueError(
+                f"batch={batch} does not divide among {world} processes; choose a multiple"
+                f" of {world}"
+            )
+        if not 0 <= rank < world:
+            raise ValueError(f"rank={rank} must lie between 0 and {world - 1}")
+        self.lengths, self.weights = (
+            np.asarray(lengths, np.int64),
+            np.asarray(weights, np.float64) / np.sum(weights),
+        )
+        if (
+            len(self.lengths) != len(self.weights)
+            or (self.lengths < 1).any()
+            or not (self.weights > 0).all()
+        ):
+            raise ValueError(
+                f"lengths={list(lengths)} and weights={list(weights)} must be equally many"
+                " and positive"
+            )
         self.size, self.seed, self.rank, self.world, self.step = batch, seed, rank, world, 0
         self.offset = int(np.random.SeedSequence([seed, 7]).generate_state(1, np.uint64)[0])
         self.known = 0, np.zeros(len(self.lengths), np.int64)
 
-    def __iter__(self): return self
+    def __iter__(self):
+        return self
+
     def __next__(self) -> list[tuple[int, int, int]]:
         self.step += 1
-        return self.picks(self.step - 1)[self.rank::self.world]
+        return self.picks(self.step - 1)[self.rank :: self.world]
 
 # %% ../nbs/10b_mixture.ipynb #d3ed2152
 @patch
 def before(self: MixtureSampler, i: int) -> np.ndarray:
     "How many of the draws 0 ... i - 1 fell on each dataset."
-    at, counts = self.known if self.known[0] <= i else (0, np.zeros(len(self.lengths), np.int64))
+    at, counts = (
+        self.known if self.known[0] <= i else (0, np.zeros(len(self.lengths), np.int64))
+    )
     while at < i:
         z = min(i, at + (1 << 20))
-        counts = counts + np.bincount(dataset_of(np.arange(at, z), self.weights, self.offset), minlength=len(counts)); at = z
+        counts = counts + np.bincount(
+            dataset_of(np.arange(at, z), self.weights, self.offset), minlength=len(counts)
+        )
+        at = z
     self.known = i, counts
     return counts
 
+# %% ../nbs/10b_mixture.ipynb #469b4414
 @patch
 def picks(self: MixtureSampler, step: int) -> list[tuple[int, int, int]]:
     "The global batch of `step`."
-    draws, used = np.arange(step * self.size, (step + 1) * self.size), self.before(step * self.size)
-    which, sample = dataset_of(draws, self.weights, self.offset), np.zeros(len(draws), np.int64)
+    draws, used = (
+        np.arange(step * self.size, (step + 1) * self.size),
+        self.before(step * self.size),
+    )
+    which, sample = (
+        dataset_of(draws, self.weights, self.offset),
+        np.zeros(len(draws), np.int64),
+    )
     for m in np.unique(which):
-        mine = np.flatnonzero(which == m); n = int(self.lengths[m])
+        mine = np.flatnonzero(which == m)
+        n = int(self.lengths[m])
         turn, place = np.divmod(used[m] + np.arange(len(mine)), n)
-        for t in np.unique(turn): sample[mine[turn == t]] = shuffled(place[turn == t], n, np.random.SeedSequence([self.seed, int(m), int(t)]).generate_state(4, np.uint64))
+        for t in np.unique(turn):
+            sample[mine[turn == t]] = shuffled(
+                place[turn == t],
+                n,
+                np.random.SeedSequence([self.seed, int(m), int(t)]).generate_state(
+                    4, np.uint64
+                ),
+            )
     return list(zip(which.tolist(), sample.tolist(), draws.tolist()))
 
 # %% ../nbs/10b_mixture.ipynb #b1ccd6f5
 @patch
 def state_dict(self: MixtureSampler, step: int | None = None) -> dict:
-    "Position after `step` batches (default: those handed out; give the trained ones where a loader reads ahead)."
-    return dict(lengths=self.lengths.tolist(), weights=self.weights.tolist(), batch=self.size, seed=self.seed, step=self.step if step is None else int(step))
+    """Position after `step` batches (default: those handed out; give the trained ones where
+    a loader reads ahead).
+    """
+    return dict(
+        lengths=self.lengths.tolist(),
+        weights=self.weights.tolist(),
+        batch=self.size,
+        seed=self.seed,
+        step=self.step if step is None else int(step),
+    )
 
+# %% ../nbs/10b_mixture.ipynb #1153cfa7
 @patch
 def load_state_dict(self: MixtureSampler, state: dict) -> None:
-    "Continue at a saved position, on any number of processes. Raises `ValueError` if the sampler is another one."
+    """Continue at a saved position, on any number of processes.
+
+    Raises `ValueError` if the sampler is another one.
+    """
     mine = self.state_dict(step=0)
     for k in ('lengths', 'batch', 'seed', 'weights'):
-        if not np.allclose(state[k], mine[k], rtol=1e-9) if np.shape(state[k]) == np.shape(mine[k]) else True:
-            raise ValueError(f"the saved sampler has {k}={state[k]} but this one has {k}={mine[k]}; resume with the same mixture, global batch and seed")
+        if (
+            not np.allclose(state[k], mine[k], rtol=1e-9)
+            if np.shape(state[k]) == np.shape(mine[k])
+            else True
+        ):
+            raise ValueError(
+                f"the saved sampler has {k}={state[k]} but this one has {k}={mine[k]};"
+                " resume with the same mixture, global batch and seed"
+            )
     self.step = int(state['step'])
 
 # %% ../nbs/10b_mixture.ipynb #879bb64a
-def augment(pictures: list[Tensor],   # (..., 3, h, w) uint8 of one camera; sizes may differ
-            a: Augmentation, seed) -> list[Tensor]:
-    "The same crop (in shares of the side) and colours for all `pictures`, decided by `seed`."
+# (..., 3, h, w) uint8 of one camera; sizes may differ
+def augment(pictures: list[Tensor], a: Augmentation, seed) -> list[Tensor]:
+    """The same crop (in shares of the side) and colours for all `pictures`, decided by
+    `seed`.
+    """
     rng = np.random.default_rng(seed)
     keep, top, left = 1 - a.crop * rng.random(), rng.random(), rng.random()
     out = []
     for x in pictures:
-        h, w = x.shape[-2:]; ch, cw = max(1, round(keep * h)), max(1, round(keep * w))
-        if a.crop: x = tvf.resized_crop(x, round(top * (h - ch)), round(left * (w - cw)), ch, cw, [h, w], antialias=True)
+        h, w = x.shape[-2:]
+        ch, cw = max(1, round(keep * h)), max(1, round(keep * w))
+        if a.crop:
+            x = tvf.resized_crop(
+                x,
+                round(top * (h - ch)),
+                round(left * (w - cw)),
+                ch,
+                cw,
+                [h, w],
+                antialias=True,
+            )
         out.append(x)
     jitter = v2.ColorJitter(a.brightness, a.contrast, a.saturation, a.hue)
-    if not (a.brightness or a.contrast or a.saturation or a.hue): return out
+    if not (a.brightness or a.contrast or a.saturation or a.hue):
+        return out
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(rng.integers(2 ** 62)))
-        done = jitter([tv_tensors.Image(x) for x in out])     # of plain tensors it would change the first only
+        torch.manual_seed(int(rng.integers(2**62)))
+        # of plain tensors it would change the first only
+        done = jitter([tv_tensors.Image(x) for x in out])
     return [x.as_subclass(Tensor) for x in done]
 
 # %% ../nbs/10b_mixture.ipynb #029ee192
 VIEW = 'observation.images.'
 
+
 class MixtureDataset(torch.utils.data.Dataset):
-    "Samples of all datasets of a mixture, normalised and padded; indices are the picks of a `MixtureSampler`."
-    def __init__(self, mixture: Mixture, cfg: ModelConfig, root=None, store_root=None, seed: int = 0, recompute: bool = False, workers: int = 2, progress: bool = True, frames: bool = True,
-                 allow_short: bool = True,              # accept episodes shorter than a chunk
-                 tolerance_s: float | None = None):     # of time stamps, s; None = LeRobot's 1e-4
+    """Samples of all datasets of a mixture, normalised and padded; indices are the picks of
+    a `MixtureSampler`.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        cfg: ModelConfig,
+        root=None,
+        store_root=None,
+        seed: int = 0,
+        recompute: bool = False,
+        workers: int = 2,
+        progress: bool = True,
+        frames: bool = True,
+        allow_short: bool = True,  # accept episodes shorter than a chunk
+        # of time stamps, s; None = LeRobot's 1e-4
+        tolerance_s: float | None = None,
+    ):
         self.mixture, self.cfg, self.seed = mixture, cfg, seed
-        place = lambda d: None if store_root is None else Path(store_root)/d.name
-        self.members = [Member(d, cfg, mixture.rotation, mixture.actions, root, place(d), recompute, workers, progress, frames, allow_short, tolerance_s) for d in mixture.datasets]
-        self.slots = sorted({s for d in mixture.datasets for s in d.cameras}, key=lambda s: (ROLES.index(slot_role(s)), s))
+        place = lambda d: None if store_root is None else Path(store_root) / d.name
+        self.members = [
+            Member(
+                d,
+                cfg,
+                mixture.rotation,
+                mixture.actions,
+                root,
+                place(d),
+                recompute,
+                workers,
+                progress,
+                frames,
+                allow_short,
+                tolerance_s,
+            )
+            for d in mixture.datasets
+        ]
+        self.slots = sorted(
+            {s for d in mixture.datasets for s in d.cameras},
+            key=lambda s: (ROLES.index(slot_role(s)), s),
+        )
         self.notices = [text for m in self.members for text in m.notices]
         self.names = [d.name for d in mixture.datasets]
 
     @property
     def weights(self) -> np.ndarray:
         "Share of each dataset in the draws."
-        w = np.array([m.spec.weight * (len(m) if self.mixture.balance == 'frames' else 1) for m in self.members], np.float64)
+        w = np.array(
+            [
+                m.spec.weight * (len(m) if self.mixture.balance == 'frames' else 1)
+                for m in self.members
+            ],
+            np.float64,
+        )
         return w / w.sum()
 
     @property
     def fingerprint(self) -> str:
         "16 hexadecimal digits that change with any dataset or declaration."
-        return hashlib.sha256(json.dumps([asdict(self.mixture), [m.fingerprint for m in self.members]], sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps(
+                [asdict(self.mixture), [m.fingerprint for m in self.members]],
+                sort_keys=True,
+            ).encode()
+        ).hexdigest()[:16]
 
-    def __len__(self): return sum(map(len, self.members))
-    def __getitems__(self, picks): return self.batch(picks)   # torch's DataLoader asks for whole batches through it
+    def __len__(self):
+        return sum(map(len, self.members))
+
+    # torch's DataLoader asks for whole batches through it
+    def __getitems__(self, picks):
+        return self.batch(picks)
 
 # %% ../nbs/10b_mixture.ipynb #25c85b4d
 @patch
-def sampler(self: MixtureDataset, batch: int, rank: int = 0, world: int = 1) -> MixtureSampler:
+def sampler(
+    self: MixtureDataset, batch: int, rank: int = 0, world: int = 1
+) -> MixtureSampler:
     "Batches of this mixture; `batch` counts the samples of all processes."
-    return MixtureSampler([len(m) for m in self.members], self.weights, batch, self.seed, rank, world)
+    return MixtureSampler(
+        [len(m) for m in self.members], self.weights, batch, self.seed, rank, world
+    )
+
 
 @patch
 def features(self: MixtureDataset) -> dict[str, PolicyFeature]:
-    "LeRobot features of a batch: one camera per slot, state and action at the policy's sizes."
+    """LeRobot features of a batch: one camera per slot, state and action at the policy's
+    sizes.
+    """
     s = self.cfg.sampling
     side = lambda slot: view_limit(s, slot_role(slot)) or 224
-    views = {VIEW + slot: PolicyFeature(FeatureType.VISUAL, (3, side(slot), side(slot))) for slot in self.slots}
-    return views | {'observation.state': PolicyFeature(FeatureType.STATE, (self.cfg.max_state_dim,)), 'action': PolicyFeature(FeatureType.ACTION, (self.cfg.max_action_dim,))}
+    views = {
+        VIEW + slot: PolicyFeature(FeatureType.VISUAL, (3, side(slot), side(slot)))
+        for slot in self.slots
+    }
+    return views | {
+        'observation.state': PolicyFeature(FeatureType.STATE, (self.cfg.max_state_dim,)),
+        'action': PolicyFeature(FeatureType.ACTION, (self.cfg.max_action_dim,)),
+    }
 
 # %% ../nbs/10b_mixture.ipynb #2aab04eb
 @patch
 def numbers(self: Member, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    "State (b, D_s), action chunk (b, s, D_a), normalised and zero-padded, and which values of the chunk are padded (b, s, D_a)."
+    """State (b, D_s), action chunk (b, s, D_a), normalised and zero-padded, and which
+    values of the chunk are padded (b, s, D_a).
+    """
     spec, cfg = self.spec, self.cfg
     actions, behind = self.chunks(rows, cfg.chunk)
-    state, action = np.zeros((len(rows), cfg.max_state_dim), np.float32), np.zeros((len(rows), cfg.chunk, cfg.max_action_dim), np.float32)
-    if n := self.state.shape[1]: state[:, :n] = scale(self.state[rows], self.stats['observation.state'], spec.state_norm, spec.state_constant)
+    state, action = (
+        np.zeros((len(rows), cfg.max_state_dim), np.float32),
+        np.zeros((len(rows), cfg.chunk, cfg.max_action_dim), np.float32),
+    )
+    if n := self.state.shape[1]:
+        state[:, :n] = scale(
+            self.state[rows],
+            self.stats['observation.state'],
+            spec.state_norm,
+            spec.state_constant,
+        )
     d = actions.shape[-1]
-    action[..., :d] = scale(actions, self.stats['action'], spec.action_norm, spec.action_constant)
+    action[..., :d] = scale(
+        actions, self.stats['action'], spec.action_norm, spec.action_constant
+    )
     pad = np.ones(action.shape, bool)
     pad[..., [i for i in range(d) if i not in spec.action_constant]] = behind[..., None]
     return torch.from_numpy(state), torch.from_numpy(action), torch.from_numpy(pad)
 
 # %% ../nbs/10b_mixture.ipynb #0e34feda
 @patch
-def pictures(self: Member, rows: np.ndarray, a: Augmentation, seeds: list) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    "History, its mask, and the present views {slot: (b, 3, h, w)}, augmented with one draw per sample and camera."
+def pictures(
+    self: Member, rows: np.ndarray, a: Augmentation, seeds: list
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """History, its mask, and the present views {slot: (b, 3, h, w)}, augmented with one
+    draw per sample and camera.
+    """
     frames, mask = self.history(rows)
-    views = {slot: torch.from_numpy(np.asarray(self.store.maps[self.names[slot]])[rows]) for slot in self.spec.cameras}
-    if a == Augmentation(): return frames, mask, views
+    views = {
+        slot: torch.from_numpy(np.asarray(self.store.maps[self.names[slot]])[rows])
+        for slot in self.spec.cameras
+    }
+    if a == Augmentation():
+        return frames, mask, views
     for i, seed in enumerate(seeds):
         for k, slot in enumerate(views):
-            both = augment([views[slot][i:i + 1]] + ([frames[i]] if slot == 'primary' and frames.shape[1] else []), a, [*seed, k])
+            both = augment(
+                [views[slot][i : i + 1]]
+                + ([frames[i]] if slot == 'primary' and frames.shape[1] else []),
+                a,
+                [*seed, k],
+            )
             views[slot][i] = both[0][0]
-            if len(both) > 1: frames[i] = both[1] * mask[i, :, None, None, None]
+            if len(both) > 1:
+                frames[i] = both[1] * mask[i, :, None, None, None]
     return frames, mask, views
 
 # %% ../nbs/10b_mixture.ipynb #fd48f6ae
 @patch
 def batch(self: MixtureDataset, picks) -> dict:
-    "Samples along axis b in the order of `picks`: what `HistoryDataset.batch` gives, already normalised, with `action_is_pad` (b, s, d) and `dataset_index`."
+    """Samples along axis b in the order of `picks`: what `HistoryDataset.batch` gives,
+    already normalised, with `action_is_pad` (b, s, d) and `dataset_index`.
+    """
     p, s, c = np.asarray(picks, np.int64).reshape(-1, 3), self.cfg.sampling, self.cfg
     b = len(p)
-    out = {'observation.history': torch.zeros(b, s.history_frames, 3, s.history_size, s.history_size, dtype=torch.uint8), 'observation.history_mask': torch.zeros(b, s.history_frames, dtype=torch.bool),
-           'observation.state': torch.zeros(b, c.max_state_dim), 'action': torch.zeros(b, c.chunk, c.max_action_dim), 'action_is_pad': torch.ones(b, c.chunk, c.max_action_dim, dtype=torch.bool)}
+    out = {
+        'observation.history': torch.zeros(
+            b, s.history_frames, 3, s.history_size, s.history_size, dtype=torch.uint8
+        ),
+        'observation.history_mask': torch.zeros(b, s.history_frames, dtype=torch.bool),
+        'observation.state': torch.zeros(b, c.max_state_dim),
+        'action': torch.zeros(b, c.chunk, c.max_action_dim),
+        'action_is_pad': torch.ones(b, c.chunk, c.max_action_dim, dtype=torch.bool),
+    }
     task, where, views = [''] * b, np.zeros((b, 2), np.int64), {}
     for m in np.unique(p[:, 0]):
         at, member = np.flatnonzero(p[:, 0] == m), self.members[m]
         rows = member.rows[p[at, 1]]
-        frames, mask, present = member.pictures(rows, self.mixture.augment, [[self.seed, int(i)] for i in p[at, 2]])
-        for k, v in zip(out, (frames, mask, *member.numbers(rows))): out[k][at] = v
-        for slot, x in present.items(): views.setdefault(slot, {}).setdefault(tuple(x.shape[-2:]), []).append((at, x))
-        for i, r in zip(at, rows): task[i] = member.tasks[int(member.columns['task_index'][r])]
-        where[at] = np.stack([member.columns[k][rows].reshape(-1) for k in ('episode_index', 'frame_index')], 1)
-    return out | stack_views(views, self.slots, b) | dict(task=task, dataset_index=torch.from_numpy(p[:, 0].copy()), episode_index=torch.from_numpy(where[:, 0]), frame_index=torch.from_numpy(where[:, 1]))
+        frames, mask, present = member.pictures(
+            rows, self.mixture.augment, [[self.seed, int(i)] for i in p[at, 2]]
+        )
+        for k, v in zip(out, (frames, mask, *member.numbers(rows))):
+            out[k][at] = v
+        for slot, x in present.items():
+            views.setdefault(slot, {}).setdefault(tuple(x.shape[-2:]), []).append((at, x))
+        for i, r in zip(at, rows):
+            task[i] = member.tasks[int(member.columns['task_index'][r])]
+        where[at] = np.stack(
+            [member.columns[k][rows].reshape(-1) for k in ('episode_index', 'frame_index')],
+            1,
+        )
+    return (
+        out
+        | stack_views(views, self.slots, b)
+        | dict(
+            task=task,
+            dataset_index=torch.from_numpy(p[:, 0].copy()),
+            episode_index=torch.from_numpy(where[:, 0]),
+            frame_index=torch.from_numpy(where[:, 1]),
+        )
+    )
 
 # %% ../nbs/10b_mixture.ipynb #9ee3adc3
 def stack_views(views: dict, slots: list[str], b: int) -> dict[str, Tensor]:
-    "Pictures {slot: {(h, w): [(rows, pictures)]}} as entries of a batch: one per slot and shape, with `_is_pad` (b,) for the rows it lacks."
+    """Pictures {slot: {(h, w): [(rows, pictures)]}} as entries of a batch: one per slot and
+    shape, with `_is_pad` (b,) for the rows it lacks.
+    """
     out = {}
     for slot in (s for s in slots if s in views):
         for (h, w), parts in sorted(views[slot].items()):
             key = VIEW + slot + (f'@{h}x{w}' if len(views[slot]) > 1 else '')
-            out[key], absent = torch.zeros(b, 3, h, w, dtype=torch.uint8), torch.ones(b, dtype=torch.bool)
-            for at, x in parts: out[key][at], absent[at] = x, False
-            if absent.any() or '@' in key: out[f'{key}_is_pad'] = absent
+            out[key], absent = (
+                torch.zeros(b, 3, h, w, dtype=torch.uint8),
+                torch.ones(b, dtype=torch.bool),
+            )
+            for at, x in parts:
+                out[key][at], absent[at] = x, False
+            if absent.any() or '@' in key:
+                out[f'{key}_is_pad'] = absent
     return out
 
 # %% ../nbs/10b_mixture.ipynb #bdf279d6
-def make_mixture_policy(data: MixtureDataset, tokenizer=None, **config) -> tuple[HaloPolicy, object, object]:
-    "A fresh HALO policy and its processors for a mixture; `config` are further fields of `HaloConfig`."
+def make_mixture_policy(
+    data: MixtureDataset, tokenizer=None, **config
+) -> tuple[HaloPolicy, object, object]:
+    """A fresh HALO policy and its processors for a mixture; `config` are further fields of
+    `HaloConfig`.
+    """
     feats = data.features()
-    same = dict(VISUAL=NormalizationMode.IDENTITY, STATE=NormalizationMode.IDENTITY, ACTION=NormalizationMode.IDENTITY)
-    cfg = HaloConfig(model=data.cfg, input_features={k: f for k, f in feats.items() if k != 'action'}, output_features={'action': feats['action']}, normalization_mapping=same,
-                     camera_roles={VIEW + s: slot_role(s) for s in data.slots}, **config)
+    same = dict(
+        VISUAL=NormalizationMode.IDENTITY,
+        STATE=NormalizationMode.IDENTITY,
+        ACTION=NormalizationMode.IDENTITY,
+    )
+    cfg = HaloConfig(
+        model=data.cfg,
+        input_features={k: f for k, f in feats.items() if k != 'action'},
+        output_features={'action': feats['action']},
+        normalization_mapping=same,
+        camera_roles={VIEW + s: slot_role(s) for s in data.slots},
+        **config,
+    )
     return HaloPolicy(cfg), *make_halo_pre_post_processors(cfg, {}, tokenizer)
 
 # %% ../nbs/10b_mixture.ipynb #ceb9eb79
-def mixture_loss(policy, pre, batch: dict, names: list[str]) -> tuple[Tensor, dict[str, float]]:
-    "Mean loss over samples, each sample's over its real values, and the mean of every dataset in the batch."
+def mixture_loss(
+    policy, pre, batch: dict, names: list[str]
+) -> tuple[Tensor, dict[str, float]]:
+    """Mean loss over samples, each sample's over its real values, and the mean of every
+    dataset in the batch.
+    """
     which = batch['dataset_index']
-    losses, _ = policy(pre({k: v for k, v in batch.items() if k not in ('dataset_index', 'episode_index', 'frame_index')}), reduction='none')
-    return losses.mean(), {names[m]: float(losses.detach()[which.to(losses.device) == m].mean()) for m in which.unique().tolist()}
+    losses, _ = policy(
+        pre(
+            {
+                k: v
+                for k, v in batch.items()
+                if k not in ('dataset_index', 'episode_index', 'frame_index')
+            }
+        ),
+        reduction='none',
+    )
+    return losses.mean(), {
+        names[m]: float(losses.detach()[which.to(losses.device) == m].mean())
+        for m in which.unique().tolist()
+    }
 
 # %% ../nbs/10b_mixture.ipynb #3bc98ec3
-def mixture_loader(data: MixtureDataset, sampler: MixtureSampler, workers: int = 0, **kwargs) -> torch.utils.data.DataLoader:
-    "Batches of `data` in the sampler's order, read by `workers` processes; save `sampler.state_dict(step=trained steps)`, because the loader reads ahead."
-    return torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=dict, num_workers=workers, **kwargs)
+def mixture_loader(
+    data: MixtureDataset, sampler: MixtureSampler, workers: int = 0, **kwargs
+) -> torch.utils.data.DataLoader:
+    """Batches of `data` in the sampler's order, read by `workers` processes; save
+    `sampler.state_dict(step=trained steps)`, because the loader reads ahead.
+    """
+    return torch.utils.data.DataLoader(
+        data, batch_sampler=sampler, collate_fn=dict, num_workers=workers, **kwargs
+    )
 
 # %% ../nbs/10b_mixture.ipynb #ea723c4a
 def robot_statistics(member: Member) -> dict:
-    "Statistics for LeRobot's normaliser: as `member`'s, with constant dimensions going to 0."
+    """Statistics for LeRobot's normaliser: as `member`'s, with constant dimensions going to
+    0.
+    """
     out = {}
-    for key, still in (('observation.state', member.spec.state_constant), ('action', member.spec.action_constant)):
-        if key not in member.stats: continue
+    for key, still in (
+        ('observation.state', member.spec.state_constant),
+        ('action', member.spec.action_constant),
+    ):
+        if key not in member.stats:
+            continue
         s = {k: v.copy() for k, v in member.stats[key].items()}
-        for i in still: s['std'][i] = 1.0; s['min'][i] = s['q01'][i] = s['mean'][i] - 1; s['max'][i] = s['q99'][i] = s['mean'][i] + 1
+        for i in still:
+            s['std'][i] = 1.0
+            s['min'][i] = s['q01'][i] = s['mean'][i] - 1
+            s['max'][i] = s['q99'][i] = s['mean'][i] + 1
         out[key] = s
     return out
 
 # %% ../nbs/10b_mixture.ipynb #77a93e65
-def robot_policy(policy: HaloPolicy, member: Member, slots: list[str], **config) -> tuple[HaloPolicy, object, object]:
-    "`policy`'s weights as a LeRobot policy of one robot of the mixture, with its processors. `slots`: those of the mixture, in order."
-    spec, cams = member.spec, {member.spec.cameras[s]: slot_role(s) for s in slots if s in member.spec.cameras}
-    if not spec.state: raise ValueError(f"dataset {spec.name} has no state; a LeRobot policy of HALO needs one")
-    views = {c: PolicyFeature(FeatureType.VISUAL, (3, *camera_size(member.meta, c))) for c in cams}
-    norm = dict(VISUAL=NormalizationMode.IDENTITY, STATE=NormalizationMode[spec.state_norm.upper()], ACTION=NormalizationMode[spec.action_norm.upper()])
-    cfg = HaloConfig(model=policy.config.model, input_features=views | {'observation.state': PolicyFeature(FeatureType.STATE, (member.state.shape[1],))},
-                     output_features={'action': PolicyFeature(FeatureType.ACTION, (member.action.shape[1],))}, normalization_mapping=norm, camera_roles=cams, primary_camera=spec.cameras['primary'], **config)
-    with torch.device('meta'): robot = HaloPolicy(cfg, load_vlm=False)
+def robot_policy(
+    policy: HaloPolicy, member: Member, slots: list[str], **config
+) -> tuple[HaloPolicy, object, object]:
+    """`policy`'s weights as a LeRobot policy of one robot of the mixture, with its
+    processors. `slots`: those of the mixture, in order.
+    """
+    spec, cams = (
+        member.spec,
+        {member.spec.cameras[s]: slot_role(s) for s in slots if s in member.spec.cameras},
+    )
+    if not spec.state:
+        raise ValueError(
+            f"dataset {spec.name} has no state; a LeRobot policy of HALO needs one"
+        )
+    views = {
+        c: PolicyFeature(FeatureType.VISUAL, (3, *camera_size(member.meta, c)))
+        for c in cams
+    }
+    norm = dict(
+        VISUAL=NormalizationMode.IDENTITY,
+        STATE=NormalizationMode[spec.state_norm.upper()],
+        ACTION=NormalizationMode[spec.action_norm.upper()],
+    )
+    cfg = HaloConfig(
+        model=policy.config.model,
+        input_features=views
+        | {'observation.state': PolicyFeature(FeatureType.STATE, (member.state.shape[1],))},
+        output_features={
+            'action': PolicyFeature(FeatureType.ACTION, (member.action.shape[1],))
+        },
+        normalization_mapping=norm,
+        camera_roles=cams,
+        primary_camera=spec.cameras['primary'],
+        **config,
+    )
+    with torch.device('meta'):
+        robot = HaloPolicy(cfg, load_vlm=False)
     robot.model = policy.model
     return robot, *make_halo_pre_post_processors(cfg, robot_statistics(member))
 
@@ -788,103 +1680,317 @@ def aligned(rows: list[tuple]) -> str:
     wide = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     return '\n'.join('  '.join(x.ljust(w) for x, w in zip(r, wide)).rstrip() for r in rows)
 
+# %% ../nbs/10b_mixture.ipynb #0c4ada72
 def declared(mixture: Mixture) -> str:
     "Table of what the datasets of a mixture are declared to be."
+
     def row(d):
-        s = d.action_space; ends = [f'{x:g}' for x in s.gripper_range]
-        still = [f'{k} {list(v)}' for k, v in (('state', d.state_constant), ('action', d.action_constant)) if v] + ['no state'] * (not d.state)
-        return (f'{d.weight:.4g}', d.id, f'{s.frame} {s.control}', s.rotation, f"{s.gripper} {'...'.join(ends)}" if s.grippers else 'none', ' '.join(still) or '-', ' '.join(f"{k}={c.removeprefix('observation.images.')}" for k, c in d.cameras.items()))
-    return aligned([('weight', 'dataset', 'actions', 'rotation', 'gripper', 'constant', 'cameras'), *map(row, mixture.datasets)])
+        s = d.action_space
+        ends = [f'{x:g}' for x in s.gripper_range]
+        still = [
+            f'{k} {list(v)}'
+            for k, v in (('state', d.state_constant), ('action', d.action_constant))
+            if v
+        ] + ['no state'] * (not d.state)
+        return (
+            f'{d.weight:.4g}',
+            d.id,
+            f'{s.frame} {s.control}',
+            s.rotation,
+            f"{s.gripper} {'...'.join(ends)}" if s.grippers else 'none',
+            ' '.join(still) or '-',
+            ' '.join(
+                f"{k}={c.removeprefix('observation.images.')}" for k, c in d.cameras.items()
+            ),
+        )
+
+    return aligned(
+        [
+            ('weight', 'dataset', 'actions', 'rotation', 'gripper', 'constant', 'cameras'),
+            *map(row, mixture.datasets),
+        ]
+    )
 
 # %% ../nbs/10b_mixture.ipynb #3094b5a2
 def needed(d: DatasetSpec) -> list[str]:
-    "Topics that a dataset's declaration has: one without rotations or grippers has nothing to verify there."
-    return [t for t in TOPICS if not (t == 'rotation' and d.action_space.rotation == 'none' or t == 'gripper' and not d.action_space.grippers)]
+    """Topics that a dataset's declaration has: one without rotations or grippers has
+    nothing to verify there.
+    """
+    return [
+        t
+        for t in TOPICS
+        if not (
+            t == 'rotation'
+            and d.action_space.rotation == 'none'
+            or t == 'gripper'
+            and not d.action_space.grippers
+        )
+    ]
 
+# %% ../nbs/10b_mixture.ipynb #484b5237
 def verification(mixture: Mixture) -> str:
-    "Table of the sources that confirm each topic of each dataset; '-' is not confirmed, '' not needed."
-    rows = [(d.name.removesuffix('_lerobot'), *(d.verified.get(t, '-') if t in needed(d) else '' for t in TOPICS)) for d in mixture.datasets]
-    have, of = sum(t in d.verified for d in mixture.datasets for t in needed(d)), sum(len(needed(d)) for d in mixture.datasets)
-    return aligned([('confirmed by', *TOPICS), *rows]) + f'\n{have} of {of} declarations confirmed by a published source'
+    """Table of the sources that confirm each topic of each dataset; '-' is not confirmed,
+    '' not needed.
+    """
+    rows = [
+        (
+            d.name.removesuffix('_lerobot'),
+            *(d.verified.get(t, '-') if t in needed(d) else '' for t in TOPICS),
+        )
+        for d in mixture.datasets
+    ]
+    have, of = (
+        sum(t in d.verified for d in mixture.datasets for t in needed(d)),
+        sum(len(needed(d)) for d in mixture.datasets),
+    )
+    return (
+        aligned([('confirmed by', *TOPICS), *rows])
+        + f'\n{have} of {of} declarations confirmed by a published source'
+    )
 
 # %% ../nbs/10b_mixture.ipynb #ff1ecdbc
 def timed(f) -> tuple:
     "`f()` and its seconds."
-    t = time.perf_counter(); out = f()
+    t = time.perf_counter()
+    out = f()
     return out, time.perf_counter() - t
 
-def store_speed(dataset, data: HistoryDataset, n: int, samples: int, camera: str, other: str, progress: bool = True) -> dict:
-    "Samples per second of LeRobot's `delta_timestamps` and of the frame store, alternately, and the largest difference of frames in units of 1/255."
+# %% ../nbs/10b_mixture.ipynb #471fc8b9
+def store_speed(
+    dataset,
+    data: HistoryDataset,
+    n: int,
+    samples: int,
+    camera: str,
+    other: str,
+    progress: bool = True,
+) -> dict:
+    """Samples per second of LeRobot's `delta_timestamps` and of the frame store,
+    alternately, and the largest difference of frames in units of 1/255.
+    """
     fps, size = dataset.meta.fps, data.cfg.sampling.history_size
-    theirs = LeRobotDataset(dataset.repo_id, dataset.root, delta_timestamps={camera: [-k / fps for k in range(n, -1, -1)], other: [0.0], 'action': [k / fps for k in range(data.cfg.chunk)]}, return_uint8=True)
+    theirs = LeRobotDataset(
+        dataset.repo_id,
+        dataset.root,
+        delta_timestamps={
+            camera: [-k / fps for k in range(n, -1, -1)],
+            other: [0.0],
+            'action': [k / fps for k in range(data.cfg.chunk)],
+        },
+        return_uint8=True,
+    )
     first = data.bounds[data.columns['episode_index'], 0]
-    rows = np.random.default_rng(0).choice(np.flatnonzero(np.arange(len(data)) - first >= n), samples + 1, replace=False)
+    rows = np.random.default_rng(0).choice(
+        np.flatnonzero(np.arange(len(data)) - first >= n), samples + 1, replace=False
+    )
     slow, fast, worst = [], [], 0
     for i in tqdm(rows.tolist(), desc=f'{n} frames', unit='sample', disable=not progress):
         (a, s), (b, f) = timed(lambda: theirs[i]), timed(lambda: data[i])
-        slow.append(s); fast.append(f)
-        worst = max(worst, int((downsample(a[camera][:-1], size).int() - b['observation.history'].int()).abs().max()))
-    return dict(frames=n, lerobot=samples / sum(slow[1:]), store=samples / sum(fast[1:]), ratio=sum(slow[1:]) / sum(fast[1:]), worst=worst)   # the first of each warms up
+        slow.append(s)
+        fast.append(f)
+        worst = max(
+            worst,
+            int(
+                (downsample(a[camera][:-1], size).int() - b['observation.history'].int())
+                .abs()
+                .max()
+            ),
+        )
+    # the first of each warms up
+    return dict(
+        frames=n,
+        lerobot=samples / sum(slow[1:]),
+        store=samples / sum(fast[1:]),
+        ratio=sum(slow[1:]) / sum(fast[1:]),
+        worst=worst,
+    )
 
 # %% ../nbs/10b_mixture.ipynb #62c9ed6b
-def bench_store(folder, frames=(40, 80), samples: int = 12, seconds=(20.0, 20.0), size: tuple[int, int] = (480, 640), progress: bool = True) -> list[dict]:
-    "Record a two-camera video dataset in `folder` with LeRobot's default encoder, build its frame store, and compare histories of `frames`; prints what it measures."
+def bench_store(
+    folder,
+    frames=(40, 80),
+    samples: int = 12,
+    seconds=(20.0, 20.0),
+    size: tuple[int, int] = (480, 640),
+    progress: bool = True,
+) -> list[dict]:
+    """Record a two-camera video dataset in `folder` with LeRobot's default encoder, build
+    its frame store, and compare histories of `frames`; prints what it measures.
+    """
     folder, cams = Path(folder), ['observation.images.top', 'observation.images.wrist']
-    made = (folder/'video/meta/info.json').is_file()
-    dataset, took = timed(lambda: LeRobotDataset('local/video', folder/'video') if made else record_clock(folder/'video', 10, seconds, {c: size for c in cams}, 7, 7))
-    info, videos = (dataset.meta.features[cams[0]].get('info') or {}), sum(f.stat().st_size for f in Path(dataset.root).rglob('*.mp4'))
-    print(f"{dataset.meta.total_frames} frames of two cameras, {size[0]}x{size[1]}, {info.get('video.codec', 'video')}: {videos / 1e6:.1f} MB" + ('' if made else f', recorded in {took:.0f} s'))
-    cfg = preset('tiny', sampling__history_size=112, sampling__history_stride=1, sampling__view_size=224, sampling__wrist_size=224)
-    data = lambda n: HistoryDataset(dataset, cfg.but(sampling__history_frames=n), dict(zip(cams, ('primary', 'wrist'))), store_root=folder/'store', progress=progress)
+    made = (folder / 'video/meta/info.json').is_file()
+    dataset, took = timed(
+        lambda: (
+            LeRobotDataset('local/video', folder / 'video')
+            if made
+            else record_clock(folder / 'video', 10, seconds, {c: size for c in cams}, 7, 7)
+        )
+    )
+    info, videos = (
+        (dataset.meta.features[cams[0]].get('info') or {}),
+        sum(f.stat().st_size for f in Path(dataset.root).rglob('*.mp4')),
+    )
+    print(
+        f"{dataset.meta.total_frames} frames of two cameras, {size[0]}x{size[1]},"
+        f" {info.get('video.codec', 'video')}: {videos / 1e6:.1f} MB"
+        + ('' if made else f', recorded in {took:.0f} s')
+    )
+    cfg = preset(
+        'tiny',
+        sampling__history_size=112,
+        sampling__history_stride=1,
+        sampling__view_size=224,
+        sampling__wrist_size=224,
+    )
+    data = lambda n: HistoryDataset(
+        dataset,
+        cfg.but(sampling__history_frames=n),
+        dict(zip(cams, ('primary', 'wrist'))),
+        store_root=folder / 'store',
+        progress=progress,
+    )
     first, took = timed(lambda: data(frames[0]))
     history = first.store.maps[first.names['observation.history']].nbytes
-    print(f"frame store: {first.store.nbytes / 1e6:.0f} MB ({history / 1e6:.1f} MB of them the history at 112 pixels, {history / dataset.meta.total_frames / 1e3:.1f} kB a frame), opened in {took:.1f} s" if made else
-          f"frame store: {first.store.nbytes / 1e6:.0f} MB ({history / 1e6:.1f} MB of them the history at 112 pixels, {history / dataset.meta.total_frames / 1e3:.1f} kB a frame), built in {took:.1f} s ({2 * dataset.meta.total_frames / took:.0f} frames/s)")
+    print(
+        f"frame store: {first.store.nbytes / 1e6:.0f} MB ({history / 1e6:.1f} MB of them"
+        f" the history at 112 pixels, {history / dataset.meta.total_frames / 1e3:.1f} kB a"
+        f" frame), opened in {took:.1f} s"
+        if made
+        else (
+            f"frame store: {first.store.nbytes / 1e6:.0f} MB ({history / 1e6:.1f} MB of"
+            " them the history at 112 pixels,"
+            f" {history / dataset.meta.total_frames / 1e3:.1f} kB a frame), built in"
+            f" {took:.1f} s ({2 * dataset.meta.total_frames / took:.0f} frames/s)"
+        )
+    )
     rows = [store_speed(dataset, data(n), n, samples, *cams, progress) for n in frames]
-    for r in rows: print(f"{r['frames']} frames: LeRobot {r['lerobot']:.2f} samples/s, frame store {r['store']:.0f}, {r['ratio']:.0f} times as many; largest difference {r['worst']}/255")
+    for r in rows:
+        print(
+            f"{r['frames']} frames: LeRobot {r['lerobot']:.2f} samples/s, frame store"
+            f" {r['store']:.0f}, {r['ratio']:.0f} times as many; largest difference"
+            f" {r['worst']}/255"
+        )
     return rows
 
 # %% ../nbs/10b_mixture.ipynb #79e5c040
-def check_mixture(mixture: Mixture, cfg: ModelConfig, root=None, recompute: bool = False, progress: bool = True, **checks) -> int:
-    "Open every dataset of `mixture`, print what it holds or why it is refused; returns how many were refused. `checks`: of `Member`."
+def check_mixture(
+    mixture: Mixture,
+    cfg: ModelConfig,
+    root=None,
+    recompute: bool = False,
+    progress: bool = True,
+    **checks,
+) -> int:
+    """Open every dataset of `mixture`, print what it holds or why it is refused; returns
+    how many were refused. `checks`: of `Member`.
+    """
     bad = 0
     for d in mixture.datasets:
-        try: m = Member(d, cfg, mixture.rotation, mixture.actions, root, recompute=recompute, progress=progress, frames=False, **checks)
-        except ValueError as e: bad += 1; print(f'{d.name}: REFUSED: {e}')
-        else: print(f"{d.name}: {len(m.episodes)} episodes, {len(m)} frames, {m.fps:g} fps, state {m.state.shape[1]} ({d.state_norm}), action {m.action.shape[1]} ({d.action_norm}), cameras {', '.join(d.cameras)}")
+        try:
+            m = Member(
+                d,
+                cfg,
+                mixture.rotation,
+                mixture.actions,
+                root,
+                recompute=recompute,
+                progress=progress,
+                frames=False,
+                **checks,
+            )
+        except ValueError as e:
+            bad += 1
+            print(f'{d.name}: REFUSED: {e}')
+        else:
+            print(
+                f"{d.name}: {len(m.episodes)} episodes, {len(m)} frames, {m.fps:g} fps,"
+                f" state {m.state.shape[1]} ({d.state_norm}), action {m.action.shape[1]}"
+                f" ({d.action_norm}), cameras {', '.join(d.cameras)}"
+            )
     return bad
 
 # %% ../nbs/10b_mixture.ipynb #f3f187a8
 def main(argv=None) -> int:
     "`python -m halo.mixture show|check|stats|store MIXTURE`, or `bench-store`."
     import argparse
-    p = argparse.ArgumentParser(prog='python -m halo.mixture', description=main.__doc__); sub = p.add_subparsers(dest='what', required=True)
+
+    p = argparse.ArgumentParser(prog='python -m halo.mixture', description=main.__doc__)
+    sub = p.add_subparsers(dest='what', required=True)
     for what in ('show', 'check', 'stats', 'store'):
-        q = sub.add_parser(what); q.add_argument('mixture', help='YAML file, or a name in configs/mixtures')
-        if what == 'show': continue
-        q.add_argument('--root', help='folder of the datasets'); q.add_argument('--preset', default='paper'); q.add_argument('--quiet', action='store_true', help='no progress bars'); q.add_argument('--workers', type=int, default=2)
-        q.add_argument('--tolerance-s', type=float, help='seconds between a time stamp and its picture that are allowed (1e-4)')
-        q.add_argument('--allow-short', action=argparse.BooleanOptionalAction, default=True, help='accept episodes shorter than a chunk (default: yes)')
-        if what == 'stats': q.add_argument('--recompute', action='store_true')
-    q = sub.add_parser('bench-store'); q.add_argument('--out', default='outputs/bench-store'); q.add_argument('--frames', type=int, nargs='+', default=[40, 80]); q.add_argument('--samples', type=int, default=12); q.add_argument('--quiet', action='store_true')
+        q = sub.add_parser(what)
+        q.add_argument('mixture', help='YAML file, or a name in configs/mixtures')
+        if what == 'show':
+            continue
+        q.add_argument('--root', help='folder of the datasets')
+        q.add_argument('--preset', default='paper')
+        q.add_argument('--quiet', action='store_true', help='no progress bars')
+        q.add_argument('--workers', type=int, default=2)
+        q.add_argument(
+            '--tolerance-s',
+            type=float,
+            help='seconds between a time stamp and its picture that are allowed (1e-4)',
+        )
+        q.add_argument(
+            '--allow-short',
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help='accept episodes shorter than a chunk (default: yes)',
+        )
+        if what == 'stats':
+            q.add_argument('--recompute', action='store_true')
+    q = sub.add_parser('bench-store')
+    q.add_argument('--out', default='outputs/bench-store')
+    q.add_argument('--frames', type=int, nargs='+', default=[40, 80])
+    q.add_argument('--samples', type=int, default=12)
+    q.add_argument('--quiet', action='store_true')
     a = p.parse_args(argv)
-    if a.what == 'bench-store': bench_store(a.out, a.frames, a.samples, progress=not a.quiet); return 0
-    try: return run(a, Mixture.load(a.mixture))
-    except ValueError as e: print(e); return 1
+    if a.what == 'bench-store':
+        bench_store(a.out, a.frames, a.samples, progress=not a.quiet)
+        return 0
+    try:
+        return run(a, Mixture.load(a.mixture))
+    except ValueError as e:
+        print(e)
+        return 1
 
 # %% ../nbs/10b_mixture.ipynb #33a1609b
 def run(a, mixture: Mixture) -> int:
     "The command `a.what` for `mixture`; returns the exit status."
     if a.what == 'show':
         notes = [f'{d.name}: {d.note}' for d in mixture.datasets if d.note]
-        print(*([mixture.note] if mixture.note else []), declared(mixture), verification(mixture), *(['\n'.join(f'{k}: {v}' for k, v in mixture.sources.items())] if mixture.sources else []), *(['\n'.join(notes)] if notes else []), sep='\n\n')
+        print(
+            *([mixture.note] if mixture.note else []),
+            declared(mixture),
+            verification(mixture),
+            *(
+                ['\n'.join(f'{k}: {v}' for k, v in mixture.sources.items())]
+                if mixture.sources
+                else []
+            ),
+            *(['\n'.join(notes)] if notes else []),
+            sep='\n\n',
+        )
         return 0
     cfg = preset(a.preset)
     checks = dict(allow_short=a.allow_short, tolerance_s=a.tolerance_s)
-    if a.what != 'store': return int(check_mixture(mixture, cfg, a.root, getattr(a, 'recompute', False), not a.quiet, **checks) > 0)
-    data = MixtureDataset(mixture, cfg, a.root, workers=a.workers, progress=not a.quiet, **checks)
-    for m, w in zip(data.members, data.weights): print(f'{m.spec.name}: {m.store.nbytes / 1e9:.3f} GB for {len(m)} frames, {w:.2%} of the draws')
+    if a.what != 'store':
+        return int(
+            check_mixture(
+                mixture, cfg, a.root, getattr(a, 'recompute', False), not a.quiet, **checks
+            )
+            > 0
+        )
+    data = MixtureDataset(
+        mixture, cfg, a.root, workers=a.workers, progress=not a.quiet, **checks
+    )
+    for m, w in zip(data.members, data.weights):
+        print(
+            f'{m.spec.name}: {m.store.nbytes / 1e9:.3f} GB for {len(m)} frames, {w:.2%} of'
+            ' the draws'
+        )
     return 0
 
 # %% ../nbs/10b_mixture.ipynb #3582ab9a
-if __name__ == '__main__' and globals().get('__spec__') is not None: raise SystemExit(main())   # python -m, but not a notebook
+# python -m, but not a notebook
+if __name__ == '__main__' and globals().get('__spec__') is not None:
+    raise SystemExit(main())

@@ -4,19 +4,30 @@
 
 # %% ../nbs/06_model.ipynb #88641247
 from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
-import torch, torch.nn as nn
+
+import torch
+import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, apply_rotary_pos_emb
+
 from .config import ModelConfig, preset
 from .expert import ExpertContext, ExpertHeads, ExpertLayer, expert_config
 from .flow import flow_loss, integrate, interpolate, sample_time, velocity_target
-from .salr import SALR, HeadConverter, KeepFP32
-from .vlm import Context, Observation, build_qwen, init_fan_in, pack, split_qwen, unrotate
+from .salr import SALR, HeadConverter
+from halo.vlm import (
+    Context,
+    Observation,
+    build_qwen,
+    init_fan_in,
+    pack,
+    split_qwen,
+    unrotate,
+)
 
 # %% auto #0
 __all__ = ['state_config', 'StateTokens', 'StateLayer', 'HaloBlock', 'HaloModel', 'Prefix', 'parameter_table']
@@ -25,88 +36,170 @@ __all__ = ['state_config', 'StateTokens', 'StateLayer', 'HaloBlock', 'HaloModel'
 def state_config(cfg: ModelConfig) -> Qwen2Config:
     "Layers of the state transformer."
     n, w = cfg.salr.state_heads, cfg.salr.state_width
-    return Qwen2Config(hidden_size=w, intermediate_size=4 * w, num_hidden_layers=cfg.text.layers, num_attention_heads=n, num_key_value_heads=n, vocab_size=8, rms_norm_eps=1e-6, attn_implementation='sdpa')
+    return Qwen2Config(
+        hidden_size=w,
+        intermediate_size=4 * w,
+        num_hidden_layers=cfg.text.layers,
+        num_attention_heads=n,
+        num_key_value_heads=n,
+        vocab_size=8,
+        rms_norm_eps=1e-6,
+        attn_implementation='sdpa',
+    )
 
 # %% ../nbs/06_model.ipynb #0a108902
 class StateTokens(nn.Module):
-    "State (b, d) -> one token per dimension (b, d, width): value times a learned direction plus a learned place."
+    """State (b, d) -> one token per dimension (b, d, width): value times a learned
+    direction plus a learned place.
+    """
+
     def __init__(self, d: int, width: int):
         super().__init__()
-        self.scale, self.place = nn.Parameter(torch.randn(d, width)), nn.Parameter(torch.randn(d, width))
-    def forward(self, state: Tensor) -> Tensor: return state.to(self.scale.dtype)[..., None] * self.scale + self.place
+        self.scale, self.place = (
+            nn.Parameter(torch.randn(d, width)),
+            nn.Parameter(torch.randn(d, width)),
+        )
+
+    def forward(self, state: Tensor) -> Tensor:
+        return state.to(self.scale.dtype)[..., None] * self.scale + self.place
 
 # %% ../nbs/06_model.ipynb #0bb2baea
 class StateLayer(nn.Module):
-    "One layer of the state transformer: tokens (b, d, width) -> next tokens, F_r (b, i, h)."
+    """One layer of the state transformer: tokens (b, d, width) -> next tokens, F_r (b, i,
+    h).
+    """
+
     def __init__(self, config: Qwen2Config, index: int):
         super().__init__()
         layer, self.heads = Qwen2DecoderLayer(config, index), config.num_attention_heads
         self.last = index == config.num_hidden_layers - 1
-        if self.last: self.norm, self.q_proj = layer.input_layernorm, layer.self_attn.q_proj
-        else: self.layer = layer
+        if self.last:
+            self.norm, self.q_proj = layer.input_layernorm, layer.self_attn.q_proj
+        else:
+            self.layer = layer
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        norm, q = (self.norm, self.q_proj) if self.last else (self.layer.input_layernorm, self.layer.self_attn.q_proj)
+        norm, q = (
+            (self.norm, self.q_proj)
+            if self.last
+            else (self.layer.input_layernorm, self.layer.self_attn.q_proj)
+        )
         heads = q(norm(x)).mean(1).unflatten(-1, (self.heads, -1)).float()
-        if self.last: return x, heads
+        if self.last:
+            return x, heads
         one = x.new_ones(x.shape[0], x.shape[1], heads.shape[-1])
-        return self.layer(x, position_embeddings=(one, torch.zeros_like(one)), attention_mask=torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)[None, None]), heads
+        return (
+            self.layer(
+                x,
+                position_embeddings=(one, torch.zeros_like(one)),
+                attention_mask=torch.ones(
+                    x.shape[1], x.shape[1], dtype=torch.bool, device=x.device
+                )[None, None],
+            ),
+            heads,
+        )
 
 # %% ../nbs/06_model.ipynb #14e599a5
 class HaloBlock(nn.Module):
-    "Depth l of all parts: VLM layer, re-representation, expert layer. The unit of checkpointing and of FSDP."
+    """Depth l of all parts: VLM layer, re-representation, expert layer.
+
+    The unit of checkpointing and of FSDP.
+    """
+
     def __init__(self, vlm: nn.Module, cfg: ModelConfig, index: int):
         super().__init__()
         s, n2, no, h = cfg.salr, cfg.text.kv_heads, cfg.expert.kv_heads, cfg.text.head_dim
         deep = s.enabled and s.state_encoder == 'transformer'
-        self.vlm, self.section, self.before = vlm, list(cfg.text.mrope_section), s.enabled and s.keys == 'before_rope'
+        self.vlm, self.section, self.before = (
+            vlm,
+            list(cfg.text.mrope_section),
+            s.enabled and s.keys == 'before_rope',
+        )
         self.state = StateLayer(state_config(cfg), index) if deep else None
-        self.rerep = (SALR(None if deep else cfg.max_state_dim, s.state_heads, n2, no, h, compression=s.compression, mask=s.mask, fused=s.fused)
-                      if s.enabled else HeadConverter(n2, no, h))
+        self.rerep = (
+            SALR(
+                None if deep else cfg.max_state_dim,
+                s.state_heads,
+                n2,
+                no,
+                h,
+                compression=s.compression,
+                mask=s.mask,
+                fused=s.fused,
+            )
+            if s.enabled
+            else HeadConverter(n2, no, h)
+        )
         self.expert = ExpertLayer(expert_config(cfg))
 
 # %% ../nbs/06_model.ipynb #b4d1df8a
 from fastcore.basics import patch
 
-@patch
-def represent(self: HaloBlock, k: Tensor, v: Tensor, state: Tensor, ctx: Context, ectx: ExpertContext) -> tuple[Tensor, Tensor, Tensor]:
-    "K, V (b, j, l, h) of the VLM, state or state tokens -> the next state tokens, and K_u, V_u (b, o, l, h)."
-    heads = state
-    if self.state is not None: state, heads = self.state(state)
-    if self.before: k = unrotate(k, ctx.rope, self.section)
-    k, v = self.rerep(k, v, heads)
-    if self.before: k = apply_rotary_pos_emb(k, k, *ectx.prefix_rope)[1]
-    return state, k, v
 
 @patch
-def encode(self: HaloBlock, x: Tensor, state: Tensor, ctx: Context, ectx: ExpertContext) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "VLM hidden state (b, l, width), state or state tokens -> the same one layer on, and K_u, V_u (b, o, l, h)."
+def represent(
+    self: HaloBlock, k: Tensor, v: Tensor, state: Tensor, ctx: Context, ectx: ExpertContext
+) -> tuple[Tensor, Tensor, Tensor]:
+    """K, V (b, j, l, h) of the VLM, state or state tokens -> the next state tokens, and
+    K_u, V_u (b, o, l, h).
+    """
+    heads = state
+    if self.state is not None:
+        state, heads = self.state(state)
+    if self.before:
+        k = unrotate(k, ctx.rope, self.section)
+    k, v = self.rerep(k, v, heads)
+    if self.before:
+        k = apply_rotary_pos_emb(k, k, *ectx.prefix_rope)[1]
+    return state, k, v
+
+# %% ../nbs/06_model.ipynb #1ada07a8
+@patch
+def encode(
+    self: HaloBlock, x: Tensor, state: Tensor, ctx: Context, ectx: ExpertContext
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """VLM hidden state (b, l, width), state or state tokens -> the same one layer on, and
+    K_u, V_u (b, o, l, h).
+    """
     x, k, v = self.vlm(x, ctx)
     return x, *self.represent(k, v, state, ctx, ectx)
 
 # %% ../nbs/06_model.ipynb #c7aac21f
 @patch
-def forward(self: HaloBlock, x: Tensor, state: Tensor, a: Tensor, ctx: Context, ectx: ExpertContext) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    self: HaloBlock, x: Tensor, state: Tensor, a: Tensor, ctx: Context, ectx: ExpertContext
+) -> tuple[Tensor, Tensor, Tensor]:
     "One training step of depth l; `a` (b * draws, q, width) are the expert's tokens."
     x, state, k, v = self.encode(x, state, ctx, ectx)
     r = len(a) // len(k)
-    if r > 1: k, v = k.repeat_interleave(r, 0), v.repeat_interleave(r, 0)
+    if r > 1:
+        k, v = k.repeat_interleave(r, 0), v.repeat_interleave(r, 0)
     return x, state, self.expert(a, k, v, ectx)
 
 # %% ../nbs/06_model.ipynb #0d82e301
 class HaloModel(nn.Module):
-    "HALO without LeRobot: observations and action chunks in, velocities, losses and samples out."
+    """HALO without LeRobot: observations and action chunks in, velocities, losses and
+    samples out.
+    """
+
     def __init__(self, cfg: ModelConfig, qwen=None):
         super().__init__()
         self.cfg = cfg
         self.embed, layers = split_qwen(build_qwen(cfg) if qwen is None else qwen, cfg)
         deep = cfg.salr.enabled and cfg.salr.state_encoder == 'transformer'
-        self.state_tokens = StateTokens(cfg.max_state_dim, cfg.salr.state_width) if deep else None
+        self.state_tokens = (
+            StateTokens(cfg.max_state_dim, cfg.salr.state_width) if deep else None
+        )
         self.blocks = nn.ModuleList(HaloBlock(l, cfg, i) for i, l in enumerate(layers))
         self.heads = ExpertHeads(cfg)
         if cfg.init == 'fan_in':
-            for m in (self.heads, *(b.expert for b in self.blocks), *(b.state for b in self.blocks if b.state is not None)): init_fan_in(m)
-        self.to(getattr(torch, cfg.dtype))   # SALR's parameters refuse and stay float32
+            for m in (
+                self.heads,
+                *(b.expert for b in self.blocks),
+                *(b.state for b in self.blocks if b.state is not None),
+            ):
+                init_fan_in(m)
+        self.to(getattr(torch, cfg.dtype))  # SALR's parameters refuse and stay float32
 
 # %% ../nbs/06_model.ipynb #cc85a9e1
 @patch
@@ -117,37 +210,65 @@ def start(self: HaloModel, obs: Observation) -> tuple[Tensor, Tensor, Context]:
 
 # %% ../nbs/06_model.ipynb #cd688ce6
 @patch
-def expert_start(self: HaloModel, state: Tensor, ctx: Context, x_t: Tensor, t: Tensor) -> tuple[Tensor, ExpertContext]:
+def expert_start(
+    self: HaloModel, state: Tensor, ctx: Context, x_t: Tensor, t: Tensor
+) -> tuple[Tensor, ExpertContext]:
     "The expert's tokens and context for noisy actions (b * draws, s, d)."
     r = len(x_t) // len(state)
     rows = partial(torch.repeat_interleave, repeats=r, dim=0)
-    wide = Context(None, None, rows(ctx.valid), rows(ctx.next_position), rows(ctx.positions)) if r > 1 else ctx
+    wide = (
+        Context(None, None, rows(ctx.valid), rows(ctx.next_position), rows(ctx.positions))
+        if r > 1
+        else ctx
+    )
     a = self.heads.embed(rows(state) if r > 1 else state, x_t, t)
     ectx = self.heads.context(wide, x_t.shape[1], a)
-    if r > 1 and ectx.prefix_rope is not None: ectx.prefix_rope = tuple(p[::r] for p in ectx.prefix_rope)
+    if r > 1 and ectx.prefix_rope is not None:
+        ectx.prefix_rope = tuple(p[::r] for p in ectx.prefix_rope)
     return a, ectx
 
 # %% ../nbs/06_model.ipynb #992ad74e
 @patch
 def forward(self: HaloModel, obs: Observation, x_t: Tensor, t: Tensor) -> Tensor:
-    "Velocity (b * draws, s, d) at noisy actions `x_t` and flow times `t`, VLM, SALR and expert interleaved."
+    """Velocity (b * draws, s, d) at noisy actions `x_t` and flow times `t`, VLM, SALR and
+    expert interleaved.
+    """
     x, state, ctx = self.start(obs)
     a, ectx = self.expert_start(obs.state, ctx, x_t, t)
     for block in self.blocks:
-        if self.cfg.checkpointing and self.training: x, state, a = checkpoint(block, x, state, a, ctx, ectx, use_reentrant=False)
-        else: x, state, a = block(x, state, a, ctx, ectx)
+        if self.cfg.checkpointing and self.training:
+            x, state, a = checkpoint(block, x, state, a, ctx, ectx, use_reentrant=False)
+        else:
+            x, state, a = block(x, state, a, ctx, ectx)
     return self.heads.read(a)
 
 # %% ../nbs/06_model.ipynb #0e22f4f3
 @patch
-def loss(self: HaloModel, obs: Observation, actions: Tensor, mask: Tensor | None = None, noise: Tensor | None = None, t: Tensor | None = None, reduction: str = 'mean') -> Tensor:
-    "Flow-matching loss of action chunks (b, s, d); `mask` (b, s, d) marks real values. `noise`, `t` may be given (b * draws rows)."
+def loss(
+    self: HaloModel,
+    obs: Observation,
+    actions: Tensor,
+    mask: Tensor | None = None,
+    noise: Tensor | None = None,
+    t: Tensor | None = None,
+    reduction: str = 'mean',
+) -> Tensor:
+    """Flow-matching loss of action chunks (b, s, d); `mask` (b, s, d) marks real values.
+
+    `noise`, `t` may be given (b * draws rows).
+    """
     r = self.cfg.flow.draws
     rows = lambda x: x.repeat_interleave(r, 0) if r > 1 else x
     actions, mask = rows(actions), None if mask is None else rows(mask)
     noise = torch.randn_like(actions) if noise is None else noise
-    if mask is not None: noise = noise * (mask != 0).any(1, keepdim=True)   # padded dimensions hold no noise, in training as in sampling
-    t = sample_time(len(actions), self.cfg.flow.time, device=actions.device) if t is None else t
+    # padded dimensions hold no noise, in training as in sampling
+    if mask is not None:
+        noise = noise * (mask != 0).any(1, keepdim=True)
+    t = (
+        sample_time(len(actions), self.cfg.flow.time, device=actions.device)
+        if t is None
+        else t
+    )
     v = self(obs, interpolate(actions, noise, t), t)
     out = flow_loss(v, velocity_target(actions, noise), mask, reduction)
     return out if reduction == 'mean' else out.unflatten(0, (-1, r)).mean(1)
@@ -155,7 +276,10 @@ def loss(self: HaloModel, obs: Observation, actions: Tensor, mask: Tensor | None
 # %% ../nbs/06_model.ipynb #335bb4cb
 @dataclass
 class Prefix:
-    "What one observation leaves for all denoising steps: K_u, V_u (b, o, l, h) of every layer, state and context."
+    """What one observation leaves for all denoising steps: K_u, V_u (b, o, l, h) of every
+    layer, state and context.
+    """
+
     cache: list[tuple[Tensor, Tensor]]
     state: Tensor
     ctx: Context
@@ -177,37 +301,93 @@ def encode(self: HaloModel, obs: Observation) -> Prefix:
 def velocity(self: HaloModel, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
     "Velocity (b, s, d) from an encoded observation: the expert only."
     a, ectx = self.expert_start(prefix.state, prefix.ctx, x_t, t)
-    for block, (k, v) in zip(self.blocks, prefix.cache): a = block.expert(a, k, v, ectx)
+    for block, (k, v) in zip(self.blocks, prefix.cache):
+        a = block.expert(a, k, v, ectx)
     return self.heads.read(a)
 
 # %% ../nbs/06_model.ipynb #80de4360
 @patch
-def integrate(self: HaloModel, velocity_fn, noise: Tensor, steps: int | None = None, method: str | None = None, return_path: bool = False) -> Tensor:
+def integrate(
+    self: HaloModel,
+    velocity_fn,
+    noise: Tensor,
+    steps: int | None = None,
+    method: str | None = None,
+    return_path: bool = False,
+) -> Tensor:
     "Follow a velocity from noise to actions with the configured steps and method."
     f = self.cfg.flow
     return integrate(velocity_fn, noise, steps or f.steps, method or f.method, return_path)
 
 # %% ../nbs/06_model.ipynb #389ac1c0
 @patch
-def sample(self: HaloModel, obs: Observation | Prefix, noise: Tensor | None = None, steps: int | None = None, method: str | None = None, return_path: bool = False) -> Tensor:
-    "An action chunk (b, s, d), denoised from t = 1 to t = 0; with `return_path` all (steps + 1, b, s, d) of it."
+def sample(
+    self: HaloModel,
+    obs: Observation | Prefix,
+    noise: Tensor | None = None,
+    steps: int | None = None,
+    method: str | None = None,
+    return_path: bool = False,
+) -> Tensor:
+    """An action chunk (b, s, d), denoised from t = 1 to t = 0; with `return_path` all
+    (steps + 1, b, s, d) of it.
+    """
     prefix = obs if isinstance(obs, Prefix) else self.encode(obs)
-    if noise is None: noise = torch.randn(len(prefix.state), self.cfg.chunk, self.cfg.max_action_dim, device=prefix.state.device)
+    if noise is None:
+        noise = torch.randn(
+            len(prefix.state),
+            self.cfg.chunk,
+            self.cfg.max_action_dim,
+            device=prefix.state.device,
+        )
     return self.integrate(partial(self.velocity, prefix), noise, steps, method, return_path)
 
 # %% ../nbs/06_model.ipynb #616b7593
 def parameter_table(cfg: ModelConfig) -> dict[str, int]:
-    "Parameters per component, of the model as kept, and of what the published checkpoints hold besides. Needs no memory."
-    with torch.device('meta'): m = HaloModel(cfg.but(vlm_id='', init='normal'))
+    """Parameters per component, of the model as kept, and of what the published checkpoints
+    hold besides. Needs no memory.
+    """
+    with torch.device('meta'):
+        m = HaloModel(cfg.but(vlm_id='', init='normal'))
     count = lambda mod: sum(p.numel() for p in mod.parameters())
     t, e, b = cfg.text, cfg.expert, m.blocks
-    kept = {'vision tower': count(m.embed.visual), 'token embedding': count(m.embed.embed_tokens), 'VLM layers': sum(count(x.vlm) for x in b),
-            'SALR masks' if cfg.salr.enabled else 'head converters': sum(p.numel() for n, p in b.named_parameters() if ('.rerep.' in n) and (n.endswith('.mask') or not cfg.salr.enabled))}
+    kept = {
+        'vision tower': count(m.embed.visual),
+        'token embedding': count(m.embed.embed_tokens),
+        'VLM layers': sum(count(x.vlm) for x in b),
+        'SALR masks' if cfg.salr.enabled else 'head converters': sum(
+            p.numel()
+            for n, p in b.named_parameters()
+            if ('.rerep.' in n) and (n.endswith('.mask') or not cfg.salr.enabled)
+        ),
+    }
     if cfg.salr.enabled:
-        kept['SALR compression'] = sum(p.numel() for n, p in b.named_parameters() if n.split('.')[1] == 'rerep' and '.project.' not in n and not n.endswith('.mask'))
-        kept['state encoder'] = sum(p.numel() for n, p in m.named_parameters() if '.project.' in n or '.state.' in n or n.startswith('state_tokens'))
-    kept |= {'expert layers': sum(count(x.expert) for x in b), 'expert inputs and output': count(m.heads)}
+        kept['SALR compression'] = sum(
+            p.numel()
+            for n, p in b.named_parameters()
+            if n.split('.')[1] == 'rerep'
+            and '.project.' not in n
+            and not n.endswith('.mask')
+        )
+        kept['state encoder'] = sum(
+            p.numel()
+            for n, p in m.named_parameters()
+            if '.project.' in n or '.state.' in n or n.startswith('state_tokens')
+        )
+    kept |= {
+        'expert layers': sum(count(x.expert) for x in b),
+        'expert inputs and output': count(m.heads),
+    }
     rest = count(b[0].vlm) - count(b[-1].vlm)
-    extra = {'lm_head of the VLM': t.vocab * t.width, 'final norm and rest of the last VLM layer': rest + t.width, "token embedding of the expert's language model": 151936 * e.width}
+    extra = {
+        'lm_head of the VLM': t.vocab * t.width,
+        'final norm and rest of the last VLM layer': rest + t.width,
+        "token embedding of the expert's language model": 151936 * e.width,
+    }
     assert sum(kept.values()) == count(m)
-    return dict(kept=kept, extra=extra, total_kept=sum(kept.values()), total_published=sum(kept.values()) + sum(extra.values()))
+    return dict(
+        kept=kept,
+        extra=extra,
+        total_kept=sum(kept.values()),
+        total_published=sum(kept.values()) + sum(extra.values()),
+    )

@@ -9,26 +9,42 @@ __all__ = ['log', 'LORA_LAYERS', 'pad_last', 'with_dimensions', 'present_state',
            'write_weights']
 
 # %% ../nbs/09_modeling.ipynb #6907301d
-import json, logging, time
+import json
+import logging
+import time
 from collections import deque
 from functools import partial
 from pathlib import Path
+
 import torch
-from safetensors import SafetensorError, safe_open
 from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
-from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from lerobot.utils.constants import (
+    ACTION,
+    OBS_LANGUAGE_ATTENTION_MASK,
+    OBS_LANGUAGE_TOKENS,
+    OBS_STATE,
+)
 from lerobot.utils.feature_utils import dataset_to_policy_features
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+# registers HALO's tokenizer step, which saved processors name
+from . import processor_halo
 from .configuration_halo import HaloConfig, weights_origin
-from .model import HaloModel, Prefix
-from . import processor_halo   # registers HALO's tokenizer step, which saved processors name
-from .sampling import HistoryBuffer, downsample, resize_view, stack_histories, view_limit
 from .graph import GraphStreamer
+from .model import HaloModel, Prefix
+from halo.sampling import (
+    HistoryBuffer,
+    downsample,
+    resize_view,
+    stack_histories,
+    view_limit,
+)
 from .stream import Denoiser, Streamer
 from .vlm import Observation
 
@@ -36,40 +52,63 @@ log = logging.getLogger(__name__)
 
 # %% ../nbs/09_modeling.ipynb #3a738bc2
 def pad_last(x: Tensor, size: int) -> Tensor:
-    "Zero-pad the last axis to `size`. Raises `ValueError` where it is longer: nothing is cut off."
+    """Zero-pad the last axis to `size`.
+
+    Raises `ValueError` where it is longer: nothing is cut off.
+    """
     if x.shape[-1] > size:
         raise ValueError(
-            f"{x.shape[-1]} dimensions do not fit into the model's {size}; set --policy.max_state_dim or "
-            "--policy.max_action_dim for a new policy")
+            f"{x.shape[-1]} dimensions do not fit into the model's {size}; set"
+            " --policy.max_state_dim or --policy.max_action_dim for a new policy"
+        )
     return torch.nn.functional.pad(x, (0, size - x.shape[-1]))
 
 # %% ../nbs/09_modeling.ipynb #c9d0c002
 def with_dimensions(x: Tensor, d: int) -> Tensor:
-    "Vectors of `d` dimensions with the last axis there: for d = 1, (b,) becomes (b, 1) and (b, T) becomes (b, T, 1)."
+    """Vectors of `d` dimensions with the last axis there: for d = 1, (b,) becomes (b, 1)
+    and (b, T) becomes (b, T, 1).
+    """
     if d != 1 or x.ndim > 2 or x.shape[1:] == (1,):
         return x
     return x[..., None]
 
+
 def present_state(x: Tensor, d: int, frames: int = 1) -> Tensor:
     """The present state (b, d) of (b, d), or of (b, frames, d) with the present one last.
 
-    Raises `ValueError` for another size: three numbers are three moments of a one-number state only where `frames` says so.
+    Raises `ValueError` for another size: three numbers are three moments of a one-number
+    state only where `frames` says so.
     """
     full = with_dimensions(x, d) if x.ndim < 2 or x.shape[1] in (1, frames) else x
     now = full[:, -1] if full.ndim == 3 else full
     if now.ndim != 2 or now.shape[-1] != d:
-        raise ValueError(f"{OBS_STATE!r} has shape {tuple(x.shape)}; the policy reads (batch, {d})")
+        raise ValueError(
+            f"{OBS_STATE!r} has shape {tuple(x.shape)}; the policy reads (batch, {d})"
+        )
     if not torch.isfinite(now).all():
         row = int((~torch.isfinite(now).all(1)).nonzero()[0])
-        raise ValueError(f"{OBS_STATE!r} of shape {tuple(now.shape)} holds NaN or infinity in row {row}; "
-                         "look at the sensor, or clean the dataset")
+        raise ValueError(
+            f"{OBS_STATE!r} of shape {tuple(now.shape)} holds NaN or infinity in row {row};"
+            " look at the sensor, or clean the dataset"
+        )
     return now
 
 # %% ../nbs/09_modeling.ipynb #c9d0c005
 def check_picture(key: str, x: Tensor) -> Tensor:
-    "`x` if it is (b, 3, H, W) or (b, T, 3, H, W). Raises `ValueError` that names the camera, the shape and the way out."
-    if x.ndim == 4 and x.shape[1] == 3 and x.is_floating_point() and not torch.isfinite(x).all():
-        raise ValueError(f"picture {key!r} of shape {tuple(x.shape)} holds NaN or infinity; look at the camera")
+    """`x` if it is (b, 3, H, W) or (b, T, 3, H, W).
+
+    Raises `ValueError` that names the camera, the shape and the way out.
+    """
+    if (
+        x.ndim == 4
+        and x.shape[1] == 3
+        and x.is_floating_point()
+        and not torch.isfinite(x).all()
+    ):
+        raise ValueError(
+            f"picture {key!r} of shape {tuple(x.shape)} holds NaN or infinity; look at the"
+            " camera"
+        )
     if x.ndim in (4, 5) and x.shape[-3] == 3:
         return x
     how = "give (batch, 3, height, width)"
@@ -83,65 +122,112 @@ def check_picture(key: str, x: Tensor) -> Tensor:
 
 # %% ../nbs/09_modeling.ipynb #80c0b98a
 def history_flags(batch: dict, key: str, frames: int) -> Tensor:
-    "Flags (b, frames) of a camera's frames that lie before the episode. Raises `ValueError` where nothing says so."
+    """Flags (b, frames) of a camera's frames that lie before the episode.
+
+    Raises `ValueError` where nothing says so.
+    """
     if (own := batch.get(f'{key}_is_pad')) is not None:
         return own.bool()
-    gone = {k: v.bool() for k, v in batch.items()
-            if k.endswith('_is_pad') and k.removesuffix('_is_pad') not in batch
-            and k.startswith('observation.') and v.shape == (len(batch[key]), frames)}
+    gone = {
+        k: v.bool()
+        for k, v in batch.items()
+        if k.endswith('_is_pad')
+        and k.removesuffix('_is_pad') not in batch
+        and k.startswith('observation.')
+        and v.shape == (len(batch[key]), frames)
+    }
     found = list(gone.values())
     if not found or any(not torch.equal(f, found[0]) for f in found):
         raise ValueError(
-            f"{key!r} has {frames} frames per sample and no {key + '_is_pad'!r} says which of them exist "
-            f"(flags of renamed keys: {sorted(gone) or 'none'}); keep LeRobot's flags when renaming")
+            f"{key!r} has {frames} frames per sample and no {key + '_is_pad'!r} says which"
+            f" of them exist (flags of renamed keys: {sorted(gone) or 'none'}); keep"
+            " LeRobot's flags when renaming"
+        )
     return found[0]
 
+# %% ../nbs/09_modeling.ipynb #41d091e9
 def split_frames(batch: dict, key: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    "Images (b, n + 1, 3, H, W) of a camera -> past (b, n, ...), which of it exists (b, n), present (b, 3, H, W)."
+    """Images (b, n + 1, 3, H, W) of a camera -> past (b, n, ...), which of it exists (b,
+    n), present (b, 3, H, W).
+    """
     x = batch[key]
     if x.shape[1] != n + 1:
-        raise ValueError(f"{key!r} has {x.shape[1]} frames per sample, the policy reads {n} + 1; "
-                         "load it with the policy's observation_delta_indices")
-    exists = ~history_flags(batch, key, n + 1) if n else x.new_ones(len(x), 1, dtype=torch.bool)
+        raise ValueError(
+            f"{key!r} has {x.shape[1]} frames per sample, the policy reads {n} + 1; "
+            "load it with the policy's observation_delta_indices"
+        )
+    exists = (
+        ~history_flags(batch, key, n + 1) if n else x.new_ones(len(x), 1, dtype=torch.bool)
+    )
     return x[:, :-1], exists[:, :-1], x[:, -1]
 
 # %% ../nbs/09_modeling.ipynb #ae7ce448
 def drop_oldest(exists: Tensor, hop: int, stride: int) -> Tensor:
-    """Lengths of a hopping window for frames at LeRobot's fixed offsets: rows (b, n) whose history is full lose 0 ... hop - 1 of their oldest frames, evenly drawn.
+    """Lengths of a hopping window for frames at LeRobot's fixed offsets: rows (b, n) whose
+    history is full lose 0 ... hop - 1 of their oldest frames, evenly drawn.
 
     Raises `ValueError` for a hop with `stride` > 1, whose frames are not at fixed offsets.
     """
-    if not hop: return exists
-    if stride > 1: raise ValueError(f"history_hop={hop} with history_stride={stride} reads frames at multiples of the stride, LeRobot loads fixed offsets; train with halo.train, or set history_stride=1")
+    if not hop:
+        return exists
+    if stride > 1:
+        raise ValueError(
+            f"history_hop={hop} with history_stride={stride} reads frames at multiples of"
+            " the stride, LeRobot loads fixed offsets; train with halo.train, or set"
+            " history_stride=1"
+        )
     drop = torch.randint(0, hop, (len(exists), 1), device=exists.device)
-    return exists & ((torch.arange(exists.shape[1], device=exists.device) >= drop) | ~exists.all(1, keepdim=True))
+    return exists & (
+        (torch.arange(exists.shape[1], device=exists.device) >= drop)
+        | ~exists.all(1, keepdim=True)
+    )
 
 # %% ../nbs/09_modeling.ipynb #8d97f944
 def take_shapes(config: HaloConfig, meta) -> None:
-    "Let `config` say the sizes that the dataset `meta` has for the keys they share, with one line that says so."
+    """Let `config` say the sizes that the dataset `meta` has for the keys they share, with
+    one line that says so.
+    """
     have = dataset_to_policy_features(meta.features)
     for features in (config.input_features, config.output_features):
         for k, f in (features or {}).items():
             if k in have and tuple(have[k].shape) != tuple(f.shape):
-                log.info("%r has shape %s in the data (the policy had %s)", k, have[k].shape, f.shape)
+                log.info(
+                    "%r has shape %s in the data (the policy had %s)",
+                    k,
+                    have[k].shape,
+                    f.shape,
+                )
                 features[k] = have[k]
+
 
 def check_rate(config: HaloConfig, meta) -> None:
     "Raise `ValueError` unless the dataset runs at the policy's control rate."
     fps = config.model.sampling.fps
     if meta.fps != fps:
         raise ValueError(
-            f"the dataset runs at {meta.fps} fps, the policy at {fps:g}; set --policy.fps={meta.fps} "
-            "(and --policy.history_stride to keep the history's length)")
+            f"the dataset runs at {meta.fps} fps, the policy at {fps:g}; set"
+            f" --policy.fps={meta.fps} (and --policy.history_stride to keep the history's"
+            " length)"
+        )
 
+# %% ../nbs/09_modeling.ipynb #1d904b77
 class HaloPolicy(PreTrainedPolicy):
     "HALO as a LeRobot policy."
+
     config_class, name = HaloConfig, 'halo'
     _no_split_modules = ['HaloBlock', 'Qwen2_5_VLVisionBlock']
-    _fsdp_wrap_modules = ['HaloBlock', 'Qwen2_5_VLVisionBlock']   # units for FSDP
-    _action_queue_attrs = ('_queue',)   # what LeRobot empties when the instruction changes; the history stays
+    _fsdp_wrap_modules = ['HaloBlock', 'Qwen2_5_VLVisionBlock']  # units for FSDP
+    # what LeRobot empties when the instruction changes; the history stays
+    _action_queue_attrs = ('_queue',)
 
-    def __init__(self, config: HaloConfig, dataset_stats=None, dataset_meta=None, load_vlm: bool = True, **kwargs):
+    def __init__(
+        self,
+        config: HaloConfig,
+        dataset_stats=None,
+        dataset_meta=None,
+        load_vlm: bool = True,
+        **kwargs,
+    ):
         super().__init__(config)
         if dataset_meta is not None:
             take_shapes(config, dataset_meta)
@@ -149,7 +235,8 @@ class HaloPolicy(PreTrainedPolicy):
         config.validate_features()
         if dataset_meta is not None:
             check_rate(config, dataset_meta)
-            if config.pretrained_path:   # LeRobot hands these very statistics to the normaliser next
+            # LeRobot hands these very statistics to the normaliser next
+            if config.pretrained_path:
                 dataset_meta.stats = processor_halo.steady_stats(config, dataset_meta.stats)
         self.model = HaloModel(config.model if load_vlm else config.model.but(vlm_id=''))
         config.weights_are_in(read=load_vlm)
@@ -162,75 +249,132 @@ class HaloPolicy(PreTrainedPolicy):
 # %% ../nbs/09_modeling.ipynb #6fdd7a5b
 from fastcore.basics import patch
 
+
 @patch
 def freeze(self: HaloPolicy) -> None:
     "Freeze what the configuration says."
     c = self.config
-    if c.freeze_vision or c.freeze_vlm: self.model.embed.visual.requires_grad_(False)
+    if c.freeze_vision or c.freeze_vlm:
+        self.model.embed.visual.requires_grad_(False)
     if c.freeze_vlm:
         self.model.embed.requires_grad_(False)
-        for b in self.model.blocks: b.vlm.requires_grad_(False)
+        for b in self.model.blocks:
+            b.vlm.requires_grad_(False)
+
 
 @patch
-def get_optim_params(self: HaloPolicy): return [p for p in self.parameters() if p.requires_grad]
+def get_optim_params(self: HaloPolicy):
+    return [p for p in self.parameters() if p.requires_grad]
 
 # %% ../nbs/09_modeling.ipynb #61eba827
 def entries(batch: dict, camera: str) -> list[str]:
-    "Keys of a camera's pictures in a batch: itself, or `camera@HxW` for each size where samples of several robots stand together (halo.mixture)."
+    """Keys of a camera's pictures in a batch: itself, or `camera@HxW` for each size where
+    samples of several robots stand together (halo.mixture).
+    """
     return [k for k in batch if k.partition('@')[0] == camera and not k.endswith('_is_pad')]
 
 # %% ../nbs/09_modeling.ipynb #89182b2f
 @patch
-def views(self: HaloPolicy, batch: dict, present: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-    "Present views as the VLM takes them, and which exist (b, v): a camera missing from the batch is an absent view, as is a row of `{camera}_is_pad` (b,)."
-    s, f, roles = self.config.model.sampling, self.config.model.vision.factor, self.config.roles
+def views(
+    self: HaloPolicy, batch: dict, present: dict[str, Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """Present views as the VLM takes them, and which exist (b, v): a camera missing from
+    the batch is an absent view, as is a row of `{camera}_is_pad` (b,).
+    """
+    s, f, roles = (
+        self.config.model.sampling,
+        self.config.model.vision.factor,
+        self.config.roles,
+    )
     limit = lambda k: view_limit(s, roles[k.partition('@')[0]])
-    there = lambda k, x: ~p.bool() if (p := batch.get(f'{k}_is_pad')) is not None and p.ndim == 1 else torch.ones(len(x), dtype=torch.bool)
-    return [resize_view(x, f, limit(k)) for k, x in present.items()], torch.stack([there(k, x).to(x.device) for k, x in present.items()], 1)
+    there = lambda k, x: (
+        ~p.bool()
+        if (p := batch.get(f'{k}_is_pad')) is not None and p.ndim == 1
+        else torch.ones(len(x), dtype=torch.bool)
+    )
+    return [resize_view(x, f, limit(k)) for k, x in present.items()], torch.stack(
+        [there(k, x).to(x.device) for k, x in present.items()], 1
+    )
 
 # %% ../nbs/09_modeling.ipynb #4fee6585
 @patch
 def pictures(self: HaloPolicy, batch: dict) -> dict[str, Tensor]:
-    "A batch's pictures by key, the primary camera's first; all checked. Raises `ValueError` without a primary one."
+    """A batch's pictures by key, the primary camera's first; all checked.
+
+    Raises `ValueError` without a primary one.
+    """
     first = self.cameras[0]
     if not entries(batch, first):
-        raise ValueError(f"the primary camera {first!r} is missing from the observation; it has "
-                         f"{[k for k in batch if 'image' in k]}")
+        raise ValueError(
+            f"the primary camera {first!r} is missing from the observation; it has "
+            f"{[k for k in batch if 'image' in k]}"
+        )
     return {k: check_picture(k, batch[k]) for c in self.cameras for k in entries(batch, c)}
 
+# %% ../nbs/09_modeling.ipynb #febae16c
 @patch
-def with_present(self: HaloPolicy, batch: dict, present: dict[str, Tensor], frames: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
-    "History (b, n, ...) and mask with the present primary frame as its last one ('view_and_video')."
+def with_present(
+    self: HaloPolicy,
+    batch: dict,
+    present: dict[str, Tensor],
+    frames: Tensor,
+    exists: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """History (b, n, ...) and mask with the present primary frame as its last one
+    ('view_and_video').
+    """
     first, size = self.cameras[0], self.config.model.sampling.history_size
     there = lambda k: 1 if k == first else ~batch[f'{k}_is_pad'].bool()[:, None, None, None]
-    now = sum(downsample(present[k], size) * there(k) for k in entries(batch, first))[:, None]
+    now = sum(downsample(present[k], size) * there(k) for k in entries(batch, first))[
+        :, None
+    ]
     one = exists.new_ones(len(now), 1)
     return torch.cat([frames, now], 1), torch.cat([exists, one], 1)
 
+# %% ../nbs/09_modeling.ipynb #71718e45
 @patch
-def observation(self: HaloPolicy, batch: dict, history: tuple[Tensor, Tensor] | None = None) -> Observation:
-    "A preprocessed LeRobot batch -> `Observation`. `history` (frames, mask) is given in rollouts."
+def observation(
+    self: HaloPolicy, batch: dict, history: tuple[Tensor, Tensor] | None = None
+) -> Observation:
+    """A preprocessed LeRobot batch -> `Observation`.
+
+    `history` (frames, mask) is given in rollouts.
+    """
     m, s = self.config.model, self.config.model.sampling
     present = self.pictures(batch)
     first = next(iter(present))
     if history is None and 'observation.history' in batch:
-        history = downsample(batch['observation.history'], s.history_size), batch['observation.history_mask'].bool()
+        history = (
+            downsample(batch['observation.history'], s.history_size),
+            batch['observation.history_mask'].bool(),
+        )
     frames = present[first].shape[1] if present[first].ndim == 5 else 1
     if present[first].ndim == 5:
         past, exists, _ = split_frames(batch, first, s.history_frames)
         exists = drop_oldest(exists, s.history_hop, s.history_stride)
         history = history or (downsample(past, s.history_size), exists)
         present = {k: x[:, -1] for k, x in present.items()}
-    state = present_state(batch[OBS_STATE], self.config.robot_state_feature.shape[0], frames)
+    state = present_state(
+        batch[OBS_STATE], self.config.robot_state_feature.shape[0], frames
+    )
     if history is None:
-        raise ValueError("this batch has no history; load it with the policy's observation_delta_indices "
-                         "or through halo.data.HistoryDataset")
+        raise ValueError(
+            "this batch has no history; load it with the policy's observation_delta_indices"
+            " or through halo.data.HistoryDataset"
+        )
     views, mask = self.views(batch, present)
     frames, exists = (h.to(state.device) for h in history)
     if s.current == 'view_and_video':
         frames, exists = self.with_present(batch, present, frames, exists)
-    return Observation(frames, exists, views, mask, batch[OBS_LANGUAGE_TOKENS],
-                       batch[OBS_LANGUAGE_ATTENTION_MASK], pad_last(state.float(), m.max_state_dim))
+    return Observation(
+        frames,
+        exists,
+        views,
+        mask,
+        batch[OBS_LANGUAGE_TOKENS],
+        batch[OBS_LANGUAGE_ATTENTION_MASK],
+        pad_last(state.float(), m.max_state_dim),
+    )
 
 # %% ../nbs/09_modeling.ipynb #58ca752b
 def check_finite(batch: dict, keys: tuple[str, ...]) -> None:
@@ -238,20 +382,46 @@ def check_finite(batch: dict, keys: tuple[str, ...]) -> None:
     for key in keys:
         good = torch.isfinite(batch[key]).flatten(1).all(1)
         if not good.all():
-            raise ValueError(f"{key!r} holds NaN or infinity in sample {int((~good).nonzero()[0])}; clean the dataset")
+            raise ValueError(
+                f"{key!r} holds NaN or infinity in sample {int((~good).nonzero()[0])};"
+                " clean the dataset"
+            )
 
+# %% ../nbs/09_modeling.ipynb #8a099010
 @patch
 def adopt(self: HaloPolicy, batch: dict) -> None:
-    "Let the configuration carry the sizes of LeRobot's pictures also where they were renamed (`--rename_map`)."
+    """Let the configuration carry the sizes of LeRobot's pictures also where they were
+    renamed (`--rename_map`).
+    """
     for k in self.cameras:
         feature = self.config.input_features[k]
-        if k in batch and 'observation.history' not in batch and tuple(batch[k].shape[-3:]) != tuple(feature.shape):
-            log.info("%r has shape %s in the data (the policy had %s)", k, tuple(batch[k].shape[-3:]), feature.shape)
-            self.config.input_features[k] = type(feature)(feature.type, tuple(batch[k].shape[-3:]))
+        if (
+            k in batch
+            and 'observation.history' not in batch
+            and tuple(batch[k].shape[-3:]) != tuple(feature.shape)
+        ):
+            log.info(
+                "%r has shape %s in the data (the policy had %s)",
+                k,
+                tuple(batch[k].shape[-3:]),
+                feature.shape,
+            )
+            self.config.input_features[k] = type(feature)(
+                feature.type, tuple(batch[k].shape[-3:])
+            )
 
+# %% ../nbs/09_modeling.ipynb #7e8e979e
 @patch
-def forward(self: HaloPolicy, batch: dict, reduction: str = 'mean', noise: Tensor | None = None, time: Tensor | None = None):
-    "LeRobot's training call: flow-matching loss (scalar, or (b,) with reduction='none') and a dict of plain numbers."
+def forward(
+    self: HaloPolicy,
+    batch: dict,
+    reduction: str = 'mean',
+    noise: Tensor | None = None,
+    time: Tensor | None = None,
+):
+    """LeRobot's training call: flow-matching loss (scalar, or (b,) with reduction='none')
+    and a dict of plain numbers.
+    """
     m, d = self.config.model, self.config.action_feature.shape[0]
     check_finite(batch, (ACTION, OBS_STATE))
     obs = self.observation(batch)
@@ -261,9 +431,10 @@ def forward(self: HaloPolicy, batch: dict, reduction: str = 'mean', noise: Tenso
     if 'action_is_pad' in batch:
         real = ~batch['action_is_pad'].bool()
     if real.ndim == 2:
-        real = real[..., None].expand_as(actions)      # (b, s): steps
+        real = real[..., None].expand_as(actions)  # (b, s): steps
     else:
-        actions = actions.masked_fill(~real, 0)        # (b, s, d): single values (halo.mixture), not even seen
+        # (b, s, d): single values (halo.mixture), not even seen
+        actions = actions.masked_fill(~real, 0)
     mask = pad_last(real.float(), m.max_action_dim)
     how = 'mean' if reduction == 'mean' else 'sample'
     loss = self.model.loss(obs, pad_last(actions, m.max_action_dim), mask, noise, time, how)
@@ -273,30 +444,48 @@ def forward(self: HaloPolicy, batch: dict, reduction: str = 'mean', noise: Tenso
 @patch
 def reset(self: HaloPolicy) -> None:
     "Forget history and queued actions: a new episode in every row."
-    self._queue, self._history, self._tick, self._t0, self._streamer = deque(), None, 0, None, None
-    if graphs := getattr(self, '_graphs', None): graphs.reset()
+    self._queue, self._history, self._tick, self._t0, self._streamer = (
+        deque(),
+        None,
+        0,
+        None,
+        None,
+    )
+    if graphs := getattr(self, '_graphs', None):
+        graphs.reset()
 
 # %% ../nbs/09_modeling.ipynb #c80d1dc5
 @patch
 def reset_row(self: HaloPolicy, row: int) -> None:
-    "A new episode in one row of a vectorised environment; its queued actions are dropped with the others' (all rows are asked together)."
-    if self._history is not None: self._history.reset(row); self._starts[row] = self._tick
+    """A new episode in one row of a vectorised environment; its queued actions are dropped
+    with the others' (all rows are asked together).
+    """
+    if self._history is not None:
+        self._history.reset(row)
+        self._starts[row] = self._tick
     self._queue.clear()
 
 # %% ../nbs/09_modeling.ipynb #6e3582ed
 @patch
 def observe(self: HaloPolicy, batch: dict, tick: int | None = None) -> list[int]:
-    "Put the present primary frame into the history; returns each row's tick within its episode."
+    """Put the present primary frame into the history; returns each row's tick within its
+    episode.
+    """
     first = self.cameras[0]
     if first not in batch:
-        raise ValueError(f"the primary camera {first!r} is missing from the observation; it has "
-                         f"{[k for k in batch if 'image' in k]}")
+        raise ValueError(
+            f"the primary camera {first!r} is missing from the observation; it has "
+            f"{[k for k in batch if 'image' in k]}"
+        )
     x = check_picture(first, batch[first])
     if x.ndim == 5:
         x = x[:, -1]
     now = self._tick if tick is None else tick
     if self._history is None or len(self._history.rows) != len(x):
-        self._history, self._starts = HistoryBuffer(self.config.model.sampling, len(x)), [now] * len(x)
+        self._history, self._starts = (
+            HistoryBuffer(self.config.model.sampling, len(x)),
+            [now] * len(x),
+        )
     ticks = [now - s for s in self._starts]
     for row, t in enumerate(ticks):
         self._history.push(row, t, x[row])
@@ -307,7 +496,11 @@ def observe(self: HaloPolicy, batch: dict, tick: int | None = None) -> list[int]
 def history(self: HaloPolicy, ticks: list[int]) -> tuple[Tensor, Tensor]:
     "History frames (b, n, 3, S, S) and mask (b, n) at each row's tick."
     s = self.config.model.sampling
-    return stack_histories([self._history.get(row, t) for row, t in enumerate(ticks)], s.history_frames, s.history_size)
+    return stack_histories(
+        [self._history.get(row, t) for row, t in enumerate(ticks)],
+        s.history_frames,
+        s.history_size,
+    )
 
 # %% ../nbs/09_modeling.ipynb #40b87a75
 @patch
@@ -318,164 +511,279 @@ def _clock(self: HaloPolicy) -> int:
 
 # %% ../nbs/09_modeling.ipynb #b5dbb173
 @patch
-def _noise(self: HaloPolicy, obs: Observation, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    "Starting noise (b, s, max_action_dim), zero in padded dimensions, and the mask of real dimensions."
+def _noise(
+    self: HaloPolicy, obs: Observation, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Starting noise (b, s, max_action_dim), zero in padded dimensions, and the mask of
+    real dimensions.
+    """
     m, d = self.config.model, self.config.action_feature.shape[0]
     dims = (torch.arange(m.max_action_dim, device=obs.state.device) < d).float()
-    if noise is None: noise = torch.randn(len(obs), m.chunk, m.max_action_dim, device=obs.state.device)
+    if noise is None:
+        noise = torch.randn(len(obs), m.chunk, m.max_action_dim, device=obs.state.device)
     return pad_last(noise, m.max_action_dim) * dims, dims
 
 # %% ../nbs/09_modeling.ipynb #7ca9920a
 @patch
 def encode(self: HaloPolicy, obs: Observation) -> Prefix:
-    "VLM and SALR of an observation; for one robot in evaluation mode only what is new since the last call of the episode."
-    if not self.config.stream or len(obs) != 1 or self.training or torch.is_grad_enabled(): return self.model.encode(obs)
-    if self._streamer is None: self._streamer = Streamer(self.model)
+    """VLM and SALR of an observation; for one robot in evaluation mode only what is new
+    since the last call of the episode.
+    """
+    if not self.config.stream or len(obs) != 1 or self.training or torch.is_grad_enabled():
+        return self.model.encode(obs)
+    if self._streamer is None:
+        self._streamer = Streamer(self.model)
     return self._streamer.encode(obs)
 
+# %% ../nbs/09_modeling.ipynb #a4cb5648
 @patch
-def denoise(self: HaloPolicy, obs: Observation, noise: Tensor | None = None, **rtc) -> Tensor:
+def denoise(
+    self: HaloPolicy, obs: Observation, noise: Tensor | None = None, **rtc
+) -> Tensor:
     "Normalised action chunk (b, s, d) for an observation."
     x, dims = self._noise(obs, noise)
-    if self.config.graph and len(obs) == 1 and not (self.training or torch.is_grad_enabled() or self._rtc_enabled()):
-        self._graphs = getattr(self, '_graphs', None) or GraphStreamer(self.model, compiled=self.config.compile_model)
-        return self._graphs.sample(obs, x, dims)[..., :self.config.action_feature.shape[0]]
+    if (
+        self.config.graph
+        and len(obs) == 1
+        and not (self.training or torch.is_grad_enabled() or self._rtc_enabled())
+    ):
+        self._graphs = getattr(self, '_graphs', None) or GraphStreamer(
+            self.model, compiled=self.config.compile_model
+        )
+        return self._graphs.sample(obs, x, dims)[..., : self.config.action_feature.shape[0]]
     prefix = self.encode(obs)
-    velocity = partial(self.model.velocity, prefix) if self._rtc_enabled() or torch.is_grad_enabled() else Denoiser(self.model, prefix)   # RTC differentiates
+    # RTC differentiates
+    velocity = (
+        partial(self.model.velocity, prefix)
+        if self._rtc_enabled() or torch.is_grad_enabled()
+        else Denoiser(self.model, prefix)
+    )
     fn = lambda x_t, t: velocity(x_t, t) * dims
-    if self._rtc_enabled(): out = euler_integrate(fn, x, self.config.model.flow.steps, rtc_processor=self.rtc_processor, rtc_enabled=True, **rtc)
-    else: out = self.model.integrate(fn, x)
-    return out[..., :self.config.action_feature.shape[0]]
+    if self._rtc_enabled():
+        out = euler_integrate(
+            fn,
+            x,
+            self.config.model.flow.steps,
+            rtc_processor=self.rtc_processor,
+            rtc_enabled=True,
+            **rtc,
+        )
+    else:
+        out = self.model.integrate(fn, x)
+    return out[..., : self.config.action_feature.shape[0]]
 
 # %% ../nbs/09_modeling.ipynb #37bfd88e
 @patch
 @torch.no_grad()
-def predict_action_chunk(self: HaloPolicy, batch: dict, noise: Tensor | None = None, tick: int | None = None, **kwargs) -> Tensor:
-    """Action chunk (b, s, d) for the present observation; `tick` is its control tick (counted by `history_clock` if None).
+def predict_action_chunk(
+    self: HaloPolicy,
+    batch: dict,
+    noise: Tensor | None = None,
+    tick: int | None = None,
+    **kwargs,
+) -> Tensor:
+    """Action chunk (b, s, d) for the present observation; `tick` is its control tick
+    (counted by `history_clock` if None).
 
-    Raises `ValueError` for an observation that does not fit, and rather than return an action that is not finite.
+    Raises `ValueError` for an observation that does not fit, and rather than return an
+    action that is not finite.
     """
     self.eval()
     if tick is None:
         wall = self._rtc_enabled() or self.config.history_clock == 'wall'
         tick = self._clock() if wall else self._tick
     ticks = self.observe(batch, tick)
-    rtc = {k: kwargs.get(k) for k in ('inference_delay', 'prev_chunk_left_over', 'execution_horizon')}
+    rtc = {
+        k: kwargs.get(k)
+        for k in ('inference_delay', 'prev_chunk_left_over', 'execution_horizon')
+    }
     obs = self.observation(batch, self.history(ticks))
     out = self.denoise(obs, noise, **(rtc if self._rtc_enabled() else {}))
     if not torch.isfinite(out).all():
-        raise ValueError(f"the policy produced NaN or infinity at tick {tick}; nothing is sent to the robot: "
-                         "look for NaN in the pictures, or load the checkpoint again")
+        raise ValueError(
+            f"the policy produced NaN or infinity at tick {tick}; nothing is sent to the"
+            " robot: look for NaN in the pictures, or load the checkpoint again"
+        )
     self._tick = tick + 1
     return out
 
 # %% ../nbs/09_modeling.ipynb #a0476b1a
 @patch
 @torch.no_grad()
-def select_action(self: HaloPolicy, batch: dict, noise: Tensor | None = None, **kwargs) -> Tensor:
-    "The action (b, d) of this control tick; runs the model every `n_action_steps` ticks, feeds the history at every one."
+def select_action(
+    self: HaloPolicy, batch: dict, noise: Tensor | None = None, **kwargs
+) -> Tensor:
+    """The action (b, d) of this control tick; runs the model every `n_action_steps` ticks,
+    feeds the history at every one.
+    """
     if self._rtc_enabled():
-        raise ValueError("real-time chunking works on whole chunks: call predict_action_chunk "
-                         "(lerobot-rollout does), or set rtc_config.enabled=false")
+        raise ValueError(
+            "real-time chunking works on whole chunks: call predict_action_chunk "
+            "(lerobot-rollout does), or set rtc_config.enabled=false"
+        )
     if self._queue:
         self.observe(batch)
         self._tick += 1
     else:
         chunk = self.predict_action_chunk(batch, noise, tick=self._tick)
-        self._queue.extend(chunk.transpose(0, 1)[:self.config.n_action_steps])
+        self._queue.extend(chunk.transpose(0, 1)[: self.config.n_action_steps])
     return self._queue.popleft()
 
 # %% ../nbs/09_modeling.ipynb #3ff99cf7
 @patch
-def supports_rtc(self: HaloPolicy) -> bool: return True
+def supports_rtc(self: HaloPolicy) -> bool:
+    return True
+
 
 @patch
 def init_rtc_processor(self: HaloPolicy) -> None:
     "Create LeRobot's RTC processor if configured (called by its rollout too)."
-    self.rtc_processor = None if self.config.rtc_config is None else RTCProcessor(self.config.rtc_config)
+    self.rtc_processor = (
+        None if self.config.rtc_config is None else RTCProcessor(self.config.rtc_config)
+    )
+
 
 @patch
-def _rtc_enabled(self: HaloPolicy) -> bool: return self.config.rtc_config is not None and self.config.rtc_config.enabled
+def _rtc_enabled(self: HaloPolicy) -> bool:
+    return self.config.rtc_config is not None and self.config.rtc_config.enabled
 
 # %% ../nbs/09_modeling.ipynb #172f4ce6
 def check_checkpoint(file: str | Path, model: torch.nn.Module) -> None:
-    "Raise `ValueError` unless the safetensors `file` holds exactly the tensors of `model`, in its shapes."
+    """Raise `ValueError` unless the safetensors `file` holds exactly the tensors of
+    `model`, in its shapes.
+    """
     try:
-        with safe_open(str(file), 'pt') as f: have = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-    except (SafetensorError, OSError) as e: raise ValueError(f"checkpoint {file} cannot be read ({e}); it is missing or truncated: copy or download it again") from e
+        with safe_open(str(file), 'pt') as f:
+            have = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise ValueError(
+            f"checkpoint {file} cannot be read ({e}); it is missing or truncated: copy or"
+            " download it again"
+        ) from e
     want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
-    if missing or extra: raise ValueError(f"checkpoint {file} belongs to another model: {len(missing)} tensors are missing (first: {missing[:1]}), {len(extra)} are unknown (first: {extra[:1]}); load it with its own config.json")
+    if missing or extra:
+        raise ValueError(
+            f"checkpoint {file} belongs to another model: {len(missing)} tensors are"
+            f" missing (first: {missing[:1]}), {len(extra)} are unknown (first:"
+            f" {extra[:1]}); load it with its own config.json"
+        )
     for k, shape in want.items():
-        if have[k] != shape: raise ValueError(f"checkpoint {file}: {k} is {have[k]}, the model needs {shape}; load it with its own config.json")
+        if have[k] != shape:
+            raise ValueError(
+                f"checkpoint {file}: {k} is {have[k]}, the model needs {shape}; load it"
+                " with its own config.json"
+            )
 
 # %% ../nbs/09_modeling.ipynb #c255c0d7
 @patch(cls_method=True)
-def _load_as_safetensor(cls: HaloPolicy, model, model_file: str, map_location: str, strict: bool):
+def _load_as_safetensor(
+    cls: HaloPolicy, model, model_file: str, map_location: str, strict: bool
+):
     "Strict loading with clear errors."
     check_checkpoint(model_file, model)
     return super(HaloPolicy, cls)._load_as_safetensor(model, model_file, map_location, True)
 
+
 @patch(cls_method=True)
 def from_pretrained(cls: HaloPolicy, pretrained_name_or_path, *, config=None, **kwargs):
-    """LeRobot's `from_pretrained`, which never reads the VLM's own weights; a folder of LoRA adapters gives its base policy with them merged in.
+    """LeRobot's `from_pretrained`, which never reads the VLM's own weights; a folder of
+    LoRA adapters gives its base policy with them merged in.
 
-    Raises `ValueError` for a truncated or foreign checkpoint, or adapters without their base.
+    Raises `ValueError` for a truncated or foreign checkpoint, or adapters without their
+    base.
     """
     load = partial(super(HaloPolicy, cls).from_pretrained, load_vlm=False)
     folder = Path(pretrained_name_or_path)
-    if not (folder/'adapter_config.json').is_file() or (folder/'model.safetensors').exists():
+    if (
+        not (folder / 'adapter_config.json').is_file()
+        or (folder / 'model.safetensors').exists()
+    ):
         return load(pretrained_name_or_path, config=config, **kwargs)
     config = config or PreTrainedConfig.from_pretrained(folder)
-    config.use_peft = False   # merged below
+    config.use_peft = False  # merged below
     return merge_adapters(load(adapter_base(folder), config=config, **kwargs), folder)
 
 # %% ../nbs/09_modeling.ipynb #c9d0c00a
-LORA_LAYERS = (r'model\.blocks\.\d+\.(vlm|expert)\..*'
-               r'(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)')
+LORA_LAYERS = (
+    r'model\.blocks\.\d+\.(vlm|expert)\..*'
+    r'(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)'
+)
+
 
 @patch
 def _get_default_peft_targets(self: HaloPolicy) -> dict:
     "What `--peft.*` adapts where nothing is said, and what it trains whole."
     whole = ['rerep', 'heads', 'state', 'state_tokens']
     names = {n.rpartition('.')[2] for n, _ in self.named_modules()}
-    return dict(target_modules=LORA_LAYERS, modules_to_save=[n for n in whole if n in names])
+    return dict(
+        target_modules=LORA_LAYERS, modules_to_save=[n for n in whole if n in names]
+    )
 
+# %% ../nbs/09_modeling.ipynb #472447c0
 def adapter_base(folder: Path) -> Path | str:
-    "The policy folder that the adapters in `folder` belong to. Raises `ValueError` where it cannot be found."
-    name = json.loads((folder/'adapter_config.json').read_text()).get('base_model_name_or_path') or ''
+    """The policy folder that the adapters in `folder` belong to.
+
+    Raises `ValueError` where it cannot be found.
+    """
+    name = (
+        json.loads((folder / 'adapter_config.json').read_text()).get(
+            'base_model_name_or_path'
+        )
+        or ''
+    )
     places = [Path.cwd(), *folder.resolve().parents]
-    found = [p/name for p in places if name and (p/name/'model.safetensors').is_file()]
+    found = [
+        p / name for p in places if name and (p / name / 'model.safetensors').is_file()
+    ]
     if not found:
         raise ValueError(
-            f"{folder} holds LoRA adapters for the policy {name!r}, which is not here; put that folder beside "
-            "it, or set base_model_name_or_path in its adapter_config.json")
+            f"{folder} holds LoRA adapters for the policy {name!r}, which is not here; put"
+            " that folder beside it, or set base_model_name_or_path in its"
+            " adapter_config.json"
+        )
     return found[0]
 
+# %% ../nbs/09_modeling.ipynb #f90fc3db
 def merge_adapters(policy: HaloPolicy, folder: Path) -> HaloPolicy:
-    "`policy` with the adapters in `folder` added to its weights. Raises `ImportError` without peft."
+    """`policy` with the adapters in `folder` added to its weights.
+
+    Raises `ImportError` without peft.
+    """
     try:
         from peft import PeftModel
     except ImportError as e:
-        raise ImportError(f"{folder} holds LoRA adapters, which need peft: pip install 'peft>=0.18,<1'") from e
+        raise ImportError(
+            f"{folder} holds LoRA adapters, which need peft: pip install 'peft>=0.18,<1'"
+        ) from e
     return PeftModel.from_pretrained(policy, str(folder)).merge_and_unload().eval()
 
 # %% ../nbs/09_modeling.ipynb #c9d0c00e
 def weights_file(source: str | Path) -> Path:
-    "`model.safetensors` of a policy folder or of a policy on the hub. Raises `ValueError` where there is none."
+    """`model.safetensors` of a policy folder or of a policy on the hub.
+
+    Raises `ValueError` where there is none.
+    """
     if Path(source).is_dir():
-        return Path(source)/'model.safetensors'
+        return Path(source) / 'model.safetensors'
     try:
         return Path(hf_hub_download(str(source), 'model.safetensors'))
     except Exception as e:
         raise ValueError(
             f"init_from={source} is neither a policy folder nor to be had from the hub "
-            f"({type(e).__name__}); train it first, or correct the path") from e
+            f"({type(e).__name__}); train it first, or correct the path"
+        ) from e
 
+# %% ../nbs/09_modeling.ipynb #07cb80ce
 def init_weights(policy: HaloPolicy, source: str | Path, meta: bool = False) -> None:
-    "Weights of `source` into `policy`; one without memory (`meta`) is only compared. Raises `ValueError` naming `source`."
+    """Weights of `source` into `policy`; one without memory (`meta`) is only compared.
+
+    Raises `ValueError` naming `source`.
+    """
     folder = Path(source)
-    if (folder/'adapter_config.json').is_file() and not (folder/'model.safetensors').exists():
+    if (folder / 'adapter_config.json').is_file() and not (
+        folder / 'model.safetensors'
+    ).exists():
         state = HaloPolicy.from_pretrained(folder).state_dict()
         if not meta:
             policy.load_state_dict(state)
@@ -485,15 +793,22 @@ def init_weights(policy: HaloPolicy, source: str | Path, meta: bool = False) -> 
         check_checkpoint(file, policy)
     except ValueError as e:
         why = str(e).rpartition(';')[0]
-        raise ValueError(f"init_from={source}: {why}; give this run the sizes of that one (policy)") from e
+        raise ValueError(
+            f"init_from={source}: {why}; give this run the sizes of that one (policy)"
+        ) from e
     if not meta:
         policy.load_state_dict(load_file(str(file)))
 
+# %% ../nbs/09_modeling.ipynb #56c3c499
 def vlm_source(folder: str | Path) -> str:
-    "Where the policy in `folder` once had its VLM's weights from; '' where that is not known."
-    file = Path(folder)/'config.json'
+    """Where the policy in `folder` once had its VLM's weights from; '' where that is not
+    known.
+    """
+    file = Path(folder) / 'config.json'
     saved = json.loads(file.read_text()) if file.is_file() else {}
-    return saved.get('vlm_source') or (weights_origin(saved['vlm_id']) if saved.get('vlm_id') else '')
+    return saved.get('vlm_source') or (
+        weights_origin(saved['vlm_id']) if saved.get('vlm_id') else ''
+    )
 
 # %% ../nbs/09_modeling.ipynb #c9d0c00c
 def same_bytes(a: Tensor, b: Tensor) -> bool:
@@ -501,18 +816,33 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     flat = lambda x: x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(flat(a), flat(b))
 
-def write_weights(policy: HaloPolicy, folder: str | Path, tensors: dict[str, Tensor]) -> Path:
-    "Write the policy's configuration and exactly `tensors` into `folder`, and read them back. Raises `OSError` if they differ."
+# %% ../nbs/09_modeling.ipynb #bcfe8db8
+def write_weights(
+    policy: HaloPolicy, folder: str | Path, tensors: dict[str, Tensor]
+) -> Path:
+    """Write the policy's configuration and exactly `tensors` into `folder`, and read them
+    back. Raises `OSError` if they differ.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     policy.config._save_pretrained(folder)
-    file = folder/'model.safetensors'
-    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, str(file), {'format': 'pt'})
+    file = folder / 'model.safetensors'
+    save_file(
+        {k: t.detach().cpu().contiguous() for k, t in tensors.items()},
+        str(file),
+        {'format': 'pt'},
+    )
     with safe_open(str(file), 'pt') as f:
-        wrong = sorted(set(f.keys()) ^ tensors.keys()) or [k for k, t in tensors.items() if not same_bytes(f.get_tensor(k), t)]
+        wrong = sorted(set(f.keys()) ^ tensors.keys()) or [
+            k for k, t in tensors.items() if not same_bytes(f.get_tensor(k), t)
+        ]
     if wrong:
-        raise OSError(f"{file} does not hold what was written ({wrong[0]!r}); look at the disk, then save again")
+        raise OSError(
+            f"{file} does not hold what was written ({wrong[0]!r}); look at the disk, then"
+            " save again"
+        )
     return file
 
 # %% ../nbs/09_modeling.ipynb #de21bafb
-HaloPolicy.__abstractmethods__ = frozenset()   # the methods above complete LeRobot's abstract class
+# the methods above complete LeRobot's abstract class
+HaloPolicy.__abstractmethods__ = frozenset()

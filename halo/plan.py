@@ -4,12 +4,18 @@
 
 # %% ../nbs/21_plan.ipynb #ab83e787
 from __future__ import annotations
-import argparse, json, math, sys
-from dataclasses import asdict, dataclass, field, replace
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
+
 import torch
-from .config import ModelConfig, SamplingConfig, one_of, preset
+
+from .config import ModelConfig, one_of, preset
 from .sampling import view_shape
 
 # %% auto #0
@@ -24,105 +30,207 @@ __all__ = ['VIEWS', 'GPUS', 'PARTS', 'CONTEXT', 'SLACK', 'COLOURS', 'Work', 'lin
 @dataclass(frozen=True)
 class Work:
     "Operations and bytes of some part of a forward pass; adds, and multiplies by a number."
-    matmul: float = 0      # operations of products with weights
-    attention: float = 0   # operations of products between activations, counted in full (a causal kernel may skip almost half)
-    weights: float = 0     # bytes of parameters read
-    moved: float = 0       # bytes of activations, keys and values read and written (matrix products only: the rest can be fused into them)
+
+    matmul: float = 0  # operations of products with weights
+    # operations of products between activations, counted in full (a causal kernel may skip
+    # almost half)
+    attention: float = 0
+    weights: float = 0  # bytes of parameters read
+    # bytes of activations, keys and values read and written (matrix products only: the rest
+    # can be fused into them)
+    moved: float = 0
 
     @property
-    def flops(self) -> float: return self.matmul + self.attention
+    def flops(self) -> float:
+        return self.matmul + self.attention
+
     @property
-    def bytes(self) -> float: return self.weights + self.moved
-    def __add__(self, o): return Work(*(a + b for a, b in zip(vars(self).values(), vars(o).values())))
-    def __mul__(self, n): return Work(*(a * n for a in vars(self).values()))
-    def __radd__(self, o): return self if o == 0 else o + self
+    def bytes(self) -> float:
+        return self.weights + self.moved
+
+    def __add__(self, o):
+        return Work(*(a + b for a, b in zip(vars(self).values(), vars(o).values())))
+
+    def __mul__(self, n):
+        return Work(*(a * n for a in vars(self).values()))
+
+    def __radd__(self, o):
+        return self if o == 0 else o + self
+
     __rmul__ = __mul__
 
 # %% ../nbs/21_plan.ipynb #1906d615
 def linear(m: float, k: int, n: int, size: float = 2, wide: float = 0) -> Work:
-    "(m, k) times a weight (k, n); `size` bytes per value, `wide` bytes per weight if that differs."
+    """(m, k) times a weight (k, n); `size` bytes per value, `wide` bytes per weight if that
+    differs.
+    """
     return Work(2 * m * k * n, 0, k * n * (wide or size), (m * k + m * n) * size)
+
 
 def attend(q: float, l: float, heads: int, kv_heads: int, d: int, size: float = 2) -> Work:
     "`q` queries over `l` keys in a fused kernel: scores are never written."
-    return Work(0, 4 * q * l * heads * d, 0, (2 * q * heads * d + 2 * l * kv_heads * d) * size)
+    return Work(
+        0, 4 * q * l * heads * d, 0, (2 * q * heads * d + 2 * l * kv_heads * d) * size
+    )
 
 # %% ../nbs/21_plan.ipynb #21c2df66
 @dataclass(frozen=True)
 class Load:
     "Sizes of one observation, in tokens."
-    pairs: int                            # pairs of history frames
-    side: int                             # tokens along a side of a history frame
-    views: tuple[tuple[int, int], ...]    # height and width of every current view
-    words: int                            # tokens of the instruction
+
+    pairs: int  # pairs of history frames
+    side: int  # tokens along a side of a history frame
+    views: tuple[tuple[int, int], ...]  # height and width of every current view
+    words: int  # tokens of the instruction
 
     @property
-    def history(self) -> int: return self.pairs * self.side ** 2
+    def history(self) -> int:
+        return self.pairs * self.side**2
+
     @property
-    def current(self) -> int: return sum(h * w for h, w in self.views)
+    def current(self) -> int:
+        return sum(h * w for h, w in self.views)
+
     @property
     def tokens(self) -> int:
-        "l: all tokens of the language model, with the start and end token of every vision block."
-        return self.history + self.current + self.words + 2 * (bool(self.pairs) + len(self.views))
+        """l: all tokens of the language model, with the start and end token of every vision
+        block.
+        """
+        return (
+            self.history
+            + self.current
+            + self.words
+            + 2 * (bool(self.pairs) + len(self.views))
+        )
 
 # %% ../nbs/21_plan.ipynb #eb43a154
-VIEWS = ((480, 640), (480, 640))   # one primary and one further camera, as most data sets have
+# one primary and one further camera, as most data sets have
+VIEWS = ((480, 640), (480, 640))
 
-def load_of(cfg: ModelConfig, history: int | None = None, views=VIEWS, words: int = 20) -> Load:
-    "The load of `history` frames (default: the configuration's) and camera images `views` (height, width in pixels)."
+
+def load_of(
+    cfg: ModelConfig, history: int | None = None, views=VIEWS, words: int = 20
+) -> Load:
+    """The load of `history` frames (default: the configuration's) and camera images `views`
+    (height, width in pixels).
+    """
     n, f = cfg.sampling.history_frames if history is None else history, cfg.vision.factor
-    if n < 0: raise ValueError(f"history={n} must not be negative; 0 is a policy without history")
+    if n < 0:
+        raise ValueError(f"history={n} must not be negative; 0 is a policy without history")
     shapes = [view_shape(h, w, f, cfg.sampling.view_size) for h, w in views]
-    return Load((n + 1) // 2, cfg.sampling.history_size // f, tuple((h // f, w // f) for h, w in shapes), words)
+    return Load(
+        (n + 1) // 2,
+        cfg.sampling.history_size // f,
+        tuple((h // f, w // f) for h, w in shapes),
+        words,
+    )
 
 # %% ../nbs/21_plan.ipynb #bbea9964
 def pieces(h: int, w: int, window: int) -> list[int]:
-    "Tokens of every attention window of an image of (h, w) tokens, windows of `window` tokens a side."
+    """Tokens of every attention window of an image of (h, w) tokens, windows of `window`
+    tokens a side.
+    """
     cut = lambda n: [min(window, n - a) for a in range(0, n, window)]
     return [a * b for a, b in product(cut(h), cut(w))]
 
+# %% ../nbs/21_plan.ipynb #ca37b46d
 def vision_work(cfg: ModelConfig, images: list[tuple[int, int]], size: float = 2) -> Work:
     "The tower over `images` of (h, w) tokens each; a history pair is one image."
-    if not images: return Work()
-    v, m = cfg.vision, cfg.vision.merge ** 2
+    if not images:
+        return Work()
+    v, m = cfg.vision, cfg.vision.merge**2
     n, d = m * sum(h * w for h, w in images), v.width // v.heads
-    layer = linear(n, v.width, 3 * v.width, size) + linear(n, v.width, v.width, size) + 2 * linear(n, v.width, v.mlp, size) + linear(n, v.mlp, v.width, size)
+    layer = (
+        linear(n, v.width, 3 * v.width, size)
+        + linear(n, v.width, v.width, size)
+        + 2 * linear(n, v.width, v.mlp, size)
+        + linear(n, v.mlp, v.width, size)
+    )
     whole = sum(attend(m * h * w, m * h * w, v.heads, v.heads, d, size) for h, w in images)
-    windows = sum(attend(m * p, m * p, v.heads, v.heads, d, size) for h, w in images for p in pieces(h, w, v.window // v.factor))
+    windows = sum(
+        attend(m * p, m * p, v.heads, v.heads, d, size)
+        for h, w in images
+        for p in pieces(h, w, v.window // v.factor)
+    )
     full = len(set(v.full_attention) & set(range(v.depth)))
-    ends = linear(n, 3 * v.temporal_patch * v.patch ** 2, v.width, size) + linear(n / m, m * v.width, m * v.width, size) + linear(n / m, m * v.width, cfg.text.width, size)
+    ends = (
+        linear(n, 3 * v.temporal_patch * v.patch**2, v.width, size)
+        + linear(n / m, m * v.width, m * v.width, size)
+        + linear(n / m, m * v.width, cfg.text.width, size)
+    )
     return v.depth * layer + full * whole + (v.depth - full) * windows + ends
 
 # %% ../nbs/21_plan.ipynb #7e193a31
-def decoder_layer(q: float, l: float, width: int, heads: int, kv_heads: int, d: int, mlp: int, size: float = 2) -> Work:
+def decoder_layer(
+    q: float,
+    l: float,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    d: int,
+    mlp: int,
+    size: float = 2,
+) -> Work:
     "One Qwen layer for `q` tokens that attend to `l`."
-    return (linear(q, width, heads * d, size) + 2 * linear(q, width, kv_heads * d, size) + linear(q, heads * d, width, size)
-            + 2 * linear(q, width, mlp, size) + linear(q, mlp, width, size) + attend(q, l, heads, kv_heads, d, size))
+    return (
+        linear(q, width, heads * d, size)
+        + 2 * linear(q, width, kv_heads * d, size)
+        + linear(q, heads * d, width, size)
+        + 2 * linear(q, width, mlp, size)
+        + linear(q, mlp, width, size)
+        + attend(q, l, heads, kv_heads, d, size)
+    )
+
 
 def language_work(cfg: ModelConfig, q: float, l: float, size: float = 2) -> Work:
     "All VLM layers."
     t = cfg.text
-    return (t.layers - 1) * decoder_layer(q, l, t.width, t.heads, t.kv_heads, t.head_dim, t.mlp, size) + 2 * linear(q, t.width, t.kv_heads * t.head_dim, size)
+    return (t.layers - 1) * decoder_layer(
+        q, l, t.width, t.heads, t.kv_heads, t.head_dim, t.mlp, size
+    ) + 2 * linear(q, t.width, t.kv_heads * t.head_dim, size)
 
 # %% ../nbs/21_plan.ipynb #d9ddd9ec
 def state_work(cfg: ModelConfig, size: float = 2) -> Work:
     "State heads `F_r` of all layers: a projection each, or the state transformer."
     s, t, n = cfg.salr, cfg.text, cfg.max_state_dim
-    if s.state_encoder == 'projection': return t.layers * linear(1, n, s.state_heads * t.head_dim, 4)
+    if s.state_encoder == 'projection':
+        return t.layers * linear(1, n, s.state_heads * t.head_dim, 4)
     w = s.state_width
-    return (t.layers - 1) * (decoder_layer(n, n, w, s.state_heads, s.state_heads, t.head_dim, 4 * w, size) + linear(n, w, w, size)) + linear(n, w, w, size)
+    return (t.layers - 1) * (
+        decoder_layer(n, n, w, s.state_heads, s.state_heads, t.head_dim, 4 * w, size)
+        + linear(n, w, w, size)
+    ) + linear(n, w, w, size)
 
+# %% ../nbs/21_plan.ipynb #30fdaa88
 def salr_work(cfg: ModelConfig, l: float, size: float = 2) -> Work:
-    "Keys and values of `l` tokens re-represented in all layers (fused, literal, or converted by an MLP)."
+    """Keys and values of `l` tokens re-represented in all layers (fused, literal, or
+    converted by an MLP).
+    """
     s, t = cfg.salr, cfg.text
     narrow, out = t.kv_heads * t.head_dim, cfg.expert.kv_heads * t.head_dim
-    if not s.enabled: one = linear(l, narrow, 2 * narrow, size, 4) + linear(l, 2 * narrow, out, size, 4) + linear(l, narrow, out, size, 4)
+    if not s.enabled:
+        one = (
+            linear(l, narrow, 2 * narrow, size, 4)
+            + linear(l, 2 * narrow, out, size, 4)
+            + linear(l, narrow, out, size, 4)
+        )
     else:
         latent, mid = s.state_heads * narrow, out if s.compression == 'linear' else narrow
-        one = linear(1, latent, mid, 4) if s.fused else Work(2 * l * latent, 0, 0, 8 * l * latent) + linear(l, latent, mid, 4)
-        if s.compression == 'linear': one += linear(l, narrow, out, size) if s.fused else Work()
-        elif s.fused: one += linear(narrow, narrow, out, 4) + 2 * linear(l, narrow, out, size) + Work(2 * l * narrow + 2 * latent)
-        else: one += linear(l, narrow, out, 4)
+        one = (
+            linear(1, latent, mid, 4)
+            if s.fused
+            else Work(2 * l * latent, 0, 0, 8 * l * latent) + linear(l, latent, mid, 4)
+        )
+        if s.compression == 'linear':
+            one += linear(l, narrow, out, size) if s.fused else Work()
+        elif s.fused:
+            one += (
+                linear(narrow, narrow, out, 4)
+                + 2 * linear(l, narrow, out, size)
+                + Work(2 * l * narrow + 2 * latent)
+            )
+        else:
+            one += linear(l, narrow, out, 4)
     return 2 * t.layers * one + (state_work(cfg, size) if s.enabled else Work())
 
 # %% ../nbs/21_plan.ipynb #226bb71d
@@ -130,157 +238,364 @@ def expert_work(cfg: ModelConfig, l: float, size: float = 2) -> Work:
     "One denoising step behind a prefix of `l` tokens."
     e, t, s = cfg.expert, cfg.text, cfg.chunk
     q = s + e.state_token
-    ends = (linear(1, cfg.max_state_dim, e.width, size) * e.state_token + linear(s, cfg.max_action_dim, e.width, size) + linear(s, 2 * e.width, e.width, size)
-            + linear(s, e.width, e.width, size) + linear(s, e.width, cfg.max_action_dim, size))
-    return t.layers * decoder_layer(q, l + q, e.width, e.heads, e.kv_heads, t.head_dim, e.mlp, size) + ends
+    ends = (
+        linear(1, cfg.max_state_dim, e.width, size) * e.state_token
+        + linear(s, cfg.max_action_dim, e.width, size)
+        + linear(s, 2 * e.width, e.width, size)
+        + linear(s, e.width, e.width, size)
+        + linear(s, e.width, cfg.max_action_dim, size)
+    )
+    return (
+        t.layers
+        * decoder_layer(q, l + q, e.width, e.heads, e.kv_heads, t.head_dim, e.mlp, size)
+        + ends
+    )
 
 # %% ../nbs/21_plan.ipynb #6a0e3299
-def tick_cost(cfg: str | ModelConfig,      # preset or configuration
-              history: int | None = None,  # frames; default: the configuration's
-              views=VIEWS,                 # camera images (height, width) in pixels
-              steps: int | None = None,    # denoising steps; default: the configuration's
-              streaming: bool | str = True,# True: a tick between hops; 'hop': a tick at which the window hops; False: everything is computed
-              words: int = 20,             # tokens of the instruction
-              size: float = 2              # bytes per weight and value (2: bf16, 4: float32); SALR's parameters have 4
-             ) -> dict[str, Work]:
-    "What each part of one control tick computes, reads and writes, for one robot: vision, language, SALR, expert (all denoising steps)."
+# preset or configuration
+# True: a tick between hops; 'hop': a tick at which the window hops; False: everything is
+# computed
+def tick_cost(
+    cfg: str | ModelConfig,
+    history: int | None = None,  # frames; default: the configuration's
+    views=VIEWS,  # camera images (height, width) in pixels
+    steps: int | None = None,  # denoising steps; default: the configuration's
+    streaming: bool | str = True,
+    words: int = 20,  # tokens of the instruction
+    # bytes per weight and value (2: bf16, 4: float32); SALR's parameters have 4
+    size: float = 2,
+) -> dict[str, Work]:
+    """What each part of one control tick computes, reads and writes, for one robot: vision,
+    language, SALR, expert (all denoising steps).
+    """
     one_of('streaming', streaming, (True, False, 'hop'))
     cfg = preset(cfg) if isinstance(cfg, str) else cfg
-    load, steps = load_of(cfg, history, views, words), cfg.flow.steps if steps is None else steps
+    load, steps = (
+        load_of(cfg, history, views, words),
+        (cfg.flow.steps if steps is None else steps),
+    )
     pairs = min(1, load.pairs) if streaming else load.pairs
-    stands = 1 + (load.pairs - 1) * load.side ** 2 if streaming is True and load.pairs > 1 else 0
+    stands = (
+        1 + (load.pairs - 1) * load.side**2 if streaming is True and load.pairs > 1 else 0
+    )
     calls = steps * (2 if cfg.flow.method == 'heun' else 1)
-    return dict(vision=vision_work(cfg, [(load.side, load.side)] * pairs + list(load.views), size), language=language_work(cfg, load.tokens - stands, load.tokens, size),
-                salr=salr_work(cfg, load.tokens, size), expert=calls * expert_work(cfg, load.tokens, size))
+    return dict(
+        vision=vision_work(cfg, [(load.side, load.side)] * pairs + list(load.views), size),
+        language=language_work(cfg, load.tokens - stands, load.tokens, size),
+        salr=salr_work(cfg, load.tokens, size),
+        expert=calls * expert_work(cfg, load.tokens, size),
+    )
 
 # %% ../nbs/21_plan.ipynb #fc73e8f5
 @dataclass(frozen=True)
 class GPU:
-    "A card: dense bf16 operations per second, memory in GiB, bytes per second of memory and of its link to its neighbours, and where that stands."
+    """A card: dense bf16 operations per second, memory in GiB, bytes per second of memory
+    and of its link to its neighbours, and where that stands.
+    """
+
     flops: float
     memory: float
     bandwidth: float
     link: float
-    source: str                    # the maker's document, and how a number follows from it
-    pages: tuple[str, ...] = ()    # public pages where the numbers were read
-    unconfirmed: str = ''          # what none of the pages says
+    source: str  # the maker's document, and how a number follows from it
+    pages: tuple[str, ...] = ()  # public pages where the numbers were read
+    unconfirmed: str = ''  # what none of the pages says
 
-_read = dict(lightning='https://github.com/Lightning-AI/pytorch-lightning/blob/master/src/lightning/fabric/utilities/throughput.py', titan='https://github.com/pytorch/torchtitan/blob/main/torchtitan/tools/utils.py',
-             nanochat='https://github.com/karpathy/nanochat/blob/master/nanochat/common.py', throttle='https://torring.dev/blog/2026/rtx-spark-throttling/', glenn='https://glennklockwood.com/garden/processors/')   # pages that speak of several cards
 
-GPUS = {'a100-40g': GPU(312e12, 40, 1.555e12, 300e9, 'NVIDIA A100 data sheet (SXM, 40 GB); half of NVLink\'s 600 GB/s', (_read['glenn'] + 'A100', _read['lightning'])),
-        'a100-80g': GPU(312e12, 80, 2.039e12, 300e9, 'NVIDIA A100 data sheet (SXM, 80 GB); half of NVLink\'s 600 GB/s', (_read['glenn'] + 'A100', _read['lightning'])),
-        'h100': GPU(989.4e12, 80, 3.35e12, 450e9, 'NVIDIA H100 data sheet (SXM): half the sparse 1979; half of NVLink\'s 900 GB/s', (_read['glenn'] + 'h100', _read['titan'], 'https://github.com/scaleway/docs-content/pull/5834')),
-        'h200': GPU(989.4e12, 141, 4.8e12, 450e9, 'NVIDIA H200 data sheet (SXM): half the sparse 1979; half of NVLink\'s 900 GB/s', (_read['titan'], 'https://github.com/allenai/open-instruct/pull/1441', 'https://github.com/mlcommons/inference_results_v4.1/blob/main/closed/NVIDIA/systems/H200-SXM-141GBx8_TRT_MaxQ.json')),
-        'a6000': GPU(154.8e12, 48, 0.768e12, 32e9, 'NVIDIA Ampere GA102 white paper (RTX A6000): half the sparse 309.7; PCIe 4 x16 (an NVLink bridge joins two: 56 GB/s)', ('https://servethehome.com/nvidia-rtx-a6000-48gb-gpu-drops-quadro-designation', 'https://llmperf.net/categories/gpu/Nvidia-A6000-GPUs', 'https://www.microway.com/knowledge-center-articles/in-depth-comparison-of-nvidia-ampere-gpu-accelerators/'), '154.8 was read on the second page, which quotes the third'),
-        'l40s': GPU(362.05e12, 48, 0.864e12, 32e9, 'NVIDIA L40S data sheet: 362.05, sparse 733; PCIe 4 x16', ('https://www.mullet.se/product.html?product_id=355414', _read['titan'], 'https://www.itcreations.com/nvidia-gpu/nvidia-l40s-gpu-accelerator')),
-        'rtx4090': GPU(165.2e12, 24, 1.008e12, 32e9, 'NVIDIA Ada white paper: FP32 sums (330.3 with FP16 sums); PCIe 4 x16', ('https://waredb.com/processor/nvidia-geforce-rtx-4090', _read['nanochat']), 'PCIe 4 x16 stands on sellers\' pages only'),
-        'rtx5090': GPU(209.5e12, 32, 1.792e12, 64e9, 'NVIDIA RTX Blackwell white paper: FP32 sums (419 with FP16 sums; 3352 is sparse FP4, 16 times as much); PCIe 5 x16', ('https://www.spheron.network/blog/nvidia-rtx-5090-specs/', _read['nanochat'], _read['throttle'])),
-        'orin': GPU(42.5e12, 64, 0.2048e12, 16e9, 'Jetson AGX Orin technical brief (170 sparse int8 / 4), data sheet DS-10662-001; memory shared with the CPU; PCIe 4 x8', ('http://mzph.cn/web/30785.shtml', 'https://mm.digikey.com/Volume0/opasdata/d220001/medias/docus/5380/Jetson_AGX_Orin_Series_Data_Sheet_DS-10662-001_v1.5.pdf', 'https://forums.developer.nvidia.com/t/does-igx-developer-kit-support-full-x16-pcie-gen4-bandwidth/259456'), 'dense bf16 is derived, no page prints it; the data sheet was read in quotations'),
-        'thor': GPU(258.75e12, 128, 0.273e12, 12.5e9, 'NVIDIA Jetson Thor product table, T5000 (2070 sparse FP4 / 8); memory shared with the CPU; network of 4 x 25 Gb/s', ('https://www.nvidia.com/en-us/autonomous-machines/embedded-systems/jetson-thor/', 'https://huggingface.co/hardware/jetson-t5000', 'https://docs.nvidia.com/igx/user-guide/latest/OV/thor/system-overview-t5000.html', _read['throttle']), 'dense bf16 is derived (the second page has 258.5); the product table was read in quotations')}
+# pages that speak of several cards
+_read = dict(
+    lightning='https://github.com/Lightning-AI/pytorch-lightning/blob/master/src/lightning/fabric/utilities/throughput.py',
+    titan='https://github.com/pytorch/torchtitan/blob/main/torchtitan/tools/utils.py',
+    nanochat='https://github.com/karpathy/nanochat/blob/master/nanochat/common.py',
+    throttle='https://torring.dev/blog/2026/rtx-spark-throttling/',
+    glenn='https://glennklockwood.com/garden/processors/',
+)
+
+# %% ../nbs/21_plan.ipynb #f4fab6cb
+GPUS = {
+    'a100-40g': GPU(
+        312e12,
+        40,
+        1.555e12,
+        300e9,
+        'NVIDIA A100 data sheet (SXM, 40 GB); half of NVLink\'s 600 GB/s',
+        (_read['glenn'] + 'A100', _read['lightning']),
+    ),
+    'a100-80g': GPU(
+        312e12,
+        80,
+        2.039e12,
+        300e9,
+        'NVIDIA A100 data sheet (SXM, 80 GB); half of NVLink\'s 600 GB/s',
+        (_read['glenn'] + 'A100', _read['lightning']),
+    ),
+    'h100': GPU(
+        989.4e12,
+        80,
+        3.35e12,
+        450e9,
+        'NVIDIA H100 data sheet (SXM): half the sparse 1979; half of NVLink\'s 900 GB/s',
+        (
+            _read['glenn'] + 'h100',
+            _read['titan'],
+            'https://github.com/scaleway/docs-content/pull/5834',
+        ),
+    ),
+    'h200': GPU(
+        989.4e12,
+        141,
+        4.8e12,
+        450e9,
+        'NVIDIA H200 data sheet (SXM): half the sparse 1979; half of NVLink\'s 900 GB/s',
+        (
+            _read['titan'],
+            'https://github.com/allenai/open-instruct/pull/1441',
+            'https://github.com/mlcommons/inference_results_v4.1/blob/main/closed/NVIDIA/systems/H200-SXM-141GBx8_TRT_MaxQ.json',
+        ),
+    ),
+    'a6000': GPU(
+        154.8e12,
+        48,
+        0.768e12,
+        32e9,
+        'NVIDIA Ampere GA102 white paper (RTX A6000): half the sparse 309.7; PCIe 4 x16 (an'
+        ' NVLink bridge joins two: 56 GB/s)',
+        (
+            'https://servethehome.com/nvidia-rtx-a6000-48gb-gpu-drops-quadro-designation',
+            'https://llmperf.net/categories/gpu/Nvidia-A6000-GPUs',
+            'https://www.microway.com/knowledge-center-articles/in-depth-comparison-of-nvidia-ampere-gpu-accelerators/',
+        ),
+        '154.8 was read on the second page, which quotes the third',
+    ),
+    'l40s': GPU(
+        362.05e12,
+        48,
+        0.864e12,
+        32e9,
+        'NVIDIA L40S data sheet: 362.05, sparse 733; PCIe 4 x16',
+        (
+            'https://www.mullet.se/product.html?product_id=355414',
+            _read['titan'],
+            'https://www.itcreations.com/nvidia-gpu/nvidia-l40s-gpu-accelerator',
+        ),
+    ),
+    'rtx4090': GPU(
+        165.2e12,
+        24,
+        1.008e12,
+        32e9,
+        'NVIDIA Ada white paper: FP32 sums (330.3 with FP16 sums); PCIe 4 x16',
+        ('https://waredb.com/processor/nvidia-geforce-rtx-4090', _read['nanochat']),
+        'PCIe 4 x16 stands on sellers\' pages only',
+    ),
+    'rtx5090': GPU(
+        209.5e12,
+        32,
+        1.792e12,
+        64e9,
+        'NVIDIA RTX Blackwell white paper: FP32 sums (419 with FP16 sums; 3352 is sparse'
+        ' FP4, 16 times as much); PCIe 5 x16',
+        (
+            'https://www.spheron.network/blog/nvidia-rtx-5090-specs/',
+            _read['nanochat'],
+            _read['throttle'],
+        ),
+    ),
+    'orin': GPU(
+        42.5e12,
+        64,
+        0.2048e12,
+        16e9,
+        'Jetson AGX Orin technical brief (170 sparse int8 / 4), data sheet DS-10662-001;'
+        ' memory shared with the CPU; PCIe 4 x8',
+        (
+            'http://mzph.cn/web/30785.shtml',
+            'https://mm.digikey.com/Volume0/opasdata/d220001/medias/docus/5380/Jetson_AGX_Orin_Series_Data_Sheet_DS-10662-001_v1.5.pdf',
+            'https://forums.developer.nvidia.com/t/does-igx-developer-kit-support-full-x16-pcie-gen4-bandwidth/259456',
+        ),
+        'dense bf16 is derived, no page prints it; the data sheet was read in quotations',
+    ),
+    'thor': GPU(
+        258.75e12,
+        128,
+        0.273e12,
+        12.5e9,
+        'NVIDIA Jetson Thor product table, T5000 (2070 sparse FP4 / 8); memory shared with'
+        ' the CPU; network of 4 x 25 Gb/s',
+        (
+            'https://www.nvidia.com/en-us/autonomous-machines/embedded-systems/jetson-thor/',
+            'https://huggingface.co/hardware/jetson-t5000',
+            'https://docs.nvidia.com/igx/user-guide/latest/OV/thor/system-overview-t5000.html',
+            _read['throttle'],
+        ),
+        'dense bf16 is derived (the second page has 258.5); the product table was read in'
+        ' quotations',
+    ),
+}
 
 # %% ../nbs/21_plan.ipynb #d5abc8a1
-def roofline(cost: dict[str, Work],   # of `tick_cost`
-             gpu: str | GPU,          # name in `GPUS`, or a card
-             use: float = 0.6,        # share of the peak rate that products reach
-             reach: float = 0.8       # share of the memory's bandwidth that is reached
-            ) -> dict[str, float]:
-    "Seconds per part on a card: the longer of computing and of moving; `use=reach=1` is the bound that nothing can beat."
-    if isinstance(gpu, str): one_of('gpu', gpu, tuple(GPUS)); gpu = GPUS[gpu]
+# of `tick_cost`
+def roofline(
+    cost: dict[str, Work],
+    gpu: str | GPU,  # name in `GPUS`, or a card
+    use: float = 0.6,  # share of the peak rate that products reach
+    reach: float = 0.8,  # share of the memory's bandwidth that is reached
+) -> dict[str, float]:
+    """Seconds per part on a card: the longer of computing and of moving; `use=reach=1` is
+    the bound that nothing can beat.
+    """
+    if isinstance(gpu, str):
+        one_of('gpu', gpu, tuple(GPUS))
+        gpu = GPUS[gpu]
     for name, x in dict(use=use, reach=reach).items():
-        if not 0 < x <= 1: raise ValueError(f"{name}={x} must lie in (0, 1]: a share of the card's rate")
-    return {k: max(w.flops / (gpu.flops * use), w.bytes / (gpu.bandwidth * reach)) for k, w in cost.items()}
+        if not 0 < x <= 1:
+            raise ValueError(f"{name}={x} must lie in (0, 1]: a share of the card's rate")
+    return {
+        k: max(w.flops / (gpu.flops * use), w.bytes / (gpu.bandwidth * reach))
+        for k, w in cost.items()
+    }
 
+# %% ../nbs/21_plan.ipynb #fca32766
 def weight_bytes(cfg: ModelConfig, size: float = 2) -> float:
     "Memory of the weights at inference; SALR's are FP32."
     from halo.model import parameter_table
+
     kept = parameter_table(cfg)['kept']
-    wide = sum(n for k, n in kept.items() if k.startswith('SALR') or k == 'head converters' or (k == 'state encoder' and cfg.salr.state_encoder == 'projection'))
+    wide = sum(
+        n
+        for k, n in kept.items()
+        if k.startswith('SALR')
+        or k == 'head converters'
+        or (k == 'state encoder' and cfg.salr.state_encoder == 'projection')
+    )
     return size * (sum(kept.values()) - wide) + 4 * wide
 
 # %% ../nbs/21_plan.ipynb #13f4f165
 PARTS = ('vision', 'embedding', 'vlm', 'expert', 'salr')
 
+
 @dataclass(frozen=True)
 class Run:
     "A training run to be planned; names as in the training configuration."
+
     model: ModelConfig
     gpu: str = 'a100-40g'
-    count: int = 1                 # cards
-    replicate: int = 1             # copies of the model (HSDP)
-    shard: int = 0                 # cards that share one copy; 0 = all that are left
-    micro: int = 1                 # samples in one forward pass of one card
-    accumulate: int = 1            # forward passes per step
-    history: int | None = None     # frames; None: the configuration's
+    count: int = 1  # cards
+    replicate: int = 1  # copies of the model (HSDP)
+    shard: int = 0  # cards that share one copy; 0 = all that are left
+    micro: int = 1  # samples in one forward pass of one card
+    accumulate: int = 1  # forward passes per step
+    history: int | None = None  # frames; None: the configuration's
     views: tuple = VIEWS
     words: int = 20
-    checkpointing: str = 'all'     # 'none', 'blocks' (VLM, SALR, expert), 'all' (blocks of the vision tower too)
-    freeze: tuple = ()             # of PARTS
+    # 'none', 'blocks' (VLM, SALR, expert), 'all' (blocks of the vision tower too)
+    checkpointing: str = 'all'
+    freeze: tuple = ()  # of PARTS
     lora_rank: int = 0
     lora_parts: tuple = ('vlm',)
-    offload: bool = False          # weights, gradients and optimizer state in host memory
-    dtype: str = 'bfloat16'        # of computation and of frozen weights; trained weights and their state are FP32
+    offload: bool = False  # weights, gradients and optimizer state in host memory
+    # of computation and of frozen weights; trained weights and their state are FP32
+    dtype: str = 'bfloat16'
 
     def __post_init__(self):
-        one_of('gpu', self.gpu, tuple(GPUS)); one_of('checkpointing', self.checkpointing, ('none', 'blocks', 'all')); one_of('dtype', self.dtype, ('float32', 'bfloat16'))
-        for p in self.freeze: one_of('freeze', p, PARTS)
+        one_of('gpu', self.gpu, tuple(GPUS))
+        one_of('checkpointing', self.checkpointing, ('none', 'blocks', 'all'))
+        one_of('dtype', self.dtype, ('float32', 'bfloat16'))
+        for p in self.freeze:
+            one_of('freeze', p, PARTS)
         for k in ('count', 'micro', 'accumulate', 'replicate'):
-            if getattr(self, k) < 1: raise ValueError(f"{k}={getattr(self, k)} must be 1 or more")
-        if self.replicate * self.shards != self.count: raise ValueError(f"replicate={self.replicate} x shard={self.shard or 'rest'} does not make {self.count} cards; choose numbers whose product is {self.count}")
+            if getattr(self, k) < 1:
+                raise ValueError(f"{k}={getattr(self, k)} must be 1 or more")
+        if self.replicate * self.shards != self.count:
+            raise ValueError(
+                f"replicate={self.replicate} x shard={self.shard or 'rest'} does not make"
+                f" {self.count} cards; choose numbers whose product is {self.count}"
+            )
 
     @property
-    def shards(self) -> int: return self.shard or self.count // self.replicate
+    def shards(self) -> int:
+        return self.shard or self.count // self.replicate
+
     @property
-    def batch(self) -> int: return self.count * self.micro * self.accumulate
+    def batch(self) -> int:
+        return self.count * self.micro * self.accumulate
+
     @property
-    def size(self) -> int: return 2 if self.dtype == 'bfloat16' else 4
+    def size(self) -> int:
+        return 2 if self.dtype == 'bfloat16' else 4
+
     @property
-    def load(self) -> Load: return load_of(self.model, self.history, self.views, self.words)
+    def load(self) -> Load:
+        return load_of(self.model, self.history, self.views, self.words)
 
 # %% ../nbs/21_plan.ipynb #8ab824bc
 def modes(run: Run) -> dict[str, str]:
-    "For every part: 'train', 'lora', 'pass' (frozen, gradients run through) or 'none' (frozen, nothing to learn below)."
+    """For every part: 'train', 'lora', 'pass' (frozen, gradients run through) or 'none'
+    (frozen, nothing to learn below).
+    """
     lora = set(run.lora_parts) if run.lora_rank else set()
-    own = {p: 'lora' if p in lora else 'pass' if p in run.freeze else 'train' for p in PARTS}
-    below = {'vision': False, 'embedding': False, 'vlm': any(own[p] != 'pass' for p in ('vision', 'embedding')), 'salr': True, 'expert': True}
+    own = {
+        p: 'lora' if p in lora else 'pass' if p in run.freeze else 'train' for p in PARTS
+    }
+    below = {
+        'vision': False,
+        'embedding': False,
+        'vlm': any(own[p] != 'pass' for p in ('vision', 'embedding')),
+        'salr': True,
+        'expert': True,
+    }
     return {p: 'none' if m == 'pass' and not below[p] else m for p, m in own.items()}
 
 # %% ../nbs/21_plan.ipynb #cb5d57b1
 def part_of(name: str) -> str:
     "The part of parameter `name` of a `HaloModel`."
-    if name.startswith('embed.visual.'): return 'vision'
-    if name.startswith('embed.'): return 'embedding'
-    if '.expert.' in name or name.startswith('heads.'): return 'expert'
+    if name.startswith('embed.visual.'):
+        return 'vision'
+    if name.startswith('embed.'):
+        return 'embedding'
+    if '.expert.' in name or name.startswith('heads.'):
+        return 'expert'
     return 'vlm' if '.vlm.' in name else 'salr'
+
 
 def group_of(name: str) -> str:
     "The unit in which parameter `name` is gathered: 'vision.N', 'block.N' or 'root'."
     words = name.split('.')
-    if name.startswith('embed.visual.blocks.'): return f'vision.{words[3]}'
+    if name.startswith('embed.visual.blocks.'):
+        return f'vision.{words[3]}'
     return f'block.{words[1]}' if words[0] == 'blocks' else 'root'
 
 # %% ../nbs/21_plan.ipynb #f55e0bb0
 @dataclass(frozen=True)
 class Weights:
     "Parameters of one part in one group."
+
     group: str
     part: str
     count: int
-    wide: bool      # float32 whatever the rest is
-    adapters: int   # parameters of LoRA's matrices
+    wide: bool  # float32 whatever the rest is
+    adapters: int  # parameters of LoRA's matrices
+
 
 @lru_cache(maxsize=16)
 def parameters_of(cfg: ModelConfig) -> tuple[tuple[str, tuple[int, ...], bool, bool], ...]:
-    "Name, shape, wide (float32 whatever the rest is), weight of a linear layer: of every parameter."
+    """Name, shape, wide (float32 whatever the rest is), weight of a linear layer: of every
+    parameter.
+    """
     from torch import nn
+
     from halo.model import HaloModel
     from halo.salr import fp32_parameter_names
+
     with torch.device('meta'):
         m = HaloModel(cfg.but(vlm_id='', init='normal'))
     wide = set(fp32_parameter_names(m))
     linear = {n + '.weight' for n, x in m.named_modules() if isinstance(x, nn.Linear)}
-    return tuple((n, tuple(p.shape), n in wide, n in linear) for n, p in m.named_parameters())
+    return tuple(
+        (n, tuple(p.shape), n in wide, n in linear) for n, p in m.named_parameters()
+    )
 
+# %% ../nbs/21_plan.ipynb #c83d9c75
 def weights_of(run: Run) -> list[Weights]:
     "All parameters by group and part."
     table = {}
@@ -288,108 +603,236 @@ def weights_of(run: Run) -> list[Weights]:
         key = (group_of(n), part_of(n), wide)
         adapted = linear and part_of(n) in run.lora_parts
         a, b = table.get(key, (0, 0))
-        table[key] = a + math.prod(shape), b + (run.lora_rank * sum(shape) if adapted else 0)
+        table[key] = (
+            a + math.prod(shape),
+            b + (run.lora_rank * sum(shape) if adapted else 0),
+        )
     return [Weights(g, p, a, w, b) for (g, p, w), (a, b) in table.items()]
 
 # %% ../nbs/21_plan.ipynb #7fcdd294
 def state_bytes(run: Run, weights: list[Weights] | None = None) -> dict[str, float]:
-    "Bytes on one card that stay from step to step: weights, optimizer; and gradients, which live from the backward pass to the step."
+    """Bytes on one card that stay from step to step: weights, optimizer; and gradients,
+    which live from the backward pass to the step.
+    """
     how, out = modes(run), dict(weights=0.0, gradients=0.0, optimizer=0.0)
     for w in weights or weights_of(run):
         own = how[w.part] == 'train'
         trained = w.count if own else w.adapters if how[w.part] == 'lora' else 0
-        out['weights'] += (4 if own or w.wide else run.size) * w.count + (0 if own else 4 * trained)
-        out['gradients'] += 4 * trained; out['optimizer'] += 8 * trained
+        out['weights'] += (4 if own or w.wide else run.size) * w.count + (
+            0 if own else 4 * trained
+        )
+        out['gradients'] += 4 * trained
+        out['optimizer'] += 8 * trained
     return {k: 0.0 if run.offload else v / run.shards for k, v in out.items()}
 
+
 def gathered_bytes(run: Run, weights: list[Weights] | None = None) -> float:
-    "Bytes of whole weights on one card under sharding: the root, which stays, two blocks (one computing, one arriving), and one block's gradient before it is scattered."
-    if run.count == 1 and run.dtype == 'float32' and not run.offload: return 0.0
+    """Bytes of whole weights on one card under sharding: the root, which stays, two blocks
+    (one computing, one arriving), and one block's gradient before it is scattered.
+    """
+    if run.count == 1 and run.dtype == 'float32' and not run.offload:
+        return 0.0
     groups = {}
-    for w in weights or weights_of(run): groups[w.group] = groups.get(w.group, 0) + w.count * (4 if w.wide else run.size)
+    for w in weights or weights_of(run):
+        groups[w.group] = groups.get(w.group, 0) + w.count * (4 if w.wide else run.size)
     root, largest = groups.pop('root'), max(groups.values())
     return root + 2 * largest + (3 * largest if 'train' in modes(run).values() else 0)
 
 # %% ../nbs/21_plan.ipynb #65659955
-def layer_bytes(tokens: float, width: int, heads_d: int, kv_d: int, mlp: int, size: int, mode: str, keys: float | None = None, copies: int = 0) -> float:
-    "Bytes kept by a Qwen layer of `tokens`; `keys`: tokens of keys and values if not the same; `copies`: further copies of the attention's result."
-    if mode == 'none': return 0.0
-    keys, full, inputs = tokens if keys is None else keys, mode == 'train', mode in ('train', 'lora')
+def layer_bytes(
+    tokens: float,
+    width: int,
+    heads_d: int,
+    kv_d: int,
+    mlp: int,
+    size: int,
+    mode: str,
+    keys: float | None = None,
+    copies: int = 0,
+) -> float:
+    """Bytes kept by a Qwen layer of `tokens`; `keys`: tokens of keys and values if not the
+    same; `copies`: further copies of the attention's result.
+    """
+    if mode == 'none':
+        return 0.0
+    keys, full, inputs = (
+        tokens if keys is None else keys,
+        mode == 'train',
+        mode in ('train', 'lora'),
+    )
     norms = 2 * width * (4 + (full + inputs) * size)
-    return tokens * (norms + ((2 + copies) * heads_d + (3 + inputs) * mlp) * size + 8) + 2 * keys * kv_d * size
+    return (
+        tokens * (norms + ((2 + copies) * heads_d + (3 + inputs) * mlp) * size + 8)
+        + 2 * keys * kv_d * size
+    )
 
+# %% ../nbs/21_plan.ipynb #cc38fd2a
 def vision_bytes(run: Run, mode: str) -> tuple[float, float, float]:
-    "Bytes kept for one sample by a block of the tower, by its ends (pixels, merger), and of a block's input."
+    """Bytes kept for one sample by a block of the tower, by its ends (pixels, merger), and
+    of a block's input.
+    """
     v, l, size = run.model.vision, run.load, run.size
-    n = v.merge ** 2 * (l.history + l.current)
+    n = v.merge**2 * (l.history + l.current)
     block = layer_bytes(n, v.width, v.width, v.width, v.mlp, size, mode, copies=1)
-    ends = n * (3 * v.temporal_patch * v.patch ** 2 * size * (mode == 'train') + v.width * (4 + 5 * size)) * (mode != 'none')
+    ends = (
+        n
+        * (
+            3 * v.temporal_patch * v.patch**2 * size * (mode == 'train')
+            + v.width * (4 + 5 * size)
+        )
+        * (mode != 'none')
+    )
     return block, ends, n * v.width * size * (mode != 'none')
 
 # %% ../nbs/21_plan.ipynb #2152b9b9
 def salr_bytes(run: Run, kept: bool) -> float:
-    "Bytes kept by SALR in one layer for one sample; `kept`: the VLM layer keeps keys and values."
+    """Bytes kept by SALR in one layer for one sample; `kept`: the VLM layer keeps keys and
+    values.
+    """
     s, t, l, size = run.model.salr, run.model.text, run.load.tokens, run.size
     narrow, out = t.kv_heads * t.head_dim, run.model.expert.kv_heads * t.head_dim
     kv = 0 if kept else l * narrow * size
-    if not s.enabled: return 2 * (kv + l * 3 * 2 * narrow * size)
+    if not s.enabled:
+        return 2 * (kv + l * 3 * 2 * narrow * size)
     latent = s.state_heads * narrow
-    if not s.fused: return 2 * (kv + 8 * l * latent)
-    return 2 * (kv + 4 * latent + narrow * out * size + (l * (8 * narrow + out * size) if s.compression == 'mlp_norm' else 0))
+    if not s.fused:
+        return 2 * (kv + 8 * l * latent)
+    return 2 * (
+        kv
+        + 4 * latent
+        + narrow * out * size
+        + (l * (8 * narrow + out * size) if s.compression == 'mlp_norm' else 0)
+    )
 
-def block_bytes(run: Run, how: dict[str, str], last: bool = False) -> tuple[float, float, float]:
+# %% ../nbs/21_plan.ipynb #3299cf8c
+def block_bytes(
+    run: Run, how: dict[str, str], last: bool = False
+) -> tuple[float, float, float]:
     "Bytes kept for one sample by VLM layer, SALR and expert layer of a HALO block."
-    t, e, l, size, draws = run.model.text, run.model.expert, run.load.tokens, run.size, run.model.flow.draws
+    t, e, l, size, draws = (
+        run.model.text,
+        run.model.expert,
+        run.load.tokens,
+        run.size,
+        run.model.flow.draws,
+    )
     q, d, mode = run.model.chunk + e.state_token, t.head_dim, how['vlm']
-    vlm = l * t.width * (4 + 2 * size) * (mode != 'none') if last else layer_bytes(l, t.width, t.heads * d, t.kv_heads * d, t.mlp, size, mode)
-    expert = draws * (layer_bytes(q, e.width, e.heads * d, e.kv_heads * d, e.mlp, size, how['expert'], keys=l + q) + e.heads // e.kv_heads * q * (l + q) * size)   # the mask has a row for every query head that shares keys
+    vlm = (
+        l * t.width * (4 + 2 * size) * (mode != 'none')
+        if last
+        else layer_bytes(l, t.width, t.heads * d, t.kv_heads * d, t.mlp, size, mode)
+    )
+    # the mask has a row for every query head that shares keys
+    expert = draws * (
+        layer_bytes(
+            q, e.width, e.heads * d, e.kv_heads * d, e.mlp, size, how['expert'], keys=l + q
+        )
+        + e.heads // e.kv_heads * q * (l + q) * size
+    )
     return vlm, salr_bytes(run, mode != 'none' and not last), expert
 
 # %% ../nbs/21_plan.ipynb #01d75ff4
 @dataclass(frozen=True)
 class Stage:
     "A step of the forward pass, for one micro batch on one card, in bytes."
+
     name: str
     part: str
-    kept: float       # from its forward to its backward pass
-    working: float    # beyond `kept`, while it is differentiated
-    gradient: float   # of its own weights
+    kept: float  # from its forward to its backward pass
+    working: float  # beyond `kept`, while it is differentiated
+    gradient: float  # of its own weights
 
+# %% ../nbs/21_plan.ipynb #b6f903d5
 def stages(run: Run, weights: list[Weights] | None = None) -> list[Stage]:
     "All stages in order: ends of the tower, its blocks, HALO blocks."
     how, b, cfg, load = modes(run), run.micro, run.model, run.load
-    v, t, e, n = cfg.vision, cfg.text, cfg.expert, cfg.vision.merge ** 2 * (load.history + load.current)
+    v, t, e, n = (
+        cfg.vision,
+        cfg.text,
+        cfg.expert,
+        cfg.vision.merge**2 * (load.history + load.current),
+    )
     made = {}
     for w in weights or weights_of(run):
-        count = w.count if how[w.part] == 'train' else w.adapters if how[w.part] == 'lora' else 0
-        made[w.group] = made.get(w.group, 0) + (0 if run.offload else 4 * count / run.shards)
+        count = (
+            w.count
+            if how[w.part] == 'train'
+            else w.adapters
+            if how[w.part] == 'lora'
+            else 0
+        )
+        made[w.group] = made.get(w.group, 0) + (
+            0 if run.offload else 4 * count / run.shards
+        )
     block, ends, enter = (b * x for x in vision_bytes(run, how['vision']))
     again = run.checkpointing == 'all'
     wide = (2 * v.mlp + 2 * v.width) * n * b * run.size * (how['vision'] != 'none')
-    out = [Stage('ends', 'vision', ends, 0, made['root'])] + [Stage(f'vision {i}', 'vision', enter if again else block, wide + (block - enter) * again, made[f'vision.{i}']) for i in range(v.depth)]
+    out = [Stage('ends', 'vision', ends, 0, made['root'])] + [
+        Stage(
+            f'vision {i}',
+            'vision',
+            enter if again else block,
+            wide + (block - enter) * again,
+            made[f'vision.{i}'],
+        )
+        for i in range(v.depth)
+    ]
     q = cfg.chunk + e.state_token
-    enter = b * run.size * (load.tokens * t.width * (how['vlm'] != 'none') + cfg.flow.draws * q * e.width)
-    wide = b * run.size * max(load.tokens * (2 * t.mlp + 2 * t.width) * (how['vlm'] != 'none'), cfg.flow.draws * (2 * q * e.mlp + 2 * (load.tokens + q) * e.heads * t.head_dim))
+    enter = (
+        b
+        * run.size
+        * (load.tokens * t.width * (how['vlm'] != 'none') + cfg.flow.draws * q * e.width)
+    )
+    wide = (
+        b
+        * run.size
+        * max(
+            load.tokens * (2 * t.mlp + 2 * t.width) * (how['vlm'] != 'none'),
+            cfg.flow.draws * (2 * q * e.mlp + 2 * (load.tokens + q) * e.heads * t.head_dim),
+        )
+    )
     for i in range(t.layers):
         block = b * sum(block_bytes(run, how, i == t.layers - 1))
-        out.append(Stage(f'block {i}', 'blocks', block if run.checkpointing == 'none' else enter, wide + (block - enter) * (run.checkpointing != 'none'), made[f'block.{i}']))
+        out.append(
+            Stage(
+                f'block {i}',
+                'blocks',
+                block if run.checkpointing == 'none' else enter,
+                wide + (block - enter) * (run.checkpointing != 'none'),
+                made[f'block.{i}'],
+            )
+        )
     return out
 
 # %% ../nbs/21_plan.ipynb #41dd97de
 def step_curve(run: Run, weights: list[Weights] | None = None) -> list[tuple[str, float]]:
-    "Bytes on the card above its steady state, at each stage of one backward pass (gradients included)."
+    """Bytes on the card above its steady state, at each stage of one backward pass
+    (gradients included).
+    """
     ss = stages(run, weights)
-    now, grads = sum(s.kept for s in ss), sum(s.gradient for s in ss) if run.accumulate > 1 else 0.0
+    now, grads = (
+        sum(s.kept for s in ss),
+        (sum(s.gradient for s in ss) if run.accumulate > 1 else 0.0),
+    )
     out = [('forward done', now + grads)]
     for s in reversed(ss):
-        out.append((s.name, now + grads + s.working + (s.gradient if run.accumulate == 1 else 0)))
-        now -= s.kept; grads += s.gradient if run.accumulate == 1 else 0
+        out.append(
+            (s.name, now + grads + s.working + (s.gradient if run.accumulate == 1 else 0))
+        )
+        now -= s.kept
+        grads += s.gradient if run.accumulate == 1 else 0
     return out + [('step', grads)]
 
-CONTEXT, SLACK = 0.8 * 2**30, 0.05   # CUDA's context and libraries; share of all else lost to fragments of the allocator
 
+# CUDA's context and libraries; share of all else lost to fragments of the allocator
+CONTEXT, SLACK = 0.8 * 2**30, 0.05
+
+# %% ../nbs/21_plan.ipynb #2606b8b4
 def memory(run: Run, weights: list[Weights] | None = None) -> dict[str, float]:
-    "Peak bytes on one card, by what they are. 'activations' are all tensors of the peak stage that are not in another row."
+    """Peak bytes on one card, by what they are.
+
+    'activations' are all tensors of the peak stage that are not in another row.
+    """
     weights = weights or weights_of(run)
     out, gathered = state_bytes(run, weights), gathered_bytes(run, weights)
     peak = max(x for _, x in step_curve(run, weights))
@@ -398,150 +841,448 @@ def memory(run: Run, weights: list[Weights] | None = None) -> dict[str, float]:
 
 # %% ../nbs/21_plan.ipynb #46ef143c
 def step_flops(run: Run, fused: bool = True) -> dict[str, dict[str, float]]:
-    "Operations of one micro batch on one card: {'forward' | 'recompute' | 'backward': {'vision' | 'language' | 'salr' | 'expert': n}}; `fused`: attention as fused kernels compute it."
+    """Operations of one micro batch on one card: {'forward' | 'recompute' | 'backward':
+    {'vision' | 'language' | 'salr' | 'expert': n}}; `fused`: attention as fused kernels
+    compute it.
+    """
     cfg, load, how, b, r = run.model, run.load, modes(run), run.micro, run.model.flow.draws
-    v, t, e, n = cfg.vision, cfg.text, cfg.expert, cfg.vision.merge ** 2 * (load.history + load.current)
-    fw = dict(vision=vision_work(cfg, [(load.side, load.side)] * load.pairs + list(load.views)), language=language_work(cfg, load.tokens, load.tokens), salr=salr_work(cfg, load.tokens), expert=r * expert_work(cfg, load.tokens))
-    first = dict(vision=2 * n * 3 * v.temporal_patch * v.patch ** 2 * v.width)                              # pixels want no gradient
-    learns = dict(vision=how['vision'], language=how['vlm'], salr=how['salr'], expert=how['expert'])
+    v, t, e, n = (
+        cfg.vision,
+        cfg.text,
+        cfg.expert,
+        cfg.vision.merge**2 * (load.history + load.current),
+    )
+    fw = dict(
+        vision=vision_work(cfg, [(load.side, load.side)] * load.pairs + list(load.views)),
+        language=language_work(cfg, load.tokens, load.tokens),
+        salr=salr_work(cfg, load.tokens),
+        expert=r * expert_work(cfg, load.tokens),
+    )
+    # pixels want no gradient
+    first = dict(vision=2 * n * 3 * v.temporal_patch * v.patch**2 * v.width)
+    learns = dict(
+        vision=how['vision'], language=how['vlm'], salr=how['salr'], expert=how['expert']
+    )
     share = {'train': (1, 1), 'lora': (1, 0), 'pass': (1, 0), 'none': (0, 0)}
-    back = {k: sum(share[learns[k]]) * w.matmul - first.get(k, 0) * share[learns[k]][0] + (2.5 if fused else 2) * w.attention * share[learns[k]][0] for k, w in fw.items()}
-    ends = 2 * n * 3 * v.temporal_patch * v.patch ** 2 * v.width + 2 * n * v.width * (v.merge ** 2 * v.width + t.width) + v.depth * 2 * n * v.mlp * v.width
-    last = r * (t.layers * 2 * (cfg.chunk + e.state_token) * e.mlp * e.width + (expert_work(replace(cfg, text=replace(t, layers=0)), load.tokens).flops))
+    back = {
+        k: (
+            sum(share[learns[k]]) * w.matmul
+            - first.get(k, 0) * share[learns[k]][0]
+            + (2.5 if fused else 2) * w.attention * share[learns[k]][0]
+        )
+        for k, w in fw.items()
+    }
+    ends = (
+        2 * n * 3 * v.temporal_patch * v.patch**2 * v.width
+        + 2 * n * v.width * (v.merge**2 * v.width + t.width)
+        + v.depth * 2 * n * v.mlp * v.width
+    )
+    last = r * (
+        t.layers * 2 * (cfg.chunk + e.state_token) * e.mlp * e.width
+        + (expert_work(replace(cfg, text=replace(t, layers=0)), load.tokens).flops)
+    )
     again = {k: 0.0 if run.checkpointing == 'none' else w.flops for k, w in fw.items()}
-    if run.checkpointing != 'none': again |= dict(expert=fw['expert'].flops - last, vision=(fw['vision'].flops - ends) * (run.checkpointing == 'all' and how['vision'] != 'none'))
-    return {name: {k: b * x for k, x in row.items()} for name, row in dict(forward={k: w.flops for k, w in fw.items()}, recompute=again, backward=back).items()}
+    if run.checkpointing != 'none':
+        again |= dict(
+            expert=fw['expert'].flops - last,
+            vision=(fw['vision'].flops - ends)
+            * (run.checkpointing == 'all' and how['vision'] != 'none'),
+        )
+    return {
+        name: {k: b * x for k, x in row.items()}
+        for name, row in dict(
+            forward={k: w.flops for k, w in fw.items()}, recompute=again, backward=back
+        ).items()
+    }
 
 # %% ../nbs/21_plan.ipynb #74d2a2b7
 @dataclass(frozen=True)
 class Rates:
     "What is assumed about the machine beyond its card: all explicit."
-    use: float = 0.4            # share of the peak rate that a training step reaches
-    node: int = 8               # cards with fast links among them
-    network: float = 25e9       # bytes per second and card between nodes (200 Gb/s)
-    host: float = 20e9          # bytes per second and card to host memory (offloading)
 
-def step_seconds(run: Run, rates: Rates = Rates(), weights: list[Weights] | None = None) -> dict[str, float]:
-    "Seconds of one optimisation step: computing, sharing (gather, scatter), averaging over copies, optimizer; and 'all', with sharing hidden behind computing."
+    use: float = 0.4  # share of the peak rate that a training step reaches
+    node: int = 8  # cards with fast links among them
+    network: float = 25e9  # bytes per second and card between nodes (200 Gb/s)
+    host: float = 20e9  # bytes per second and card to host memory (offloading)
+
+# %% ../nbs/21_plan.ipynb #b0412e12
+def step_seconds(
+    run: Run, rates: Rates = Rates(), weights: list[Weights] | None = None
+) -> dict[str, float]:
+    """Seconds of one optimisation step: computing, sharing (gather, scatter), averaging
+    over copies, optimizer; and 'all', with sharing hidden behind computing.
+    """
     weights, g, how, s = weights or weights_of(run), GPUS[run.gpu], modes(run), run.shards
     count = sum(w.count for w in weights)
-    trained = sum(w.count if how[w.part] == 'train' else w.adapters if how[w.part] == 'lora' else 0 for w in weights)
+    trained = sum(
+        w.count if how[w.part] == 'train' else w.adapters if how[w.part] == 'lora' else 0
+        for w in weights
+    )
     link = g.link if s <= rates.node else rates.network
     flops = sum(sum(x.values()) for x in step_flops(run).values())
-    out = dict(computing=run.accumulate * flops / (g.flops * rates.use), sharing=run.accumulate * (s - 1) / s * (2 * run.size * count + 4 * trained) / link,
-               averaging=2 * (run.replicate - 1) / run.replicate * 4 * trained / s / (rates.network if run.count > rates.node else g.link),
-               optimizer=28 * trained / s / g.bandwidth)
+    out = dict(
+        computing=run.accumulate * flops / (g.flops * rates.use),
+        sharing=run.accumulate * (s - 1) / s * (2 * run.size * count + 4 * trained) / link,
+        averaging=2
+        * (run.replicate - 1)
+        / run.replicate
+        * 4
+        * trained
+        / s
+        / (rates.network if run.count > rates.node else g.link),
+        optimizer=28 * trained / s / g.bandwidth,
+    )
     if run.offload:
-        out['sharing'] += run.accumulate * (2 * run.size * count + 4 * trained) / s / rates.host; out['optimizer'] = 28 * trained / s / rates.host
-    return out | {'all': max(out['computing'], out['sharing']) + out['averaging'] + out['optimizer']}
+        out['sharing'] += (
+            run.accumulate * (2 * run.size * count + 4 * trained) / s / rates.host
+        )
+        out['optimizer'] = 28 * trained / s / rates.host
+    return out | {
+        'all': max(out['computing'], out['sharing']) + out['averaging'] + out['optimizer']
+    }
 
 # %% ../nbs/21_plan.ipynb #a3698bb5
 def plan(run: Run, steps: int = 0, days: float = 0.0, rates: Rates = Rates()) -> dict:
-    "Everything about a run as plain numbers: parameters, bytes on one card, operations, seconds, days for `steps`, or steps in `days`."
+    """Everything about a run as plain numbers: parameters, bytes on one card, operations,
+    seconds, days for `steps`, or steps in `days`.
+    """
     weights, how = weights_of(run), modes(run)
     mem, limit = memory(run, weights), GPUS[run.gpu].memory * 2**30
     t, flops = step_seconds(run, rates, weights), step_flops(run)
-    parts = {p: dict(mode=how[p], count=sum(w.count for w in weights if w.part == p), trained=sum(w.count if how[p] == 'train' else w.adapters if how[p] == 'lora' else 0 for w in weights if w.part == p)) for p in PARTS}
-    out = dict(preset=run.model.name, gpu=run.gpu, count=run.count, replicate=run.replicate, shard=run.shards, micro=run.micro, accumulate=run.accumulate, batch=run.batch, checkpointing=run.checkpointing,
-               tokens=run.load.tokens, parameters=parts, memory=mem, total=sum(mem.values()), limit=limit, fits=sum(mem.values()) <= limit, flops=flops, seconds=t, assumed=asdict(rates), samples_per_second=run.batch / t['all'])
-    if steps: out |= dict(steps=steps, days=steps * t['all'] / 86400)
-    elif days: out |= dict(days=days, steps=int(days * 86400 / t['all']))
+    parts = {
+        p: dict(
+            mode=how[p],
+            count=sum(w.count for w in weights if w.part == p),
+            trained=sum(
+                w.count if how[p] == 'train' else w.adapters if how[p] == 'lora' else 0
+                for w in weights
+                if w.part == p
+            ),
+        )
+        for p in PARTS
+    }
+    out = dict(
+        preset=run.model.name,
+        gpu=run.gpu,
+        count=run.count,
+        replicate=run.replicate,
+        shard=run.shards,
+        micro=run.micro,
+        accumulate=run.accumulate,
+        batch=run.batch,
+        checkpointing=run.checkpointing,
+        tokens=run.load.tokens,
+        parameters=parts,
+        memory=mem,
+        total=sum(mem.values()),
+        limit=limit,
+        fits=sum(mem.values()) <= limit,
+        flops=flops,
+        seconds=t,
+        assumed=asdict(rates),
+        samples_per_second=run.batch / t['all'],
+    )
+    if steps:
+        out |= dict(steps=steps, days=steps * t['all'] / 86400)
+    elif days:
+        out |= dict(days=days, steps=int(days * 86400 / t['all']))
     return out
 
 # %% ../nbs/21_plan.ipynb #ab4e302e
 def changes(run: Run):
-    "Runs that need less and less memory, with words for each change; every one builds on those before."
-    if run.checkpointing != 'all': run = replace(run, checkpointing='all'); yield 'recompute activations (checkpointing=all)', run
-    if run.replicate > 1: run = replace(run, replicate=1, shard=0); yield f'share one copy among all {run.count} cards (replicate=1)', run
+    """Runs that need less and less memory, with words for each change; every one builds on
+    those before.
+    """
+    if run.checkpointing != 'all':
+        run = replace(run, checkpointing='all')
+        yield 'recompute activations (checkpointing=all)', run
+    if run.replicate > 1:
+        run = replace(run, replicate=1, shard=0)
+        yield f'share one copy among all {run.count} cards (replicate=1)', run
     while run.micro > 1:
         half = next(d for d in range(run.micro // 2, 0, -1) if run.micro % d == 0)
-        run = replace(run, accumulate=run.accumulate * run.micro // half, micro=half); yield f'micro batch {half}, accumulation {run.accumulate}', run
-    if 'vision' not in run.freeze: run = replace(run, freeze=(*run.freeze, 'vision', 'embedding')); yield 'freeze the vision tower and the token embedding', run
-    if not run.lora_rank and 'vlm' not in run.freeze: run = replace(run, lora_rank=16); yield 'adapt the language model with LoRA of rank 16', run
-    if 'expert' not in run.lora_parts: run = replace(run, lora_rank=run.lora_rank or 16, lora_parts=(*run.lora_parts, 'expert')); yield 'adapt the expert too', run
-    if not run.offload: run = replace(run, offload=True); yield 'keep weights and optimizer in host memory (offload)', run
-    if run.load.pairs: run = replace(run, history=0); yield 'no history', run
+        run = replace(run, accumulate=run.accumulate * run.micro // half, micro=half)
+        yield f'micro batch {half}, accumulation {run.accumulate}', run
+    if 'vision' not in run.freeze:
+        run = replace(run, freeze=(*run.freeze, 'vision', 'embedding'))
+        yield 'freeze the vision tower and the token embedding', run
+    if not run.lora_rank and 'vlm' not in run.freeze:
+        run = replace(run, lora_rank=16)
+        yield 'adapt the language model with LoRA of rank 16', run
+    if 'expert' not in run.lora_parts:
+        run = replace(
+            run, lora_rank=run.lora_rank or 16, lora_parts=(*run.lora_parts, 'expert')
+        )
+        yield 'adapt the expert too', run
+    if not run.offload:
+        run = replace(run, offload=True)
+        yield 'keep weights and optimizer in host memory (offload)', run
+    if run.load.pairs:
+        run = replace(run, history=0)
+        yield 'no history', run
 
+# %% ../nbs/21_plan.ipynb #b499597f
 def advise(run: Run) -> tuple[list[str], Run | None]:
-    "Changes after which `run` fits, first to last, and the changed run; no changes if it fits already, None if nothing helps."
+    """Changes after which `run` fits, first to last, and the changed run; no changes if it
+    fits already, None if nothing helps.
+    """
     fits = lambda r: sum(memory(r).values()) <= GPUS[r.gpu].memory * 2**30
     words = []
-    if fits(run): return words, run
+    if fits(run):
+        return words, run
     for what, run in changes(run):
         words.append(what)
-        if fits(run): return words, run
+        if fits(run):
+            return words, run
     return words, None
 
 # %% ../nbs/21_plan.ipynb #986cffb1
 def table(p: dict, advice: list[str] | None = None, changed: dict | None = None) -> str:
     "A plan as text."
-    gib, lines = 2**30, [f"{p['preset']} on {p['count']} x {p['gpu']} ({p['replicate']} copies x {p['shard']} cards), batch {p['batch']} = {p['count']} x {p['accumulate']} x {p['micro']}, {p['tokens']} tokens a sample, checkpointing {p['checkpointing']}", '']
-    lines += [f"{'parameters':14}{'all':>12}{'trained':>12}"] + [f"  {k:12}{v['count'] / 1e6:10.1f} M{v['trained'] / 1e6:10.1f} M" for k, v in p['parameters'].items()]
-    lines += ['', f"{'one card':14}{'GiB':>12}"] + [f'  {k:12}{v / gib:12.2f}' for k, v in p['memory'].items()] + [f"  {'total':12}{p['total'] / gib:12.2f} of {p['limit'] / gib:.0f}: {'fits' if p['fits'] else 'does not fit'}"]
-    lines += ['', f"{'TFLOP':14}" + ''.join(f'{k:>11}' for k in p['flops']) + '   (one micro batch on one card)'] + [f'  {k:12}' + ''.join(f'{row[k] / 1e12:11.2f}' for row in p['flops'].values()) for k in p['flops']['forward']]
-    lines += ['', f"{'one step':14}{'seconds':>12}   (at {p['assumed']['use']:.0%} of the peak rate)"] + [f'  {k:12}{v:12.2f}' for k, v in p['seconds'].items()] + [f"  {p['samples_per_second']:.1f} samples a second"]
-    if 'steps' in p: lines += [f"  {p['steps']} steps take {p['days']:.1f} days"]
-    if advice: lines += ['', ('Nothing tried makes it fit; tried in turn:' if changed is None else 'It fits after these changes:')] + [f'  {k}. {a}' for k, a in enumerate(advice, 1)]
-    if advice and changed is not None: lines += [f"  then {changed['total'] / gib:.1f} GiB on a card, {changed['seconds']['all']:.2f} s a step" + (f", {changed['days']:.1f} days" if 'days' in changed and 'steps' in p else '')]
+    gib, lines = (
+        2**30,
+        [
+            (
+                f"{p['preset']} on {p['count']} x {p['gpu']} ({p['replicate']} copies x"
+                f" {p['shard']} cards), batch {p['batch']} = {p['count']} x"
+                f" {p['accumulate']} x {p['micro']}, {p['tokens']} tokens a sample,"
+                f" checkpointing {p['checkpointing']}"
+            ),
+            '',
+        ],
+    )
+    lines += [f"{'parameters':14}{'all':>12}{'trained':>12}"] + [
+        f"  {k:12}{v['count'] / 1e6:10.1f} M{v['trained'] / 1e6:10.1f} M"
+        for k, v in p['parameters'].items()
+    ]
+    lines += (
+        ['', f"{'one card':14}{'GiB':>12}"]
+        + [f'  {k:12}{v / gib:12.2f}' for k, v in p['memory'].items()]
+        + [
+            f"  {'total':12}{p['total'] / gib:12.2f} of {p['limit'] / gib:.0f}:"
+            f" {'fits' if p['fits'] else 'does not fit'}"
+        ]
+    )
+    lines += [
+        '',
+        f"{'TFLOP':14}"
+        + ''.join(f'{k:>11}' for k in p['flops'])
+        + '   (one micro batch on one card)',
+    ] + [
+        f'  {k:12}' + ''.join(f'{row[k] / 1e12:11.2f}' for row in p['flops'].values())
+        for k in p['flops']['forward']
+    ]
+    lines += (
+        [
+            '',
+            (
+                f"{'one step':14}{'seconds':>12}   (at {p['assumed']['use']:.0%} of the"
+                " peak rate)"
+            ),
+        ]
+        + [f'  {k:12}{v:12.2f}' for k, v in p['seconds'].items()]
+        + [f"  {p['samples_per_second']:.1f} samples a second"]
+    )
+    if 'steps' in p:
+        lines += [f"  {p['steps']} steps take {p['days']:.1f} days"]
+    if advice:
+        lines += [
+            '',
+            (
+                'Nothing tried makes it fit; tried in turn:'
+                if changed is None
+                else 'It fits after these changes:'
+            ),
+        ] + [f'  {k}. {a}' for k, a in enumerate(advice, 1)]
+    if advice and changed is not None:
+        lines += [
+            f"  then {changed['total'] / gib:.1f} GiB on a card,"
+            f" {changed['seconds']['all']:.2f} s a step"
+            + (
+                f", {changed['days']:.1f} days"
+                if 'days' in changed and 'steps' in p
+                else ''
+            )
+        ]
     return '\n'.join(lines)
 
 # %% ../nbs/21_plan.ipynb #b6c343c2
-COLOURS = dict(weights='#0072B2', gradients='#56B4E9', optimizer='#009E73', activations='#E69F00', gathered='#CC79A7', overhead='#999999')
+COLOURS = dict(
+    weights='#0072B2',
+    gradients='#56B4E9',
+    optimizer='#009E73',
+    activations='#E69F00',
+    gathered='#CC79A7',
+    overhead='#999999',
+)
+
 
 def draw_memory(runs: dict[str, Run], ax=None):
-    "Bars of the bytes on one card for each run, by what they are, with the card's memory as a line. Returns the axes."
+    """Bars of the bytes on one card for each run, by what they are, with the card's memory
+    as a line. Returns the axes.
+    """
     import matplotlib.pyplot as plt
+
     ax = ax or plt.subplots(figsize=(8, 0.6 + 0.42 * len(runs)))[1]
     for y, (name, run) in enumerate(runs.items()):
         left = 0.0
-        for part, x in memory(run).items(): ax.barh(y, x / 2**30, left=left, color=COLOURS[part], label=part if y == 0 else None, height=0.65); left += x / 2**30
-        line = GPUS[run.gpu].memory; ax.plot([line, line], [y - 0.45, y + 0.45], color='#D55E00', lw=2.5)
+        for part, x in memory(run).items():
+            ax.barh(
+                y,
+                x / 2**30,
+                left=left,
+                color=COLOURS[part],
+                label=part if y == 0 else None,
+                height=0.65,
+            )
+            left += x / 2**30
+        line = GPUS[run.gpu].memory
+        ax.plot([line, line], [y - 0.45, y + 0.45], color='#D55E00', lw=2.5)
         ax.text(left, y, f' {left:.0f}', va='center', fontsize=8)
-    ax.set_yticks(range(len(runs)), runs); ax.invert_yaxis(); ax.set_xlabel('GiB on one card (orange line: what it has)'); ax.legend(ncols=6, fontsize=8, loc='lower left', bbox_to_anchor=(0, 1), frameon=False)
+    ax.set_yticks(range(len(runs)), runs)
+    ax.invert_yaxis()
+    ax.set_xlabel('GiB on one card (orange line: what it has)')
+    ax.legend(ncols=6, fontsize=8, loc='lower left', bbox_to_anchor=(0, 1), frameon=False)
     return ax
 
 # %% ../nbs/21_plan.ipynb #030bd0f0
 def sizes(text: str) -> tuple[tuple[int, int], ...]:
     "'480x640,224x224' -> ((480, 640), (224, 224))."
-    try: return tuple(tuple(int(n) for n in v.split('x', 1)) for v in text.split(',') if v)
-    except ValueError: raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes; write height x width, as 480x640,224x224") from None
+    try:
+        return tuple(tuple(int(n) for n in v.split('x', 1)) for v in text.split(',') if v)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of sizes; write height x width, as 480x640,224x224"
+        ) from None
 
+# %% ../nbs/21_plan.ipynb #be1f040c
 def parser() -> argparse.ArgumentParser:
     "Arguments of `halo plan`."
     names = lambda s: tuple(x for x in s.split(',') if x)
-    p = argparse.ArgumentParser(prog='halo plan', description='Memory, time and days of a training run, and the rate of inference, before anyone pays for them.')
-    for flag, kw in {'--preset': dict(default='paper'), '--gpu': dict(default='a100-40g', help=', '.join(GPUS)), '--count': dict(type=int, default=1, help='cards'), '--replicate': dict(type=int, default=0, help='copies of the model; default: one per 8 cards'),
-                     '--batch': dict(type=int, default=0, help='global batch; with --accumulate it sets --micro'), '--micro': dict(type=int, default=0), '--accumulate': dict(type=int, default=1), '--history': dict(type=int, help='frames'),
-                     '--views': dict(type=sizes, default=VIEWS, help='480x640,224x224'), '--checkpointing': dict(default='all', choices=('none', 'blocks', 'all')), '--freeze': dict(type=names, default=(), help='of ' + ','.join(PARTS)),
-                     '--lora-rank': dict(type=int, default=0), '--lora-parts': dict(type=names, default=('vlm',)), '--steps': dict(type=int, default=0), '--days': dict(type=float, default=0.0), '--use': dict(type=float, default=0.4, help='share of the peak rate in training')}.items(): p.add_argument(flag, **kw)
-    for flag, words in {'--offload': 'weights and optimizer in host memory', '--json': 'print numbers for programs', '--tick': 'plan inference: milliseconds per part of a control tick'}.items(): p.add_argument(flag, action='store_true', help=words)
+    p = argparse.ArgumentParser(
+        prog='halo plan',
+        description=(
+            'Memory, time and days of a training run, and the rate of inference, before'
+            ' anyone pays for them.'
+        ),
+    )
+    for flag, kw in {
+        '--preset': dict(default='paper'),
+        '--gpu': dict(default='a100-40g', help=', '.join(GPUS)),
+        '--count': dict(type=int, default=1, help='cards'),
+        '--replicate': dict(
+            type=int, default=0, help='copies of the model; default: one per 8 cards'
+        ),
+        '--batch': dict(
+            type=int, default=0, help='global batch; with --accumulate it sets --micro'
+        ),
+        '--micro': dict(type=int, default=0),
+        '--accumulate': dict(type=int, default=1),
+        '--history': dict(type=int, help='frames'),
+        '--views': dict(type=sizes, default=VIEWS, help='480x640,224x224'),
+        '--checkpointing': dict(default='all', choices=('none', 'blocks', 'all')),
+        '--freeze': dict(type=names, default=(), help='of ' + ','.join(PARTS)),
+        '--lora-rank': dict(type=int, default=0),
+        '--lora-parts': dict(type=names, default=('vlm',)),
+        '--steps': dict(type=int, default=0),
+        '--days': dict(type=float, default=0.0),
+        '--use': dict(type=float, default=0.4, help='share of the peak rate in training'),
+    }.items():
+        p.add_argument(flag, **kw)
+    for flag, words in {
+        '--offload': 'weights and optimizer in host memory',
+        '--json': 'print numbers for programs',
+        '--tick': 'plan inference: milliseconds per part of a control tick',
+    }.items():
+        p.add_argument(flag, action='store_true', help=words)
     return p
 
 # %% ../nbs/21_plan.ipynb #8f1df1a7
 def run_of(a) -> Run:
-    "The run that the arguments `a` describe. Raises `ValueError` for a batch that does not divide."
+    """The run that the arguments `a` describe.
+
+    Raises `ValueError` for a batch that does not divide.
+    """
     micro = a.micro or 1
     if a.batch:
         per = a.count * a.accumulate * (a.micro or 1)
-        if a.batch % per: raise ValueError(f"batch={a.batch} is not a multiple of count x accumulate{' x micro' if a.micro else ''} = {per}; change one of them")
-        if a.micro: a.accumulate *= a.batch // per
-        else: micro = a.batch // per
+        if a.batch % per:
+            raise ValueError(
+                f"batch={a.batch} is not a multiple of count x"
+                f" accumulate{' x micro' if a.micro else ''} = {per}; change one of them"
+            )
+        if a.micro:
+            a.accumulate *= a.batch // per
+        else:
+            micro = a.batch // per
     one_of('preset', a.preset, ('tiny', 'small', 'paper', 'paper_v2'))
-    return Run(preset(a.preset), a.gpu, a.count, a.replicate or (a.count // 8 if a.count > 8 and a.count % 8 == 0 else 1), 0, micro, a.accumulate, a.history, a.views, checkpointing=a.checkpointing, freeze=a.freeze, lora_rank=a.lora_rank, lora_parts=a.lora_parts, offload=a.offload)
+    return Run(
+        preset(a.preset),
+        a.gpu,
+        a.count,
+        a.replicate or (a.count // 8 if a.count > 8 and a.count % 8 == 0 else 1),
+        0,
+        micro,
+        a.accumulate,
+        a.history,
+        a.views,
+        checkpointing=a.checkpointing,
+        freeze=a.freeze,
+        lora_rank=a.lora_rank,
+        lora_parts=a.lora_parts,
+        offload=a.offload,
+    )
 
+# %% ../nbs/21_plan.ipynb #af7f8610
 def tick_table(run: Run) -> dict:
-    "Milliseconds of a control tick on the run's card, streaming or not, as assumed by `roofline`."
-    rows = {name: roofline(tick_cost(run.model, run.history, run.views, streaming=s), run.gpu) for name, s in (('everything', False), ('hop', 'hop'), ('streaming', True))}
-    return {name: {k: 1e3 * x for k, x in r.items()} | dict(all=1e3 * sum(r.values()), chunks_per_second=1 / sum(r.values()), actions_per_second=run.model.chunk / sum(r.values())) for name, r in rows.items()}
+    """Milliseconds of a control tick on the run's card, streaming or not, as assumed by
+    `roofline`.
+    """
+    rows = {
+        name: roofline(tick_cost(run.model, run.history, run.views, streaming=s), run.gpu)
+        for name, s in (('everything', False), ('hop', 'hop'), ('streaming', True))
+    }
+    return {
+        name: (
+            {k: 1e3 * x for k, x in r.items()}
+            | dict(
+                all=1e3 * sum(r.values()),
+                chunks_per_second=1 / sum(r.values()),
+                actions_per_second=run.model.chunk / sum(r.values()),
+            )
+        )
+        for name, r in rows.items()
+    }
 
 # %% ../nbs/21_plan.ipynb #15dab9d8
 def main(argv: list[str] | None = None) -> int:
-    "`halo plan`: print the plan; 0 if the run fits as it is, 1 if not, 2 for arguments that make no run."
+    """`halo plan`: print the plan; 0 if the run fits as it is, 1 if not, 2 for arguments
+    that make no run.
+    """
     a = parser().parse_args(argv)
     try:
         run = run_of(a)
-        if a.tick: p = tick_table(run); print(json.dumps(p, indent=1) if a.json else '\n'.join(f'{k:12}' + ''.join(f'{n} {x:.1f}  ' for n, x in r.items()) for k, r in p.items())); return 0
-        rates = Rates(use=a.use); p = plan(run, a.steps, a.days, rates); words, fixed = advise(run); q = fixed and plan(fixed, p.get('steps', 0), rates=rates)
-    except ValueError as e: print(f'halo plan: {e}', file=sys.stderr); return 2
-    print(json.dumps(p | dict(advice=words, changed=q if words else None), indent=1) if a.json else table(p, words, q))
+        if a.tick:
+            p = tick_table(run)
+            print(
+                json.dumps(p, indent=1)
+                if a.json
+                else '\n'.join(
+                    f'{k:12}' + ''.join(f'{n} {x:.1f}  ' for n, x in r.items())
+                    for k, r in p.items()
+                )
+            )
+            return 0
+        rates = Rates(use=a.use)
+        p = plan(run, a.steps, a.days, rates)
+        words, fixed = advise(run)
+        q = fixed and plan(fixed, p.get('steps', 0), rates=rates)
+    except ValueError as e:
+        print(f'halo plan: {e}', file=sys.stderr)
+        return 2
+    print(
+        json.dumps(p | dict(advice=words, changed=q if words else None), indent=1)
+        if a.json
+        else table(p, words, q)
+    )
     return 0 if p['fits'] else 1

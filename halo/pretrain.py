@@ -4,11 +4,17 @@
 
 # %% ../nbs/11b_pretrain.ipynb #6f76f89e
 from __future__ import annotations
-import json, shutil, time
+
+import json
+import shutil
+import time
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+
 from .config import ModelConfig, preset
 from .model import HaloModel
 from .vlm import Observation, build_qwen, get_tokenizer, pack
@@ -21,16 +27,26 @@ __all__ = ['COLOURS', 'INSTRUCTIONS', 'ellipse', 'box', 'paint', 'scene', 'draw'
 # %% ../nbs/11b_pretrain.ipynb #cd36a2d9
 COLOURS = dict(red=(0.95, 0.05, 0.05), green=(0.05, 0.75, 0.05), blue=(0.05, 0.15, 1.0))
 
+
 def ellipse(size: int, centre: Tensor, radius: Tensor) -> Tensor:
-    "Masks (..., size, size) of ellipses; `centre`, `radius` (..., 2) as x, y in units of the picture's side."
+    """Masks (..., size, size) of ellipses; `centre`, `radius` (..., 2) as x, y in units of
+    the picture's side.
+    """
     g = (torch.arange(size) + 0.5) / size
-    dx, dy = (g - centre[..., :1]) / radius[..., :1], (g - centre[..., 1:]) / radius[..., 1:]
+    dx, dy = (
+        (g - centre[..., :1]) / radius[..., :1],
+        (g - centre[..., 1:]) / radius[..., 1:],
+    )
     return dx[..., None, :] ** 2 + dy[..., :, None] ** 2 < 1
+
 
 def box(size: int, centre: Tensor, half: Tensor) -> Tensor:
     "Masks (..., size, size) of upright rectangles."
     g = (torch.arange(size) + 0.5) / size
-    dx, dy = (g - centre[..., :1]).abs() < half[..., :1], (g - centre[..., 1:]).abs() < half[..., 1:]
+    dx, dy = (
+        (g - centre[..., :1]).abs() < half[..., :1],
+        (g - centre[..., 1:]).abs() < half[..., 1:],
+    )
     return dx[..., None, :] & dy[..., :, None]
 
 # %% ../nbs/11b_pretrain.ipynb #bf1bdeee
@@ -40,16 +56,38 @@ def paint(image: Tensor, mask: Tensor, colour: Tensor) -> Tensor:
 
 # %% ../nbs/11b_pretrain.ipynb #a0787749
 def scene(g: torch.Generator, b: int) -> dict:
-    "Random places, sizes and colours of `b` scenes; lengths in units of the picture's side."
-    u = lambda *s, lo=0., hi=1.: lo + (hi - lo) * torch.rand(*s, generator=g)
+    """Random places, sizes and colours of `b` scenes; lengths in units of the picture's
+    side.
+    """
+    u = lambda *s, lo=0.0, hi=1.0: lo + (hi - lo) * torch.rand(*s, generator=g)
     order = torch.rand(b, 3, generator=g).argsort(1)
-    slots = torch.tensor([[.25, .75], [.75, .75], [.75, .25], [.25, .25]])[torch.rand(b, 4, generator=g).argsort(1)[:, :3]]   # three of the four quarters
-    return dict(table=u(b, 1, lo=.5, hi=.8) + u(b, 3, lo=-.05, hi=.05), pads=slots + u(b, 3, 2, lo=-.1, hi=.1), radius=torch.stack([u(b, 3, lo=.07, hi=.15), u(b, 3, lo=.06, hi=.13)], -1), order=order,
-                puck=u(b, 2, lo=.08, hi=.92), half=torch.stack([u(b, lo=.03, hi=.06), u(b, lo=.03, hi=.07)], -1), near=u(b, 2, lo=.1, hi=.9), near_half=torch.stack([u(b, lo=.05, hi=.11), u(b, lo=.06, hi=.13)], -1))
+    # three of the four quarters
+    slots = torch.tensor([[0.25, 0.75], [0.75, 0.75], [0.75, 0.25], [0.25, 0.25]])[
+        torch.rand(b, 4, generator=g).argsort(1)[:, :3]
+    ]
+    return dict(
+        table=u(b, 1, lo=0.5, hi=0.8) + u(b, 3, lo=-0.05, hi=0.05),
+        pads=slots + u(b, 3, 2, lo=-0.1, hi=0.1),
+        radius=torch.stack([u(b, 3, lo=0.07, hi=0.15), u(b, 3, lo=0.06, hi=0.13)], -1),
+        order=order,
+        puck=u(b, 2, lo=0.08, hi=0.92),
+        half=torch.stack([u(b, lo=0.03, hi=0.06), u(b, lo=0.03, hi=0.07)], -1),
+        near=u(b, 2, lo=0.1, hi=0.9),
+        near_half=torch.stack([u(b, lo=0.05, hi=0.11), u(b, lo=0.06, hi=0.13)], -1),
+    )
 
 # %% ../nbs/11b_pretrain.ipynb #a342a256
-def draw(s: dict, size: int, lit: Tensor, g: torch.Generator, arm: bool = True, puck: Tensor | None = None) -> Tensor:
-    "Primary pictures (b, n, 3, size, size) uint8 of scenes `s`; `lit` (b, n) says where the discs show their colours."
+def draw(
+    s: dict,
+    size: int,
+    lit: Tensor,
+    g: torch.Generator,
+    arm: bool = True,
+    puck: Tensor | None = None,
+) -> Tensor:
+    """Primary pictures (b, n, 3, size, size) uint8 of scenes `s`; `lit` (b, n) says where
+    the discs show their colours.
+    """
     b, n = lit.shape
     rep = lambda x: x[:, None].expand(b, n, *x.shape[1:])
     x = rep(s['table'])[..., None, None].expand(b, n, 3, size, size)
@@ -57,44 +95,109 @@ def draw(s: dict, size: int, lit: Tensor, g: torch.Generator, arm: bool = True, 
     for k in range(3):
         c = torch.where(lit[..., None], rep(colours[:, k]), torch.full((b, n, 3), 0.42))
         x = paint(x, ellipse(size, rep(s['pads'][:, k]), rep(s['radius'][:, k])), c)
-    x = paint(x, box(size, rep(s['puck']) if puck is None else puck, rep(s['half'])), torch.tensor([.98, .75, .05]).expand(b, n, 3))
+    x = paint(
+        x,
+        box(size, rep(s['puck']) if puck is None else puck, rep(s['half'])),
+        torch.tensor([0.98, 0.75, 0.05]).expand(b, n, 3),
+    )
     if arm:
-        c = torch.rand(b, n, 2, generator=g) * torch.tensor([1., .5]) - torch.tensor([0., .25])
-        x = paint(x, box(size, c, 0.06 + 0.08 * torch.rand(b, n, 2, generator=g)), torch.full((b, n, 3), 0.15))
-    return ((x + 0.01 * torch.randn(x.shape, generator=g)).clamp(0, 1) * 255).to(torch.uint8)
+        c = torch.rand(b, n, 2, generator=g) * torch.tensor([1.0, 0.5]) - torch.tensor(
+            [0.0, 0.25]
+        )
+        x = paint(
+            x,
+            box(size, c, 0.06 + 0.08 * torch.rand(b, n, 2, generator=g)),
+            torch.full((b, n, 3), 0.15),
+        )
+    return ((x + 0.01 * torch.randn(x.shape, generator=g)).clamp(0, 1) * 255).to(
+        torch.uint8
+    )
 
 # %% ../nbs/11b_pretrain.ipynb #1d7f296b
-def pointing_batch(cfg: ModelConfig, b: int, g: torch.Generator, tokens: list[list[int]]) -> tuple[Observation, Tensor, Tensor]:
-    "Observation, target chunk (b, s, d) and mask. `tokens`: ids of the three instructions, in the order of `COLOURS`."
+def pointing_batch(
+    cfg: ModelConfig, b: int, g: torch.Generator, tokens: list[list[int]]
+) -> tuple[Observation, Tensor, Tensor]:
+    """Observation, target chunk (b, s, d) and mask.
+
+    `tokens`: ids of the three instructions, in the order of `COLOURS`.
+    """
     n, size, s = cfg.sampling.history_frames, cfg.sampling.history_size, scene(g, b)
-    k = torch.randint(1, n + 1, (b,), generator=g); first = n - k                                  # frames that exist
-    lit_n = 1 + (torch.rand(b, generator=g) ** 2 * k).long().clamp(max=n - 1)                      # of them, how many show colours
+    # frames that exist
+    k = torch.randint(1, n + 1, (b,), generator=g)
+    first = n - k
+    # of them, how many show colours
+    lit_n = 1 + (torch.rand(b, generator=g) ** 2 * k).long().clamp(max=n - 1)
     i = torch.arange(n)
     mask, lit = i >= first[:, None], (i >= first[:, None]) & (i < (first + lit_n)[:, None])
     moved = s['puck'][:, None] + 0.15 * torch.randn(b, n, 2, generator=g)
     now = torch.rand(b, 1, generator=g) < 0.15
-    views = [draw(s, cfg.sampling.view_size or 112, now, g)[:, 0], near_view(s, cfg.sampling.wrist_size or 56, g)]
+    views = [
+        draw(s, cfg.sampling.view_size or 112, now, g)[:, 0],
+        near_view(s, cfg.sampling.wrist_size or 56, g),
+    ]
     goal = torch.randint(0, 3, (b,), generator=g)
     text = torch.tensor([tokens[c] for c in goal.tolist()])
     pad = s['pads'][torch.arange(b), (s['order'] == goal[:, None]).int().argmax(1)]
-    target, real = torch.zeros(b, cfg.chunk, cfg.max_action_dim), torch.zeros(b, cfg.chunk, cfg.max_action_dim)
+    target, real = (
+        torch.zeros(b, cfg.chunk, cfg.max_action_dim),
+        torch.zeros(b, cfg.chunk, cfg.max_action_dim),
+    )
     half = cfg.chunk // 2
-    target[:, :half, :2], target[:, half:, :2], target[:, :, 2:4], real[..., :4] = (s['puck'] - .5)[:, None], (pad - .5)[:, None], (s['near'] - .5)[:, None], 1
+    target[:, :half, :2], target[:, half:, :2], target[:, :, 2:4], real[..., :4] = (
+        (s['puck'] - 0.5)[:, None],
+        (pad - 0.5)[:, None],
+        (s['near'] - 0.5)[:, None],
+        1,
+    )
     state = torch.randn(b, cfg.max_state_dim, generator=g)
-    return Observation(draw(s, size, lit, g, puck=moved), mask, views, torch.ones(b, 2, dtype=torch.bool), text, torch.ones_like(text, dtype=torch.bool), state), target * 3.46, real
+    return (
+        Observation(
+            draw(s, size, lit, g, puck=moved),
+            mask,
+            views,
+            torch.ones(b, 2, dtype=torch.bool),
+            text,
+            torch.ones_like(text, dtype=torch.bool),
+            state,
+        ),
+        target * 3.46,
+        real,
+    )
 
 # %% ../nbs/11b_pretrain.ipynb #9d447264
 def near_view(s: dict, size: int, g: torch.Generator) -> Tensor:
     "Close views (b, 3, size, size) uint8: the block, a grey disc, two fingers."
     b = len(s['near'])
     x = s['table'][..., None, None].expand(b, 3, size, size)
-    x = paint(x, ellipse(size, torch.rand(b, 2, generator=g), 0.1 + 0.2 * torch.rand(b, 2, generator=g)), torch.full((b, 3), 0.42))
-    x = paint(x, box(size, s['near'], s['near_half']), torch.tensor([.98, .75, .05]).expand(b, 3))
-    for side in (.25, .75): x = paint(x, box(size, torch.stack([side + .15 * torch.randn(b, generator=g), torch.full((b,), .2)], -1), torch.tensor([.04, .25]).expand(b, 2)), torch.full((b, 3), 0.3))
+    x = paint(
+        x,
+        ellipse(
+            size, torch.rand(b, 2, generator=g), 0.1 + 0.2 * torch.rand(b, 2, generator=g)
+        ),
+        torch.full((b, 3), 0.42),
+    )
+    x = paint(
+        x,
+        box(size, s['near'], s['near_half']),
+        torch.tensor([0.98, 0.75, 0.05]).expand(b, 3),
+    )
+    for side in (0.25, 0.75):
+        x = paint(
+            x,
+            box(
+                size,
+                torch.stack(
+                    [side + 0.15 * torch.randn(b, generator=g), torch.full((b,), 0.2)], -1
+                ),
+                torch.tensor([0.04, 0.25]).expand(b, 2),
+            ),
+            torch.full((b, 3), 0.3),
+        )
     return (x.clamp(0, 1) * 255).to(torch.uint8)
 
 # %% ../nbs/11b_pretrain.ipynb #d8ae5c91
 INSTRUCTIONS = [f'put the puck on the pad that flashed {c}' for c in COLOURS]
+
 
 def instruction_tokens(cfg: ModelConfig) -> list[list[int]]:
     "Token ids of the three instructions (equally long)."
@@ -102,29 +205,88 @@ def instruction_tokens(cfg: ModelConfig) -> list[list[int]]:
 
 # %% ../nbs/11b_pretrain.ipynb #d67f84e1
 def token_targets(frames: Tensor, factor: int = 28) -> Tensor:
-    "What the tokens of pictures (m, t, 3, H, W) uint8 should say, averaged over t: (m, H/28 * W/28, 10) = place x, y; cover of yellow, red, green, blue; yellow's offset x, y; yellow there?; grey cover."
+    """What the tokens of pictures (m, t, 3, H, W) uint8 should say, averaged over t: (m,
+    H/28 * W/28, 10) = place x, y; cover of yellow, red, green, blue; yellow's offset x, y;
+    yellow there?; grey cover.
+    """
     x = frames.float() / 255
-    known = torch.tensor([(.98, .75, .05), *COLOURS.values(), (.42, .42, .42)])
-    near = ((x[:, :, None] - known[:, :, None, None]).abs().amax(3) < 0.08).float().mean(1)          # (m, 5, H, W)
+    known = torch.tensor([(0.98, 0.75, 0.05), *COLOURS.values(), (0.42, 0.42, 0.42)])
+    # (m, 5, H, W)
+    near = ((x[:, :, None] - known[:, :, None, None]).abs().amax(3) < 0.08).float().mean(1)
     cover = torch.nn.functional.avg_pool2d(near, factor)
     h, w = cover.shape[-2:]
-    gy, gx = torch.meshgrid((torch.arange(h * factor) + .5) / factor % 1 - .5, (torch.arange(w * factor) + .5) / factor % 1 - .5, indexing='ij')
-    off = torch.stack([torch.nn.functional.avg_pool2d(near[:, :1] * gg, factor)[:, 0] / cover[:, 0].clamp_min(1e-3) for gg in (gx, gy)], 1)
-    py, px = torch.meshgrid((torch.arange(h) + .5) / h - .5, (torch.arange(w) + .5) / w - .5, indexing='ij')
+    gy, gx = torch.meshgrid(
+        (torch.arange(h * factor) + 0.5) / factor % 1 - 0.5,
+        (torch.arange(w * factor) + 0.5) / factor % 1 - 0.5,
+        indexing='ij',
+    )
+    off = torch.stack(
+        [
+            torch.nn.functional.avg_pool2d(near[:, :1] * gg, factor)[:, 0]
+            / cover[:, 0].clamp_min(1e-3)
+            for gg in (gx, gy)
+        ],
+        1,
+    )
+    py, px = torch.meshgrid(
+        (torch.arange(h) + 0.5) / h - 0.5, (torch.arange(w) + 0.5) / w - 0.5, indexing='ij'
+    )
     place = torch.stack([px, py])[None].expand(len(x), -1, -1, -1)
-    return torch.cat([place * 3.46, cover[:, :4].sqrt() * 3, off * 3.46, (cover[:, :1] > .01).float() * 2, cover[:, 4:]], 1).flatten(2).transpose(1, 2)
+    return (
+        torch.cat(
+            [
+                place * 3.46,
+                cover[:, :4].sqrt() * 3,
+                off * 3.46,
+                (cover[:, :1] > 0.01).float() * 2,
+                cover[:, 4:],
+            ],
+            1,
+        )
+        .flatten(2)
+        .transpose(1, 2)
+    )
 
 # %% ../nbs/11b_pretrain.ipynb #96160395
-def dense_loss(hidden: Tensor, packed, obs: Observation, answer: Tensor, head: torch.nn.ModuleList, cfg: ModelConfig) -> Tensor:
-    "Mean squared error of linear readouts of `hidden` (b, l, width): every image token about itself, the last word about the disc `answer` (b, 2) that it names. Yellow's offset counts only where there is yellow."
+def dense_loss(
+    hidden: Tensor,
+    packed,
+    obs: Observation,
+    answer: Tensor,
+    head: torch.nn.ModuleList,
+    cfg: ModelConfig,
+) -> Tensor:
+    """Mean squared error of linear readouts of `hidden` (b, l, width): every image token
+    about itself, the last word about the disc `answer` (b, 2) that it names. Yellow's
+    offset counts only where there is yellow.
+    """
     from halo.vlm import frame_pairs, special_ids
+
     ids = special_ids(cfg.tokenizer)
-    image = [token_targets(torch.stack([v[i] for v in [view]])[:, None]) for i in range(len(obs)) for view in obs.views]
-    video = [token_targets(obs.history[i, idx].unflatten(0, (-1, 2))).flatten(0, 1) for i, idx in enumerate(frame_pairs(obs.history_mask)) if len(idx)]
+    image = [
+        token_targets(torch.stack([v[i] for v in [view]])[:, None])
+        for i in range(len(obs))
+        for view in obs.views
+    ]
+    video = [
+        token_targets(obs.history[i, idx].unflatten(0, (-1, 2))).flatten(0, 1)
+        for i, idx in enumerate(frame_pairs(obs.history_mask))
+        if len(idx)
+    ]
     want = torch.cat([torch.cat([t.flatten(0, 1) for t in image]), torch.cat(video)])
-    got = head[0](torch.cat([hidden[packed.input_ids == ids['<|image_pad|>']], hidden[packed.input_ids == ids['<|video_pad|>']]]))
-    weight = torch.ones_like(want); weight[:, 6:8] = (want[:, 8:9] > 0).float() * 4
-    return (weight * (got - want).square()).mean() + (head[1](hidden[:, -1]) - answer).square().mean()
+    got = head[0](
+        torch.cat(
+            [
+                hidden[packed.input_ids == ids['<|image_pad|>']],
+                hidden[packed.input_ids == ids['<|video_pad|>']],
+            ]
+        )
+    )
+    weight = torch.ones_like(want)
+    weight[:, 6:8] = (want[:, 8:9] > 0).float() * 4
+    return (weight * (got - want).square()).mean() + (
+        head[1](hidden[:, -1]) - answer
+    ).square().mean()
 
 # %% ../nbs/11b_pretrain.ipynb #dcc7f685
 @torch.no_grad()
@@ -132,58 +294,144 @@ def pointing_error(model: HaloModel, g: torch.Generator, b: int = 64) -> dict[st
     "Mean distance of sampled points from the truth, in % of the picture's side."
     cfg = model.cfg
     obs, target, real = pointing_batch(cfg, b, g, instruction_tokens(cfg))
-    out = model.eval().sample(obs, torch.randn(b, cfg.chunk, cfg.max_action_dim, generator=g) * real) ; model.train()
-    d = lambda a, c, s: float((out[:, s, a:c].mean(1) - target[:, s, a:c].mean(1)).norm(dim=-1).mean() / 3.46 * 100)
+    out = model.eval().sample(
+        obs, torch.randn(b, cfg.chunk, cfg.max_action_dim, generator=g) * real
+    )
+    model.train()
+    d = lambda a, c, s: float(
+        (out[:, s, a:c].mean(1) - target[:, s, a:c].mean(1)).norm(dim=-1).mean()
+        / 3.46
+        * 100
+    )
     h = cfg.chunk // 2
-    return dict(block=d(0, 2, slice(0, h)), disc=d(0, 2, slice(h, None)), near=d(2, 4, slice(None)))
+    return dict(
+        block=d(0, 2, slice(0, h)), disc=d(0, 2, slice(h, None)), near=d(2, 4, slice(None))
+    )
 
 # %% ../nbs/11b_pretrain.ipynb #67b8a800
-def both_losses(model: HaloModel, obs: Observation, target: Tensor, real: Tensor, head: torch.nn.ModuleList) -> tuple[Tensor, Tensor]:
-    "Flow-matching loss of the pointing chunk, and the dense loss of the tokens, from one interleaved pass."
+def both_losses(
+    model: HaloModel,
+    obs: Observation,
+    target: Tensor,
+    real: Tensor,
+    head: torch.nn.ModuleList,
+) -> tuple[Tensor, Tensor]:
+    """Flow-matching loss of the pointing chunk, and the dense loss of the tokens, from one
+    interleaved pass.
+    """
     from halo.flow import flow_loss, interpolate, sample_time, velocity_target
+
     cfg, r = model.cfg, model.cfg.flow.draws
     x, state, ctx = model.start(obs)
     rows = lambda y: y.repeat_interleave(r, 0)
-    target, real = rows(target), rows(real); noise = torch.randn_like(target) * real; t = sample_time(len(target))
+    target, real = rows(target), rows(real)
+    noise = torch.randn_like(target) * real
+    t = sample_time(len(target))
     a, ectx = model.expert_start(obs.state, ctx, interpolate(target, noise, t), t)
-    for block in model.blocks: x, state, a = block(x, state, a, ctx, ectx)
+    for block in model.blocks:
+        x, state, a = block(x, state, a, ctx, ectx)
     x = x / x.detach().std(-1, keepdim=True)
-    return flow_loss(model.heads.read(a), velocity_target(target, noise), real), dense_loss(x, pack(obs, cfg), obs, target[::r, -1, :2], head, cfg)
+    return flow_loss(model.heads.read(a), velocity_target(target, noise), real), dense_loss(
+        x, pack(obs, cfg), obs, target[::r, -1, :2], head, cfg
+    )
 
 # %% ../nbs/11b_pretrain.ipynb #387f2b30
-def pretrain(out: str | Path, cfg: ModelConfig | None = None, steps: int = 1200, batch: int = 16, lr: float = 1e-3, seed: int = 0, log_every: int = 50, progress: bool = True) -> Path:
-    "Pretrain the tiny VLM by pointing; writes a transformers folder (for `vlm_id`) with `log.json`. Returns it."
+def pretrain(
+    out: str | Path,
+    cfg: ModelConfig | None = None,
+    steps: int = 1200,
+    batch: int = 16,
+    lr: float = 1e-3,
+    seed: int = 0,
+    log_every: int = 50,
+    progress: bool = True,
+) -> Path:
+    """Pretrain the tiny VLM by pointing; writes a transformers folder (for `vlm_id`) with
+    `log.json`. Returns it.
+    """
     from halo.train import TrainConfig, lr_at
+
     cfg = (cfg or preset('tiny')).but(salr__enabled=False)
-    torch.manual_seed(seed); g = torch.Generator().manual_seed(seed)
-    qwen = build_qwen(cfg); layers = list(qwen.language_model.layers)
-    model, tc, log, recent, t0 = HaloModel(cfg, qwen).train(), TrainConfig(steps=steps, lr=lr), [], [], time.time()
-    head = torch.nn.ModuleList([torch.nn.Linear(cfg.text.width, 10), torch.nn.Linear(cfg.text.width, 2)])
-    opt, tokens = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=lr, betas=(0.9, 0.95), weight_decay=1e-4), instruction_tokens(cfg)
-    for step in (bar := tqdm(range(steps), desc='pointing', unit='step', disable=not progress, mininterval=2)):
-        for p in opt.param_groups: p['lr'] = lr * lr_at(step, tc)
-        flow, dense = both_losses(model, *pointing_batch(cfg, batch, g, tokens), head); (flow + dense).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0); opt.step(); opt.zero_grad(set_to_none=True); recent.append((float(flow.detach()), float(dense.detach())))
+    torch.manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)
+    qwen = build_qwen(cfg)
+    layers = list(qwen.language_model.layers)
+    model, tc, log, recent, t0 = (
+        HaloModel(cfg, qwen).train(),
+        TrainConfig(steps=steps, lr=lr),
+        [],
+        [],
+        time.time(),
+    )
+    head = torch.nn.ModuleList(
+        [torch.nn.Linear(cfg.text.width, 10), torch.nn.Linear(cfg.text.width, 2)]
+    )
+    opt, tokens = (
+        torch.optim.AdamW(
+            [*model.parameters(), *head.parameters()],
+            lr=lr,
+            betas=(0.9, 0.95),
+            weight_decay=1e-4,
+        ),
+        instruction_tokens(cfg),
+    )
+    for step in (
+        bar := tqdm(
+            range(steps), desc='pointing', unit='step', disable=not progress, mininterval=2
+        )
+    ):
+        for p in opt.param_groups:
+            p['lr'] = lr * lr_at(step, tc)
+        flow, dense = both_losses(model, *pointing_batch(cfg, batch, g, tokens), head)
+        (flow + dense).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        recent.append((float(flow.detach()), float(dense.detach())))
         if (step + 1) % log_every == 0 or step + 1 == steps:
-            log.append(dict(step=step + 1, loss=float(np.mean([r[0] for r in recent])), dense=float(np.mean([r[1] for r in recent])), seconds=round(time.time() - t0, 1), **pointing_error(model, torch.Generator().manual_seed(1)))); recent = []
-            bar.set_postfix({k: round(v, 2) for k, v in log[-1].items() if k not in ('step', 'seconds')})
-            if progress is None: print(log[-1], flush=True)
+            log.append(
+                dict(
+                    step=step + 1,
+                    loss=float(np.mean([r[0] for r in recent])),
+                    dense=float(np.mean([r[1] for r in recent])),
+                    seconds=round(time.time() - t0, 1),
+                    **pointing_error(model, torch.Generator().manual_seed(1)),
+                )
+            )
+            recent = []
+            bar.set_postfix(
+                {k: round(v, 2) for k, v in log[-1].items() if k not in ('step', 'seconds')}
+            )
+            if progress is None:
+                print(log[-1], flush=True)
     return save_vlm(qwen, out, dict(steps=steps, batch=batch, lr=lr, seed=seed, log=log))
 
 # %% ../nbs/11b_pretrain.ipynb #d16bb9b8
 def save_vlm(qwen, out: str | Path, record: dict) -> Path:
     "Write the VLM as a transformers folder under a temporary name, then rename."
-    out = Path(out); tmp = out.with_name(out.name + '.tmp'); shutil.rmtree(tmp, ignore_errors=True)
-    qwen.save_pretrained(tmp); (tmp / 'log.json').write_text(json.dumps(record, indent=1))
-    shutil.rmtree(out, ignore_errors=True); tmp.rename(out)
+    out = Path(out)
+    tmp = out.with_name(out.name + '.tmp')
+    shutil.rmtree(tmp, ignore_errors=True)
+    qwen.save_pretrained(tmp)
+    (tmp / 'log.json').write_text(json.dumps(record, indent=1))
+    shutil.rmtree(out, ignore_errors=True)
+    tmp.rename(out)
     return out
 
 # %% ../nbs/11b_pretrain.ipynb #8070f1f8
 def main(argv=None) -> None:
     "`python -m halo.pretrain OUT`: pretrain the tiny VLM and write it to the folder OUT."
     import argparse
-    p = argparse.ArgumentParser(description=main.__doc__); p.add_argument('out'); p.add_argument('--steps', type=int, default=1200); p.add_argument('--batch', type=int, default=16); p.add_argument('--lr', type=float, default=1e-3)
-    a = p.parse_args(argv); print(pretrain(a.out, steps=a.steps, batch=a.batch, lr=a.lr))
+
+    p = argparse.ArgumentParser(description=main.__doc__)
+    p.add_argument('out')
+    p.add_argument('--steps', type=int, default=1200)
+    p.add_argument('--batch', type=int, default=16)
+    p.add_argument('--lr', type=float, default=1e-3)
+    a = p.parse_args(argv)
+    print(pretrain(a.out, steps=a.steps, batch=a.batch, lr=a.lr))
 
 # %% ../nbs/11b_pretrain.ipynb #d968a7a5
-if __name__ == '__main__' and globals().get('__spec__') is not None: main()   # python -m, but not a notebook
+# python -m, but not a notebook
+if __name__ == '__main__' and globals().get('__spec__') is not None:
+    main()

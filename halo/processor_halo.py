@@ -4,16 +4,23 @@
 
 # %% ../nbs/08_processor.ipynb #e9aa173d
 from __future__ import annotations
-import json, logging
+
+import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import torch
+from lerobot.processor import ProcessorStepRegistry, TokenizerProcessorStep
+from lerobot.processor.factory import (
+    make_default_policy_processor_steps,
+    make_policy_processor_pipelines,
+)
 from safetensors.torch import load_file
 from torch import Tensor
-from lerobot.processor import ProcessorStepRegistry, TokenizerProcessorStep
-from lerobot.processor.factory import make_default_policy_processor_steps, make_policy_processor_pipelines
+
 from .configuration_halo import HaloConfig
 
 log = logging.getLogger(__name__)
@@ -29,32 +36,44 @@ def tokenizer_bytes(tokenizer) -> Tensor | None:
     backend = getattr(tokenizer, 'backend_tokenizer', None)
     if backend is None:
         return None
-    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    special = {
+        k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)
+    }
     text = json.dumps(dict(tokenizer=backend.to_str(), special=special))
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
 
 def tokenizer_from_bytes(x: Tensor):
     "Inverse of `tokenizer_bytes`."
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+
     d = json.loads(bytes(x.cpu().numpy()).decode())
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(d['tokenizer']), **d['special'])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(d['tokenizer']), **d['special']
+    )
 
 # %% ../nbs/08_processor.ipynb #b8d0c002
 @ProcessorStepRegistry.register(name='halo_tokenizer')
 @dataclass
 class HaloTokenizerStep(TokenizerProcessorStep):
-    "LeRobot's tokenizer step with HALO's tokenizers; refuses empty and overlong instructions."
+    """LeRobot's tokenizer step with HALO's tokenizers; refuses empty and overlong
+    instructions.
+    """
+
     padding: str = 'longest'
     truncation: bool = False
     max_length: int = 128
 
-    def __post_init__(self): self.input_tokenizer = self.tokenizer
+    def __post_init__(self):
+        self.input_tokenizer = self.tokenizer
 
     def words(self):
         "The tokenizer. Raises `OSError` with the way to get its files."
         if self.input_tokenizer is None:
-            from halo.vlm import get_tokenizer   # here, so that registering the step loads no transformers
+            # here, so that registering the step loads no transformers
+            from halo.vlm import get_tokenizer
+
             self.input_tokenizer = get_tokenizer(self.tokenizer_name or 'tiny')
         return self.input_tokenizer
 
@@ -72,64 +91,92 @@ class HaloTokenizerStep(TokenizerProcessorStep):
 # %% ../nbs/08_processor.ipynb #b8d0c00a
 def saved_tokenizer(folder: str | Path | None):
     "The tokenizer that a policy folder's preprocessor carries, or None."
-    file = Path(folder or '')/'policy_preprocessor.json'
+    file = Path(folder or '') / 'policy_preprocessor.json'
     steps = json.loads(file.read_text())['steps'] if folder and file.is_file() else []
     for s in steps:
         if s.get('registry_name') == 'halo_tokenizer' and 'state_file' in s:
-            return tokenizer_from_bytes(load_file(str(file.parent/s['state_file']))['tokenizer'])
+            return tokenizer_from_bytes(
+                load_file(str(file.parent / s['state_file']))['tokenizer']
+            )
 
 # %% ../nbs/08_processor.ipynb #c777abf7
 from fastcore.basics import patch
 
+
 @patch
-def _tokenize_text(self: HaloTokenizerStep, text: str | list[str]) -> dict[str, torch.Tensor]:
+def _tokenize_text(
+    self: HaloTokenizerStep, text: str | list[str]
+) -> dict[str, torch.Tensor]:
     "Token ids (b, w) and mask; raises `ValueError` for an empty or overlong instruction."
     texts = [text] if isinstance(text, str) else list(text)
     for i, t in enumerate(texts):
         if not t.strip():
             raise ValueError(
-                f"the instruction of sample {i} is empty; give the task in words (the dataset's "
-                "'task', the environment's task_description)")
-    out = self.words()(texts, padding=True, padding_side=self.padding_side, return_tensors='pt')
+                f"the instruction of sample {i} is empty; give the task in words (the"
+                " dataset's 'task', the environment's task_description)"
+            )
+    out = self.words()(
+        texts, padding=True, padding_side=self.padding_side, return_tensors='pt'
+    )
     if (n := out['input_ids'].shape[1]) > self.max_length:
         raise ValueError(
-            f"an instruction has {n} tokens, more than tokenizer_max_length={self.max_length}; "
-            "shorten it or raise the limit")
+            f"an instruction has {n} tokens, more than"
+            f" tokenizer_max_length={self.max_length}; shorten it or raise the limit"
+        )
     return {'input_ids': out['input_ids'], 'attention_mask': out['attention_mask']}
 
 # %% ../nbs/08_processor.ipynb #dca04e27
-NEEDS = {'MEAN_STD': ('mean', 'std'), 'MIN_MAX': ('min', 'max'), 'QUANTILES': ('q01', 'q99'),
-         'QUANTILE10': ('q10', 'q90')}
+NEEDS = {
+    'MEAN_STD': ('mean', 'std'),
+    'MIN_MAX': ('min', 'max'),
+    'QUANTILES': ('q01', 'q99'),
+    'QUANTILE10': ('q10', 'q90'),
+}
+
 
 def needed_stats(config: HaloConfig) -> list[tuple[str, int, tuple[str, ...]]]:
-    "(key, dimensions, names of statistics) that normalising state and action takes; only of known features."
+    """(key, dimensions, names of statistics) that normalising state and action takes; only
+    of known features.
+    """
     out = []
-    for key, feat in (('observation.state', config.robot_state_feature), ('action', config.action_feature)):
+    for key, feat in (
+        ('observation.state', config.robot_state_feature),
+        ('action', config.action_feature),
+    ):
         if feat is not None:
             mode = config.normalization_mapping.get(feat.type.value)
             out.append((key, feat.shape[0], NEEDS.get(getattr(mode, 'value', mode), ())))
     return out
 
+# %% ../nbs/08_processor.ipynb #57830cf2
 def check_stats(config: HaloConfig, stats: dict[str, dict[str, Any]] | None) -> None:
-    "Raise `ValueError` unless `stats` can normalise state and action as `normalization_mapping` asks."
+    """Raise `ValueError` unless `stats` can normalise state and action as
+    `normalization_mapping` asks.
+    """
     for key, size, names in needed_stats(config):
         have = (stats or {}).get(key, {})
         for name in names:
             if name not in have:
                 raise ValueError(
-                    f"statistics of {key!r} lack {name!r} (they have {sorted(have)}); recompute them, "
-                    "or choose another --policy.normalization_mapping")
+                    f"statistics of {key!r} lack {name!r} (they have {sorted(have)});"
+                    " recompute them, or choose another --policy.normalization_mapping"
+                )
             x = torch.as_tensor(have[name], dtype=torch.float32).flatten()
             if len(x) != size:
                 raise ValueError(
-                    f"statistics of {key!r} have {len(x)} dimensions, the data {size}; they belong to "
-                    "another dataset: recompute them")
+                    f"statistics of {key!r} have {len(x)} dimensions, the data {size}; they"
+                    " belong to another dataset: recompute them"
+                )
             if not torch.isfinite(x).all():
                 raise ValueError(
-                    f"statistic {name!r} of {key!r} holds NaN or infinity; recompute the dataset's statistics")
+                    f"statistic {name!r} of {key!r} holds NaN or infinity; recompute the"
+                    " dataset's statistics"
+                )
 
 # %% ../nbs/08_processor.ipynb #b8d0c004
-def array(x) -> Tensor: return torch.as_tensor(x, dtype=torch.float64).flatten()
+def array(x) -> Tensor:
+    return torch.as_tensor(x, dtype=torch.float64).flatten()
+
 
 def constant_dimensions(stats: dict[str, Any]) -> list[int]:
     "Dimensions whose statistics (min and max, or std) say that they never change."
@@ -137,18 +184,26 @@ def constant_dimensions(stats: dict[str, Any]) -> list[int]:
         low, high = array(stats['min']), array(stats['max'])
         still = high - low <= 1e-6 * torch.maximum(low.abs(), high.abs()).clamp_min(1e-3)
     elif 'std' in stats:
-        still = array(stats['std']) <= 1e-6 * array(stats.get('mean', [0.0])).abs().clamp_min(1e-3)
+        still = array(stats['std']) <= 1e-6 * array(
+            stats.get('mean', [0.0])
+        ).abs().clamp_min(1e-3)
     else:
         return []
     return still.nonzero().flatten().tolist()
 
+
 def flat_quantiles(stats: dict[str, Any], names: tuple[str, ...]) -> list[int]:
-    "Dimensions that change, but whose two quantiles `names` are equal; only where min and max are known."
+    """Dimensions that change, but whose two quantiles `names` are equal; only where min and
+    max are known.
+    """
     if not names[:1] or names[0][0] != 'q' or not {'min', 'max', *names} <= stats.keys():
         return []
     flat = array(stats[names[0]]) == array(stats[names[1]])
-    return [i for i in flat.nonzero().flatten().tolist() if i not in constant_dimensions(stats)]
+    return [
+        i for i in flat.nonzero().flatten().tolist() if i not in constant_dimensions(stats)
+    ]
 
+# %% ../nbs/08_processor.ipynb #16416386
 def replaced(value, at: list[int], to: Tensor):
     "A statistic with `to` (d,) in the dimensions `at`; type and shape stay."
     new = array(value).clone()
@@ -156,39 +211,86 @@ def replaced(value, at: list[int], to: Tensor):
     if isinstance(value, Tensor):
         return new.reshape(value.shape).to(value)
     kept = np.asarray(value)
-    return new.numpy().reshape(kept.shape).astype(kept.dtype if kept.dtype.kind == 'f' else float)
+    return (
+        new.numpy()
+        .reshape(kept.shape)
+        .astype(kept.dtype if kept.dtype.kind == 'f' else float)
+    )
 
-def steady(stats: dict[str, Any], names: tuple[str, ...]) -> tuple[dict[str, Any], list[int], list[int]]:
-    "Statistics of one vector without widths of 0; constant dimensions; dimensions whose range stands in for quantiles."
+# %% ../nbs/08_processor.ipynb #23df8dbf
+def steady(
+    stats: dict[str, Any], names: tuple[str, ...]
+) -> tuple[dict[str, Any], list[int], list[int]]:
+    """Statistics of one vector without widths of 0; constant dimensions; dimensions whose
+    range stands in for quantiles.
+    """
     still, flat = constant_dimensions(stats), flat_quantiles(stats, names)
     centre = array(stats.get('mean', stats.get('min', [0.0])))
-    ends = dict(std=torch.ones_like(centre)) | {n: centre - 1 for n in ('min', 'q01', 'q10')}
+    ends = dict(std=torch.ones_like(centre)) | {
+        n: centre - 1 for n in ('min', 'q01', 'q10')
+    }
     ends |= {n: centre + 1 for n in ('max', 'q99', 'q90')}
-    out = {n: replaced(v, still, ends[n]) if still and n in ends else v for n, v in stats.items()}
+    out = {
+        n: replaced(v, still, ends[n]) if still and n in ends else v
+        for n, v in stats.items()
+    }
     if flat:
-        out |= {n: replaced(out[n], flat, array(stats[e])) for n, e in zip(names, ('min', 'max'))}
+        out |= {
+            n: replaced(out[n], flat, array(stats[e]))
+            for n, e in zip(names, ('min', 'max'))
+        }
     return out, still, flat
 
-def steady_stats(config: HaloConfig, stats: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
-    "Statistics whose state and action can be divided by, with a warning that names every dimension that was changed."
+# %% ../nbs/08_processor.ipynb #a5aa219b
+def steady_stats(
+    config: HaloConfig, stats: dict[str, dict[str, Any]] | None
+) -> dict[str, dict[str, Any]] | None:
+    """Statistics whose state and action can be divided by, with a warning that names every
+    dimension that was changed.
+    """
     out = dict(stats) if stats else stats
     for key, _, names in needed_stats(config):
         if (out or {}).get(key):
             out[key], still, flat = steady(out[key], names)
-            for dims, what in ((still, 'never changes'), (flat, f"has equal {' and '.join(names)}")):
+            for dims, what in (
+                (still, 'never changes'),
+                (flat, f"has equal {' and '.join(names)}"),
+            ):
                 if dims:
-                    log.warning("%r %s in dimension %s: normalised with %s", key, what, ', '.join(map(str, dims)),
-                                'a deviation of 1' if dims is still else 'its whole range')
+                    log.warning(
+                        "%r %s in dimension %s: normalised with %s",
+                        key,
+                        what,
+                        ', '.join(map(str, dims)),
+                        'a deviation of 1' if dims is still else 'its whole range',
+                    )
     return out
 
 # %% ../nbs/08_processor.ipynb #65c0dc78
-def make_halo_pre_post_processors(config: HaloConfig, dataset_stats: dict[str, dict[str, Any]] | None = None, tokenizer=None, **kwargs):
-    "Pre- and post-processing pipelines of a HALO policy. Raises `ValueError` for missing or foreign statistics."
+def make_halo_pre_post_processors(
+    config: HaloConfig,
+    dataset_stats: dict[str, dict[str, Any]] | None = None,
+    tokenizer=None,
+    **kwargs,
+):
+    """Pre- and post-processing pipelines of a HALO policy.
+
+    Raises `ValueError` for missing or foreign statistics.
+    """
     check_stats(config, dataset_stats)
     s = make_default_policy_processor_steps(config, steady_stats(config, dataset_stats))
-    tokens = HaloTokenizerStep(tokenizer_name=config.model.tokenizer, max_length=config.tokenizer_max_length)
+    tokens = HaloTokenizerStep(
+        tokenizer_name=config.model.tokenizer, max_length=config.tokenizer_max_length
+    )
     tokens.input_tokenizer = tokenizer
-    tokens.words()   # a tokenizer that cannot be had is said now
+    tokens.words()  # a tokenizer that cannot be had is said now
     return make_policy_processor_pipelines(
-        input_steps=[s.rename_observations, s.add_batch_dim, tokens, s.to_device, s.normalize],
-        output_steps=[s.unnormalize, s.to_cpu])
+        input_steps=[
+            s.rename_observations,
+            s.add_batch_dim,
+            tokens,
+            s.to_device,
+            s.normalize,
+        ],
+        output_steps=[s.unnormalize, s.to_cpu],
+    )

@@ -4,19 +4,37 @@
 
 # %% ../nbs/19_report.ipynb #0ea1523e
 from __future__ import annotations
-import base64, html, io, json, re
+
+import base64
+import html
+import io
+import json
+import re
 from functools import wraps
 from pathlib import Path
-import matplotlib as mpl, matplotlib.ticker, numpy as np, torch
+
+import matplotlib as mpl
+import matplotlib.ticker
+import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
+
 from .envs import FlashPlaceEnv, FlashPlaceSpec
 from .evaluate import EvalResult, compare, load_policy, write_whole
 from .viz.attention import AttentionFilm, attention_explorer
-from .viz.denoising import GRIP, REACH, DenoisingProbe, decisive_tick, denoising_explorer, hand_paths, pad_outline
+from halo.viz.denoising import (
+    GRIP,
+    DenoisingProbe,
+    decisive_tick,
+    denoising_explorer,
+    hand_paths,
+    pad_outline,
+)
 from .viz.explorer import INK, LINE, STYLE
 from .viz.masks import mask_explorer, mask_film
-from .viz.recording import NAMES as VECTOR_NAMES, Recording, fixed_cameras
+from .viz.recording import NAMES as VECTOR_NAMES
+from .viz.recording import Recording, fixed_cameras
 
 # %% auto #0
 __all__ = ['NAMES', 'COLOURS', 'OUTCOMES', 'CHANCE', 'CSS', 'JS', 'styled', 'colour', 'title', 'outcome', 'draw_rates',
@@ -31,38 +49,77 @@ __all__ = ['NAMES', 'COLOURS', 'OUTCOMES', 'CHANCE', 'CSS', 'JS', 'styled', 'col
 NAMES = {'full': 'full HALO', 'no_history': 'no history', 'no_salr': 'no SALR'}
 COLOURS = {'full': '#0072B2', 'no_history': '#D55E00', 'no_salr': '#009E73'}
 OUTCOMES = {'right pad': '#0072B2', 'wrong pad': '#E69F00', 'not placed': '#999999'}
-CHANCE = 1 / 3   # three pads, one of them right
+CHANCE = 1 / 3  # three pads, one of them right
 
 # %% ../nbs/19_report.ipynb #70030258
 def styled(make):
     "Decorator: the figure is made in the report's style."
+
     @wraps(make)
     def inside(*args, **kwargs):
-        with mpl.rc_context(STYLE): return make(*args, **kwargs)
+        with mpl.rc_context(STYLE):
+            return make(*args, **kwargs)
+
     return inside
 
-def colour(name: str) -> str: return COLOURS.get(name, '#CC79A7')
-def title(name: str) -> str: return NAMES.get(name, name)
+
+def colour(name: str) -> str:
+    return COLOURS.get(name, '#CC79A7')
+
+
+def title(name: str) -> str:
+    return NAMES.get(name, name)
 
 # %% ../nbs/19_report.ipynb #94960f8e
 def outcome(e: dict) -> str:
     "How an episode of flash_place ended: a key of `OUTCOMES`."
-    if e['success']: return 'right pad'
-    return 'wrong pad' if e.get('placed', -1) >= 0 and e['placed'] != e.get('target') else 'not placed'
+    if e['success']:
+        return 'right pad'
+    return (
+        'wrong pad'
+        if e.get('placed', -1) >= 0 and e['placed'] != e.get('target')
+        else 'not placed'
+    )
 
 # %% ../nbs/19_report.ipynb #9c4b4199
 def draw_rates(ax, results: dict[str, EvalResult], chance: float | None = CHANCE) -> None:
     "Rates in percent with intervals, one row per policy, on `ax`."
     for y, (name, r) in enumerate(results.items()):
         s = r.success
-        ax.plot([100 * s['lo'], 100 * s['hi']], [y, y], color=colour(name), lw=7, alpha=0.35, solid_capstyle='butt')
+        ax.plot(
+            [100 * s['lo'], 100 * s['hi']],
+            [y, y],
+            color=colour(name),
+            lw=7,
+            alpha=0.35,
+            solid_capstyle='butt',
+        )
         ax.plot(100 * s['rate'], y, 'o', color=colour(name), ms=8)
         right = s['hi'] < 0.85
-        ax.annotate(f"{100 * s['rate']:.1f} %", (100 * s['hi' if right else 'lo'], y), (7 if right else -7, 0), textcoords='offset points', ha='left' if right else 'right', va='center')
+        ax.annotate(
+            f"{100 * s['rate']:.1f} %",
+            (100 * s['hi' if right else 'lo'], y),
+            (7 if right else -7, 0),
+            textcoords='offset points',
+            ha='left' if right else 'right',
+            va='center',
+        )
     if chance is not None:
         ax.axvline(100 * chance, color=INK, lw=1, ls='--')
-        ax.annotate('chance', (100 * chance, len(results) - 0.45), (4, 0), textcoords='offset points', fontsize=8)
-    ax.set(yticks=range(len(results)), yticklabels=map(title, results), xlim=(0, 103), ylim=(len(results) - 0.4, -0.6), xlabel='success / % of episodes (band: 95 % interval)')
+        ax.annotate(
+            'chance',
+            (100 * chance, len(results) - 0.45),
+            (4, 0),
+            textcoords='offset points',
+            fontsize=8,
+        )
+    ax.set(
+        yticks=range(len(results)),
+        yticklabels=map(title, results),
+        xlim=(0, 103),
+        ylim=(len(results) - 0.4, -0.6),
+        xlabel='success / % of episodes (band: 95 % interval)',
+    )
 
 # %% ../nbs/19_report.ipynb #9e5dfee0
 def draw_outcomes(ax, results: dict[str, EvalResult]) -> None:
@@ -72,10 +129,32 @@ def draw_outcomes(ax, results: dict[str, EvalResult]) -> None:
         for k, c in OUTCOMES.items():
             share = 100 * ends.count(k) / len(ends)
             ax.barh(y, share, left=left, color=c, height=0.55, label=k if y == 0 else None)
-            if share >= 8: ax.text(left + share / 2, y, f'{ends.count(k)}', ha='center', va='center', color='white', fontsize=8)
+            if share >= 8:
+                ax.text(
+                    left + share / 2,
+                    y,
+                    f'{ends.count(k)}',
+                    ha='center',
+                    va='center',
+                    color='white',
+                    fontsize=8,
+                )
             left += share
-    ax.set(yticks=[], xlim=(0, 100), ylim=(len(results) - 0.4, -0.6), xlabel='how the episodes ended / %'); ax.grid(axis='y', visible=False)
-    ax.legend(ncols=3, loc='lower left', bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=1, columnspacing=1.2)
+    ax.set(
+        yticks=[],
+        xlim=(0, 100),
+        ylim=(len(results) - 0.4, -0.6),
+        xlabel='how the episodes ended / %',
+    )
+    ax.grid(axis='y', visible=False)
+    ax.legend(
+        ncols=3,
+        loc='lower left',
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.2,
+        handlelength=1,
+        columnspacing=1.2,
+    )
 
 # %% ../nbs/19_report.ipynb #e2c86617
 @styled
@@ -83,92 +162,175 @@ def figure_success(results: dict[str, EvalResult], chance: float | None = CHANCE
     "Success rates with intervals, and outcomes, of several policies."
     fig = Figure(figsize=(10, 0.62 * len(results) + 1.1), layout='constrained')
     a, b = fig.subplots(1, 2, width_ratios=(1.15, 1))
-    draw_rates(a, results, chance); draw_outcomes(b, results)
+    draw_rates(a, results, chance)
+    draw_outcomes(b, results)
     return fig
 
 # %% ../nbs/19_report.ipynb #70a9ebe6
 def read_log(folder: str | Path) -> list[dict]:
     "Rows of the training log in a policy folder or beside it; empty if there is none."
     for f in (Path(folder) / 'log.jsonl', Path(folder).parent / 'log.jsonl'):
-        if f.exists(): return [json.loads(line) for line in f.read_text().splitlines()]
+        if f.exists():
+            return [json.loads(line) for line in f.read_text().splitlines()]
     return []
 
 # %% ../nbs/19_report.ipynb #6d42701d
 def running_mean(y: np.ndarray, half: int = 6) -> np.ndarray:
-    "Mean of (n,) over a centred window of up to `half` values to each side, smaller and still centred at the ends."
+    """Mean of (n,) over a centred window of up to `half` values to each side, smaller and
+    still centred at the ends.
+    """
     reach = [min(half, i, len(y) - 1 - i) for i in range(len(y))]
-    return np.array([y[i - r:i + r + 1].mean() for i, r in enumerate(reach)])
+    return np.array([y[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
 
 # %% ../nbs/19_report.ipynb #443a4ef0
 @styled
 def figure_loss(logs: dict[str, list[dict]]) -> Figure:
     "Flow-matching loss over training steps, logarithmic."
-    fig = Figure(figsize=(10, 3.2), layout='constrained'); ax = fig.subplots()
+    fig = Figure(figsize=(10, 3.2), layout='constrained')
+    ax = fig.subplots()
     for name, rows in logs.items():
-        if not rows: continue
+        if not rows:
+            continue
         x, y = np.array([r['step'] for r in rows]), np.array([r['loss'] for r in rows])
         ax.plot(x, y, color=colour(name), lw=0.6, alpha=0.35)
-        ax.plot(x, running_mean(y), color=colour(name), label=f'{title(name)} (last {running_mean(y)[-1]:.3f})')
-    ax.set(xlabel='training step', ylabel='flow-matching loss\n(mean square, normalised actions)', yscale='log')
-    ax.yaxis.set(major_locator=mpl.ticker.LogLocator(subs=(1, 2, 5)), major_formatter=mpl.ticker.FuncFormatter(lambda v, _: f'{v:g}'), minor_locator=mpl.ticker.NullLocator())
-    if any(logs.values()): ax.legend()
+        ax.plot(
+            x,
+            running_mean(y),
+            color=colour(name),
+            label=f'{title(name)} (last {running_mean(y)[-1]:.3f})',
+        )
+    ax.set(
+        xlabel='training step',
+        ylabel='flow-matching loss\n(mean square, normalised actions)',
+        yscale='log',
+    )
+    ax.yaxis.set(
+        major_locator=mpl.ticker.LogLocator(subs=(1, 2, 5)),
+        major_formatter=mpl.ticker.FuncFormatter(lambda v, _: f'{v:g}'),
+        minor_locator=mpl.ticker.NullLocator(),
+    )
+    if any(logs.values()):
+        ax.legend()
     return fig
 
 # %% ../nbs/19_report.ipynb #828c35d8
 def masks(policy) -> dict[str, np.ndarray]:
-    "Masks of all layers, {'K': (layers, i*j, h), 'V': ...}; empty for a policy without SALR."
-    found = [b.rerep for b in policy.model.blocks if hasattr(b.rerep, 'k') and hasattr(b.rerep.k, 'gate')]
-    if not found: return {}
-    return {which.upper(): np.stack([getattr(r, which).gate().detach().float().cpu().flatten(0, 1).numpy() for r in found]) for which in 'kv'}
+    """Masks of all layers, {'K': (layers, i*j, h), 'V': ...}; empty for a policy without
+    SALR.
+    """
+    found = [
+        b.rerep
+        for b in policy.model.blocks
+        if hasattr(b.rerep, 'k') and hasattr(b.rerep.k, 'gate')
+    ]
+    if not found:
+        return {}
+    return {
+        which.upper(): np.stack(
+            [
+                getattr(r, which).gate().detach().float().cpu().flatten(0, 1).numpy()
+                for r in found
+            ]
+        )
+        for which in 'kv'
+    }
 
 # %% ../nbs/19_report.ipynb #f4465d10
 @styled
 def figure_masks(policy) -> Figure:
-    "M - 1 per layer for keys and values, diverging colours that are safe for the colour-blind, one symmetric scale."
+    """M - 1 per layer for keys and values, diverging colours that are safe for the
+    colour-blind, one symmetric scale.
+    """
     found = masks(policy)
-    if not found: raise ValueError("this policy has no SALR masks; show one with salr enabled")
-    layers, top = len(found['K']), max(float(np.abs(m - 1).max()) for m in found.values()) or 1e-6
-    fig = Figure(figsize=(10, 4.2), layout='constrained'); axes = fig.subplots(2, layers, sharex=True, sharey=True, squeeze=False)
+    if not found:
+        raise ValueError("this policy has no SALR masks; show one with salr enabled")
+    layers, top = (
+        len(found['K']),
+        max(float(np.abs(m - 1).max()) for m in found.values()) or 1e-6,
+    )
+    fig = Figure(figsize=(10, 4.2), layout='constrained')
+    axes = fig.subplots(2, layers, sharex=True, sharey=True, squeeze=False)
     for row, (which, m) in zip(axes, found.items()):
         for l, ax in enumerate(row):
-            im = ax.imshow(m[l] - 1, cmap='PuOr_r', vmin=-top, vmax=top, aspect='auto'); ax.grid(False)
+            im = ax.imshow(m[l] - 1, cmap='PuOr_r', vmin=-top, vmax=top, aspect='auto')
+            ax.grid(False)
             ax.set_title(f'layer {l}, $M_{which.lower()} - 1$')
-            if l == 0: ax.set_ylabel('state head × KV head')
-            if which == 'V': ax.set_xlabel('channel')
-    bar = fig.colorbar(im, ax=axes, shrink=0.8, pad=0.01); bar.set_label('mask − 1'); bar.outline.set_visible(False)
+            if l == 0:
+                ax.set_ylabel('state head × KV head')
+            if which == 'V':
+                ax.set_xlabel('channel')
+    bar = fig.colorbar(im, ax=axes, shrink=0.8, pad=0.01)
+    bar.set_label('mask − 1')
+    bar.outline.set_visible(False)
     return fig
 
 # %% ../nbs/19_report.ipynb #8d3afa5b
 @styled
 def figure_mask_distribution(policy) -> Figure:
     "Histograms of M - 1, one line per layer."
-    found = masks(policy); top = max(float(np.abs(m - 1).max()) for m in found.values()) or 1e-6
-    fig = Figure(figsize=(10, 2.5), layout='constrained'); axes = fig.subplots(1, 2, sharey=True)
+    found = masks(policy)
+    top = max(float(np.abs(m - 1).max()) for m in found.values()) or 1e-6
+    fig = Figure(figsize=(10, 2.5), layout='constrained')
+    axes = fig.subplots(1, 2, sharey=True)
     shades = mpl.colormaps['viridis'](np.linspace(0.05, 0.85, len(found['K'])))
     for ax, (which, m) in zip(axes, found.items()):
-        for l, c in enumerate(shades): ax.hist((m[l] - 1).ravel(), bins=np.linspace(-top, top, 61), histtype='step', color=c, label=f'layer {l} (sd {m[l].std():.3f})')
-        ax.set(xlabel=f'$M_{which.lower()} - 1$'); ax.legend()
+        for l, c in enumerate(shades):
+            ax.hist(
+                (m[l] - 1).ravel(),
+                bins=np.linspace(-top, top, 61),
+                histtype='step',
+                color=c,
+                label=f'layer {l} (sd {m[l].std():.3f})',
+            )
+        ax.set(xlabel=f'$M_{which.lower()} - 1$')
+        ax.legend()
     axes[0].set_ylabel('mask entries')
     return fig
 
 # %% ../nbs/19_report.ipynb #d5605d78
-def denoising_paths(policy, pre, post, record: dict, task: str, tick: int, n: int = 16, seed: int = 0) -> np.ndarray:
-    "Chunks (steps + 1, n, s, d) in the environment's units at every stage of denoising, for `n` noise draws on one recorded observation."
-    p, f = DenoisingProbe(policy, pre, post, record, task, tick, n, seed), policy.config.model.flow
+def denoising_paths(
+    policy, pre, post, record: dict, task: str, tick: int, n: int = 16, seed: int = 0
+) -> np.ndarray:
+    """Chunks (steps + 1, n, s, d) in the environment's units at every stage of denoising,
+    for `n` noise draws on one recorded observation.
+    """
+    p, f = (
+        DenoisingProbe(policy, pre, post, record, task, tick, n, seed),
+        policy.config.model.flow,
+    )
     return p.units(p.path(f.method, f.steps))
 
 # %% ../nbs/19_report.ipynb #5da3127d
 def project(points: np.ndarray, size: int) -> np.ndarray:
-    "Pixels (..., 2) of world points (..., 3) in a primary-camera picture of `size` pixels; the camera does not move."
+    """Pixels (..., 2) of world points (..., 3) in a primary-camera picture of `size`
+    pixels; the camera does not move.
+    """
     env = FlashPlaceEnv()
-    try: env.reset(seed=0); return env.project_to_image(points, 'primary', size)
-    finally: env.close()
+    try:
+        env.reset(seed=0)
+        return env.project_to_image(points, 'primary', size)
+    finally:
+        env.close()
 
 # %% ../nbs/19_report.ipynb #29fb7173
-def denoising_panels(policies: dict[str, tuple], record: dict, task: str, tick: int, n: int = 16, size: int = 224) -> dict[str, np.ndarray]:
-    "Projected hand paths (steps + 1, n, s + 1, 2) in pixels of every policy on one recorded observation."
+def denoising_panels(
+    policies: dict[str, tuple],
+    record: dict,
+    task: str,
+    tick: int,
+    n: int = 16,
+    size: int = 224,
+) -> dict[str, np.ndarray]:
+    """Projected hand paths (steps + 1, n, s + 1, 2) in pixels of every policy on one
+    recorded observation.
+    """
     start = record['state'][tick][:3].astype(float)
-    return {name: project(hand_paths(start, denoising_paths(*parts, record, task, tick, n)), size) for name, parts in policies.items()}
+    return {
+        name: project(
+            hand_paths(start, denoising_paths(*parts, record, task, tick, n)), size
+        )
+        for name, parts in policies.items()
+    }
 
 # %% ../nbs/19_report.ipynb #eb0a2e3e
 def pale(image: np.ndarray, share: float = 0.45) -> np.ndarray:
@@ -177,17 +339,35 @@ def pale(image: np.ndarray, share: float = 0.45) -> np.ndarray:
 
 # %% ../nbs/19_report.ipynb #43c90c83
 @styled
-def figure_denoising(panels: dict[str, np.ndarray], image: np.ndarray, target: np.ndarray | None = None, columns: int = 6) -> Figure:
-    "Hand paths over the picture: a row per policy, a column per stage of denoising. `target` (n, 2): outline of the right pad."
+def figure_denoising(
+    panels: dict[str, np.ndarray],
+    image: np.ndarray,
+    target: np.ndarray | None = None,
+    columns: int = 6,
+) -> Figure:
+    """Hand paths over the picture: a row per policy, a column per stage of denoising.
+
+    `target` (n, 2): outline of the right pad.
+    """
     steps = len(next(iter(panels.values()))) - 1
-    fig = Figure(figsize=(10, 1.7 * len(panels) + 0.2), layout='constrained'); axes = fig.subplots(len(panels), columns, squeeze=False)
+    fig = Figure(figsize=(10, 1.7 * len(panels) + 0.2), layout='constrained')
+    axes = fig.subplots(len(panels), columns, squeeze=False)
     for row, (name, path) in zip(axes, panels.items()):
         for ax, k in zip(row, np.linspace(0, steps, columns).round().astype(int)):
             ax.imshow(pale(image), extent=(0, image.shape[1], image.shape[0], 0))
-            for p in path[k]: ax.plot(*p.T, color=colour(name), lw=0.8, alpha=0.65); ax.plot(*p[-1], '.', color=colour(name), ms=4)
-            if target is not None: ax.plot(*target.T, color=INK, lw=1, ls='--')
-            ax.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0), xticks=[], yticks=[]); ax.grid(False); ax.spines[:].set_visible(False)
-            if name == next(iter(panels)): ax.set_title(f't = {1 - k / steps:.1f}' + (' (noise)' if k == 0 else ' (plan)' if k == steps else ''))
+            for p in path[k]:
+                ax.plot(*p.T, color=colour(name), lw=0.8, alpha=0.65)
+                ax.plot(*p[-1], '.', color=colour(name), ms=4)
+            if target is not None:
+                ax.plot(*target.T, color=INK, lw=1, ls='--')
+            ax.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0), xticks=[], yticks=[])
+            ax.grid(False)
+            ax.spines[:].set_visible(False)
+            if name == next(iter(panels)):
+                ax.set_title(
+                    f't = {1 - k / steps:.1f}'
+                    + (' (noise)' if k == 0 else ' (plan)' if k == steps else '')
+                )
         row[0].set_ylabel(title(name))
     return fig
 
@@ -196,12 +376,31 @@ def figure_denoising(panels: dict[str, np.ndarray], image: np.ndarray, target: n
 def figure_observation(policy, record: dict, tick: int, fps: float) -> Figure:
     "History frames and present views at `tick` of a recorded episode."
     from halo.sampling import downsample, history_ticks
+
     s, views = policy.config.model.sampling, [k.split('.')[-1] for k in policy.cameras]
     past = history_ticks(tick, s.history_frames, s.history_stride)
-    small = lambda t: downsample(torch.from_numpy(record[f'frames.{views[0]}'][t]).permute(2, 0, 1), s.history_size).permute(1, 2, 0).numpy()
-    shown = [(small(t), f'−{(tick - t) / fps:.1f} s') for t in past] + [(record[f'frames.{v}'][tick], f'{v}, now') for v in views if f'frames.{v}' in record]
-    fig = Figure(figsize=(min(10, 1.1 * len(shown) + 0.7), 1.5), layout='constrained'); axes = fig.subplots(1, len(shown), width_ratios=[1] * len(past) + [1.35] * (len(shown) - len(past)), squeeze=False)[0]
-    for ax, (image, text) in zip(axes, shown): ax.imshow(image); ax.set_title(text); ax.axis('off')
+    small = lambda t: (
+        downsample(
+            torch.from_numpy(record[f'frames.{views[0]}'][t]).permute(2, 0, 1),
+            s.history_size,
+        )
+        .permute(1, 2, 0)
+        .numpy()
+    )
+    shown = [(small(t), f'−{(tick - t) / fps:.1f} s') for t in past] + [
+        (record[f'frames.{v}'][tick], f'{v}, now') for v in views if f'frames.{v}' in record
+    ]
+    fig = Figure(figsize=(min(10, 1.1 * len(shown) + 0.7), 1.5), layout='constrained')
+    axes = fig.subplots(
+        1,
+        len(shown),
+        width_ratios=[1] * len(past) + [1.35] * (len(shown) - len(past)),
+        squeeze=False,
+    )[0]
+    for ax, (image, text) in zip(axes, shown):
+        ax.imshow(image)
+        ax.set_title(text)
+        ax.axis('off')
     return fig
 
 # %% ../nbs/19_report.ipynb #c387e4fe
@@ -209,91 +408,221 @@ def figure_observation(policy, record: dict, tick: int, fps: float) -> Figure:
 def figure_filmstrip(record: dict, fps: float, n: int = 8, caption: str = '') -> Figure:
     "`n` pictures of a recorded episode, evenly spaced, first and last included."
     fig = Figure(figsize=(10, 10 / n + 0.45), layout='constrained')
-    for ax, t in zip(fig.subplots(1, n), np.linspace(0, len(record['scene']) - 1, n).round().astype(int)):
-        ax.imshow(record['scene'][t]); ax.set_title(f't = {t / fps:.1f} s'); ax.axis('off')
-    if caption: fig.suptitle(caption, fontsize=9, color=INK)
+    for ax, t in zip(
+        fig.subplots(1, n), np.linspace(0, len(record['scene']) - 1, n).round().astype(int)
+    ):
+        ax.imshow(record['scene'][t])
+        ax.set_title(f't = {t / fps:.1f} s')
+        ax.axis('off')
+    if caption:
+        fig.suptitle(caption, fontsize=9, color=INK)
     return fig
 
 # %% ../nbs/19_report.ipynb #7d85be73
 def svg(fig: Figure, label: str = '') -> str:
     "A figure as inline SVG that takes its ink from the page."
     out = io.StringIO()
-    with mpl.rc_context(STYLE | {'svg.hashsalt': label or 'halo'}): fig.savefig(out, format='svg', transparent=True, metadata={'Date': None, 'Creator': None})
-    text = out.getvalue()[out.getvalue().index('<svg'):]
-    text = re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.S).replace(INK, 'var(--ink)').replace(LINE, 'var(--line)')
+    with mpl.rc_context(STYLE | {'svg.hashsalt': label or 'halo'}):
+        fig.savefig(
+            out, format='svg', transparent=True, metadata={'Date': None, 'Creator': None}
+        )
+    text = out.getvalue()[out.getvalue().index('<svg') :]
+    text = (
+        re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.S)
+        .replace(INK, 'var(--ink)')
+        .replace(LINE, 'var(--line)')
+    )
     text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', '', text, count=1)
-    return text.replace('<svg', f'<svg style="max-width:{112 * fig.get_figwidth():.0f}px" role="img" aria-label="{html.escape(label, quote=True)}"', 1)
+    return text.replace(
+        '<svg',
+        f'<svg style="max-width:{112 * fig.get_figwidth():.0f}px" role="img"'
+        f' aria-label="{html.escape(label, quote=True)}"',
+        1,
+    )
 
 # %% ../nbs/19_report.ipynb #5086df8e
 def encode_video(frames: np.ndarray, fps: float, crf: int = 23) -> bytes:
-    "Frames (T, H, W, 3) uint8 with even sides -> MP4 bytes (H.264, 4:2:0, which every browser plays)."
+    """Frames (T, H, W, 3) uint8 with even sides -> MP4 bytes (H.264, 4:2:0, which every
+    browser plays).
+    """
     import av
-    if frames.shape[1] % 2 or frames.shape[2] % 2: raise ValueError(f"frames of {frames.shape[1:3]} pixels cannot be encoded in 4:2:0; give even sides")
+
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise ValueError(
+            f"frames of {frames.shape[1:3]} pixels cannot be encoded in 4:2:0; give even"
+            " sides"
+        )
     out, level = io.BytesIO(), av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)
     try:
         with av.open(out, 'w', format='mp4') as container:
-            stream = container.add_stream('libx264', rate=round(fps), options={'crf': str(crf), 'preset': 'slow', 'g': '10', 'x264-params': 'threads=1'})
+            stream = container.add_stream(
+                'libx264',
+                rate=round(fps),
+                options={
+                    'crf': str(crf),
+                    'preset': 'slow',
+                    'g': '10',
+                    'x264-params': 'threads=1',
+                },
+            )
             stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
-            for f in frames: container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format='rgb24')))
+            for f in frames:
+                container.mux(
+                    stream.encode(
+                        av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format='rgb24')
+                    )
+                )
             container.mux(stream.encode())
-    finally: av.logging.set_level(level)
+    finally:
+        av.logging.set_level(level)
     return out.getvalue()
 
 # %% ../nbs/19_report.ipynb #b784098e
 def held(frames: np.ndarray, length: int) -> np.ndarray:
     "Frames (T, ...) with the last one repeated up to `length`."
-    return np.concatenate([frames, np.repeat(frames[-1:], length - len(frames), 0)]) if len(frames) < length else frames
+    return (
+        np.concatenate([frames, np.repeat(frames[-1:], length - len(frames), 0)])
+        if len(frames) < length
+        else frames
+    )
 
-def data_uri(data: bytes, mime: str) -> str: return f'data:{mime};base64,{base64.b64encode(data).decode()}'
+
+def data_uri(data: bytes, mime: str) -> str:
+    return f'data:{mime};base64,{base64.b64encode(data).decode()}'
 
 # %% ../nbs/19_report.ipynb #f1781221
 def flash_strip(record: dict, size: int = 96) -> str:
     "The scene at the flash, after it, and at the end, as one small JPEG in an `<img>`."
     scene = record['scene']
     picks = [scene[0], scene[min(FlashPlaceSpec().flash_ticks, len(scene) - 1)], scene[-1]]
-    row, out = np.concatenate([np.asarray(Image.fromarray(p).resize((size, size), Image.LANCZOS)) for p in picks], 1), io.BytesIO()
+    row, out = (
+        np.concatenate(
+            [
+                np.asarray(Image.fromarray(p).resize((size, size), Image.LANCZOS))
+                for p in picks
+            ],
+            1,
+        ),
+        io.BytesIO(),
+    )
     Image.fromarray(row).save(out, 'JPEG', quality=88)
-    return f'<img class="strip" width="{3 * size}" height="{size}" alt="the flash, the pads after it, and the end" src="{data_uri(out.getvalue(), "image/jpeg")}">'
+    return (
+        f'<img class="strip" width="{3 * size}" height="{size}" alt="the flash, the pads'
+        f' after it, and the end" src="{data_uri(out.getvalue(), "image/jpeg")}">'
+    )
 
 # %% ../nbs/19_report.ipynb #67c97174
 def table(head: list[str], rows: list[list], numeric=()) -> str:
-    "An HTML table; columns in `numeric` are right-aligned. Cells that are lists hold ready HTML."
+    """An HTML table; columns in `numeric` are right-aligned.
+
+    Cells that are lists hold ready HTML.
+    """
     cell = lambda v: v[0] if isinstance(v, list) else html.escape(str(v))
     kind = lambda i: ' class="n"' if i in numeric else ''
-    line = lambda tag, row: '<tr>' + ''.join(f'<{tag}{kind(i)}>{cell(v)}</{tag}>' for i, v in enumerate(row)) + '</tr>'
-    return f'<div class="scroll"><table><thead>{line("th", head)}</thead><tbody>{"".join(line("td", r) for r in rows)}</tbody></table></div>'
+    line = lambda tag, row: (
+        '<tr>'
+        + ''.join(f'<{tag}{kind(i)}>{cell(v)}</{tag}>' for i, v in enumerate(row))
+        + '</tr>'
+    )
+    return (
+        '<div'
+        f' class="scroll"><table><thead>{line("th", head)}</thead><tbody>{"".join(line("td", r) for r in rows)}</tbody></table></div>'
+    )
 
 # %% ../nbs/19_report.ipynb #af11a8a6
-def percent(s: dict) -> str: return f"{100 * s['rate']:.1f} % [{100 * s['lo']:.1f}, {100 * s['hi']:.1f}]"
+def percent(s: dict) -> str:
+    return f"{100 * s['rate']:.1f} % [{100 * s['lo']:.1f}, {100 * s['hi']:.1f}]"
 
-def dot(name: str) -> str: return f'<span class="dot" style="background:{colour(name)}"></span>{html.escape(title(name))}'
+
+def dot(name: str) -> str:
+    return (
+        '<span class="dot"'
+        f' style="background:{colour(name)}"></span>{html.escape(title(name))}'
+    )
 
 # %% ../nbs/19_report.ipynb #3494b40b
 def success_table(results: dict[str, EvalResult]) -> str:
     "Rates of all policies, over all episodes and by instruction."
     tasks = sorted({e['task'] for r in results.values() for e in r.episodes})
-    rows = [[[dot(k)], f"{r.success['successes']} of {r.success['n']}", percent(r.success), *(percent(r.goals[t]) if t in r.goals else '–' for t in tasks)] for k, r in results.items()]
-    return table(['policy', 'successes', 'rate [95 % interval]', *(f'“… {t.split()[-1]}”' for t in tasks)], rows, numeric=range(1, 3 + len(tasks)))
+    rows = [
+        [
+            [dot(k)],
+            f"{r.success['successes']} of {r.success['n']}",
+            percent(r.success),
+            *(percent(r.goals[t]) if t in r.goals else '–' for t in tasks),
+        ]
+        for k, r in results.items()
+    ]
+    return table(
+        [
+            'policy',
+            'successes',
+            'rate [95 % interval]',
+            *(f'“… {t.split()[-1]}”' for t in tasks),
+        ],
+        rows,
+        numeric=range(1, 3 + len(tasks)),
+    )
 
 # %% ../nbs/19_report.ipynb #476cf061
 def paired_table(results: dict[str, EvalResult], first: str = 'full') -> str:
     "Every policy against `first` on the same seeds."
     rows = []
     for name, r in results.items():
-        if name == first or first not in results: continue
+        if name == first or first not in results:
+            continue
         c = compare(results[first], r)
-        rows.append([[f'{dot(first)} against {dot(name)}'], c['both'], c['only_a'], c['only_b'], c['neither'], f"{100 * c['difference']:+.1f} points", f"{c['p']:.2g}"])
-    return table(['pair', 'both succeed', 'only the first', 'only the second', 'neither', 'difference', 'exact McNemar p'], rows, numeric=range(1, 7)) if rows else ''
+        rows.append(
+            [
+                [f'{dot(first)} against {dot(name)}'],
+                c['both'],
+                c['only_a'],
+                c['only_b'],
+                c['neither'],
+                f"{100 * c['difference']:+.1f} points",
+                f"{c['p']:.2g}",
+            ]
+        )
+    return (
+        table(
+            [
+                'pair',
+                'both succeed',
+                'only the first',
+                'only the second',
+                'neither',
+                'difference',
+                'exact McNemar p',
+            ],
+            rows,
+            numeric=range(1, 7),
+        )
+        if rows
+        else ''
+    )
 
 # %% ../nbs/19_report.ipynb #546b83c1
 def film_cell(name: str, e: dict, record: dict, length: int, fps: float) -> str:
     "One policy's film of one seed, with how it ended and a strip of the flash."
-    film, says = encode_video(held(record['scene'], length), fps), {'right pad': 'right pad', 'wrong pad': 'wrong pad', 'not placed': 'not placed'}[outcome(e)]
-    when = f'after {e["ticks"] / fps:.1f} s' if e['success'] else f'at the end ({e["ticks"] / fps:.1f} s)'
+    film, says = (
+        encode_video(held(record['scene'], length), fps),
+        {'right pad': 'right pad', 'wrong pad': 'wrong pad', 'not placed': 'not placed'}[
+            outcome(e)
+        ],
+    )
+    when = (
+        f'after {e["ticks"] / fps:.1f} s'
+        if e['success']
+        else f'at the end ({e["ticks"] / fps:.1f} s)'
+    )
     mark = '<b class="yes">success</b>' if e['success'] else '<b class="no">failure</b>'
-    return (f'<figure><figcaption>{dot(name)}</figcaption><video muted playsinline preload="auto" src="{data_uri(film, "video/mp4")}"></video>'
-            f'{flash_strip(record)}<figcaption>{mark}: {says} {when}</figcaption></figure>')
+    return (
+        f'<figure><figcaption>{dot(name)}</figcaption><video muted playsinline'
+        ' preload="auto"'
+        f' src="{data_uri(film, "video/mp4")}"></video>{flash_strip(record)}<figcaption>{mark}:'
+        f' {says} {when}</figcaption></figure>'
+    )
 
 # %% ../nbs/19_report.ipynb #0f5c1808
 def films(results: dict[str, EvalResult], seeds: list[int], fps: float) -> str:
@@ -302,24 +631,64 @@ def films(results: dict[str, EvalResult], seeds: list[int], fps: float) -> str:
     for seed in seeds:
         have = {k: r for k, r in results.items() if seed in r.records}
         length = max(len(r.records[seed]['scene']) for r in have.values())
-        cells = ''.join(film_cell(k, r.episode(seed), r.records[seed], length, fps) for k, r in have.items())
+        cells = ''.join(
+            film_cell(k, r.episode(seed), r.records[seed], length, fps)
+            for k, r in have.items()
+        )
         task = next(iter(have.values())).episode(seed)['task']
-        rows.append(f'<section class="row"><h3>“{html.escape(task)}” <small>seed {seed}</small></h3><div class="films">{cells}</div>'
-                    f'<div class="controls"><button type="button">play</button><input type="range" min="0" max="{length / fps:.2f}" step="{1 / fps}" value="0" aria-label="time in seconds"><output>0.0 s</output></div></section>')
+        rows.append(
+            f'<section class="row"><h3>“{html.escape(task)}” <small>seed'
+            f' {seed}</small></h3><div class="films">{cells}</div><div'
+            ' class="controls"><button type="button">play</button><input type="range"'
+            f' min="0" max="{length / fps:.2f}" step="{1 / fps}" value="0" aria-label="time'
+            ' in seconds"><output>0.0 s</output></div></section>'
+        )
     return ''.join(rows)
 
 # %% ../nbs/19_report.ipynb #8f30080e
-def player(panels: dict[str, np.ndarray], image: np.ndarray, target: np.ndarray | None = None) -> str:
-    "Pictures with hand paths at every stage of denoising, and one slider from t = 1 to t = 0."
+def player(
+    panels: dict[str, np.ndarray], image: np.ndarray, target: np.ndarray | None = None
+) -> str:
+    """Pictures with hand paths at every stage of denoising, and one slider from t = 1 to t
+    = 0.
+    """
     out, steps = io.BytesIO(), len(next(iter(panels.values()))) - 1
     Image.fromarray(pale(image)).save(out, 'JPEG', quality=88)
     line = lambda p: ' '.join(f'{x:.1f},{y:.1f}' for x, y in p if np.isfinite([x, y]).all())
-    ring = '' if target is None else f'<polyline points="{line(target)}" fill="none" stroke="#1b1f24" stroke-width="1" stroke-dasharray="4 3"/>'
+    ring = (
+        ''
+        if target is None
+        else (
+            f'<polyline points="{line(target)}" fill="none" stroke="#1b1f24"'
+            ' stroke-width="1" stroke-dasharray="4 3"/>'
+        )
+    )
+
     def picture(name, path):
-        stages = ''.join(f'<g data-stage="{k}"{"" if k == steps else " hidden"}>' + ''.join(f'<polyline points="{line(p)}"/><circle cx="{p[-1, 0]:.1f}" cy="{p[-1, 1]:.1f}" r="2"/>' for p in stage) + '</g>' for k, stage in enumerate(path))
-        return (f'<figure><figcaption>{dot(name)}</figcaption><svg class="paths" viewBox="0 0 {image.shape[1]} {image.shape[0]}" style="--c:{colour(name)}"><image href="{data_uri(out.getvalue(), "image/jpeg")}" width="{image.shape[1]}" height="{image.shape[0]}"/>{ring}{stages}</svg></figure>')
-    return (f'<section class="denoise" data-steps="{steps}"><div class="films">{"".join(picture(*p) for p in panels.items())}</div>'
-            f'<div class="controls"><button type="button">play</button><input type="range" min="0" max="{steps}" step="1" value="{steps}" aria-label="denoising step"><output>t = 0.0</output></div></section>')
+        stages = ''.join(
+            f'<g data-stage="{k}"{"" if k == steps else " hidden"}>'
+            + ''.join(
+                f'<polyline points="{line(p)}"/><circle cx="{p[-1, 0]:.1f}"'
+                f' cy="{p[-1, 1]:.1f}" r="2"/>'
+                for p in stage
+            )
+            + '</g>'
+            for k, stage in enumerate(path)
+        )
+        return (
+            f'<figure><figcaption>{dot(name)}</figcaption><svg class="paths" viewBox="0 0'
+            f' {image.shape[1]} {image.shape[0]}" style="--c:{colour(name)}"><image'
+            f' href="{data_uri(out.getvalue(), "image/jpeg")}" width="{image.shape[1]}"'
+            f' height="{image.shape[0]}"/>{ring}{stages}</svg></figure>'
+        )
+
+    return (
+        f'<section class="denoise" data-steps="{steps}"><div'
+        f' class="films">{"".join(picture(*p) for p in panels.items())}</div><div'
+        ' class="controls"><button type="button">play</button><input type="range" min="0"'
+        f' max="{steps}" step="1" value="{steps}" aria-label="denoising step"><output>t ='
+        ' 0.0</output></div></section>'
+    )
 
 # %% ../nbs/19_report.ipynb #322c674f
 def provenance_of(folder: str | Path) -> dict:
@@ -330,26 +699,111 @@ def provenance_of(folder: str | Path) -> dict:
 # %% ../nbs/19_report.ipynb #a7fa6ca2
 def provenance_table(results: dict[str, EvalResult], checkpoints: dict[str, Path]) -> str:
     "Training and weights of every policy, one column each."
-    p, c = {k: provenance_of(f) for k, f in checkpoints.items()}, {k: r.conventions for k, r in results.items()}
+    p, c = (
+        {k: provenance_of(f) for k, f in checkpoints.items()},
+        {k: r.conventions for k, r in results.items()},
+    )
     last = {k: rows[-1]['step'] for k, f in checkpoints.items() if (rows := read_log(f))}
-    get = lambda d, *keys: get(d.get(keys[0], {}), *keys[1:]) if keys and isinstance(d, dict) else ('–' if keys or d == {} else d)
+    get = lambda d, *keys: (
+        get(d.get(keys[0], {}), *keys[1:])
+        if keys and isinstance(d, dict)
+        else ('–' if keys or d == {} else d)
+    )
     short = lambda v: str(v)[:16] if v != '–' else v
-    lines = [('weights, SHA-256', lambda k: short(get(c[k], 'policy', 'checkpoint_sha256'))), ('configuration, SHA-256', lambda k: short(get(c[k], 'policy', 'config_sha256'))),
-             ('parameters', lambda k: f"{get(c[k], 'policy', 'parameters'):,}" if get(c[k], 'policy', 'parameters') != '–' else '–'), ('history', lambda k: f"{get(c[k], 'history', 'history_frames')} frames, {get(c[k], 'history', 'history_stride')} ticks apart"),
-             ('SALR', lambda k: 'on' if get(c[k], 'salr', 'enabled') is True else 'off'), ('training data', lambda k: f"{get(p[k], 'data', 'episodes')} episodes, {get(p[k], 'data', 'frames')} frames"),
-             ('data fingerprint', lambda k: short(get(p[k], 'data', 'fingerprint'))), ('steps × batch', lambda k: f"{last.get(k, '–')} × {get(p[k], 'train', 'batch')}"), ('learning rate, seed', lambda k: f"{get(p[k], 'train', 'lr')}, {get(p[k], 'train', 'seed')}"),
-             ('training time', lambda k: f"{get(p[k], 'seconds') / 60:.0f} min on {get(p[k], 'threads')} thread(s)" if get(p[k], 'seconds') != '–' else '–'), ('commit', lambda k: short(get(p[k], 'commit'))),
-             ('versions in training', lambda k: ', '.join(f'{n} {v}' for n, v in get(p[k], 'versions').items()) if get(p[k], 'versions') != '–' else '–')]
-    return table(['', *map(title, results)], [[name, *(f(k) for k in results)] for name, f in lines])
+    lines = [
+        ('weights, SHA-256', lambda k: short(get(c[k], 'policy', 'checkpoint_sha256'))),
+        ('configuration, SHA-256', lambda k: short(get(c[k], 'policy', 'config_sha256'))),
+        (
+            'parameters',
+            lambda k: (
+                f"{get(c[k], 'policy', 'parameters'):,}"
+                if get(c[k], 'policy', 'parameters') != '–'
+                else '–'
+            ),
+        ),
+        (
+            'history',
+            lambda k: (
+                f"{get(c[k], 'history', 'history_frames')} frames,"
+                f" {get(c[k], 'history', 'history_stride')} ticks apart"
+            ),
+        ),
+        ('SALR', lambda k: 'on' if get(c[k], 'salr', 'enabled') is True else 'off'),
+        (
+            'training data',
+            lambda k: (
+                f"{get(p[k], 'data', 'episodes')} episodes, {get(p[k], 'data', 'frames')}"
+                " frames"
+            ),
+        ),
+        ('data fingerprint', lambda k: short(get(p[k], 'data', 'fingerprint'))),
+        ('steps × batch', lambda k: f"{last.get(k, '–')} × {get(p[k], 'train', 'batch')}"),
+        (
+            'learning rate, seed',
+            lambda k: f"{get(p[k], 'train', 'lr')}, {get(p[k], 'train', 'seed')}",
+        ),
+        (
+            'training time',
+            lambda k: (
+                f"{get(p[k], 'seconds') / 60:.0f} min on {get(p[k], 'threads')} thread(s)"
+                if get(p[k], 'seconds') != '–'
+                else '–'
+            ),
+        ),
+        ('commit', lambda k: short(get(p[k], 'commit'))),
+        (
+            'versions in training',
+            lambda k: (
+                ', '.join(f'{n} {v}' for n, v in get(p[k], 'versions').items())
+                if get(p[k], 'versions') != '–'
+                else '–'
+            ),
+        ),
+    ]
+    return table(
+        ['', *map(title, results)], [[name, *(f(k) for k in results)] for name, f in lines]
+    )
 
 # %% ../nbs/19_report.ipynb #b45b8a53
 def evaluation_table(results: dict[str, EvalResult], command: str) -> str:
     "How the rates were measured."
     c, r = next(iter(results.values())).conventions, next(iter(results.values()))
-    rows = [('environment', f"{c['env']['type']}, {c['fps']} control ticks per second"), ('seeds', f'{min(r.seeds)} … {max(r.seeds)} ({len(r.seeds)}, the same for every policy, none of them in the demonstrations)'),
-            ('actions', f"{c['chunk']} predicted, {c['n_action_steps']} executed, {c['denoising']['steps']} {c['denoising']['method']} steps"), ('noise', c['noise']), ('normalisation', ', '.join(f'{k} {v}' for k, v in c['normalisation'].items())),
-            ('cameras', ', '.join(f"{k.split('.')[-1]} {v['shape'][-1]}×{v['shape'][-2]}" for k, v in c['cameras'].items())), ('model call', ', '.join(f"{title(k)} {np.mean([e['inference_ms'] for e in x.episodes]):.0f} ms" for k, x in results.items()) + f" for {c['envs_per_batch']} environments at once on {c['device']}"),
-            ('versions', ', '.join(f'{k} {v}' for k, v in c['versions'].items())), ('command', [f'<code>{html.escape(command)}</code>'])]
+    rows = [
+        ('environment', f"{c['env']['type']}, {c['fps']} control ticks per second"),
+        (
+            'seeds',
+            (
+                f'{min(r.seeds)} … {max(r.seeds)} ({len(r.seeds)}, the same for every'
+                ' policy, none of them in the demonstrations)'
+            ),
+        ),
+        (
+            'actions',
+            (
+                f"{c['chunk']} predicted, {c['n_action_steps']} executed,"
+                f" {c['denoising']['steps']} {c['denoising']['method']} steps"
+            ),
+        ),
+        ('noise', c['noise']),
+        ('normalisation', ', '.join(f'{k} {v}' for k, v in c['normalisation'].items())),
+        (
+            'cameras',
+            ', '.join(
+                f"{k.split('.')[-1]} {v['shape'][-1]}×{v['shape'][-2]}"
+                for k, v in c['cameras'].items()
+            ),
+        ),
+        (
+            'model call',
+            ', '.join(
+                f"{title(k)} {np.mean([e['inference_ms'] for e in x.episodes]):.0f} ms"
+                for k, x in results.items()
+            )
+            + f" for {c['envs_per_batch']} environments at once on {c['device']}",
+        ),
+        ('versions', ', '.join(f'{k} {v}' for k, v in c['versions'].items())),
+        ('command', [f'<code>{html.escape(command)}</code>']),
+    ]
     return table(['', ''], [list(x) for x in rows])
 
 # %% ../nbs/19_report.ipynb #21ad14e8
@@ -403,89 +857,239 @@ for (const box of document.querySelectorAll('.denoise')) {
 # %% ../nbs/19_report.ipynb #627b420d
 def numbers(results: dict[str, EvalResult]) -> str:
     "The headline: one card per policy."
-    cards = [f'<div style="--c:{colour(k)}">{html.escape(title(k))}<b>{100 * r.success["rate"]:.1f} %</b><span>{r.success["successes"]} of {r.success["n"]} episodes; 95 % interval {100 * r.success["lo"]:.1f} to {100 * r.success["hi"]:.1f} %</span></div>' for k, r in results.items()]
+    cards = [
+        '<div'
+        f' style="--c:{colour(k)}">{html.escape(title(k))}<b>{100 * r.success["rate"]:.1f}'
+        f' %</b><span>{r.success["successes"]} of {r.success["n"]} episodes; 95 % interval'
+        f' {100 * r.success["lo"]:.1f} to {100 * r.success["hi"]:.1f} %</span></div>'
+        for k, r in results.items()
+    ]
     return f'<div class="numbers">{"".join(cards)}</div>'
 
-def section(name: str, text: str, *parts: str) -> str: return f'<h2>{html.escape(name)}</h2><p>{text}</p>' + ''.join(parts)
-def drawing(fig: Figure, label: str) -> str: return f'<div class="fig">{svg(fig, label)}</div>'
+
+def section(name: str, text: str, *parts: str) -> str:
+    return f'<h2>{html.escape(name)}</h2><p>{text}</p>' + ''.join(parts)
+
+
+def drawing(fig: Figure, label: str) -> str:
+    return f'<div class="fig">{svg(fig, label)}</div>'
 
 # %% ../nbs/19_report.ipynb #e5815ede
 def page(heading: str, body: str) -> str:
     "A whole HTML document."
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(heading)}</title>'
-            f'<style>{CSS}</style></head><body><main>{body}</main><script>{JS}</script></body></html>')
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
+        f' content="width=device-width,initial-scale=1"><title>{html.escape(heading)}</title>'
+        f'<style>{CSS}</style></head><body><main>{body}</main><script>{JS}</script></body></html>'
+    )
 
 # %% ../nbs/19_report.ipynb #64accb7e
 def first_section(results: dict[str, EvalResult]) -> str:
     "What the task is, and the headline."
     s = FlashPlaceSpec()
-    return ('<h1>HALO on flash_place</h1><p class="lead">Three pads glow red, green and blue in a random order for the first '
-            f'{s.flash_ticks / s.fps:.1f} seconds, then all turn grey. The instruction names a colour: “put the puck on the pad that flashed red”. By the time the arm holds the puck, no camera shows which pad is meant. A policy has to remember.</p>'
-            + numbers(results) + drawing(figure_success(results), 'success rates and outcomes')
-            + '<p>A policy that handles the puck perfectly and guesses the pad reaches one in three (dashed). All policies ran on the same seeds; intervals are Wilson’s, square brackets below hold them in percent.</p>'
-            + success_table(results) + paired_table(results))
+    return (
+        '<h1>HALO on flash_place</h1><p class="lead">Three pads glow red, green and blue'
+        f' in a random order for the first {s.flash_ticks / s.fps:.1f} seconds, then all'
+        ' turn grey. The instruction names a colour: “put the puck on the pad that flashed'
+        ' red”. By the time the arm holds the puck, no camera shows which pad is meant. A'
+        ' policy has to remember.</p>'
+        + numbers(results)
+        + drawing(figure_success(results), 'success rates and outcomes')
+        + '<p>A policy that handles the puck perfectly and guesses the pad reaches one in'
+        ' three (dashed). All policies ran on the same seeds; intervals are Wilson’s,'
+        ' square brackets below hold them in percent.</p>'
+        + success_table(results)
+        + paired_table(results)
+    )
 
 # %% ../nbs/19_report.ipynb #a8846316
-def denoising_section(results: dict[str, EvalResult], policies: dict[str, tuple], seed: int) -> str:
+def denoising_section(
+    results: dict[str, EvalResult], policies: dict[str, tuple], seed: int
+) -> str:
     "The chunk after the grasp, denoised by every policy on the same recorded observation."
     owner = 'full' if 'full' in results else next(iter(results))
-    record, e, fps = results[owner].records[seed], results[owner].episode(seed), results[owner].conventions['fps']
-    tick = decisive_tick(record); image = record['scene'][tick]; size = image.shape[0]
+    record, e, fps = (
+        results[owner].records[seed],
+        results[owner].episode(seed),
+        results[owner].conventions['fps'],
+    )
+    tick = decisive_tick(record)
+    image = record['scene'][tick]
+    size = image.shape[0]
     held = record['info.grasped'][:tick].any()
-    panels, target = denoising_panels(policies, record, e['task'], tick, size=size), project(pad_outline(e['target']), size)
-    text = (f'Seed {seed}, “{html.escape(e["task"])}”, {tick / fps:.1f} s into an episode of {html.escape(title(owner))}: {"the first plan made after the grasp" if held else "the puck was never grasped"}. The same observation is given to each policy with 16 draws of noise. Each line is one chunk, drawn as '
-            'the path of the point between the fingers; it starts as noise (t = 1) and is a plan at t = 0. The dashed ring is the pad that flashed.')
-    return section('A plan is denoised', text, drawing(figure_observation(policies[owner][0], record, tick, fps), 'history frames and present views'), player(panels, image, target), drawing(figure_denoising(panels, image, target), 'hand paths over denoising time'))
+    panels, target = (
+        denoising_panels(policies, record, e['task'], tick, size=size),
+        project(pad_outline(e['target']), size),
+    )
+    text = (
+        f'Seed {seed}, “{html.escape(e["task"])}”, {tick / fps:.1f} s into an episode of'
+        f' {html.escape(title(owner))}:'
+        f' {"the first plan made after the grasp" if held else "the puck was never grasped"}.'
+        ' The same observation is given to each policy with 16 draws of noise. Each line'
+        ' is one chunk, drawn as the path of the point between the fingers; it starts as'
+        ' noise (t = 1) and is a plan at t = 0. The dashed ring is the pad that flashed.'
+    )
+    return section(
+        'A plan is denoised',
+        text,
+        drawing(
+            figure_observation(policies[owner][0], record, tick, fps),
+            'history frames and present views',
+        ),
+        player(panels, image, target),
+        drawing(figure_denoising(panels, image, target), 'hand paths over denoising time'),
+    )
 
 # %% ../nbs/19_report.ipynb #37b49aae
 def pick_seed(result: EvalResult) -> int:
-    "A recorded seed to explain: the first success, else the first recording in which the puck was grasped, else the first."
+    """A recorded seed to explain: the first success, else the first recording in which the
+    puck was grasped, else the first.
+    """
     seeds = list(result.records)
-    good = [s for s in seeds if result.episode(s)['success']] or [s for s in seeds if result.records[s].get('info.grasped', np.zeros(1)).any()]
+    good = [s for s in seeds if result.episode(s)['success']] or [
+        s for s in seeds if result.records[s].get('info.grasped', np.zeros(1)).any()
+    ]
     return (good or seeds)[0]
 
 # %% ../nbs/19_report.ipynb #ea74889b
-def twin(explorer, keep: dict) -> str: return f'<div class="fig">{explorer.static(keep)._repr_html_()}</div>'
+def twin(explorer, keep: dict) -> str:
+    return f'<div class="fig">{explorer.static(keep)._repr_html_()}</div>'
+
 
 def every(n: int, control) -> list[int]:
     "At most about `n` of a control's values: evenly spaced indices, its start among them."
-    return sorted({*np.linspace(0, len(control.values) - 1, min(n, len(control.values))).round().astype(int).tolist(), control.start})
+    return sorted(
+        {
+            *np.linspace(0, len(control.values) - 1, min(n, len(control.values)))
+            .round()
+            .astype(int)
+            .tolist(),
+            control.start,
+        }
+    )
 
-def inside_section(results: dict[str, EvalResult], policies: dict[str, tuple], folders: dict, seed: int) -> str:
-    "Masks along training, attention along one episode and denoising at its decisive moment, to move."
+# %% ../nbs/19_report.ipynb #cf66465f
+def inside_section(
+    results: dict[str, EvalResult], policies: dict[str, tuple], folders: dict, seed: int
+) -> str:
+    """Masks along training, attention along one episode and denoising at its decisive
+    moment, to move.
+    """
     owner = 'full' if 'full' in results else next(iter(results))
     r, e, parts, out = results[owner], results[owner].episode(seed), policies[owner], ''
-    rec = Recording(r.records[seed] | fixed_cameras(), e['task'], float(r.conventions['fps']), owner, seed, e['success'], VECTOR_NAMES)
+    rec = Recording(
+        r.records[seed] | fixed_cameras(),
+        e['task'],
+        float(r.conventions['fps']),
+        owner,
+        seed,
+        e['success'],
+        VECTOR_NAMES,
+    )
     if masks(parts[0]):
-        x = mask_explorer(mask_film(folders[owner], parts[0]), parts[0].config.model.text.mrope_section); out += twin(x, dict(step=every(9, x.controls['step'])))
-    x = attention_explorer(AttentionFilm(*parts, rec)); out += twin(x, {n: every(k, x.controls[n]) for n, k in dict(tick=6, step=3, action=4).items()})
-    x = denoising_explorer(policies, rec, (decisive_tick(rec.record),)); out += twin(x, {n: every(k, x.controls[n]) for n, k in dict(stage=6, steps=2, action=1, pair=2).items()})
-    return section('Look inside', f'Masks along training; where the expert looks in seed {seed}, and what dropping something does to the plan; and how the plan after the grasp comes out of noise (dashed: what was executed then). Each picture moves with its controls.', out)
+        x = mask_explorer(
+            mask_film(folders[owner], parts[0]), parts[0].config.model.text.mrope_section
+        )
+        out += twin(x, dict(step=every(9, x.controls['step'])))
+    x = attention_explorer(AttentionFilm(*parts, rec))
+    out += twin(
+        x, {n: every(k, x.controls[n]) for n, k in dict(tick=6, step=3, action=4).items()}
+    )
+    x = denoising_explorer(policies, rec, (decisive_tick(rec.record),))
+    out += twin(
+        x,
+        {
+            n: every(k, x.controls[n])
+            for n, k in dict(stage=6, steps=2, action=1, pair=2).items()
+        },
+    )
+    return section(
+        'Look inside',
+        f'Masks along training; where the expert looks in seed {seed}, and what dropping'
+        ' something does to the plan; and how the plan after the grasp comes out of noise'
+        ' (dashed: what was executed then). Each picture moves with its controls.',
+        out,
+    )
 
 # %% ../nbs/19_report.ipynb #d39ba16f
 def continued_text(log: list[dict], n: int = 5) -> str:
-    "How the loss of a short training developed, in words: means over the first and last `n` rows of its log."
-    n = min(n, len(log)); mean = lambda rows: np.mean([r['loss'] for r in rows])
-    return f'mean loss {mean(log[:n]):.3f} over its first {n} steps, {mean(log[-n:]):.3f} over its last {n}'
+    """How the loss of a short training developed, in words: means over the first and last
+    `n` rows of its log.
+    """
+    n = min(n, len(log))
+    mean = lambda rows: np.mean([r['loss'] for r in rows])
+    return (
+        f'mean loss {mean(log[:n]):.3f} over its first {n} steps, {mean(log[-n:]):.3f} over'
+        f' its last {n}'
+    )
 
 # %% ../nbs/19_report.ipynb #74c54581
-def write_report(path: str | Path, results: dict[str, EvalResult], checkpoints: dict[str, str | Path], command: str = 'python -m halo.demo', continued: list[dict] | None = None, inside: bool = True) -> Path:
-    """Write the report to `path`. `results`: recorded evaluations on the same seeds; `checkpoints`: policy folders with `provenance.json` and `log.jsonl`, under the same names.
+def write_report(
+    path: str | Path,
+    results: dict[str, EvalResult],
+    checkpoints: dict[str, str | Path],
+    command: str = 'python -m halo.demo',
+    continued: list[dict] | None = None,
+    inside: bool = True,
+) -> Path:
+    """Write the report to `path`. `results`: recorded evaluations on the same seeds;
+    `checkpoints`: policy folders with `provenance.json` and `log.jsonl`, under the same
+    names.
 
-    `continued`: log rows of a short continuation of the full policy's training, if there was one. `inside`: explorers too (half a minute).
+    `continued`: log rows of a short continuation of the full policy's training, if there
+    was one. `inside`: explorers too (half a minute).
     """
     policies = {k: load_policy(f) for k, f in checkpoints.items() if k in results}
     owner = 'full' if 'full' in results else next(iter(results))
     fps, seeds = results[owner].conventions['fps'], list(results[owner].records)
     body = first_section(results)
     if seeds:
-        body += section('The same seeds, side by side', f'The first {len(seeds)} evaluation seeds, whatever came of them. Under each film: the flash, the pads after it, and the end.', films(results, seeds, fps))
+        body += section(
+            'The same seeds, side by side',
+            f'The first {len(seeds)} evaluation seeds, whatever came of them. Under each'
+            ' film: the flash, the pads after it, and the end.',
+            films(results, seeds, fps),
+        )
         body += denoising_section(results, policies, pick_seed(results[owner]))
-        if inside: body += inside_section(results, policies, checkpoints, pick_seed(results[owner]))
+        if inside:
+            body += inside_section(
+                results, policies, checkpoints, pick_seed(results[owner])
+            )
     if owner in policies and masks(policies[owner][0]):
-        text = 'SALR multiplies the state with the cached keys and values of the vision-language model and lets a learned mask choose among the products. Every mask starts at 1; this is what training added. Orange: amplified, purple: suppressed.'
-        body += section('What the masks learned', text, drawing(figure_masks(policies[owner][0]), 'masks minus one'), drawing(figure_mask_distribution(policies[owner][0]), 'distribution of the masks'))
-    more = '' if not continued else f' Training goes on from the weights of {html.escape(title(owner))}: {continued[-1]["step"]} further steps on fresh demonstrations, {continued_text(continued)}.'
-    body += section('Loss curves', 'Flow-matching loss in training: thin as logged, thick its running mean.' + more, drawing(figure_loss({k: read_log(f) for k, f in checkpoints.items()}), 'loss curves'))
-    body += section('Where it came from', 'Weights, data and code of each policy, and how the rates were measured.', provenance_table(results, checkpoints), evaluation_table(results, command))
+        text = (
+            'SALR multiplies the state with the cached keys and values of the'
+            ' vision-language model and lets a learned mask choose among the products.'
+            ' Every mask starts at 1; this is what training added. Orange: amplified,'
+            ' purple: suppressed.'
+        )
+        body += section(
+            'What the masks learned',
+            text,
+            drawing(figure_masks(policies[owner][0]), 'masks minus one'),
+            drawing(
+                figure_mask_distribution(policies[owner][0]), 'distribution of the masks'
+            ),
+        )
+    more = (
+        ''
+        if not continued
+        else (
+            f' Training goes on from the weights of {html.escape(title(owner))}:'
+            f' {continued[-1]["step"]} further steps on fresh demonstrations,'
+            f' {continued_text(continued)}.'
+        )
+    )
+    body += section(
+        'Loss curves',
+        'Flow-matching loss in training: thin as logged, thick its running mean.' + more,
+        drawing(
+            figure_loss({k: read_log(f) for k, f in checkpoints.items()}), 'loss curves'
+        ),
+    )
+    body += section(
+        'Where it came from',
+        'Weights, data and code of each policy, and how the rates were measured.',
+        provenance_table(results, checkpoints),
+        evaluation_table(results, command),
+    )
     return write_whole(path, page('HALO on flash_place', body))

@@ -4,10 +4,18 @@
 
 # %% ../nbs/23e_robot.ipynb #55b5b2bf
 from __future__ import annotations
-import argparse, html, json, shlex, sys, time
-from dataclasses import asdict, dataclass, field
+
+import argparse
+import html
+import json
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
 import numpy as np
+
 from .simpler import quaternion
 from .thin import Ledger, rate
 
@@ -19,111 +27,264 @@ __all__ = ['PRIMITIVES', 'TABLE5', 'FORM', 'Primitive', 'Sheet', 'schedule', 'ro
 @dataclass(frozen=True)
 class Primitive:
     "One of the eight primitive tasks."
-    name: str         # the paper's
-    prompt: str       # what the policy reads
-    success: str      # what the operator decides
-    seconds: float    # allowed
 
+    name: str  # the paper's
+    prompt: str  # what the policy reads
+    success: str  # what the operator decides
+    seconds: float  # allowed
+
+# %% ../nbs/23e_robot.ipynb #737539cb
 PRIMITIVES = {
-    'T1': Primitive('Pick Bowl', 'pick up the bowl', 'the bowl hangs in the gripper, 5 cm above the table, for 2 s', 30),
-    'T2': Primitive('Turn off the switch', 'turn off the switch', 'the lamp is off and the gripper has let go', 30),
-    'T3': Primitive('Pick Brush', 'pick up the brush', 'the brush hangs in the gripper, off its holder, for 2 s', 30),
-    'T4': Primitive('Open Oven', 'open the oven', 'the door stays open by at least 45°', 45),
-    'T5': Primitive('Spread Sauce', 'spread the sauce', 'the brush has crossed the food at least twice, in contact', 45),
-    'T6': Primitive('Plug into the Outlet', 'plug into the outlet', 'the plug sits in the outlet without the gripper', 60),
+    'T1': Primitive(
+        'Pick Bowl',
+        'pick up the bowl',
+        'the bowl hangs in the gripper, 5 cm above the table, for 2 s',
+        30,
+    ),
+    'T2': Primitive(
+        'Turn off the switch',
+        'turn off the switch',
+        'the lamp is off and the gripper has let go',
+        30,
+    ),
+    'T3': Primitive(
+        'Pick Brush',
+        'pick up the brush',
+        'the brush hangs in the gripper, off its holder, for 2 s',
+        30,
+    ),
+    'T4': Primitive(
+        'Open Oven', 'open the oven', 'the door stays open by at least 45°', 45
+    ),
+    'T5': Primitive(
+        'Spread Sauce',
+        'spread the sauce',
+        'the brush has crossed the food at least twice, in contact',
+        45,
+    ),
+    'T6': Primitive(
+        'Plug into the Outlet',
+        'plug into the outlet',
+        'the plug sits in the outlet without the gripper',
+        60,
+    ),
     'T7': Primitive('Press the Switch', 'press the switch', 'the lamp is on', 30),
-    'T8': Primitive('Close Oven', 'close the oven', 'the door touches its frame', 45)}
-TABLE5 = ((('T1',), 20), (('T2',), 20), (('T4',), 20), (('T8',), 20), (('T3', 'T5'), 10), (('T6', 'T7'), 10))   # (steps of a trial, trials), as the paper's columns
+    'T8': Primitive('Close Oven', 'close the oven', 'the door touches its frame', 45),
+}
+# (steps of a trial, trials), as the paper's columns
+TABLE5 = (
+    (('T1',), 20),
+    (('T2',), 20),
+    (('T4',), 20),
+    (('T8',), 20),
+    (('T3', 'T5'), 10),
+    (('T6', 'T7'), 10),
+)
 
 # %% ../nbs/23e_robot.ipynb #fde6f50c
 @dataclass(frozen=True)
 class Sheet:
-    "What is decided before the first trial. `policies` maps a letter that the operator sees to a policy folder."
+    """What is decided before the first trial.
+
+    `policies` maps a letter that the operator sees to a policy folder.
+    """
+
     policies: dict[str, str]
-    robot: str = 'franka'                                   # LeRobot's robot type
-    robot_options: tuple[str, ...] = ()                     # further flags, such as --robot.port=…
+    robot: str = 'franka'  # LeRobot's robot type
+    robot_options: tuple[str, ...] = ()  # further flags, such as --robot.port=…
     fps: float = 10.0
-    seed: int = 0                                           # of order and places
-    grid: tuple[int, int] = (5, 4)                          # cells across and deep
-    share: float = 1.0                                      # of the paper's trials, for a pilot
+    seed: int = 0  # of order and places
+    grid: tuple[int, int] = (5, 4)  # cells across and deep
+    share: float = 1.0  # of the paper's trials, for a pilot
     operator: str = ''
     notes: str = ''
 
     def __post_init__(self):
-        if not self.policies: raise ValueError("the sheet names no policy; give at least one, such as {'A': 'runs/halo/pretrained_model'}")
-        if not 0 < self.share <= 1: raise ValueError(f"share is {self.share}; it is the part of the paper's trials that is run, in (0, 1]")
+        if not self.policies:
+            raise ValueError(
+                "the sheet names no policy; give at least one, such as {'A':"
+                " 'runs/halo/pretrained_model'}"
+            )
+        if not 0 < self.share <= 1:
+            raise ValueError(
+                f"share is {self.share}; it is the part of the paper's trials that is run,"
+                " in (0, 1]"
+            )
 
 # %% ../nbs/23e_robot.ipynb #deb3272c
 def schedule(sheet: Sheet) -> list[dict]:
-    "All trials in the order in which they are run: number, letter, case (same task and cell for every policy), steps, cell (column, row), turn (degrees)."
+    """All trials in the order in which they are run: number, letter, case (same task and
+    cell for every policy), steps, cell (column, row), turn (degrees).
+    """
     rng, cases = np.random.default_rng(sheet.seed), []
     for steps, n in TABLE5:
-        n = max(1, round(n * sheet.share)); cells = [(c, r) for c in range(sheet.grid[0]) for r in range(sheet.grid[1])]
-        order = [cells[i] for _ in range(-(-n // len(cells))) for i in rng.permutation(len(cells))]
-        cases += [dict(steps=list(steps), cell=list(order[k]), turn=int(rng.integers(-3, 4)) * 15) for k in range(n)]
-    out = [dict(case=int(c), letter=str(letter), **cases[c]) for c in rng.permutation(len(cases)) for letter in rng.permutation(sorted(sheet.policies))]
+        n = max(1, round(n * sheet.share))
+        cells = [(c, r) for c in range(sheet.grid[0]) for r in range(sheet.grid[1])]
+        order = [
+            cells[i]
+            for _ in range(-(-n // len(cells)))
+            for i in rng.permutation(len(cells))
+        ]
+        cases += [
+            dict(steps=list(steps), cell=list(order[k]), turn=int(rng.integers(-3, 4)) * 15)
+            for k in range(n)
+        ]
+    out = [
+        dict(case=int(c), letter=str(letter), **cases[c])
+        for c in rng.permutation(len(cases))
+        for letter in rng.permutation(sorted(sheet.policies))
+    ]
     return [dict(number=i, **t) for i, t in enumerate(out)]
 
 # %% ../nbs/23e_robot.ipynb #1bfebd1a
 def rollout_commands(sheet: Sheet, trial: dict, joined: bool = False) -> list[list[str]]:
     "`lerobot-rollout` for each step of a trial."
     prompts = [PRIMITIVES[s] for s in trial['steps']]
-    calls = [(' and then '.join(p.prompt for p in prompts), sum(p.seconds for p in prompts))] if joined else [(p.prompt, p.seconds) for p in prompts]
-    return [['lerobot-rollout', '--strategy.type=base', f'--policy.path={sheet.policies[trial["letter"]]}', f'--robot.type={sheet.robot}', *sheet.robot_options,
-             f'--task={prompt}', f'--fps={sheet.fps:g}', f'--duration={seconds:g}'] for prompt, seconds in calls]
+    calls = (
+        [(' and then '.join(p.prompt for p in prompts), sum(p.seconds for p in prompts))]
+        if joined
+        else [(p.prompt, p.seconds) for p in prompts]
+    )
+    return [
+        [
+            'lerobot-rollout',
+            '--strategy.type=base',
+            f'--policy.path={sheet.policies[trial["letter"]]}',
+            f'--robot.type={sheet.robot}',
+            *sheet.robot_options,
+            f'--task={prompt}',
+            f'--fps={sheet.fps:g}',
+            f'--duration={seconds:g}',
+        ]
+        for prompt, seconds in calls
+    ]
 
 # %% ../nbs/23e_robot.ipynb #64c452ea
 def tool_pose(numbers) -> tuple[np.ndarray, np.ndarray]:
-    "libfranka's `O_T_EE` (16 numbers, column-major) -> position (3,) in m, quaternion (4,) x y z w with w >= 0. Raises `ValueError` for what is no rigid pose."
+    """libfranka's `O_T_EE` (16 numbers, column-major) -> position (3,) in m, quaternion
+    (4,) x y z w with w >= 0. Raises `ValueError` for what is no rigid pose.
+    """
     m = np.asarray(numbers, np.float64).reshape(4, 4, order='F')
     r = m[:3, :3]
-    if not np.allclose(m[3], [0, 0, 0, 1], atol=1e-6): raise ValueError(f"the last row of the pose is {m[3].round(3)}, not [0 0 0 1]; are the 16 numbers column by column?")
-    if not np.allclose(r @ r.T, np.eye(3), atol=1e-4) or np.linalg.det(r) < 0: raise ValueError("the pose's 3 x 3 part is not a rotation")
+    if not np.allclose(m[3], [0, 0, 0, 1], atol=1e-6):
+        raise ValueError(
+            f"the last row of the pose is {m[3].round(3)}, not [0 0 0 1]; are the 16"
+            " numbers column by column?"
+        )
+    if not np.allclose(r @ r.T, np.eye(3), atol=1e-4) or np.linalg.det(r) < 0:
+        raise ValueError("the pose's 3 x 3 part is not a rotation")
     return m[:3, 3], quaternion(r)
 
 # %% ../nbs/23e_robot.ipynb #20c3b28b
-def score(trial: dict, steps: list[bool], seconds: float = 0.0, note: str = '', fps: float = 10.0) -> dict:
-    "The episode that a trial becomes. A step after a failed one was not run and counts as failed."
-    if not 1 <= len(steps) <= len(trial['steps']): raise ValueError(f"trial {trial['number']} has {len(trial['steps'])} steps ({' → '.join(trial['steps'])}), {len(steps)} were scored")
-    if len(steps) < len(trial['steps']) and all(steps): raise ValueError(f"trial {trial['number']}: {' → '.join(trial['steps'])} was scored for its first {len(steps)} steps only, all of them successes")
+def score(
+    trial: dict, steps: list[bool], seconds: float = 0.0, note: str = '', fps: float = 10.0
+) -> dict:
+    """The episode that a trial becomes.
+
+    A step after a failed one was not run and counts as failed.
+    """
+    if not 1 <= len(steps) <= len(trial['steps']):
+        raise ValueError(
+            f"trial {trial['number']} has {len(trial['steps'])} steps"
+            f" ({' → '.join(trial['steps'])}), {len(steps)} were scored"
+        )
+    if len(steps) < len(trial['steps']) and all(steps):
+        raise ValueError(
+            f"trial {trial['number']}: {' → '.join(trial['steps'])} was scored for its"
+            f" first {len(steps)} steps only, all of them successes"
+        )
     full = steps + [False] * (len(trial['steps']) - len(steps))
-    return dict(seed=trial['number'], success=all(full), ticks=round(seconds * fps), task=' → '.join(trial['steps']), episode=trial['number'], prompt=', then '.join(PRIMITIVES[x].prompt for x in trial['steps']), start_sha256=None, steps=full, letter=trial['letter'], case=trial['case'],
-                cell=trial['cell'], turn=trial['turn'], note=note, inference_ms=None)
+    return dict(
+        seed=trial['number'],
+        success=all(full),
+        ticks=round(seconds * fps),
+        task=' → '.join(trial['steps']),
+        episode=trial['number'],
+        prompt=', then '.join(PRIMITIVES[x].prompt for x in trial['steps']),
+        start_sha256=None,
+        steps=full,
+        letter=trial['letter'],
+        case=trial['case'],
+        cell=trial['cell'],
+        turn=trial['turn'],
+        note=note,
+        inference_ms=None,
+    )
 
 # %% ../nbs/23e_robot.ipynb #2a723340
 def conventions(sheet: Sheet) -> dict:
     "The sheet as a result's conventions."
-    return dict(benchmark='Table 5, real robot', sheet=asdict(sheet) | dict(policies=dict(sheet.policies)), primitives={k: asdict(p) for k, p in PRIMITIVES.items()},
-                order='policies interleaved case by case; operator sees letters', success='the written criterion, decided by the operator')
+    return dict(
+        benchmark='Table 5, real robot',
+        sheet=asdict(sheet) | dict(policies=dict(sheet.policies)),
+        primitives={k: asdict(p) for k, p in PRIMITIVES.items()},
+        order='policies interleaved case by case; operator sees letters',
+        success='the written criterion, decided by the operator',
+    )
 
+# %% ../nbs/23e_robot.ipynb #8e4bb2e2
 def by_policy(episodes: list[dict]) -> dict:
     "Rates per policy and column of Table 5, over the trials that were run."
     columns = [' → '.join(steps) for steps, _ in TABLE5]
-    row = lambda eps: {c: rate([e['success'] for e in eps if e['task'] == c]) for c in columns if any(e['task'] == c for e in eps)} | dict(all=rate([e['success'] for e in eps]))
-    return dict(policies={letter: row([e for e in episodes if e['letter'] == letter]) for letter in sorted({e['letter'] for e in episodes})})
+    row = lambda eps: (
+        {
+            c: rate([e['success'] for e in eps if e['task'] == c])
+            for c in columns
+            if any(e['task'] == c for e in eps)
+        }
+        | dict(all=rate([e['success'] for e in eps]))
+    )
+    return dict(
+        policies={
+            letter: row([e for e in episodes if e['letter'] == letter])
+            for letter in sorted({e['letter'] for e in episodes})
+        }
+    )
 
 # %% ../nbs/23e_robot.ipynb #20c8af90
 def ask_step(name: str, ask) -> bool | None:
     "Success of one step from the keyboard; None to stop."
     while True:
         answer = ask(f'  {name}: {PRIMITIVES[name].success}? [y/n/q] ').strip().lower()[:1]
-        if answer in ('y', 'n', 'q'): return {'y': True, 'n': False, 'q': None}[answer]
+        if answer in ('y', 'n', 'q'):
+            return {'y': True, 'n': False, 'q': None}[answer]
 
 # %% ../nbs/23e_robot.ipynb #b705a189
-def run_form(sheet: Sheet, path: str | Path, ask=input, say=print, clock=time.monotonic) -> dict:
-    "Score the trials that the file at `path` lacks; returns its document. The first failed step ends a trial."
+def run_form(
+    sheet: Sheet, path: str | Path, ask=input, say=print, clock=time.monotonic
+) -> dict:
+    """Score the trials that the file at `path` lacks; returns its document.
+
+    The first failed step ends a trial.
+    """
     ledger = Ledger(path, conventions(sheet), by_policy)
     for trial in schedule(sheet):
-        if trial['number'] in ledger.done: continue
+        if trial['number'] in ledger.done:
+            continue
         c, r = trial['cell']
-        say(f"trial {trial['number']}: policy {trial['letter']}, {' → '.join(trial['steps'])}; object at column {c + 1}, row {r + 1}, turned {trial['turn']:+d}°")
-        for line in rollout_commands(sheet, trial): say(f'  {shlex.join(line)}')
+        say(
+            f"trial {trial['number']}: policy {trial['letter']},"
+            f" {' → '.join(trial['steps'])}; object at column {c + 1}, row {r + 1}, turned"
+            f" {trial['turn']:+d}°"
+        )
+        for line in rollout_commands(sheet, trial):
+            say(f'  {shlex.join(line)}')
         start, steps = clock(), []
         for name in trial['steps']:
-            if (ok := ask_step(name, ask)) is None: return ledger.document() if ledger.episodes else {}
+            if (ok := ask_step(name, ask)) is None:
+                return ledger.document() if ledger.episodes else {}
             steps.append(ok)
-            if not ok: break
-        ledger.add(score(trial, steps, clock() - start, ask('  note (may be empty): ').strip(), sheet.fps))
+            if not ok:
+                break
+        ledger.add(
+            score(
+                trial,
+                steps,
+                clock() - start,
+                ask('  note (may be empty): ').strip(),
+                sheet.fps,
+            )
+        )
     return ledger.document()
 
 # %% ../nbs/23e_robot.ipynb #1e98df65
@@ -150,40 +311,111 @@ $('save').onclick=()=>{keep();const a=document.createElement('a');a.href=URL.cre
 def sheet_key(sheet: Sheet) -> str:
     "A short fingerprint of a sheet: a form's answers belong to one sheet."
     import hashlib
-    return hashlib.sha256(json.dumps(asdict(sheet), sort_keys=True).encode()).hexdigest()[:12]
+
+    return hashlib.sha256(json.dumps(asdict(sheet), sort_keys=True).encode()).hexdigest()[
+        :12
+    ]
+
 
 def write_form(sheet: Sheet, path: str | Path) -> Path:
     "The sheet as one HTML file that needs no network."
-    trials = [t | dict(commands=[html.escape(shlex.join(c)) for c in rollout_commands(sheet, t)]) for t in schedule(sheet)]
-    data = json.dumps(dict(key=sheet_key(sheet), trials=trials, criteria={k: p.success for k, p in PRIMITIVES.items()})).replace('</', '<\\/')
-    path = Path(path); tmp = path.with_suffix('.tmp'); tmp.write_text(FORM.replace('__DATA__', data), encoding='utf-8'); tmp.replace(path)
+    trials = [
+        t | dict(commands=[html.escape(shlex.join(c)) for c in rollout_commands(sheet, t)])
+        for t in schedule(sheet)
+    ]
+    data = json.dumps(
+        dict(
+            key=sheet_key(sheet),
+            trials=trials,
+            criteria={k: p.success for k, p in PRIMITIVES.items()},
+        )
+    ).replace('</', '<\\/')
+    path = Path(path)
+    tmp = path.with_suffix('.tmp')
+    tmp.write_text(FORM.replace('__DATA__', data), encoding='utf-8')
+    tmp.replace(path)
     return path
 
 # %% ../nbs/23e_robot.ipynb #02c723f1
 def read_form(sheet: Sheet, answers: str | Path, path: str | Path) -> dict:
-    "What the form's download holds, as a result file at `path`. Raises `ValueError` for another sheet's answers."
+    """What the form's download holds, as a result file at `path`.
+
+    Raises `ValueError` for another sheet's answers.
+    """
     got = json.loads(Path(answers).read_text(encoding='utf-8'))
-    if got.get('key') != sheet_key(sheet): raise ValueError(f"{answers} belongs to sheet {got.get('key')}, not to this one ({sheet_key(sheet)}); use the sheet that its form was made from")
-    ledger, plan = Ledger(path, conventions(sheet), by_policy), {t['number']: t for t in schedule(sheet)}
+    if got.get('key') != sheet_key(sheet):
+        raise ValueError(
+            f"{answers} belongs to sheet {got.get('key')}, not to this one"
+            f" ({sheet_key(sheet)}); use the sheet that its form was made from"
+        )
+    ledger, plan = (
+        Ledger(path, conventions(sheet), by_policy),
+        {t['number']: t for t in schedule(sheet)},
+    )
     for number, s in sorted(got['scores'].items(), key=lambda x: int(x[0])):
-        if int(number) not in ledger.done: ledger.add(score(plan[int(number)], [bool(x) for x in s['steps']], float(s.get('seconds', 0)), str(s.get('note') or ''), sheet.fps))
+        if int(number) not in ledger.done:
+            ledger.add(
+                score(
+                    plan[int(number)],
+                    [bool(x) for x in s['steps']],
+                    float(s.get('seconds', 0)),
+                    str(s.get('note') or ''),
+                    sheet.fps,
+                )
+            )
     return ledger.document()
 
 # %% ../nbs/23e_robot.ipynb #08d2ad45
 def main(arguments=None):
     "`python -m halo.robot plan|form|score|read SHEET.json …`."
-    p = argparse.ArgumentParser(prog='python -m halo.robot', description='Table 5 on a real robot: plan the trials, run and score them.')
-    p.add_argument('what', choices=('plan', 'form', 'score', 'read'), help='print the schedule and its commands; write the HTML form; score in the terminal; read what the form downloaded')
-    p.add_argument('sheet', type=Path, help='JSON with the fields of halo.robot.Sheet'); p.add_argument('--out', type=Path, default=Path('result.json')); p.add_argument('--answers', type=Path)
+    p = argparse.ArgumentParser(
+        prog='python -m halo.robot',
+        description='Table 5 on a real robot: plan the trials, run and score them.',
+    )
+    p.add_argument(
+        'what',
+        choices=('plan', 'form', 'score', 'read'),
+        help=(
+            'print the schedule and its commands; write the HTML form; score in the'
+            ' terminal; read what the form downloaded'
+        ),
+    )
+    p.add_argument('sheet', type=Path, help='JSON with the fields of halo.robot.Sheet')
+    p.add_argument('--out', type=Path, default=Path('result.json'))
+    p.add_argument('--answers', type=Path)
     args = p.parse_args(arguments)
-    try: sheet = Sheet(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(args.sheet.read_text(encoding='utf-8')).items()})
-    except (TypeError, ValueError) as e: sys.exit(f'{args.sheet} is no sheet: {e}')
+    try:
+        sheet = Sheet(
+            **{
+                k: tuple(v) if isinstance(v, list) else v
+                for k, v in json.loads(args.sheet.read_text(encoding='utf-8')).items()
+            }
+        )
+    except (TypeError, ValueError) as e:
+        sys.exit(f'{args.sheet} is no sheet: {e}')
     if args.what == 'plan':
-        for t in schedule(sheet): print(json.dumps(t), *(shlex.join(c) for c in rollout_commands(sheet, t)), sep='\n  ')
-    elif args.what == 'form': print(write_form(sheet, args.out))
+        for t in schedule(sheet):
+            print(
+                json.dumps(t),
+                *(shlex.join(c) for c in rollout_commands(sheet, t)),
+                sep='\n  ',
+            )
+    elif args.what == 'form':
+        print(write_form(sheet, args.out))
     else:
-        doc = run_form(sheet, args.out) if args.what == 'score' else read_form(sheet, args.answers, args.out)
-        for letter, row in doc.get('policies', {}).items(): print(letter, *(f"{k}: {v['successes']}/{v['n']}" for k, v in row.items()), sep='  ')
+        doc = (
+            run_form(sheet, args.out)
+            if args.what == 'score'
+            else read_form(sheet, args.answers, args.out)
+        )
+        for letter, row in doc.get('policies', {}).items():
+            print(
+                letter,
+                *(f"{k}: {v['successes']}/{v['n']}" for k, v in row.items()),
+                sep='  ',
+            )
 
 # %% ../nbs/23e_robot.ipynb #13d0dd1e
-if __name__ == '__main__' and globals().get('__spec__') is not None: main()   # python -m, but not a notebook
+# python -m, but not a notebook
+if __name__ == '__main__' and globals().get('__spec__') is not None:
+    main()

@@ -17,29 +17,47 @@ def _check(name: str, x: Tensor, axes: str, **sizes: int) -> None:
     "Raise unless `x` has the `axes` (one letter each) and every size that `sizes` names."
     want = ', '.join(str(sizes.get(a, a)) for a in axes)
     if x.ndim != len(axes) or any(x.shape[axes.index(a)] != n for a, n in sizes.items()):
-        known = ', '.join(f'{dict(b="batch", l="tokens", i="state heads", j="VLM KV heads", h="head_dim").get(a, a)} {a}={n}' for a, n in sizes.items())
+        known = ', '.join(
+            f'{dict(b="batch", l="tokens", i="state heads", j="VLM KV heads", h="head_dim").get(a, a)}'
+            f' {a}={n}'
+            for a, n in sizes.items()
+        )
         raise ValueError(f'{name}: expected shape ({want}) [{known}], got {tuple(x.shape)}')
 
 # %% ../nbs/03_salr.ipynb #a303aa0c
 def _wide(*xs: Tensor) -> torch.dtype:
-    "The dtype in which the state map is computed: that of the widest of `xs`, FP32 at least."
+    """The dtype in which the state map is computed: that of the widest of `xs`, FP32 at
+    least.
+    """
     dtype = torch.float32
-    for x in xs: dtype = torch.promote_types(dtype, x.dtype)
+    for x in xs:
+        dtype = torch.promote_types(dtype, x.dtype)
     return dtype
 
 # %% ../nbs/03_salr.ipynb #6a944a25
-def salr_literal(x: Tensor, state_heads: Tensor, mask: Tensor, weight: Tensor, gain: Tensor | None = None,
-                 out_weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """Equations 4, 5 and the compression of `x`, keys or values (b, j, l, h), as written: the reference. Returns (b, o, l, h) in x's dtype.
+def salr_literal(
+    x: Tensor,
+    state_heads: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    gain: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Equations 4, 5 and the compression of `x`, keys or values (b, j, l, h), as written:
+    the reference. Returns (b, o, l, h) in x's dtype.
 
-    `state_heads` (b, i, h), `mask` (i, j, h). Linear: `weight` (i*j*h, o*h). With `gain` (i, j, h) and `out_weight` (j*h, o*h):
-    RMSNorm, `weight` (i*j*h, j*h), plus x, `out_weight`. Computes in the widest dtype among the arguments, FP32 at least.
+    `state_heads` (b, i, h), `mask` (i, j, h). Linear: `weight` (i*j*h, o*h). With `gain`
+    (i, j, h) and `out_weight` (j*h, o*h):
+    RMSNorm, `weight` (i*j*h, j*h), plus x, `out_weight`. Computes in the widest dtype among
+    the arguments, FP32 at least.
     """
     dtype = _wide(x, state_heads, mask, weight)
     with torch.autocast(x.device.type, enabled=False):
         kv = x.to(dtype)
         z = mask.to(dtype) * torch.einsum('bih,bjlh->blijh', state_heads.to(dtype), kv)
-        if out_weight is None: return _heads(z.flatten(2) @ weight.to(dtype), x)
+        if out_weight is None:
+            return _heads(z.flatten(2) @ weight.to(dtype), x)
         rms = z.square().mean((-3, -2, -1), keepdim=True).add(eps).sqrt()
         hidden = _tokens(kv) + (gain.to(dtype) * z / rms).flatten(2) @ weight.to(dtype)
         return _heads(hidden @ out_weight.to(dtype), x)
@@ -49,253 +67,462 @@ def _tokens(x: Tensor) -> Tensor:
     "(b, j, l, h) -> (b, l, j*h): the heads of a token side by side."
     return x.transpose(1, 2).flatten(2)
 
+
 def _heads(y: Tensor, like: Tensor) -> Tensor:
     "(b, l, o*h) -> (b, o, l, h), with the head dimension and dtype of `like`."
     return y.unflatten(-1, (-1, like.shape[-1])).transpose(1, 2).to(like.dtype)
 
 # %% ../nbs/03_salr.ipynb #18fed188
 class _Folded(torch.autograd.Function):
-    "Σ_i f[b, i, n] w[i, n, p] -> (b, n, p) for few samples: the sum runs in place over contiguous rows, and so do its gradients; nothing of the size of `w` is made but its gradient."
+    """Σ_i f[b, i, n] w[i, n, p] -> (b, n, p) for few samples: the sum runs in place over
+    contiguous rows, and so do its gradients; nothing of the size of `w` is made but its
+    gradient.
+    """
+
     @staticmethod
     def forward(ctx, f, w):
         ctx.save_for_backward(f, w)
         out = f[:, 0, :, None] * w[0]
-        for i in range(1, len(w)): out.addcmul_(f[:, i, :, None], w[i])
+        for i in range(1, len(w)):
+            out.addcmul_(f[:, i, :, None], w[i])
         return out
 
     @staticmethod
     def backward(ctx, g):
         (f, w), df, dw = ctx.saved_tensors, None, None
-        if ctx.needs_input_grad[0]: df = torch.stack([torch.einsum('bnp,np->bn', g, row) for row in w], 1)
+        if ctx.needs_input_grad[0]:
+            df = torch.stack([torch.einsum('bnp,np->bn', g, row) for row in w], 1)
         if ctx.needs_input_grad[1]:
             dw = f[0, :, :, None] * g[0]
-            for b in range(1, len(f)): dw.addcmul_(f[b, :, :, None], g[b])
+            for b in range(1, len(f)):
+                dw.addcmul_(f[b, :, :, None], g[b])
         return df, dw
 
+# %% ../nbs/03_salr.ipynb #4d830625
 def state_map(weight: Tensor, mask: Tensor, state_heads: Tensor) -> Tensor:
-    """A(s) with `A[p, (j,h)] = Σ_i weight[(i,j,h), p] mask[i,j,h] state_heads[i,h]`: the state folded into the compression.
+    """A(s) with `A[p, (j,h)] = Σ_i weight[(i,j,h), p] mask[i,j,h] state_heads[i,h]`: the
+    state folded into the compression.
 
-    `weight` (i*j*h, p), `mask` (i, j, h), `state_heads` (b, i, h); returns (b, p, j*h) in FP32 or wider, autocast or not.
-    On a CPU with few samples the sum over i runs in place over contiguous rows of `weight`, which are read once; elsewhere it is one batched product.
+    `weight` (i*j*h, p), `mask` (i, j, h), `state_heads` (b, i, h); returns (b, p, j*h) in
+    FP32 or wider, autocast or not.
+    On a CPU with few samples the sum over i runs in place over contiguous rows of `weight`,
+    which are read once; elsewhere it is one batched product.
     """
     dtype = _wide(weight, mask, state_heads)
     with torch.autocast(weight.device.type, enabled=False):
-        factors = (mask.to(dtype) * state_heads.to(dtype)[:, :, None]).flatten(2)              # (b, i, j*h)
-        rows = weight.to(dtype).unflatten(0, factors.shape[1:])                                # (i, j*h, p), a view
-        if weight.device.type != 'cpu' or len(factors) > 4: return torch.bmm(factors.permute(2, 0, 1), rows.transpose(0, 1)).permute(1, 2, 0)
+        # (b, i, j*h)
+        factors = (mask.to(dtype) * state_heads.to(dtype)[:, :, None]).flatten(2)
+        rows = weight.to(dtype).unflatten(0, factors.shape[1:])  # (i, j*h, p), a view
+        if weight.device.type != 'cpu' or len(factors) > 4:
+            return torch.bmm(factors.permute(2, 0, 1), rows.transpose(0, 1)).permute(
+                1, 2, 0
+            )
         return _Folded.apply(factors, rows).mT
 
 # %% ../nbs/03_salr.ipynb #c5c85f48
 def latent_rms(x: Tensor, state_heads: Tensor, mask: Tensor, eps: float = 1e-6) -> Tensor:
-    "Root mean square of the masked latent of each token, (b, l), without forming it; `x` (b, j, l, h), in FP32 or wider."
+    """Root mean square of the masked latent of each token, (b, l), without forming it; `x`
+    (b, j, l, h), in FP32 or wider.
+    """
     dtype = _wide(x, state_heads, mask)
     with torch.autocast(x.device.type, enabled=False):
-        q = torch.einsum('ijh,bih->bjh', mask.to(dtype).square(), state_heads.to(dtype).square())
-        return (torch.einsum('bjlh,bjh->bl', x.to(dtype).square(), q) / mask.numel() + eps).sqrt()
+        q = torch.einsum(
+            'ijh,bih->bjh', mask.to(dtype).square(), state_heads.to(dtype).square()
+        )
+        return (
+            torch.einsum('bjlh,bjh->bl', x.to(dtype).square(), q) / mask.numel() + eps
+        ).sqrt()
 
 # %% ../nbs/03_salr.ipynb #70f41c95
-def salr_fused(x: Tensor, state_heads: Tensor, mask: Tensor, weight: Tensor, gain: Tensor | None = None,
-               out_weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """`salr_literal` without the latent space: same arguments, same result, i times fewer operations per token.
+def salr_fused(
+    x: Tensor,
+    state_heads: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    gain: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`salr_literal` without the latent space: same arguments, same result, i times fewer
+    operations per token.
 
-    The state map is computed in FP32 or wider, the product with `x` in x's dtype, also under autocast.
+    The state map is computed in FP32 or wider, the product with `x` in x's dtype, also
+    under autocast.
     """
     with torch.autocast(x.device.type, enabled=False):
         tokens = _tokens(x)
-        if out_weight is None: return _heads(tokens @ state_map(weight, mask, state_heads).mT.to(x.dtype), x)
+        if out_weight is None:
+            return _heads(tokens @ state_map(weight, mask, state_heads).mT.to(x.dtype), x)
         branch = state_map(weight, mask * gain, state_heads).mT @ out_weight
         rms = latent_rms(x, state_heads, mask, eps)
-        return _heads(tokens @ out_weight.to(x.dtype) + tokens @ branch.to(x.dtype) / rms[..., None], x)
+        return _heads(
+            tokens @ out_weight.to(x.dtype) + tokens @ branch.to(x.dtype) / rms[..., None],
+            x,
+        )
 
 # %% ../nbs/03_salr.ipynb #56222109
 class KeepFP32(nn.Module):
-    "A module whose floating-point parameters and buffers ignore casts below 32 bits (`.bfloat16()`, `.half()`, `.to(dtype)`); moves between devices and FP64 work."
+    """A module whose floating-point parameters and buffers ignore casts below 32 bits
+    (`.bfloat16()`, `.half()`, `.to(dtype)`); moves between devices and FP64 work.
+    """
 
     def _apply(self, fn, recurse=True):
         def move_only(t):
             out = fn(t)
             narrowed = t.is_floating_point() and out.dtype.itemsize < 4 <= t.dtype.itemsize
             return t.detach().to(out.device) if narrowed else out
+
         return super()._apply(move_only, recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for key, t in state_dict.items():
-            if key.startswith(prefix) and t.is_floating_point() and t.dtype.itemsize < 4: state_dict[key] = t.float()
+            if key.startswith(prefix) and t.is_floating_point() and t.dtype.itemsize < 4:
+                state_dict[key] = t.float()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 # %% ../nbs/03_salr.ipynb #f1781b70
 def fp32_parameter_names(model: nn.Module) -> list[str]:
-    "Names of the parameters under `KeepFP32` modules: those that must be FP32 whatever dtype the rest of `model` has."
-    kept = {id(p) for m in model.modules() if isinstance(m, KeepFP32) for p in m.parameters()}
+    """Names of the parameters under `KeepFP32` modules: those that must be FP32 whatever
+    dtype the rest of `model` has.
+    """
+    kept = {
+        id(p) for m in model.modules() if isinstance(m, KeepFP32) for p in m.parameters()
+    }
     return [name for name, p in model.named_parameters() if id(p) in kept]
 
 # %% ../nbs/03_salr.ipynb #322f72ce
 class StateProjection(KeepFP32):
-    """State heads `F_r` (b, n_heads, head_dim) from a normalised, padded state (b, state_dim): linear, with bias 1 at the start.
+    """State heads `F_r` (b, n_heads, head_dim) from a normalised, padded state (b,
+    state_dim): linear, with bias 1 at the start.
 
-    At initialisation F_r = 1 + noise of standard deviation `state_scale` for a state of unit variance; less where it is padded with zeros.
+    At initialisation F_r = 1 + noise of standard deviation `state_scale` for a state of
+    unit variance; less where it is padded with zeros.
     """
-    def __init__(self, state_dim: int, n_heads: int, head_dim: int, state_scale: float = 0.25):
+
+    def __init__(
+        self, state_dim: int, n_heads: int, head_dim: int, state_scale: float = 0.25
+    ):
         super().__init__()
-        self.state_dim, self.n_heads, self.head_dim, self.state_scale = state_dim, n_heads, head_dim, state_scale
+        self.state_dim, self.n_heads, self.head_dim, self.state_scale = (
+            state_dim,
+            n_heads,
+            head_dim,
+            state_scale,
+        )
         self.linear = nn.Linear(state_dim, n_heads * head_dim, dtype=torch.float32)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         "Bias 1, weights of standard deviation state_scale / sqrt(state_dim)."
         nn.init.ones_(self.linear.bias)
-        nn.init.normal_(self.linear.weight, std=self.state_scale / math.sqrt(self.state_dim))
+        nn.init.normal_(
+            self.linear.weight, std=self.state_scale / math.sqrt(self.state_dim)
+        )
 
     def forward(self, state: Tensor) -> Tensor:
         "(b, state_dim) of any floating dtype -> (b, n_heads, head_dim) in FP32."
         if state.ndim != 2 or state.shape[1] != self.state_dim:
-            raise ValueError(f'state: expected shape (b, {self.state_dim}) [state_dim={self.state_dim}], got {tuple(state.shape)}')
+            raise ValueError(
+                f'state: expected shape (b, {self.state_dim}) [state_dim={self.state_dim}],'
+                f' got {tuple(state.shape)}'
+            )
         with torch.autocast(state.device.type, enabled=False):
-            return self.linear(state.to(self.linear.weight.dtype)).unflatten(-1, (self.n_heads, self.head_dim))
+            return self.linear(state.to(self.linear.weight.dtype)).unflatten(
+                -1, (self.n_heads, self.head_dim)
+            )
 
 # %% ../nbs/03_salr.ipynb #723ec602
 MASK_START = {'real': 1.0, 'sigmoid': 0.95}
 
+
 def _choose(name: str, value: str, options) -> str:
     "`value` if it is one of `options`, else an error that lists them."
-    if value not in options: raise ValueError(f'{name}={value!r}: choose one of {sorted(options)}')
+    if value not in options:
+        raise ValueError(f'{name}={value!r}: choose one of {sorted(options)}')
     return value
 
 # %% ../nbs/03_salr.ipynb #2b164fb8
 class LatentMap(KeepFP32):
-    """Mask and compression for keys or for values of one layer: (b, j, l, h) and state heads (b, i, h) -> (b, o, l, h).
+    """Mask and compression for keys or for values of one layer: (b, j, l, h) and state
+    heads (b, i, h) -> (b, o, l, h).
 
-    Parameters, all FP32: `mask` (i, j, h); linear: `weight` (i*j*h, o*h); mlp_norm: `weight` (i*j*h, j*h), `gain` (i, j, h), `out_weight` (j*h, o*h).
+    Parameters, all FP32: `mask` (i, j, h); linear: `weight` (i*j*h, o*h); mlp_norm:
+    `weight` (i*j*h, j*h), `gain` (i, j, h), `out_weight` (j*h, o*h).
     """
-    def __init__(self, n_state_heads: int, n_vlm_heads: int, n_out_heads: int, head_dim: int, compression: str = 'linear', mask: str = 'real',
-                 mask_init: float | None = None, branch_scale: float = 0.1, eps: float = 1e-6):
+
+    def __init__(
+        self,
+        n_state_heads: int,
+        n_vlm_heads: int,
+        n_out_heads: int,
+        head_dim: int,
+        compression: str = 'linear',
+        mask: str = 'real',
+        mask_init: float | None = None,
+        branch_scale: float = 0.1,
+        eps: float = 1e-6,
+    ):
         super().__init__()
-        latent, narrow, out = (n_state_heads, n_vlm_heads, head_dim), n_vlm_heads * head_dim, n_out_heads * head_dim
-        self.compression, self.mask_kind = _choose('compression', compression, ('linear', 'mlp_norm')), _choose('mask', mask, MASK_START)
-        self.mask_init, self.branch_scale, self.eps = MASK_START[mask] if mask_init is None else mask_init, branch_scale, eps
+        latent, narrow, out = (
+            (n_state_heads, n_vlm_heads, head_dim),
+            n_vlm_heads * head_dim,
+            n_out_heads * head_dim,
+        )
+        self.compression, self.mask_kind = (
+            _choose('compression', compression, ('linear', 'mlp_norm')),
+            _choose('mask', mask, MASK_START),
+        )
+        self.mask_init, self.branch_scale, self.eps = (
+            MASK_START[mask] if mask_init is None else mask_init,
+            branch_scale,
+            eps,
+        )
         new = lambda *shape: nn.Parameter(torch.empty(*shape, dtype=torch.float32))
-        self.mask, self.weight = new(*latent), new(math.prod(latent), out if compression == 'linear' else narrow)
-        self.gain, self.out_weight = (None, None) if compression == 'linear' else (new(*latent), new(narrow, out))
+        self.mask, self.weight = (
+            new(*latent),
+            new(math.prod(latent), out if compression == 'linear' else narrow),
+        )
+        self.gain, self.out_weight = (
+            (None, None) if compression == 'linear' else (new(*latent), new(narrow, out))
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        "Mask at `mask_init`; matrices at fan-in scale, so that K_u starts with the scale of K; the norm's branch at `branch_scale`."
+        """Mask at `mask_init`; matrices at fan-in scale, so that K_u starts with the scale
+        of K; the norm's branch at `branch_scale`.
+        """
         if self.mask_kind == 'sigmoid' and not 0 < self.mask_init < 1:
-            raise ValueError(f'mask_init={self.mask_init}: a sigmoid gate starts strictly between 0 and 1')
-        start = self.mask_init if self.mask_kind == 'real' else math.log(self.mask_init / (1 - self.mask_init))
+            raise ValueError(
+                f'mask_init={self.mask_init}: a sigmoid gate starts strictly between 0'
+                ' and 1'
+            )
+        start = (
+            self.mask_init
+            if self.mask_kind == 'real'
+            else math.log(self.mask_init / (1 - self.mask_init))
+        )
         nn.init.constant_(self.mask, start)
         scale = 1.0 if self.compression == 'linear' else self.branch_scale
         nn.init.normal_(self.weight, std=scale / math.sqrt(self.weight.shape[0]))
-        if self.gain is None: return
+        if self.gain is None:
+            return
         nn.init.ones_(self.gain)
         nn.init.normal_(self.out_weight, std=1 / math.sqrt(self.out_weight.shape[0]))
 
     def gate(self) -> Tensor:
-        "The factors that multiply the latent space, (i, j, h): the mask itself, or its sigmoid."
+        """The factors that multiply the latent space, (i, j, h): the mask itself, or its
+        sigmoid.
+        """
         return self.mask.sigmoid() if self.mask_kind == 'sigmoid' else self.mask
 
     def forward(self, x: Tensor, state_heads: Tensor, fused: bool = True) -> Tensor:
         "Re-represent `x`; the fused and the literal form give the same numbers."
         f = salr_fused if fused else salr_literal
-        return f(x, state_heads, self.gate(), self.weight, self.gain, self.out_weight, self.eps)
+        return f(
+            x, state_heads, self.gate(), self.weight, self.gain, self.out_weight, self.eps
+        )
 
     def state_map(self, state_heads: Tensor, rms: float = 1.0) -> Tensor:
-        "A(s), (b, o*h, j*h), with K_u = A K. Under the norm A depends on the token through its latent RMS: this is A at RMS `rms`."
-        if self.out_weight is None: return state_map(self.weight, self.gate(), state_heads)
-        return self.out_weight.T + self.out_weight.T @ state_map(self.weight, self.gate() * self.gain, state_heads) / rms
+        """A(s), (b, o*h, j*h), with K_u = A K.
+
+        Under the norm A depends on the token through its latent RMS: this is A at RMS
+        `rms`.
+        """
+        if self.out_weight is None:
+            return state_map(self.weight, self.gate(), state_heads)
+        return (
+            self.out_weight.T
+            + self.out_weight.T
+            @ state_map(self.weight, self.gate() * self.gain, state_heads)
+            / rms
+        )
 
 # %% ../nbs/03_salr.ipynb #f172608f
 def _positive(**sizes: int) -> None:
     "Raise for the first of `sizes` that is below 1."
     for name, n in sizes.items():
-        if n < 1: raise ValueError(f'{name}={n}: need at least 1')
+        if n < 1:
+            raise ValueError(f'{name}={n}: need at least 1')
 
 # %% ../nbs/03_salr.ipynb #661d2b51
 class SALR(KeepFP32):
-    """State-aware latent re-representation of one layer: `salr(keys, values, state) -> (K_u, V_u)`, equations 4, 5 and the compression.
+    """State-aware latent re-representation of one layer: `salr(keys, values, state) ->
+    (K_u, V_u)`, equations 4, 5 and the compression.
 
-    keys, values (b, j, l, h); `state`: raw (b, state_dim_in), or state heads (b, i, h). Returns (b, o, l, h) each, in the dtype of keys and values.
-    `state_dim_in` None: no projection, state heads only. `compression`: 'linear' | 'mlp_norm'. `mask`: 'real' | 'sigmoid', from `mask_init` (1, 0.95).
+    keys, values (b, j, l, h); `state`: raw (b, state_dim_in), or state heads (b, i, h).
+    Returns (b, o, l, h) each, in the dtype of keys and values.
+    `state_dim_in` None: no projection, state heads only. `compression`: 'linear' |
+    'mlp_norm'. `mask`: 'real' | 'sigmoid', from `mask_init` (1, 0.95).
     """
-    def __init__(self, state_dim_in: int | None, n_state_heads: int, n_vlm_heads: int, n_out_heads: int, head_dim: int, compression: str = 'linear',
-                 mask: str = 'real', fused: bool = True, mask_init: float | None = None, branch_scale: float = 0.1, state_scale: float = 0.25, eps: float = 1e-6):
+
+    def __init__(
+        self,
+        state_dim_in: int | None,
+        n_state_heads: int,
+        n_vlm_heads: int,
+        n_out_heads: int,
+        head_dim: int,
+        compression: str = 'linear',
+        mask: str = 'real',
+        fused: bool = True,
+        mask_init: float | None = None,
+        branch_scale: float = 0.1,
+        state_scale: float = 0.25,
+        eps: float = 1e-6,
+    ):
         super().__init__()
-        _positive(n_state_heads=n_state_heads, n_vlm_heads=n_vlm_heads, n_out_heads=n_out_heads, head_dim=head_dim)
-        self.n_state_heads, self.n_vlm_heads, self.head_dim, self.fused = n_state_heads, n_vlm_heads, head_dim, fused
-        self.project = None if state_dim_in is None else StateProjection(state_dim_in, n_state_heads, head_dim, state_scale)
-        self.k, self.v = (LatentMap(n_state_heads, n_vlm_heads, n_out_heads, head_dim, compression, mask, mask_init, branch_scale, eps) for _ in 'kv')
+        _positive(
+            n_state_heads=n_state_heads,
+            n_vlm_heads=n_vlm_heads,
+            n_out_heads=n_out_heads,
+            head_dim=head_dim,
+        )
+        self.n_state_heads, self.n_vlm_heads, self.head_dim, self.fused = (
+            n_state_heads,
+            n_vlm_heads,
+            head_dim,
+            fused,
+        )
+        self.project = (
+            None
+            if state_dim_in is None
+            else StateProjection(state_dim_in, n_state_heads, head_dim, state_scale)
+        )
+        self.k, self.v = (
+            LatentMap(
+                n_state_heads,
+                n_vlm_heads,
+                n_out_heads,
+                head_dim,
+                compression,
+                mask,
+                mask_init,
+                branch_scale,
+                eps,
+            )
+            for _ in 'kv'
+        )
 
     def state_heads(self, state: Tensor) -> Tensor:
         "F_r (b, i, h): `state` itself if it has three axes, else its projection."
         if state.ndim == 2:
-            if self.project is None: raise ValueError(f'state of shape {tuple(state.shape)}: without state_dim_in, give state heads (b, {self.n_state_heads}, {self.head_dim})')
+            if self.project is None:
+                raise ValueError(
+                    f'state of shape {tuple(state.shape)}: without state_dim_in, give state'
+                    f' heads (b, {self.n_state_heads}, {self.head_dim})'
+                )
             return self.project(state)
         _check('state_heads', state, 'bih', i=self.n_state_heads, h=self.head_dim)
         return state
 
-    def forward(self, keys: Tensor, values: Tensor, state: Tensor, fused: bool | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, keys: Tensor, values: Tensor, state: Tensor, fused: bool | None = None
+    ) -> tuple[Tensor, Tensor]:
         "(K_u, V_u). `fused` overrides the constructor's choice."
         heads, fused = self.state_heads(state), self.fused if fused is None else fused
-        for name, x in (('keys', keys), ('values', values)): _check(name, x, 'bjlh', b=len(heads), j=self.n_vlm_heads, h=self.head_dim)
+        for name, x in (('keys', keys), ('values', values)):
+            _check(name, x, 'bjlh', b=len(heads), j=self.n_vlm_heads, h=self.head_dim)
         return self.k(keys, heads, fused), self.v(values, heads, fused)
 
-    def forward_literal(self, keys: Tensor, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_literal(
+        self, keys: Tensor, values: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         "The reference, which materialises the latent space."
         return self(keys, values, state, fused=False)
 
-    def forward_fused(self, keys: Tensor, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_fused(
+        self, keys: Tensor, values: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         "The form that never does."
         return self(keys, values, state, fused=True)
 
     def state_map(self, state: Tensor, which: str = 'k', rms: float = 1.0) -> Tensor:
         "A(s) for keys ('k') or values ('v'), (b, o*h, j*h): see `LatentMap.state_map`."
-        return getattr(self, _choose('which', which, 'kv')).state_map(self.state_heads(state), rms)
+        return getattr(self, _choose('which', which, 'kv')).state_map(
+            self.state_heads(state), rms
+        )
 
 # %% ../nbs/03_salr.ipynb #06ddf6ce
 class HeadMLP(KeepFP32):
-    "One MLP over the heads of a token with a linear skip: (b, j, l, h) -> (b, o, l, h). FP32 parameters, computed in the input's dtype."
+    """One MLP over the heads of a token with a linear skip: (b, j, l, h) -> (b, o, l, h).
+
+    FP32 parameters, computed in the input's dtype.
+    """
+
     def __init__(self, n_vlm_heads: int, n_out_heads: int, head_dim: int, hidden: int):
         super().__init__()
         n_in, n_out = n_vlm_heads * head_dim, n_out_heads * head_dim
-        self.up, self.down, self.skip = (nn.Linear(a, c, bias=False, dtype=torch.float32) for a, c in ((n_in, hidden), (hidden, n_out), (n_in, n_out)))
+        self.up, self.down, self.skip = (
+            nn.Linear(a, c, bias=False, dtype=torch.float32)
+            for a, c in ((n_in, hidden), (hidden, n_out), (n_in, n_out))
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        "Fan-in scale; the branch at half of it, so that the output starts with about the scale of the input."
+        """Fan-in scale; the branch at half of it, so that the output starts with about the
+        scale of the input.
+        """
         for layer, scale in ((self.up, 1.0), (self.down, 0.5), (self.skip, 1.0)):
             nn.init.normal_(layer.weight, std=scale / math.sqrt(layer.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         "`skip(x) + down(silu(up(x)))` for every token."
         with torch.autocast(x.device.type, enabled=False):
-            up, down, skip = (m.weight.to(x.dtype).T for m in (self.up, self.down, self.skip))
+            up, down, skip = (
+                m.weight.to(x.dtype).T for m in (self.up, self.down, self.skip)
+            )
             tokens = _tokens(x)
             return _heads(tokens @ skip + nn.functional.silu(tokens @ up) @ down, x)
 
 # %% ../nbs/03_salr.ipynb #15f98558
 class HeadConverter(KeepFP32):
-    """'No SALR' (section 4.3): an MLP each for keys and values converts N2 heads to N'. Called like `SALR`; the state is ignored.
+    """'No SALR' (section 4.3): an MLP each for keys and values converts N2 heads to N'.
+    Called like `SALR`; the state is ignored.
 
-    `hidden` defaults to 2 * n_vlm_heads * head_dim, which gives a parameter count of the order of SALR's with 8 state heads.
+    `hidden` defaults to 2 * n_vlm_heads * head_dim, which gives a parameter count of the
+    order of SALR's with 8 state heads.
     """
-    def __init__(self, n_vlm_heads: int, n_out_heads: int, head_dim: int, hidden: int | None = None):
+
+    def __init__(
+        self, n_vlm_heads: int, n_out_heads: int, head_dim: int, hidden: int | None = None
+    ):
         super().__init__()
         self.n_vlm_heads, self.head_dim = n_vlm_heads, head_dim
         hidden = 2 * n_vlm_heads * head_dim if hidden is None else hidden
-        _positive(n_vlm_heads=n_vlm_heads, n_out_heads=n_out_heads, head_dim=head_dim, hidden=hidden)
+        _positive(
+            n_vlm_heads=n_vlm_heads,
+            n_out_heads=n_out_heads,
+            head_dim=head_dim,
+            hidden=hidden,
+        )
         self.k, self.v = (HeadMLP(n_vlm_heads, n_out_heads, head_dim, hidden) for _ in 'kv')
 
-    def forward(self, keys: Tensor, values: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, keys: Tensor, values: Tensor, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         "(K_u, V_u), each (b, o, l, h); `state` is not read."
-        for name, x in (('keys', keys), ('values', values)): _check(name, x, 'bjlh', j=self.n_vlm_heads, h=self.head_dim)
+        for name, x in (('keys', keys), ('values', values)):
+            _check(name, x, 'bjlh', j=self.n_vlm_heads, h=self.head_dim)
         return self.k(keys), self.v(values)
 
 # %% ../nbs/03_salr.ipynb #91a355a1
-def salr_cost(l: int, i: int, j: int, h: int, o: int, bytes_per_value: int = 4) -> dict[str, dict[str, int]]:
-    """Operations (a multiplication and an addition count 2) and bytes of intermediates of the linear compression, for one sample and keys or values alone.
+def salr_cost(
+    l: int, i: int, j: int, h: int, o: int, bytes_per_value: int = 4
+) -> dict[str, dict[str, int]]:
+    """Operations (a multiplication and an addition count 2) and bytes of intermediates of
+    the linear compression, for one sample and keys or values alone.
 
-    Returns {'literal' | 'fused': {'flops', 'bytes'}}; 'bytes' are the intermediates that the backward pass keeps, apart from inputs and output.
+    Returns {'literal' | 'fused': {'flops', 'bytes'}}; 'bytes' are the intermediates that
+    the backward pass keeps, apart from inputs and output.
     """
     latent, narrow, out = i * j * h, j * h, o * h
-    return {'literal': dict(flops=2*l*latent + 2*l*latent*out, bytes=2*l*latent*bytes_per_value),
-            'fused': dict(flops=latent + 2*latent*out + 2*l*narrow*out, bytes=(latent + narrow*out + l*narrow)*bytes_per_value)}
+    return {
+        'literal': dict(
+            flops=2 * l * latent + 2 * l * latent * out,
+            bytes=2 * l * latent * bytes_per_value,
+        ),
+        'fused': dict(
+            flops=latent + 2 * latent * out + 2 * l * narrow * out,
+            bytes=(latent + narrow * out + l * narrow) * bytes_per_value,
+        ),
+    }

@@ -4,10 +4,12 @@
 
 # %% ../nbs/01_sampling.ipynb #c1615d7b
 from __future__ import annotations
+
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
 from .config import SamplingConfig, preset
 
 # %% auto #0
@@ -15,17 +17,23 @@ __all__ = ['history_ticks', 'delta_indices', 'to_uint8', 'downsample', 'view_sha
            'stack_histories', 'token_counts']
 
 # %% ../nbs/01_sampling.ipynb #4149f8be
-def history_ticks(t: int,       # the present control tick, 0 = first of the episode
-                  n: int,       # wanted history frames
-                  stride: int,  # ticks between them
-                  hop: int = 0  # frames by which the window's start moves at once; 0 = it slides
-                 ) -> list[int]:
-    """Past ticks `t - n*stride, ..., t - stride` that lie inside the episode, oldest first (equation 1).
+# the present control tick, 0 = first of the episode
+def history_ticks(
+    t: int,
+    n: int,  # wanted history frames
+    stride: int,  # ticks between them
+    # frames by which the window's start moves at once; 0 = it slides
+    hop: int = 0,
+) -> list[int]:
+    """Past ticks `t - n*stride, ..., t - stride` that lie inside the episode, oldest first
+    (equation 1).
 
-    With a hop: past multiples of `stride`, from a start that is a multiple of `hop * stride`: between n - hop + 1 and n frames once the episode is long enough.
+    With a hop: past multiples of `stride`, from a start that is a multiple of `hop *
+    stride`: between n - hop + 1 and n frames once the episode is long enough.
     """
-    if not hop: return [t - k * stride for k in range(n, 0, -1) if t - k * stride >= 0]
-    past = -(-t // stride)                                   # multiples of stride before t
+    if not hop:
+        return [t - k * stride for k in range(n, 0, -1) if t - k * stride >= 0]
+    past = -(-t // stride)  # multiples of stride before t
     start = max(0, -(-(past - n) // hop) * hop)
     return [m * stride for m in range(start, past)]
 
@@ -36,96 +44,149 @@ def delta_indices(n: int, stride: int) -> list[int]:
 
 # %% ../nbs/01_sampling.ipynb #92739e67
 def to_uint8(x: Tensor) -> Tensor:
-    "Images `(..., 3, H, W)`: `uint8` passes; floats in [0, 1] become bytes. Raises `ValueError` on other ranges or NaN."
-    if x.dtype == torch.uint8: return x
+    """Images `(..., 3, H, W)`: `uint8` passes; floats in [0, 1] become bytes.
+
+    Raises `ValueError` on other ranges or NaN.
+    """
+    if x.dtype == torch.uint8:
+        return x
     lo, hi = float(x.min()), float(x.max())
     if not (lo >= -1e-3 and hi <= 1 + 1e-3):  # also false for NaN
-        raise ValueError(f"image values span [{lo:g}, {hi:g}]; give uint8 or floats in [0, 1]")
+        raise ValueError(
+            f"image values span [{lo:g}, {hi:g}]; give uint8 or floats in [0, 1]"
+        )
     return (x.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 # %% ../nbs/01_sampling.ipynb #e6487ac6
-def downsample(x: Tensor,   # (..., 3, H, W) uint8 or floats in [0, 1]
-               size: int    # side in pixels
-              ) -> Tensor:  # (..., 3, size, size) uint8
+# (..., 3, H, W) uint8 or floats in [0, 1]
+def downsample(
+    x: Tensor,
+    size: int,  # side in pixels
+) -> Tensor:  # (..., 3, size, size) uint8
     "V -> V^down: resize to a square with antialiased bilinear interpolation, as bytes."
     x = to_uint8(x)
-    if x.shape[-2:] == (size, size): return x
+    if x.shape[-2:] == (size, size):
+        return x
     flat = x.reshape(-1, *x.shape[-3:])
     return tvf.resize(flat, [size, size], antialias=True).reshape(*x.shape[:-2], size, size)
 
 # %% ../nbs/01_sampling.ipynb #5838b24b
 def view_shape(h: int, w: int, factor: int = 28, limit: int = 0) -> tuple[int, int]:
-    "Height and width in pixels at which a current view of `h` x `w` enters the VLM (equation 2)."
-    if limit and max(h, w) > limit: h, w = h * limit / max(h, w), w * limit / max(h, w)
+    """Height and width in pixels at which a current view of `h` x `w` enters the VLM
+    (equation 2).
+    """
+    if limit and max(h, w) > limit:
+        h, w = h * limit / max(h, w), w * limit / max(h, w)
     h, w = max(round(h), factor), max(round(w), factor)
     return smart_resize(h, w, factor, min_pixels=factor * factor, max_pixels=1 << 30)
 
 # %% ../nbs/01_sampling.ipynb #7852687e
-def resize_view(x: Tensor,          # (..., 3, H, W) uint8 or floats in [0, 1]
-                factor: int = 28,   # pixels per token
-                limit: int = 0      # longest side; 0 = keep
-               ) -> Tensor:
+# (..., 3, H, W) uint8 or floats in [0, 1]
+def resize_view(
+    x: Tensor,
+    factor: int = 28,  # pixels per token
+    limit: int = 0,  # longest side; 0 = keep
+) -> Tensor:
     "A current view as bytes, at a size the VLM takes."
     x = to_uint8(x)
     shape = view_shape(*x.shape[-2:], factor, limit)
-    if x.shape[-2:] == shape: return x
-    return tvf.resize(x.reshape(-1, *x.shape[-3:]), list(shape), antialias=True).reshape(*x.shape[:-2], *shape)
+    if x.shape[-2:] == shape:
+        return x
+    return tvf.resize(x.reshape(-1, *x.shape[-3:]), list(shape), antialias=True).reshape(
+        *x.shape[:-2], *shape
+    )
 
 # %% ../nbs/01_sampling.ipynb #c7e2f1a4
-def view_limit(cfg: SamplingConfig, # sizes of the views
-               role: str            # 'primary', 'secondary' or 'wrist'
-              ) -> int:
-    "Longest side of a current view in pixels: `wrist_size` for a wrist camera where it is set, else `view_size`."
+# sizes of the views
+# 'primary', 'secondary' or 'wrist'
+def view_limit(cfg: SamplingConfig, role: str) -> int:
+    """Longest side of a current view in pixels: `wrist_size` for a wrist camera where it is
+    set, else `view_size`.
+    """
     return cfg.wrist_size if role == 'wrist' and cfg.wrist_size else cfg.view_size
 
 # %% ../nbs/01_sampling.ipynb #7d2b8acc
 class HistoryBuffer:
     "Past frames of the primary view for `b` independent episodes, keyed by control tick."
+
     def __init__(self, cfg: SamplingConfig, b: int = 1):
-        self.n, self.stride, self.size, self.hop = cfg.history_frames, cfg.history_stride, cfg.history_size, cfg.history_hop
-        self.rows = [dict() for _ in range(b)]   # tick -> (3, size, size) uint8
+        self.n, self.stride, self.size, self.hop = (
+            cfg.history_frames,
+            cfg.history_stride,
+            cfg.history_size,
+            cfg.history_hop,
+        )
+        self.rows = [dict() for _ in range(b)]  # tick -> (3, size, size) uint8
 
     def reset(self, row: int | None = None):
         "Forget one episode, or all."
-        for r in (self.rows if row is None else [self.rows[row]]): r.clear()
+        for r in self.rows if row is None else [self.rows[row]]:
+            r.clear()
 
 # %% ../nbs/01_sampling.ipynb #fb7d7b2d
 from fastcore.basics import patch
 
+
 @patch
 def push(self: HistoryBuffer, row: int, tick: int, frame: Tensor) -> None:
-    "Store `frame` (3, H, W) of episode `row` at `tick`. Raises `ValueError` if `tick` lies before the newest one."
+    """Store `frame` (3, H, W) of episode `row` at `tick`.
+
+    Raises `ValueError` if `tick` lies before the newest one.
+    """
     frames = self.rows[row]
     if frames and tick < (last := max(frames)):
-        raise ValueError(f"history row {row} got tick {tick} after tick {last}; call reset() at the start of an episode")
-    if self.n == 0: return
+        raise ValueError(
+            f"history row {row} got tick {tick} after tick {last}; call reset() at the"
+            " start of an episode"
+        )
+    if self.n == 0:
+        return
     frames[tick] = downsample(frame, self.size).cpu()
     oldest = tick - self.n * self.stride
-    keep = max((k for k in frames if k <= oldest), default=oldest)   # may stand in for a tick that was skipped
-    for k in [k for k in frames if k < keep]: del frames[k]
+    # may stand in for a tick that was skipped
+    keep = max((k for k in frames if k <= oldest), default=oldest)
+    for k in [k for k in frames if k < keep]:
+        del frames[k]
 
 # %% ../nbs/01_sampling.ipynb #ed991cf2
 @patch
 def get(self: HistoryBuffer, row: int, tick: int) -> Tensor:
-    "History of episode `row` at `tick`, oldest first: (k, 3, size, size) uint8 with k <= n; k = 0 at the start."
+    """History of episode `row` at `tick`, oldest first: (k, 3, size, size) uint8 with k <=
+    n; k = 0 at the start.
+    """
     frames, found = self.rows[row], []
     for want in history_ticks(tick, self.n, self.stride, self.hop):
         have = max((k for k in frames if k <= want), default=None)
-        if have is not None: found.append(frames[have])
-    return torch.stack(found) if found else torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
+        if have is not None:
+            found.append(frames[have])
+    return (
+        torch.stack(found)
+        if found
+        else torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
+    )
 
 # %% ../nbs/01_sampling.ipynb #8c118273
 def stack_histories(histories: list[Tensor], n: int, size: int) -> tuple[Tensor, Tensor]:
-    "Histories (k_i, 3, size, size) -> frames (b, n, 3, size, size) uint8 and mask (b, n) bool, aligned right."
+    """Histories (k_i, 3, size, size) -> frames (b, n, 3, size, size) uint8 and mask (b, n)
+    bool, aligned right.
+    """
     frames = torch.zeros(len(histories), n, 3, size, size, dtype=torch.uint8)
     mask = torch.zeros(len(histories), n, dtype=torch.bool)
     for i, h in enumerate(histories):
-        if k := len(h): frames[i, n - k:], mask[i, n - k:] = h, True
+        if k := len(h):
+            frames[i, n - k :], mask[i, n - k :] = h, True
     return frames, mask
 
 # %% ../nbs/01_sampling.ipynb #f96ee57c
-def token_counts(cfg: SamplingConfig, view_shapes: list[tuple[int, int]], factor: int = 28) -> dict[str, int]:
-    "Image tokens per observation: of a full history, and of the current views (heights and widths in pixels)."
+def token_counts(
+    cfg: SamplingConfig, view_shapes: list[tuple[int, int]], factor: int = 28
+) -> dict[str, int]:
+    """Image tokens per observation: of a full history, and of the current views (heights
+    and widths in pixels).
+    """
     pairs = (cfg.history_frames + 1) // 2
     views = [view_shape(h, w, factor, cfg.view_size) for h, w in view_shapes]
-    return dict(history=pairs * (cfg.history_size // factor) ** 2, views=sum(h // factor * (w // factor) for h, w in views))
+    return dict(
+        history=pairs * (cfg.history_size // factor) ** 2,
+        views=sum(h // factor * (w // factor) for h, w in views),
+    )

@@ -4,26 +4,49 @@
 
 # %% ../nbs/11c_scale.ipynb #568ee55e
 from __future__ import annotations
-import argparse, contextlib, fcntl, hashlib, json, math, os, re, resource, shutil, signal, sys, time
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-import numpy as np, torch, torch.distributed as dist, yaml
+
+import numpy as np
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
+
 from .config import at_least, one_of
+from .configuration_halo import weights_origin
 from .files import locate
 from .flow import sample_time
 from .modeling_halo import init_weights, pad_last, vlm_source, write_weights
-from .configuration_halo import weights_origin
 from .processor_halo import saved_tokenizer
 from .salr import KeepFP32
 from .train import lr_at, make_policy, param_groups, preprocess
@@ -40,52 +63,83 @@ __all__ = ['PARTS', 'META', 'SAME', 'CHECKS', 'SIZES', 'ScaleConfig', 'mesh_shap
 # %% ../nbs/11c_scale.ipynb #8ef5145b
 PARTS = ('vision', 'embedding', 'vlm', 'expert', 'salr')
 
+
 @dataclass(frozen=True)
 class ScaleConfig:
     "How a policy is trained, at any scale."
+
     steps: int = 30000
-    micro: int = 8                  # samples in one forward pass of one process
-    accumulate: int = 1             # forward passes per step
-    replicate: int = 1              # copies of the model (HSDP); gradients are averaged among them once per step
-    shard: int = 0                  # processes that share one copy; 0 = all that are left
+    micro: int = 8  # samples in one forward pass of one process
+    accumulate: int = 1  # forward passes per step
+    # copies of the model (HSDP); gradients are averaged among them once per step
+    replicate: int = 1
+    shard: int = 0  # processes that share one copy; 0 = all that are left
     lr: float = 1e-4
-    warmup: int = 1000              # steps
-    floor: float = 0.02             # last learning rate / highest
+    warmup: int = 1000  # steps
+    floor: float = 0.02  # last learning rate / highest
     betas: tuple = (0.9, 0.95)
     eps: float = 1e-8
-    weight_decay: float = 1e-4      # not on SALR's parameters, norms, biases, embeddings
-    clip: float = 1.0               # gradient norm
-    ema: float = 0.0                # decay of the averaged weights; 0 = none are kept
+    weight_decay: float = 1e-4  # not on SALR's parameters, norms, biases, embeddings
+    clip: float = 1.0  # gradient norm
+    ema: float = 0.0  # decay of the averaged weights; 0 = none are kept
     seed: int = 0
-    dtype: str = 'float32'          # of computation and of frozen weights; trained weights, their moments and SALR are float32
-    checkpointing: bool = True      # recompute each block (and each vision block) in the backward pass
-    compile: bool = False           # torch.compile on each block
-    offload: bool = False           # weights and optimizer state in host memory
-    freeze: tuple = ()              # of 'vision', 'embedding', 'vlm', 'expert', 'salr'
-    lora_rank: int = 0              # > 0: adapters on the linear layers of `lora_parts`, whose own weights are frozen
+    # of computation and of frozen weights; trained weights, their moments and SALR are
+    # float32
+    dtype: str = 'float32'
+    # recompute each block (and each vision block) in the backward pass
+    checkpointing: bool = True
+    compile: bool = False  # torch.compile on each block
+    offload: bool = False  # weights and optimizer state in host memory
+    freeze: tuple = ()  # of 'vision', 'embedding', 'vlm', 'expert', 'salr'
+    # > 0: adapters on the linear layers of `lora_parts`, whose own weights are frozen
+    lora_rank: int = 0
     lora_alpha: float = 16.0
-    lora_parts: tuple = ('vlm',)    # of 'vision', 'vlm', 'expert'
+    lora_parts: tuple = ('vlm',)  # of 'vision', 'vlm', 'expert'
     log_every: int = 10
     save_every: int = 1000
-    keep: int = 2                   # whole checkpoints that stay
-    ahead: int = 2                  # batches read ahead by a thread
-    loggers: tuple = ()             # 'tensorboard', 'wandb', beside metrics.jsonl
+    keep: int = 2  # whole checkpoints that stay
+    ahead: int = 2  # batches read ahead by a thread
+    loggers: tuple = ()  # 'tensorboard', 'wandb', beside metrics.jsonl
 
     def __post_init__(self):
-        for k in ('betas', 'freeze', 'lora_parts', 'loggers'): object.__setattr__(self, k, tuple(getattr(self, k)))
-        for k, least in dict(steps=1, micro=1, accumulate=1, replicate=1, shard=0, warmup=0, lora_rank=0, log_every=1, save_every=1, keep=1, ahead=0).items(): at_least(k, getattr(self, k), least)
+        for k in ('betas', 'freeze', 'lora_parts', 'loggers'):
+            object.__setattr__(self, k, tuple(getattr(self, k)))
+        for k, least in dict(
+            steps=1,
+            micro=1,
+            accumulate=1,
+            replicate=1,
+            shard=0,
+            warmup=0,
+            lora_rank=0,
+            log_every=1,
+            save_every=1,
+            keep=1,
+            ahead=0,
+        ).items():
+            at_least(k, getattr(self, k), least)
         one_of('dtype', self.dtype, ('float32', 'bfloat16'))
-        for k in self.freeze: one_of('freeze', k, PARTS)
-        for k in self.lora_parts: one_of('lora_parts', k, ('vision', 'vlm', 'expert'))
-        for k in self.loggers: one_of('loggers', k, ('tensorboard', 'wandb'))
+        for k in self.freeze:
+            one_of('freeze', k, PARTS)
+        for k in self.lora_parts:
+            one_of('lora_parts', k, ('vision', 'vlm', 'expert'))
+        for k in self.loggers:
+            one_of('loggers', k, ('tensorboard', 'wandb'))
 
 # %% ../nbs/11c_scale.ipynb #0707a53c
 def mesh_shape(rc: ScaleConfig, world: int) -> tuple[int, int]:
-    "(replicate, shard) for `world` processes. Raises `ValueError` where they do not multiply to it."
+    """(replicate, shard) for `world` processes.
+
+    Raises `ValueError` where they do not multiply to it.
+    """
     shard = rc.shard or world // rc.replicate
     if rc.replicate * shard != world:
-        raise ValueError(f"replicate={rc.replicate} × shard={rc.shard or 'rest'} does not make {world} processes; choose numbers whose product is {world}")
+        raise ValueError(
+            f"replicate={rc.replicate} × shard={rc.shard or 'rest'} does not make {world}"
+            f" processes; choose numbers whose product is {world}"
+        )
     return rc.replicate, shard
+
 
 def global_batch(rc: ScaleConfig, world: int) -> int:
     "Samples per optimisation step: micro × accumulate × processes."
@@ -93,133 +147,292 @@ def global_batch(rc: ScaleConfig, world: int) -> int:
 
 # %% ../nbs/11c_scale.ipynb #ee3829d0
 def slots(rc: ScaleConfig, world: int, rank: int, k: int) -> range:
-    "Places in the global batch that process `rank` reads in its `k`-th forward pass of a step."
+    """Places in the global batch that process `rank` reads in its `k`-th forward pass of a
+    step.
+    """
     first = (k * world + rank) * rc.micro
     return range(first, first + rc.micro)
 
 # %% ../nbs/11c_scale.ipynb #4b62977e
 def flow_draws(cfg, seed: int, step: int, rows) -> tuple[Tensor, Tensor]:
-    "Noise (b * draws, s, d) and flow times (b * draws,) of the slots `rows` of a step, from seed, step and slot alone."
+    """Noise (b * draws, s, d) and flow times (b * draws,) of the slots `rows` of a step,
+    from seed, step and slot alone.
+    """
     noise, times = [], []
     for slot in rows:
-        g = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step, slot]).generate_state(1)[0]))
-        noise.append(torch.randn(cfg.flow.draws, cfg.chunk, cfg.max_action_dim, generator=g))
+        g = torch.Generator().manual_seed(
+            int(np.random.SeedSequence([seed, step, slot]).generate_state(1)[0])
+        )
+        noise.append(
+            torch.randn(cfg.flow.draws, cfg.chunk, cfg.max_action_dim, generator=g)
+        )
         times.append(sample_time(cfg.flow.draws, cfg.flow.time, generator=g))
     return torch.cat(noise), torch.cat(times)
 
 # %% ../nbs/11c_scale.ipynb #642fe80f
 META = ('dataset_index', 'episode_index', 'frame_index')
 
+
 def value_losses(policy, batch: dict, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    "Squared errors (b, s, d) of a preprocessed batch, zero where padded, and the mask (b, s, d) of real values."
+    """Squared errors (b, s, d) of a preprocessed batch, zero where padded, and the mask (b,
+    s, d) of real values.
+    """
     m, actions, dev = policy.config.model, batch['action'], batch['action'].device
     pad = batch.get('action_is_pad')
-    real = torch.ones_like(actions, dtype=torch.bool) if pad is None else ~pad.bool().to(dev)
-    mask = pad_last((real[..., None].expand_as(actions) if real.ndim == 2 else real).float(), m.max_action_dim)
-    return policy.model.loss(policy.observation(batch), pad_last(actions, m.max_action_dim), mask, noise.to(dev), t.to(dev), 'none'), mask
+    real = (
+        torch.ones_like(actions, dtype=torch.bool) if pad is None else ~pad.bool().to(dev)
+    )
+    mask = pad_last(
+        (real[..., None].expand_as(actions) if real.ndim == 2 else real).float(),
+        m.max_action_dim,
+    )
+    return (
+        policy.model.loss(
+            policy.observation(batch),
+            pad_last(actions, m.max_action_dim),
+            mask,
+            noise.to(dev),
+            t.to(dev),
+            'none',
+        ),
+        mask,
+    )
 
+# %% ../nbs/11c_scale.ipynb #f965207b
 def sample_losses(square: Tensor, mask: Tensor) -> Tensor:
     "(b,) mean of each sample over its real values."
     return square.flatten(1).sum(1) / mask.flatten(1).sum(1).clamp_min(1)
 
 # %% ../nbs/11c_scale.ipynb #04199124
 class OneDataset:
-    "A LeRobot dataset as the loop wants its data: `batch(picks)`, `sampler(batch)`, `names`, `fingerprint`."
-    def __init__(self, dataset, policy, store=None, seed: int = 0, progress: bool = False,
-                 **checks):       # allow_short, tolerance_s, frames: of `HistoryDataset`
+    """A LeRobot dataset as the loop wants its data: `batch(picks)`, `sampler(batch)`,
+    `names`, `fingerprint`.
+    """
+
+    def __init__(
+        self, dataset, policy, store=None, seed: int = 0, progress: bool = False, **checks
+    ):  # allow_short, tolerance_s, frames: of `HistoryDataset`
         from halo.data import HistoryDataset, fingerprint
-        self.data = HistoryDataset(dataset, policy.config.model, policy.config.roles, store_root=store,
-                                   stats=True, progress=progress, **checks)
+
+        self.data = HistoryDataset(
+            dataset,
+            policy.config.model,
+            policy.config.roles,
+            store_root=store,
+            stats=True,
+            progress=progress,
+            **checks,
+        )
         self.notices = self.data.notices
-        self.names, self.fingerprint, self.seed = [dataset.repo_id], str(fingerprint(dataset)), seed
-    def __len__(self): return len(self.data)
-    def batch(self, picks) -> dict: return self.data.batch(picks)
+        self.names, self.fingerprint, self.seed = (
+            [dataset.repo_id],
+            str(fingerprint(dataset)),
+            seed,
+        )
+
+    def __len__(self):
+        return len(self.data)
+
+    def batch(self, picks) -> dict:
+        return self.data.batch(picks)
+
     def sampler(self, batch: int):
         from halo.data import EpisodeSampler
+
         return EpisodeSampler(len(self.data), batch, self.seed)
 
 # %% ../nbs/11c_scale.ipynb #95261f2e
-def scale_step(policy, batches: list[dict], draws: list[tuple], optimizer, clip: float, tally=None) -> tuple[Tensor, Tensor]:
-    "One optimisation step over micro-batches; returns this process's loss and the norm of the whole gradient. `tally(square, mask, batch)` sees every value."
-    total = 0.
+def scale_step(
+    policy, batches: list[dict], draws: list[tuple], optimizer, clip: float, tally=None
+) -> tuple[Tensor, Tensor]:
+    """One optimisation step over micro-batches; returns this process's loss and the norm of
+    the whole gradient. `tally(square, mask, batch)` sees every value.
+    """
+    total = 0.0
     for k, (batch, (noise, t)) in enumerate(zip(batches, draws)):
-        if hasattr(policy.model, 'set_requires_all_reduce'): policy.model.set_requires_all_reduce(k + 1 == len(batches))
+        if hasattr(policy.model, 'set_requires_all_reduce'):
+            policy.model.set_requires_all_reduce(k + 1 == len(batches))
         square, mask = value_losses(policy, batch, noise, t)
         loss = sample_losses(square, mask).mean() / len(batches)
         loss.backward()
         total = total + loss.detach()
-        if tally: tally(square.detach(), mask, batch)
-    norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.requires_grad], clip)
+        if tally:
+            tally(square.detach(), mask, batch)
+    norm = torch.nn.utils.clip_grad_norm_(
+        [p for p in policy.parameters() if p.requires_grad], clip
+    )
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if torch.isfinite(norm): optimizer.step()
+    if torch.isfinite(norm):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total, norm
 
 # %% ../nbs/11c_scale.ipynb #ca175d1e
 def part_of(name: str) -> str:
-    "The part that parameter `name` of a HALO policy or model belongs to. Raises `ValueError` for a name of no part."
-    rules = dict(vision=r'embed\.visual\.', embedding=r'embed\.embed_tokens\.', vlm=r'blocks\.\d+\.vlm\.', expert=r'blocks\.\d+\.expert\.|heads\.', salr=r'blocks\.\d+\.(rerep|state)\.|state_tokens\.')
+    """The part that parameter `name` of a HALO policy or model belongs to.
+
+    Raises `ValueError` for a name of no part.
+    """
+    rules = dict(
+        vision=r'embed\.visual\.',
+        embedding=r'embed\.embed_tokens\.',
+        vlm=r'blocks\.\d+\.vlm\.',
+        expert=r'blocks\.\d+\.expert\.|heads\.',
+        salr=r'blocks\.\d+\.(rerep|state)\.|state_tokens\.',
+    )
     found = [p for p, r in rules.items() if re.match(r'(model\.)?(' + r + ')', name)]
-    if len(found) != 1: raise ValueError(f"parameter {name!r} belongs to no part of {', '.join(PARTS)}")
+    if len(found) != 1:
+        raise ValueError(f"parameter {name!r} belongs to no part of {', '.join(PARTS)}")
     return found[0]
 
 # %% ../nbs/11c_scale.ipynb #9b8952bb
 def add_lora(policy, rc: ScaleConfig) -> None:
-    "Put peft's adapters on the linear layers of `rc.lora_parts`, in place; these parts' own weights are frozen. Raises `ImportError` without peft."
-    if find_spec('peft') is None: raise ImportError("lora_rank > 0 needs peft: pip install 'peft>=0.18,<1'")
+    """Put peft's adapters on the linear layers of `rc.lora_parts`, in place; these parts'
+    own weights are frozen. Raises `ImportError` without peft.
+    """
+    if find_spec('peft') is None:
+        raise ImportError("lora_rank > 0 needs peft: pip install 'peft>=0.18,<1'")
     from peft import LoraConfig, inject_adapter_in_model
+
     m, linear = policy.model, (nn.Linear,)
-    names = [n for n, x in m.named_modules() if isinstance(x, linear) and part_of(n + '.weight') in rc.lora_parts]
+    names = [
+        n
+        for n, x in m.named_modules()
+        if isinstance(x, linear) and part_of(n + '.weight') in rc.lora_parts
+    ]
     wanted = {n: p.requires_grad for n, p in m.named_parameters()}
-    inject_adapter_in_model(LoraConfig(r=rc.lora_rank, lora_alpha=rc.lora_alpha, target_modules=names, lora_dropout=0.0, bias='none'), m)
-    for n, p in m.named_parameters(): p.requires_grad_('.lora_' in n or (wanted[n.replace('.base_layer.', '.')] and part_of(n) not in rc.lora_parts))
+    inject_adapter_in_model(
+        LoraConfig(
+            r=rc.lora_rank,
+            lora_alpha=rc.lora_alpha,
+            target_modules=names,
+            lora_dropout=0.0,
+            bias='none',
+        ),
+        m,
+    )
+    for n, p in m.named_parameters():
+        p.requires_grad_(
+            '.lora_' in n
+            or (wanted[n.replace('.base_layer.', '.')] and part_of(n) not in rc.lora_parts)
+        )
 
 # %% ../nbs/11c_scale.ipynb #e2f61281
 def prepare_parts(policy, rc: ScaleConfig) -> dict[str, tuple[int, int]]:
-    "Freeze and adapt what `rc` says, give masters their dtype; returns {part: (trained, all)} parameters. Raises `ValueError` if nothing is left to train."
+    """Freeze and adapt what `rc` says, give masters their dtype; returns {part: (trained,
+    all)} parameters. Raises `ValueError` if nothing is left to train.
+    """
     for n, p in policy.named_parameters():
-        if part_of(n) in rc.freeze: p.requires_grad_(False)
-    if rc.lora_rank: add_lora(policy, rc)
-    fp32 = {id(p) for m in policy.modules() if isinstance(m, KeepFP32) for p in m.parameters()}
+        if part_of(n) in rc.freeze:
+            p.requires_grad_(False)
+    if rc.lora_rank:
+        add_lora(policy, rc)
+    fp32 = {
+        id(p) for m in policy.modules() if isinstance(m, KeepFP32) for p in m.parameters()
+    }
     for p in policy.parameters():
-        if p.is_floating_point(): p.data = p.data.to(torch.float32 if p.requires_grad or id(p) in fp32 else getattr(torch, rc.dtype))
+        if p.is_floating_point():
+            p.data = p.data.to(
+                torch.float32
+                if p.requires_grad or id(p) in fp32
+                else getattr(torch, rc.dtype)
+            )
     count = {k: (0, 0) for k in PARTS}
     for n, p in policy.named_parameters():
-        a, b = count[part_of(n)]; count[part_of(n)] = a + p.numel() * p.requires_grad, b + p.numel()
-    if not sum(a for a, _ in count.values()): raise ValueError(f"freeze={rc.freeze} leaves nothing to train; free a part")
+        a, b = count[part_of(n)]
+        count[part_of(n)] = a + p.numel() * p.requires_grad, b + p.numel()
+    if not sum(a for a, _ in count.values()):
+        raise ValueError(f"freeze={rc.freeze} leaves nothing to train; free a part")
     return count
 
 # %% ../nbs/11c_scale.ipynb #a0c95188
 def make_optimizer(policy, rc: ScaleConfig) -> torch.optim.AdamW:
-    "Fused AdamW over what is trained, with its moments allocated (so that a checkpoint can be read into them)."
-    o = torch.optim.AdamW(param_groups(policy, rc.weight_decay), lr=rc.lr, betas=rc.betas, eps=rc.eps, fused=True)
+    """Fused AdamW over what is trained, with its moments allocated (so that a checkpoint
+    can be read into them).
+    """
+    o = torch.optim.AdamW(
+        param_groups(policy, rc.weight_decay),
+        lr=rc.lr,
+        betas=rc.betas,
+        eps=rc.eps,
+        fused=True,
+    )
     for g in o.param_groups:
-        for p in g['params']: o.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        for p in g['params']:
+            o.state[p] = dict(
+                step=torch.zeros((), device=p.device),
+                exp_avg=torch.zeros_like(p),
+                exp_avg_sq=torch.zeros_like(p),
+            )
     return o
 
 # %% ../nbs/11c_scale.ipynb #5588b9c0
 def start_processes(device: str = '') -> tuple[int, int, torch.device]:
-    "Join the process group that `torchrun`, `accelerate launch` or Slurm's `srun` (with MASTER_ADDR) describes; returns rank, number of processes, device."
+    """Join the process group that `torchrun`, `accelerate launch` or Slurm's `srun` (with
+    MASTER_ADDR) describes; returns rank, number of processes, device.
+    """
     cuda = torch.cuda.is_available() and device != 'cpu'
-    if 'RANK' not in os.environ and 'SLURM_PROCID' in os.environ and 'MASTER_ADDR' in os.environ:
-        for k, v in dict(RANK='SLURM_PROCID', WORLD_SIZE='SLURM_NTASKS', LOCAL_RANK='SLURM_LOCALID').items(): os.environ[k] = os.environ[v]
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    if (
+        'RANK' not in os.environ
+        and 'SLURM_PROCID' in os.environ
+        and 'MASTER_ADDR' in os.environ
+    ):
+        for k, v in dict(
+            RANK='SLURM_PROCID', WORLD_SIZE='SLURM_NTASKS', LOCAL_RANK='SLURM_LOCALID'
+        ).items():
+            os.environ[k] = os.environ[v]
+    rank, world, local = (
+        int(os.environ.get(k, d))
+        for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0))
+    )
     dev = torch.device('cuda', local) if cuda else torch.device('cpu')
-    if cuda: torch.cuda.set_device(dev)
-    if world > 1 and not dist.is_initialized(): dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(hours=2))   # the others wait while the first builds a frame store
+    if cuda:
+        torch.cuda.set_device(dev)
+    # the others wait while the first builds a frame store
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            'cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(hours=2)
+        )
     return rank, world, dev
 
 # %% ../nbs/11c_scale.ipynb #37ab0adf
 def shard_model(model, rc: ScaleConfig, world: int, device: torch.device):
-    "Apply FSDP2 to a `HaloModel` in place, on a replicate × shard mesh; a single float32 process is left as it is."
-    if world == 1 and rc.dtype == 'float32' and not rc.offload: return model.to(device)
-    if not dist.is_initialized(): dist.init_process_group('gloo' if device.type == 'cpu' else 'cpu:gloo,cuda:nccl', store=dist.HashStore(), rank=0, world_size=1)
+    """Apply FSDP2 to a `HaloModel` in place, on a replicate × shard mesh; a single float32
+    process is left as it is.
+    """
+    if world == 1 and rc.dtype == 'float32' and not rc.offload:
+        return model.to(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            'gloo' if device.type == 'cpu' else 'cpu:gloo,cuda:nccl',
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+        )
     r, s = mesh_shape(rc, world)
-    mesh = init_device_mesh(device.type, (r, s), mesh_dim_names=('replicate', 'shard')) if r > 1 else init_device_mesh(device.type, (s,), mesh_dim_names=('shard',))
-    kw = dict(mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=device.type == 'cuda') if rc.offload else OffloadPolicy())
-    low = MixedPrecisionPolicy(param_dtype=getattr(torch, rc.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
-    full = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.embed.visual.blocks: fully_shard(block, mp_policy=low, **kw)
+    mesh = (
+        init_device_mesh(device.type, (r, s), mesh_dim_names=('replicate', 'shard'))
+        if r > 1
+        else init_device_mesh(device.type, (s,), mesh_dim_names=('shard',))
+    )
+    kw = dict(
+        mesh=mesh,
+        offload_policy=(
+            CPUOffloadPolicy(pin_memory=device.type == 'cuda')
+            if rc.offload
+            else OffloadPolicy()
+        ),
+    )
+    low = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, rc.dtype),
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    full = MixedPrecisionPolicy(
+        param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in model.embed.visual.blocks:
+        fully_shard(block, mp_policy=low, **kw)
     for block in model.blocks:
         fully_shard(block.rerep, mp_policy=full, **kw)
         fully_shard(block, mp_policy=low, **kw)
@@ -227,16 +440,34 @@ def shard_model(model, rc: ScaleConfig, world: int, device: torch.device):
 
 # %% ../nbs/11c_scale.ipynb #68531d88
 def spread_model(model, rc: ScaleConfig, rank: int, world: int, device: torch.device):
-    "`shard_model` with the weights of rank 0 everywhere; on other ranks `model` may be on the meta device."
-    if world == 1: return shard_model(model, rc, world, device)
-    full, buffers = ({k: v.detach() for k, v in model.state_dict().items()}, dict(model.named_buffers())) if rank == 0 else ({}, {})
+    """`shard_model` with the weights of rank 0 everywhere; on other ranks `model` may be on
+    the meta device.
+    """
+    if world == 1:
+        return shard_model(model, rc, world, device)
+    full, buffers = (
+        (
+            {k: v.detach() for k, v in model.state_dict().items()},
+            dict(model.named_buffers()),
+        )
+        if rank == 0
+        else ({}, {})
+    )
     kept = {n: b.to(device) for n, b in buffers.items()}
-    model.to('meta'); shard_model(model, rc, world, device)
+    model.to('meta')
+    shard_model(model, rc, world, device)
     model.to_empty(device='cpu' if rc.offload else device)
-    set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=rc.offload))
+    set_model_state_dict(
+        model,
+        full,
+        options=StateDictOptions(
+            full_state_dict=True, broadcast_from_rank0=True, cpu_offload=rc.offload
+        ),
+    )
     for n, b in model.named_buffers():
         x = kept[n] if rank == 0 else torch.empty_like(b, device=device)
-        dist.broadcast(x, 0); owner, _, leaf = n.rpartition('.')
+        dist.broadcast(x, 0)
+        owner, _, leaf = n.rpartition('.')
         setattr(model.get_submodule(owner), leaf, x)
     return model
 
@@ -245,503 +476,1143 @@ def set_checkpointing(policy, on: bool) -> None:
     "Recompute blocks, and blocks of the vision tower, in the backward pass."
     policy.config.model = policy.model.cfg = policy.model.cfg.but(checkpointing=on)
     tower = policy.model.embed.visual
-    tower.gradient_checkpointing_enable(dict(use_reentrant=False)) if on else tower.gradient_checkpointing_disable()
+    (
+        tower.gradient_checkpointing_enable(dict(use_reentrant=False))
+        if on
+        else tower.gradient_checkpointing_disable()
+    )
 
 # %% ../nbs/11c_scale.ipynb #683ca6fb
 def allocator_peak(fn) -> int:
-    "Highest number of bytes that the CPU's allocator had handed out (less those it took back) at once during `fn()`."
+    """Highest number of bytes that the CPU's allocator had handed out (less those it took
+    back) at once during `fn()`.
+    """
     import tempfile
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: fn()
+
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as prof:
+        fn()
     with tempfile.TemporaryDirectory() as d:
-        prof.export_chrome_trace(f'{d}/t.json'); events = json.loads(Path(f'{d}/t.json').read_text())['traceEvents']
-    moves = [(e['ts'], e['args']['Bytes']) for e in events if e.get('name') == '[memory]' and e['args'].get('Device Type') == 0]
+        prof.export_chrome_trace(f'{d}/t.json')
+        events = json.loads(Path(f'{d}/t.json').read_text())['traceEvents']
+    moves = [
+        (e['ts'], e['args']['Bytes'])
+        for e in events
+        if e.get('name') == '[memory]' and e['args'].get('Device Type') == 0
+    ]
     at = np.cumsum([b for _, b in sorted(moves, key=lambda m: m[0])])
     return int(at.max(initial=0))
 
 # %% ../nbs/11c_scale.ipynb #825293c8
-def local(x: Tensor) -> Tensor: return x.to_local() if isinstance(x, DTensor) else x
+def local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
 
 class EMA:
-    "Average of the trained parameters of `model`: weights {name: FP32 tensor} with decay min(decay, (1 + n) / (10 + n)) at update n."
+    """Average of the trained parameters of `model`: weights {name: FP32 tensor} with decay
+    min(decay, (1 + n) / (10 + n)) at update n.
+    """
+
     def __init__(self, model: nn.Module, decay: float):
-        self.decay, self.params = decay, {n: p for n, p in model.named_parameters() if p.requires_grad} if decay else {}
+        self.decay, self.params = (
+            decay,
+            (
+                {n: p for n, p in model.named_parameters() if p.requires_grad}
+                if decay
+                else {}
+            ),
+        )
         self.weights = {n: p.detach().clone() for n, p in self.params.items()}
 
     @torch.no_grad()
     def update(self, n: int) -> None:
-        if self.weights: torch._foreach_lerp_([local(w) for w in self.weights.values()], [local(p) for p in self.params.values()], 1 - min(self.decay, (1 + n) / (10 + n)))
+        if self.weights:
+            torch._foreach_lerp_(
+                [local(w) for w in self.weights.values()],
+                [local(p) for p in self.params.values()],
+                1 - min(self.decay, (1 + n) / (10 + n)),
+            )
 
 # %% ../nbs/11c_scale.ipynb #0de4338e
 def live_tensors(model: nn.Module, optimizer, ema: EMA) -> dict[str, Tensor]:
-    "All tensors of a run by name, as they are in memory (not copies): a checkpoint is read into them."
+    """All tensors of a run by name, as they are in memory (not copies): a checkpoint is
+    read into them.
+    """
     names = {id(p): n for n, p in model.named_parameters()}
-    out = {f'model.{n}': p for n, p in model.state_dict(keep_vars=True).items()} | {f'ema.{n}': w for n, w in ema.weights.items()}
+    out = {f'model.{n}': p for n, p in model.state_dict(keep_vars=True).items()} | {
+        f'ema.{n}': w for n, w in ema.weights.items()
+    }
     for g in optimizer.param_groups:
-        for p in g['params']: out |= {f'optimizer.{names[id(p)]}.{k}': v for k, v in optimizer.state[p].items()}
+        for p in g['params']:
+            out |= {
+                f'optimizer.{names[id(p)]}.{k}': v for k, v in optimizer.state[p].items()
+            }
     return {k: v.detach() for k, v in out.items()}
 
 # %% ../nbs/11c_scale.ipynb #d29958ea
 def sha256(file: Path) -> str:
-    with open(file, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(file, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
 
 def sync(path: Path) -> None:
     "Wait until the disk holds `path` (a file or a folder's entries)."
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
 
 def everyone(x, world: int) -> list:
     "`x` of every process, at every process."
-    if world == 1: return [x]
-    out = [None] * world; dist.all_gather_object(out, x)
+    if world == 1:
+        return [x]
+    out = [None] * world
+    dist.all_gather_object(out, x)
     return out
 
 # %% ../nbs/11c_scale.ipynb #6136f2d2
 def write_shard(tmp: Path, tensors: dict, rank: int, world: int) -> dict[str, list]:
-    "Write this process's pieces and random state into `tmp`; returns {file: [bytes, hash]} of its files."
-    dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(tmp), save_distributed=True), no_dist=world == 1)
-    rng = dict(torch=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state()) if torch.cuda.is_available() else {})
-    save_file(rng, str(tmp/f'rng-{rank:05d}.safetensors')); sync(tmp/f'rng-{rank:05d}.safetensors')
-    mine = [*tmp.glob(f'shard-{rank + 1:05d}-*'), tmp/f'rng-{rank:05d}.safetensors']
+    """Write this process's pieces and random state into `tmp`; returns {file: [bytes,
+    hash]} of its files.
+    """
+    dcp.save(
+        tensors,
+        storage_writer=HuggingFaceStorageWriter(str(tmp), save_distributed=True),
+        no_dist=world == 1,
+    )
+    rng = dict(torch=torch.get_rng_state()) | (
+        dict(cuda=torch.cuda.get_rng_state()) if torch.cuda.is_available() else {}
+    )
+    save_file(rng, str(tmp / f'rng-{rank:05d}.safetensors'))
+    sync(tmp / f'rng-{rank:05d}.safetensors')
+    mine = [*tmp.glob(f'shard-{rank + 1:05d}-*'), tmp / f'rng-{rank:05d}.safetensors']
     return {f.name: [f.stat().st_size, sha256(f)] for f in mine}
 
+# %% ../nbs/11c_scale.ipynb #3091e690
 def write_last(tmp: Path, state: dict, files: dict) -> None:
     "Write the state, then the manifest, then rename `….tmp` to its name."
-    (tmp/'state.json').write_text(json.dumps(state)); sync(tmp/'state.json')
-    files['state.json'] = [(tmp/'state.json').stat().st_size, sha256(tmp/'state.json')]
-    (tmp/'manifest.json').write_text(json.dumps(dict(step=state['step'], files=files), indent=1)); sync(tmp/'manifest.json'); sync(tmp)
+    (tmp / 'state.json').write_text(json.dumps(state))
+    sync(tmp / 'state.json')
+    files['state.json'] = [(tmp / 'state.json').stat().st_size, sha256(tmp / 'state.json')]
+    (tmp / 'manifest.json').write_text(
+        json.dumps(dict(step=state['step'], files=files), indent=1)
+    )
+    sync(tmp / 'manifest.json')
+    sync(tmp)
     shutil.rmtree(tmp.with_suffix(''), ignore_errors=True)
-    tmp.rename(tmp.with_suffix('')); sync(tmp.parent)
+    tmp.rename(tmp.with_suffix(''))
+    sync(tmp.parent)
 
 # %% ../nbs/11c_scale.ipynb #a7ea99a0
 def checkpoints(folder: Path) -> list[Path]:
-    "Checkpoints in `folder`, newest first (whole or not; half-written ones are not counted)."
-    return sorted((p for p in Path(folder).glob('step_*') if p.is_dir() and p.suffix == ''), reverse=True)
+    """Checkpoints in `folder`, newest first (whole or not; half-written ones are not
+    counted).
+    """
+    return sorted(
+        (p for p in Path(folder).glob('step_*') if p.is_dir() and p.suffix == ''),
+        reverse=True,
+    )
 
-def save(folder: Path, tensors: dict, state: dict, keep: int, rank: int = 0, world: int = 1) -> str:
-    "Write checkpoint `step_N` and keep the newest `keep`. Returns '' or why it failed; whatever happens, older checkpoints stay whole."
-    tmp, files, why = Path(folder)/f"step_{state['step']:08d}.tmp", {}, ''
+# %% ../nbs/11c_scale.ipynb #d3557087
+def save(
+    folder: Path, tensors: dict, state: dict, keep: int, rank: int = 0, world: int = 1
+) -> str:
+    """Write checkpoint `step_N` and keep the newest `keep`.
+
+    Returns '' or why it failed; whatever happens, older checkpoints stay whole.
+    """
+    tmp, files, why = Path(folder) / f"step_{state['step']:08d}.tmp", {}, ''
+
     def attempt(fn, *a):
         nonlocal why
-        try: return fn(*a)
-        except (Exception, dcp.api.CheckpointException) as e: why = why or f'{type(e).__name__}: {str(e).strip().splitlines()[-1] if str(e).strip() else e}'
-    if rank == 0: attempt(lambda: (shutil.rmtree(tmp, ignore_errors=True), tmp.mkdir(parents=True)))
-    if not any(everyone(why, world)): files = attempt(write_shard, tmp, tensors, rank, world)
-    each = everyone((why, files), world); why = next((w for w, _ in each if w), '')
+        try:
+            return fn(*a)
+        except (Exception, dcp.api.CheckpointException) as e:
+            why = (
+                why
+                or f'{type(e).__name__}: {str(e).strip().splitlines()[-1] if str(e).strip() else e}'
+            )
+
     if rank == 0:
-        if not why: attempt(write_last, tmp, state, {k: v for _, f in each for k, v in f.items()})
-        if why: shutil.rmtree(tmp, ignore_errors=True)
+        attempt(lambda: (shutil.rmtree(tmp, ignore_errors=True), tmp.mkdir(parents=True)))
+    if not any(everyone(why, world)):
+        files = attempt(write_shard, tmp, tensors, rank, world)
+    each = everyone((why, files), world)
+    why = next((w for w, _ in each if w), '')
+    if rank == 0:
+        if not why:
+            attempt(write_last, tmp, state, {k: v for _, f in each for k, v in f.items()})
+        if why:
+            shutil.rmtree(tmp, ignore_errors=True)
         else:
-            for old in checkpoints(folder)[keep:]: shutil.rmtree(old, ignore_errors=True)
+            for old in checkpoints(folder)[keep:]:
+                shutil.rmtree(old, ignore_errors=True)
     return next((w for w in everyone(why, world) if w), '')
 
 # %% ../nbs/11c_scale.ipynb #cf6bbeb1
 def flaw(ckpt: Path, rank: int = 0, world: int = 1) -> str:
-    "What is wrong with a checkpoint ('' = nothing): every `world`-th file is hashed by each process."
-    try: files = json.loads((ckpt/'manifest.json').read_text())['files']
-    except (OSError, ValueError, KeyError) as e: return f'its manifest cannot be read ({type(e).__name__})'
+    """What is wrong with a checkpoint ('' = nothing): every `world`-th file is hashed by
+    each process.
+    """
+    try:
+        files = json.loads((ckpt / 'manifest.json').read_text())['files']
+    except (OSError, ValueError, KeyError) as e:
+        return f'its manifest cannot be read ({type(e).__name__})'
     for name, (size, digest) in sorted(files.items())[rank::world]:
-        f = ckpt/name
-        if not f.is_file(): return f'{name} is missing'
-        if f.stat().st_size != size: return f'{name} has {f.stat().st_size} bytes, not {size}'
-        if sha256(f) != digest: return f'{name} is damaged (its hash differs)'
+        f = ckpt / name
+        if not f.is_file():
+            return f'{name} is missing'
+        if f.stat().st_size != size:
+            return f'{name} has {f.stat().st_size} bytes, not {size}'
+        if sha256(f) != digest:
+            return f'{name} is damaged (its hash differs)'
     return ''
 
+# %% ../nbs/11c_scale.ipynb #a90a3104
 def newest(folder: Path, rank: int = 0, world: int = 1, tell=print) -> Path | None:
-    "The newest whole checkpoint, None if there are none. Says which ones it passes over; raises `RuntimeError` if all are damaged."
+    """The newest whole checkpoint, None if there are none.
+
+    Says which ones it passes over; raises `RuntimeError` if all are damaged.
+    """
     found = everyone([p.name for p in checkpoints(folder)], world)[0]
     for name in found:
-        why = next((w for w in everyone(flaw(Path(folder)/name, rank, world), world) if w), '')
-        if not why: return Path(folder)/name
-        if rank == 0: tell(f'checkpoint {name} is not used: {why}; going back to the one before')
-    if found: raise RuntimeError(f'all {len(found)} checkpoints in {Path(folder).name} are damaged; restore one, or start in an empty folder')
+        why = next(
+            (w for w in everyone(flaw(Path(folder) / name, rank, world), world) if w), ''
+        )
+        if not why:
+            return Path(folder) / name
+        if rank == 0:
+            tell(f'checkpoint {name} is not used: {why}; going back to the one before')
+    if found:
+        raise RuntimeError(
+            f'all {len(found)} checkpoints in {Path(folder).name} are damaged; restore one,'
+            ' or start in an empty folder'
+        )
 
+# %% ../nbs/11c_scale.ipynb #cb6a96dd
 def load(ckpt: Path, tensors: dict, rank: int = 0, world: int = 1) -> dict:
-    "Read a checkpoint into live tensors and the random generators; returns its state. Raises `ValueError` for another model's checkpoint."
+    """Read a checkpoint into live tensors and the random generators; returns its state.
+
+    Raises `ValueError` for another model's checkpoint.
+    """
     reader = HuggingFaceStorageReader(str(ckpt))
     have, want = reader.read_metadata().state_dict_metadata, tensors
     have = {k: v for k, v in have.items() if k not in ('torch', 'cuda')}
-    if odd := sorted(have.keys() ^ want.keys()): raise ValueError(f'checkpoint {ckpt.name} belongs to another model or other trained parts: {odd[0]!r} is only in {"it" if odd[0] in have else "the run"} ({len(odd)} such)')
+    if odd := sorted(have.keys() ^ want.keys()):
+        raise ValueError(
+            f'checkpoint {ckpt.name} belongs to another model or other trained parts:'
+            f' {odd[0]!r} is only in {"it" if odd[0] in have else "the run"} ({len(odd)}'
+            ' such)'
+        )
     for k, v in want.items():
-        if tuple(have[k].size) != tuple(v.shape): raise ValueError(f'checkpoint {ckpt.name}: {k} is {tuple(have[k].size)}, the run needs {tuple(v.shape)}')
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(ckpt)), no_dist=world == 1)
-    if (f := ckpt/f'rng-{rank:05d}.safetensors').exists():
-        rng = load_file(str(f)); torch.set_rng_state(rng['torch'])
-        if 'cuda' in rng and torch.cuda.is_available(): torch.cuda.set_rng_state(rng['cuda'])
-    return json.loads((ckpt/'state.json').read_text())
+        if tuple(have[k].size) != tuple(v.shape):
+            raise ValueError(
+                f'checkpoint {ckpt.name}: {k} is {tuple(have[k].size)}, the run needs'
+                f' {tuple(v.shape)}'
+            )
+    dcp.load(
+        tensors, storage_reader=HuggingFaceStorageReader(str(ckpt)), no_dist=world == 1
+    )
+    if (f := ckpt / f'rng-{rank:05d}.safetensors').exists():
+        rng = load_file(str(f))
+        torch.set_rng_state(rng['torch'])
+        if 'cuda' in rng and torch.cuda.is_available():
+            torch.cuda.set_rng_state(rng['cuda'])
+    return json.loads((ckpt / 'state.json').read_text())
 
 # %% ../nbs/11c_scale.ipynb #78be29a3
 class Tally:
     "Sums of losses since the last row: per action dimension and per dataset."
-    def __init__(self, names: list[str], dims: int): self.names, self.sums = names, torch.zeros(2, dims + len(names), dtype=torch.float64); self.dims = dims
+
+    def __init__(self, names: list[str], dims: int):
+        self.names, self.sums = (
+            names,
+            torch.zeros(2, dims + len(names), dtype=torch.float64),
+        )
+        self.dims = dims
+
     def __call__(self, square: Tensor, mask: Tensor, batch: dict) -> None:
         per = sample_losses(square, mask).double().cpu()
         which = batch.get('dataset_index', torch.zeros(len(per), dtype=torch.long)).cpu()
-        self.sums[0, :self.dims] += square.sum((0, 1)).double().cpu(); self.sums[1, :self.dims] += mask.sum((0, 1)).double().cpu()
-        self.sums[0, self.dims:].index_add_(0, which, per); self.sums[1, self.dims:].index_add_(0, which, torch.ones_like(per))
+        self.sums[0, : self.dims] += square.sum((0, 1)).double().cpu()
+        self.sums[1, : self.dims] += mask.sum((0, 1)).double().cpu()
+        self.sums[0, self.dims :].index_add_(0, which, per)
+        self.sums[1, self.dims :].index_add_(0, which, torch.ones_like(per))
 
     def row(self, world: int) -> dict:
-        "Means over all processes; dimensions and datasets that were not seen are left out. Starts anew."
-        if world > 1: dist.all_reduce(self.sums)
-        mean, seen = (self.sums[0] / self.sums[1].clamp_min(1)).tolist(), (self.sums[1] > 0).tolist(); self.sums.zero_()
-        return dict(loss_dim={str(i): mean[i] for i in range(self.dims) if seen[i]}, loss_dataset={n: mean[self.dims + k] for k, n in enumerate(self.names) if seen[self.dims + k]})
+        """Means over all processes; dimensions and datasets that were not seen are left
+        out. Starts anew.
+        """
+        if world > 1:
+            dist.all_reduce(self.sums)
+        mean, seen = (
+            (self.sums[0] / self.sums[1].clamp_min(1)).tolist(),
+            (self.sums[1] > 0).tolist(),
+        )
+        self.sums.zero_()
+        return dict(
+            loss_dim={str(i): mean[i] for i in range(self.dims) if seen[i]},
+            loss_dataset={
+                n: mean[self.dims + k]
+                for k, n in enumerate(self.names)
+                if seen[self.dims + k]
+            },
+        )
 
 # %% ../nbs/11c_scale.ipynb #7a718583
 class Log:
-    "Rows for `metrics.jsonl` (and TensorBoard or wandb if asked) and `events.jsonl`; rows after `step`, of a run that was killed, are dropped."
-    def __init__(self, out: Path, step: int, loggers=(), config: dict | None = None, on: bool = True):
-        self.file, self.events, self.on, self.board, self.wandb = out/'metrics.jsonl', out/'events.jsonl', on, None, None
-        if not on: return
+    """Rows for `metrics.jsonl` (and TensorBoard or wandb if asked) and `events.jsonl`; rows
+    after `step`, of a run that was killed, are dropped.
+    """
+
+    def __init__(
+        self, out: Path, step: int, loggers=(), config: dict | None = None, on: bool = True
+    ):
+        self.file, self.events, self.on, self.board, self.wandb = (
+            out / 'metrics.jsonl',
+            out / 'events.jsonl',
+            on,
+            None,
+            None,
+        )
+        if not on:
+            return
         rows = [r for r in read_rows(self.file) if r['step'] <= step]
-        tmp = self.file.with_suffix('.tmp'); tmp.write_text(''.join(json.dumps(r) + '\n' for r in rows)); tmp.replace(self.file)
+        tmp = self.file.with_suffix('.tmp')
+        tmp.write_text(''.join(json.dumps(r) + '\n' for r in rows))
+        tmp.replace(self.file)
         if 'tensorboard' in loggers:
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(str(out/'tensorboard'), purge_step=step + 1)
+
+            self.board = SummaryWriter(str(out / 'tensorboard'), purge_step=step + 1)
         if 'wandb' in loggers:
             import wandb
-            self.wandb = wandb.init(project='halo', dir=str(out), config=config, resume='allow', id=hashlib.sha256(str(out).encode()).hexdigest()[:12])
+
+            self.wandb = wandb.init(
+                project='halo',
+                dir=str(out),
+                config=config,
+                resume='allow',
+                id=hashlib.sha256(str(out).encode()).hexdigest()[:12],
+            )
 
     def row(self, **kw) -> None:
-        if not self.on: return
-        with self.file.open('a') as f: f.write(json.dumps(kw) + '\n')
-        flat = {k: v for k, v in kw.items() if isinstance(v, (int, float))} | {f'{k}/{n}': x for k, v in kw.items() if isinstance(v, dict) for n, x in v.items()}
+        if not self.on:
+            return
+        with self.file.open('a') as f:
+            f.write(json.dumps(kw) + '\n')
+        flat = {k: v for k, v in kw.items() if isinstance(v, (int, float))} | {
+            f'{k}/{n}': x
+            for k, v in kw.items()
+            if isinstance(v, dict)
+            for n, x in v.items()
+        }
         if self.board:
-            for k, v in flat.items(): self.board.add_scalar(k, v, kw['step'])
-        if self.wandb: self.wandb.log(flat, step=kw['step'])
+            for k, v in flat.items():
+                self.board.add_scalar(k, v, kw['step'])
+        if self.wandb:
+            self.wandb.log(flat, step=kw['step'])
 
     def event(self, text: str, **kw) -> None:
-        if not self.on: return
+        if not self.on:
+            return
         print(text, flush=True)
-        with self.events.open('a') as f: f.write(json.dumps(dict(time=round(time.time()), event=text) | kw) + '\n')
+        with self.events.open('a') as f:
+            f.write(json.dumps(dict(time=round(time.time()), event=text) | kw) + '\n')
 
     def close(self) -> None:
-        if self.board: self.board.close()
-        if self.wandb: self.wandb.finish()
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
 
+# %% ../nbs/11c_scale.ipynb #aa97b818
 def read_rows(file: Path) -> list[dict]:
     "Rows of a JSONL file; a last line that a kill cut short is left out."
     out = []
     for line in Path(file).read_text().splitlines() if Path(file).exists() else []:
-        with contextlib.suppress(ValueError): out.append(json.loads(line))
+        with contextlib.suppress(ValueError):
+            out.append(json.loads(line))
     return out
 
 # %% ../nbs/11c_scale.ipynb #c2a1b350
 def peak_memory() -> float:
-    "Largest memory so far, GB: of the GPU's allocator where there is one, else of the process."
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 1e9
+    """Largest memory so far, GB: of the GPU's allocator where there is one, else of the
+    process.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 # %% ../nbs/11c_scale.ipynb #9ae10f0c
 class Feed:
-    "Steps' micro-batches of this process, read ahead by a thread: iterate for (batches, sampler state after them)."
+    """Steps' micro-batches of this process, read ahead by a thread: iterate for (batches,
+    sampler state after them).
+    """
+
     def __init__(self, data, sampler, pre, rc: ScaleConfig, rank: int, world: int, device):
-        self.data, self.sampler, self.pre, self.rc, self.rank, self.world, self.device = data, sampler, pre, rc, rank, world, device
+        self.data, self.sampler, self.pre, self.rc, self.rank, self.world, self.device = (
+            data,
+            sampler,
+            pre,
+            rc,
+            rank,
+            world,
+            device,
+        )
         self.pool, self.waiting = ThreadPoolExecutor(1), []
 
     def read(self) -> tuple[list[dict], dict]:
-        picks = next(self.sampler); state = self.sampler.state_dict()
-        return [self.micro([picks[i] for i in slots(self.rc, self.world, self.rank, k)]) for k in range(self.rc.accumulate)], state
+        picks = next(self.sampler)
+        state = self.sampler.state_dict()
+        return [
+            self.micro([picks[i] for i in slots(self.rc, self.world, self.rank, k)])
+            for k in range(self.rc.accumulate)
+        ], state
 
     def micro(self, picks) -> dict:
         raw = self.data.batch(picks)
-        batch = self.pre({k: v for k, v in raw.items() if k not in META}) | {k: raw[k] for k in ('dataset_index',) if k in raw}
-        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        batch = self.pre({k: v for k, v in raw.items() if k not in META}) | {
+            k: raw[k] for k in ('dataset_index',) if k in raw
+        }
+        return {
+            k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()
+        }
 
-    def __iter__(self): return self
+    def __iter__(self):
+        return self
+
     def __next__(self):
-        if not self.rc.ahead: return self.read()
-        while len(self.waiting) <= self.rc.ahead: self.waiting.append(self.pool.submit(self.read))
+        if not self.rc.ahead:
+            return self.read()
+        while len(self.waiting) <= self.rc.ahead:
+            self.waiting.append(self.pool.submit(self.read))
         return self.waiting.pop(0).result()
-    def close(self) -> None: self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../nbs/11c_scale.ipynb #a2dc571d
 def merge_lora(weights: dict[str, Tensor], rc: ScaleConfig) -> dict[str, Tensor]:
     "Weights under their plain names, W + (alpha / rank) B A where there was an adapter."
     out = {}
     for n, w in weights.items():
-        if '.lora_' in n: continue
+        if '.lora_' in n:
+            continue
         base = n.rsplit('.base_layer.weight', 1)[0]
-        if n.endswith('.base_layer.weight') and (a := weights.get(f'{base}.lora_A.default.weight')) is not None:
-            w = (w.float() + rc.lora_alpha / rc.lora_rank * weights[f'{base}.lora_B.default.weight'].float() @ a.float()).to(w.dtype)
+        if (
+            n.endswith('.base_layer.weight')
+            and (a := weights.get(f'{base}.lora_A.default.weight')) is not None
+        ):
+            w = (
+                w.float()
+                + rc.lora_alpha
+                / rc.lora_rank
+                * weights[f'{base}.lora_B.default.weight'].float()
+                @ a.float()
+            ).to(w.dtype)
         out[n.replace('.base_layer.', '.')] = w
     return out
 
 # %% ../nbs/11c_scale.ipynb #a64dd282
-def write_policy(policy, pre, post, folder: str | Path, rc: ScaleConfig, ema: EMA | None = None, rank: int = 0) -> Path:
-    "Write `policy` (sharded or not, with adapters or without) as a LeRobot policy folder, under a temporary name first. All processes must call it."
+def write_policy(
+    policy,
+    pre,
+    post,
+    folder: str | Path,
+    rc: ScaleConfig,
+    ema: EMA | None = None,
+    rank: int = 0,
+) -> Path:
+    """Write `policy` (sharded or not, with adapters or without) as a LeRobot policy folder,
+    under a temporary name first. All processes must call it.
+    """
     averaged, full, folder = ema.weights if ema else {}, {}, Path(folder)
-    fp32 = {f'{n}.{k}' for n, m in policy.model.named_modules() if isinstance(m, KeepFP32) for k, _ in m.named_parameters()}
+    fp32 = {
+        f'{n}.{k}'
+        for n, m in policy.model.named_modules()
+        if isinstance(m, KeepFP32)
+        for k, _ in m.named_parameters()
+    }
     for n, w in policy.model.state_dict().items():
-        w = averaged.get(n, w); w = w.full_tensor() if isinstance(w, DTensor) else w
-        if rank == 0: full[n] = w.detach().cpu()
-    if rank: return folder
+        w = averaged.get(n, w)
+        w = w.full_tensor() if isinstance(w, DTensor) else w
+        if rank == 0:
+            full[n] = w.detach().cpu()
+    if rank:
+        return folder
     cast = lambda n, w: w if n in fp32 else w.to(getattr(torch, policy.config.model.dtype))
-    tmp = folder.with_name(folder.name + '.tmp'); shutil.rmtree(tmp, ignore_errors=True)
-    write_weights(policy, tmp, {f'model.{n}': cast(n, w) for n, w in merge_lora(full, rc).items()})
-    pre.save_pretrained(tmp); post.save_pretrained(tmp)
-    shutil.rmtree(folder, ignore_errors=True); tmp.rename(folder)
+    tmp = folder.with_name(folder.name + '.tmp')
+    shutil.rmtree(tmp, ignore_errors=True)
+    write_weights(
+        policy, tmp, {f'model.{n}': cast(n, w) for n, w in merge_lora(full, rc).items()}
+    )
+    pre.save_pretrained(tmp)
+    post.save_pretrained(tmp)
+    shutil.rmtree(folder, ignore_errors=True)
+    tmp.rename(folder)
     return folder
 
 # %% ../nbs/11c_scale.ipynb #3816a296
-SAME = ('steps', 'lr', 'warmup', 'floor', 'betas', 'eps', 'weight_decay', 'clip', 'ema', 'seed', 'dtype', 'freeze', 'lora_rank', 'lora_alpha', 'lora_parts')
+SAME = (
+    'steps',
+    'lr',
+    'warmup',
+    'floor',
+    'betas',
+    'eps',
+    'weight_decay',
+    'clip',
+    'ema',
+    'seed',
+    'dtype',
+    'freeze',
+    'lora_rank',
+    'lora_alpha',
+    'lora_parts',
+)
+
 
 def check_same(state: dict, rc: ScaleConfig, world: int, fingerprint: str) -> None:
     "Raise `ValueError` if a checkpoint's run would not go on the same way."
-    mine = json.loads(json.dumps({k: getattr(rc, k) for k in SAME} | dict(batch=global_batch(rc, world), data=fingerprint)))
+    mine = json.loads(
+        json.dumps(
+            {k: getattr(rc, k) for k in SAME}
+            | dict(batch=global_batch(rc, world), data=fingerprint)
+        )
+    )
     for k, v in mine.items():
-        if state['run'][k] != v: raise ValueError(f'the checkpoint was written with {k}={state["run"][k]!r}, this run has {k}={v!r}; resume with the same value, or start in an empty folder')
+        if state['run'][k] != v:
+            raise ValueError(
+                f'the checkpoint was written with {k}={state["run"][k]!r}, this run has'
+                f' {k}={v!r}; resume with the same value, or start in an empty folder'
+            )
 
 # %% ../nbs/11c_scale.ipynb #008d70fb
 class Stopper:
-    "Notes `signals` while it is entered; what a `Stopper` around it has noted counts too. Only the main thread can."
-    def __init__(self, *signals): self.signals = signals or (signal.SIGTERM, signal.SIGUSR1)
+    """Notes `signals` while it is entered; what a `Stopper` around it has noted counts too.
+
+    Only the main thread can.
+    """
+
+    def __init__(self, *signals):
+        self.signals = signals or (signal.SIGTERM, signal.SIGUSR1)
+
     def __enter__(self):
         self.asked, self.old = False, {}
-        with contextlib.suppress(ValueError): self.old = {s: signal.signal(s, self.note) for s in self.signals}
-        self.asked |= any(getattr(getattr(h, '__self__', None), 'asked', False) for h in self.old.values())
+        with contextlib.suppress(ValueError):
+            self.old = {s: signal.signal(s, self.note) for s in self.signals}
+        self.asked |= any(
+            getattr(getattr(h, '__self__', None), 'asked', False) for h in self.old.values()
+        )
         return self
-    def note(self, *a): self.asked = True
+
+    def note(self, *a):
+        self.asked = True
+
     def __exit__(self, *a):
-        for s, h in self.old.items(): signal.signal(s, h)
+        for s, h in self.old.items():
+            signal.signal(s, h)
 
 # %% ../nbs/11c_scale.ipynb #6ccaa67e
 def own_folder(out: Path):
-    "Lock the folder `out` until the returned file is closed or the process dies. Raises `RuntimeError` if another run holds it."
-    f = open(out/'lock', 'w')
-    try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError: raise RuntimeError(f'another run is training in {out}; wait for it, end its processes, or choose another folder') from None
+    """Lock the folder `out` until the returned file is closed or the process dies.
+
+    Raises `RuntimeError` if another run holds it.
+    """
+    f = open(out / 'lock', 'w')
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(
+            f'another run is training in {out}; wait for it, end its processes, or choose'
+            ' another folder'
+        ) from None
     return f
 
 # %% ../nbs/11c_scale.ipynb #a484af08
-def scale_train(policy, pre, post, data, out: str | Path, rc: ScaleConfig, until: int | None = None, device: str = '', progress: bool = False) -> dict:
-    "Train `policy` on `data` in the folder `out`, from its newest whole checkpoint if there is one; returns the last row. `until` stops early, as a preemption would."
-    rank, world, dev = start_processes(device); out = Path(out); out.mkdir(parents=True, exist_ok=True); batch = global_batch(rc, world)
+def scale_train(
+    policy,
+    pre,
+    post,
+    data,
+    out: str | Path,
+    rc: ScaleConfig,
+    until: int | None = None,
+    device: str = '',
+    progress: bool = False,
+) -> dict:
+    """Train `policy` on `data` in the folder `out`, from its newest whole checkpoint if
+    there is one; returns the last row. `until` stops early, as a preemption would.
+    """
+    rank, world, dev = start_processes(device)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    batch = global_batch(rc, world)
     lock = own_folder(out) if rank == 0 else None
-    counts = prepare_parts(policy, rc); set_checkpointing(policy, rc.checkpointing)
-    if rc.compile: [b.compile() for b in policy.model.blocks]
-    torch.manual_seed(rc.seed); spread_model(policy.model, rc, rank, world, dev); policy.train()
-    optimizer, ema, sampler = make_optimizer(policy, rc), EMA(policy.model, rc.ema), data.sampler(batch)
+    counts = prepare_parts(policy, rc)
+    set_checkpointing(policy, rc.checkpointing)
+    if rc.compile:
+        [b.compile() for b in policy.model.blocks]
+    torch.manual_seed(rc.seed)
+    spread_model(policy.model, rc, rank, world, dev)
+    policy.train()
+    optimizer, ema, sampler = (
+        make_optimizer(policy, rc),
+        EMA(policy.model, rc.ema),
+        data.sampler(batch),
+    )
     tensors, step, words = live_tensors(policy.model, optimizer, ema), 0, []
-    if found := newest(out/'checkpoints', rank, world, words.append):
-        state = json.loads((found/'state.json').read_text()); check_same(state, rc, world, data.fingerprint)
-        step = load(found, tensors, rank, world)['step']; sampler.load_state_dict(state['sampler'])
+    if found := newest(out / 'checkpoints', rank, world, words.append):
+        state = json.loads((found / 'state.json').read_text())
+        check_same(state, rc, world, data.fingerprint)
+        step = load(found, tensors, rank, world)['step']
+        sampler.load_state_dict(state['sampler'])
     log = Log(out, step, rc.loggers, asdict(rc), rank == 0)
-    for w in words: log.event(w)
-    if rank == 0: [shutil.rmtree(p, ignore_errors=True) for p in (out/'checkpoints').glob('step_*.tmp')]   # what a killed save left
-    log.event(f'start at step {step} of {rc.steps}: {world} processes, batch {batch}, trains {sum(a for a, _ in counts.values()):,} of {sum(b for _, b in counts.values()):,} parameters', step=step)
+    for w in words:
+        log.event(w)
+    # what a killed save left
+    if rank == 0:
+        [
+            shutil.rmtree(p, ignore_errors=True)
+            for p in (out / 'checkpoints').glob('step_*.tmp')
+        ]
+    log.event(
+        f'start at step {step} of {rc.steps}: {world} processes, batch {batch}, trains'
+        f' {sum(a for a, _ in counts.values()):,} of {sum(b for _, b in counts.values()):,}'
+        ' parameters',
+        step=step,
+    )
     run = {k: getattr(rc, k) for k in SAME} | dict(batch=batch, data=data.fingerprint)
-    last = loop(policy, data, out, rc, until or rc.steps, step, sampler, pre, optimizer, ema, tensors, run, log, rank, world, dev)
-    if max(step, last.get('step', 0)) >= rc.steps: write_policy(policy, pre, post, out/'policy', rc, ema, rank)
-    if lock: lock.close()
+    last = loop(
+        policy,
+        data,
+        out,
+        rc,
+        until or rc.steps,
+        step,
+        sampler,
+        pre,
+        optimizer,
+        ema,
+        tensors,
+        run,
+        log,
+        rank,
+        world,
+        dev,
+    )
+    if max(step, last.get('step', 0)) >= rc.steps:
+        write_policy(policy, pre, post, out / 'policy', rc, ema, rank)
+    if lock:
+        lock.close()
     return last
 
 # %% ../nbs/11c_scale.ipynb #8799bfcf
-def loop(policy, data, out, rc, until, step, sampler, pre, optimizer, ema, tensors, run, log, rank, world, dev) -> dict:
+def loop(
+    policy,
+    data,
+    out,
+    rc,
+    until,
+    step,
+    sampler,
+    pre,
+    optimizer,
+    ema,
+    tensors,
+    run,
+    log,
+    rank,
+    world,
+    dev,
+) -> dict:
     "The steps of `scale_train`."
-    tally, feed, t0, done, last = Tally(data.names, policy.config.model.max_action_dim), Feed(data, sampler, pre, rc, rank, world, dev), time.time(), 0, {}
+    tally, feed, t0, done, last = (
+        Tally(data.names, policy.config.model.max_action_dim),
+        Feed(data, sampler, pre, rc, rank, world, dev),
+        time.time(),
+        0,
+        {},
+    )
     position = sampler.state_dict()
     with Stopper() as stop:
         while step < min(until, rc.steps):
-            for g in optimizer.param_groups: g['lr'] = rc.lr * lr_at(step, rc)
+            for g in optimizer.param_groups:
+                g['lr'] = rc.lr * lr_at(step, rc)
             batches, position = next(feed)
-            draws = [flow_draws(policy.config.model, rc.seed, step, slots(rc, world, rank, k)) for k in range(rc.accumulate)]
+            draws = [
+                flow_draws(policy.config.model, rc.seed, step, slots(rc, world, rank, k))
+                for k in range(rc.accumulate)
+            ]
             loss, norm = scale_step(policy, batches, draws, optimizer, rc.clip, tally)
-            shared = torch.stack([loss.double() / world, torch.tensor(float(stop.asked), dtype=torch.float64, device=dev)])
-            if world > 1: dist.all_reduce(shared)
+            shared = torch.stack(
+                [
+                    loss.double() / world,
+                    torch.tensor(float(stop.asked), dtype=torch.float64, device=dev),
+                ]
+            )
+            if world > 1:
+                dist.all_reduce(shared)
             loss, asked = shared.tolist()
-            if not math.isfinite(loss) or not math.isfinite(float(norm)): raise FloatingPointError(f'step {step}: the loss is {loss}, its gradient {float(norm)}; the weights were not changed: lower lr, or look for outliers in the data')
-            step += 1; done += 1; ema.update(step)
+            if not math.isfinite(loss) or not math.isfinite(float(norm)):
+                raise FloatingPointError(
+                    f'step {step}: the loss is {loss}, its gradient {float(norm)}; the'
+                    ' weights were not changed: lower lr, or look for outliers in the data'
+                )
+            step += 1
+            done += 1
+            ema.update(step)
             end = step >= min(until, rc.steps) or asked > 0
             if step % rc.log_every == 0 or end:
                 sec = time.time() - t0
-                last = dict(step=step, loss=loss, grad_norm=float(norm), lr=optimizer.param_groups[0]['lr'], **tally.row(world), samples_per_s=round(done * global_batch(rc, world) / sec, 3), peak_gb=round(peak_memory(), 3))
-                log.row(**last); t0, done = time.time(), 0
+                last = dict(
+                    step=step,
+                    loss=loss,
+                    grad_norm=float(norm),
+                    lr=optimizer.param_groups[0]['lr'],
+                    **tally.row(world),
+                    samples_per_s=round(done * global_batch(rc, world) / sec, 3),
+                    peak_gb=round(peak_memory(), 3),
+                )
+                log.row(**last)
+                t0, done = time.time(), 0
             if step % rc.save_every == 0 or end:
-                why = save(out/'checkpoints', tensors, dict(step=step, sampler=position, run=run, world=world), rc.keep, rank, world)
-                if why: log.event(f'step {step}: the checkpoint could not be written ({why}); training goes on with the one before', step=step)
-                if why and end: raise OSError(f'the last checkpoint could not be written: {why}')
-            if asked: log.event(f'step {step}: asked to stop; saved', step=step); last['asked'] = True; break
-    feed.close(); log.close()
+                why = save(
+                    out / 'checkpoints',
+                    tensors,
+                    dict(step=step, sampler=position, run=run, world=world),
+                    rc.keep,
+                    rank,
+                    world,
+                )
+                if why:
+                    log.event(
+                        f'step {step}: the checkpoint could not be written ({why});'
+                        ' training goes on with the one before',
+                        step=step,
+                    )
+                if why and end:
+                    raise OSError(f'the last checkpoint could not be written: {why}')
+            if asked:
+                log.event(f'step {step}: asked to stop; saved', step=step)
+                last['asked'] = True
+                break
+    feed.close()
+    log.close()
     return last
 
 # %% ../nbs/11c_scale.ipynb #1a4903c8
-CHECKS = ('allow_short', 'tolerance_s')   # of the data, in a run's file
+CHECKS = ('allow_short', 'tolerance_s')  # of the data, in a run's file
+
 
 def read_config(file: str | Path, changes: list[str] = ()) -> dict:
-    "A run's file with `--set` changes applied: {data, policy, run (`ScaleConfig`), out, batch}. Raises `ValueError` for unknown keys."
-    try: c = yaml.safe_load(locate(file).read_text()) or {}
-    except yaml.YAMLError as e: raise ValueError(f"{Path(file).name} is not YAML ({str(e).splitlines()[0]}); correct it") from e
-    if not isinstance(c, dict): raise ValueError(f"{Path(file).name} holds a {type(c).__name__}; give data, policy, run, out")
+    """A run's file with `--set` changes applied: {data, policy, run (`ScaleConfig`), out,
+    batch}. Raises `ValueError` for unknown keys.
+    """
+    try:
+        c = yaml.safe_load(locate(file).read_text()) or {}
+    except yaml.YAMLError as e:
+        raise ValueError(
+            f"{Path(file).name} is not YAML ({str(e).splitlines()[0]}); correct it"
+        ) from e
+    if not isinstance(c, dict):
+        raise ValueError(
+            f"{Path(file).name} holds a {type(c).__name__}; give data, policy, run, out"
+        )
     for change in changes:
         key, eq, value = change.partition('=')
-        if not eq: raise ValueError(f'--set {change!r} is not key=value; write e.g. --set run.steps=10')
-        *path, last = key.split('.'); at = c
-        for k in path: at = at.setdefault(k, {})
+        if not eq:
+            raise ValueError(
+                f'--set {change!r} is not key=value; write e.g. --set run.steps=10'
+            )
+        *path, last = key.split('.')
+        at = c
+        for k in path:
+            at = at.setdefault(k, {})
         at[last] = yaml.safe_load(value)
-    known = dict(data=('root', 'repo_id', 'store', 'mixture', *CHECKS), run=[f.name for f in fields(ScaleConfig)])
+    known = dict(
+        data=('root', 'repo_id', 'store', 'mixture', *CHECKS),
+        run=[f.name for f in fields(ScaleConfig)],
+    )
     for k in c:
-        if k not in ('data', 'policy', 'run', 'out', 'batch', 'init_from'): raise ValueError(f'{Path(file).name}: {k!r} is unknown; the keys are data, policy, run, out, batch, init_from')
-        for sub in c[k] if k in known else (): one_of(f'{Path(file).name}: {k}.…', sub, tuple(known[k]))
-    if not c.get('data'): raise ValueError(f"{Path(file).name}: 'data' is missing; give data.root (a LeRobot dataset) or data.mixture (a mixture's file)")
-    return c | dict(run=ScaleConfig(**{k: float(v) if k in ('lr', 'eps', 'weight_decay') else v for k, v in (c.get('run') or {}).items()}), policy=c.get('policy') or {})
+        if k not in ('data', 'policy', 'run', 'out', 'batch', 'init_from'):
+            raise ValueError(
+                f'{Path(file).name}: {k!r} is unknown; the keys are data, policy, run, out,'
+                ' batch, init_from'
+            )
+        for sub in c[k] if k in known else ():
+            one_of(f'{Path(file).name}: {k}.…', sub, tuple(known[k]))
+    if not c.get('data'):
+        raise ValueError(
+            f"{Path(file).name}: 'data' is missing; give data.root (a LeRobot dataset) or"
+            " data.mixture (a mixture's file)"
+        )
+    return c | dict(
+        run=ScaleConfig(
+            **{
+                k: float(v) if k in ('lr', 'eps', 'weight_decay') else v
+                for k, v in (c.get('run') or {}).items()
+            }
+        ),
+        policy=c.get('policy') or {},
+    )
 
 # %% ../nbs/11c_scale.ipynb #f7bc13d8
-SIZES = ('preset', 'model', 'history_frames', 'history_stride', 'history_hop', 'chunk_size', 'denoising_steps', 'salr',
-         'fps', 'max_state_dim', 'max_action_dim', 'vlm_id', 'tokenizer')   # of HaloConfig, already in its `model`
+# of HaloConfig, already in its `model`
+SIZES = (
+    'preset',
+    'model',
+    'history_frames',
+    'history_stride',
+    'history_hop',
+    'chunk_size',
+    'denoising_steps',
+    'salr',
+    'fps',
+    'max_state_dim',
+    'max_action_dim',
+    'vlm_id',
+    'tokenizer',
+)
+
 
 def has_weights(c: dict) -> bool:
-    "Whether a run's weights come from another policy or from its own checkpoints, so that the VLM's own are not read."
-    return bool(c.get('init_from') or checkpoints(Path(c.get('out') or 'runs/scale')/'checkpoints'))
+    """Whether a run's weights come from another policy or from its own checkpoints, so that
+    the VLM's own are not read.
+    """
+    return bool(
+        c.get('init_from')
+        or checkpoints(Path(c.get('out') or 'runs/scale') / 'checkpoints')
+    )
 
+# %% ../nbs/11c_scale.ipynb #e79a66fe
 def build(c: dict, meta: bool = False, data_too: bool = True) -> tuple:
-    "Policy, processors, data of a run's file. With `meta` the policy takes no memory (dry runs, and all processes but the first)."
+    """Policy, processors, data of a run's file.
+
+    With `meta` the policy takes no memory (dry runs, and all processes but the first).
+    """
     from halo.configuration_halo import HaloConfig
+
     rc, d, kw = c['run'], c['data'], dict(c['policy'])
     named, start = HaloConfig(**kw).model, c.get('init_from')
     model = named.but(dtype=rc.dtype, **(dict(vlm_id='') if meta or has_weights(c) else {}))
     checks = {k: d[k] for k in CHECKS if k in d}
-    torch.manual_seed(rc.seed); kw = {k: v for k, v in kw.items() if k not in SIZES}
+    torch.manual_seed(rc.seed)
+    kw = {k: v for k, v in kw.items() if k not in SIZES}
     if d.get('mixture'):
         from halo.mixture import Mixture, MixtureDataset, make_mixture_policy
-        data = MixtureDataset(Mixture.load(d['mixture']), model, d.get('root'), d.get('store'), rc.seed, frames=data_too, **checks)
+
+        data = MixtureDataset(
+            Mixture.load(d['mixture']),
+            model,
+            d.get('root'),
+            d.get('store'),
+            rc.seed,
+            frames=data_too,
+            **checks,
+        )
         with torch.device('meta') if meta else contextlib.nullcontext():
             policy, pre, post = make_mixture_policy(data, saved_tokenizer(start), **kw)
-        if start: init_weights(policy, start, meta)
+        if start:
+            init_weights(policy, start, meta)
     else:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
         data = LeRobotDataset(d.get('repo_id') or Path(d['root']).name, d['root'])
         policy, pre, post = make_policy(data, meta, start, model=model, **kw)
-        if data_too: data = OneDataset(data, policy, d.get('store'), rc.seed, **checks)
+        if data_too:
+            data = OneDataset(data, policy, d.get('store'), rc.seed, **checks)
     if not model.vlm_id and not policy.config.vlm_source:
-        policy.config.vlm_source = vlm_source(start) if start else weights_origin(named.vlm_id) if named.vlm_id else ''
+        policy.config.vlm_source = (
+            vlm_source(start)
+            if start
+            else weights_origin(named.vlm_id)
+            if named.vlm_id
+            else ''
+        )
     return policy, pre, post, data
 
 # %% ../nbs/11c_scale.ipynb #00d25d35
 def launch_shape(file: str | Path) -> tuple[int, int]:
-    "(machines, processes on each) of an accelerate configuration (.yaml) or a Slurm script. Raises `ValueError` where they are not said or do not divide."
-    file = locate(file); text = file.read_text()
+    """(machines, processes on each) of an accelerate configuration (.yaml) or a Slurm
+    script. Raises `ValueError` where they are not said or do not divide.
+    """
+    file = locate(file)
+    text = file.read_text()
     if file.suffix in ('.yaml', '.yml'):
         from accelerate.commands.config.config_args import load_config_from_file
-        a = load_config_from_file(str(file)); nodes, world = a.num_machines, a.num_processes
-        if world % nodes: raise ValueError(f'{file.name}: {world} processes do not divide among {nodes} machines')
+
+        a = load_config_from_file(str(file))
+        nodes, world = a.num_machines, a.num_processes
+        if world % nodes:
+            raise ValueError(
+                f'{file.name}: {world} processes do not divide among {nodes} machines'
+            )
         return nodes, world // nodes
-    found = {k: re.search(r, text, re.M) for k, r in dict(nodes=r'^#SBATCH\s+--nodes[= ](\d+)', each=r'^#SBATCH\s+--gpus-per-node[= ](?:\w+:)?(\d+)', run=r'^#SBATCH\s+--ntasks-per-node[= ](\d+)').items()}
-    if not found['nodes'] or not found['each']: raise ValueError(f'{file.name}: it has no #SBATCH --nodes and --gpus-per-node; add them')
+    found = {
+        k: re.search(r, text, re.M)
+        for k, r in dict(
+            nodes=r'^#SBATCH\s+--nodes[= ](\d+)',
+            each=r'^#SBATCH\s+--gpus-per-node[= ](?:\w+:)?(\d+)',
+            run=r'^#SBATCH\s+--ntasks-per-node[= ](\d+)',
+        ).items()
+    }
+    if not found['nodes'] or not found['each']:
+        raise ValueError(
+            f'{file.name}: it has no #SBATCH --nodes and --gpus-per-node; add them'
+        )
     nodes, each = int(found['nodes'][1]), int(found['each'][1])
-    if found['run'] and int(found['run'][1]) != each: raise ValueError(f"{file.name}: it starts {found['run'][1]} processes on machines with {each} GPUs; make --ntasks-per-node={each}")
+    if found['run'] and int(found['run'][1]) != each:
+        raise ValueError(
+            f"{file.name}: it starts {found['run'][1]} processes on machines with {each}"
+            f" GPUs; make --ntasks-per-node={each}"
+        )
     return nodes, each
 
 # %% ../nbs/11c_scale.ipynb #b4ed1226
 def check_room(folder: Path, need: int) -> str:
-    "Try to write in `folder` (made if missing, and removed again) and compare free bytes with `need`. Raises `OSError`."
+    """Try to write in `folder` (made if missing, and removed again) and compare free bytes
+    with `need`. Raises `OSError`.
+    """
     at = folder
-    while not at.exists(): at = at.parent
-    if not os.access(at, os.W_OK): raise OSError(f'{at} cannot be written')
+    while not at.exists():
+        at = at.parent
+    if not os.access(at, os.W_OK):
+        raise OSError(f'{at} cannot be written')
     free = shutil.disk_usage(at).free
-    if free < need: raise OSError(f'checkpoints need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; lower keep, or choose another folder')
+    if free < need:
+        raise OSError(
+            f'checkpoints need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; lower'
+            ' keep, or choose another folder'
+        )
     return f'{need / 1e9:.2f} GB of {free / 1e9:.1f} GB free'
 
 # %% ../nbs/11c_scale.ipynb #2db15415
-def dry_run(file: str | Path, changes: list[str] = (), launch: str | None = None, processes: int | None = None) -> list[tuple[str, bool, str]]:
-    "Every check that needs no GPU: (what, is it right, what was found or how to put it right)."
+def dry_run(
+    file: str | Path,
+    changes: list[str] = (),
+    launch: str | None = None,
+    processes: int | None = None,
+) -> list[tuple[str, bool, str]]:
+    """Every check that needs no GPU: (what, is it right, what was found or how to put it
+    right).
+    """
     out, c = [], {}
+
     def check(name, fn):
-        try: out.append((name, True, fn()))
-        except Exception as e: out.append((name, False, f'{e}'))
+        try:
+            out.append((name, True, fn()))
+        except Exception as e:
+            out.append((name, False, f'{e}'))
         return out[-1][1]
-    if not check('run file', lambda: c.update(read_config(file, changes)) or f"{Path(file).name}: {len(c)} keys"): return out
+
+    if not check(
+        'run file',
+        lambda: c.update(read_config(file, changes)) or f"{Path(file).name}: {len(c)} keys",
+    ):
+        return out
     rc, shape = c['run'], [1, processes or 1]
-    if launch and check('launch file', lambda: (shape.__setitem__(slice(None), launch_shape(launch)), f'{Path(launch).name}: {shape[0]} machines × {shape[1]} processes')[1]) and processes and processes != shape[0] * shape[1]:
-        out.append(('processes', False, f'--processes {processes} but the launch file starts {shape[0] * shape[1]}'))
+    if (
+        launch
+        and check(
+            'launch file',
+            lambda: (
+                shape.__setitem__(slice(None), launch_shape(launch)),
+                f'{Path(launch).name}: {shape[0]} machines × {shape[1]} processes',
+            )[1],
+        )
+        and processes
+        and processes != shape[0] * shape[1]
+    ):
+        out.append(
+            (
+                'processes',
+                False,
+                f'--processes {processes} but the launch file starts {shape[0] * shape[1]}',
+            )
+        )
     world = shape[0] * shape[1]
+
     def mesh():
         r, s = mesh_shape(rc, world)
-        if s > shape[1] and shape[0] > 1 and r > 1 or s > shape[1] and s % shape[1]: raise ValueError(f'shard={s} does not fit in a machine of {shape[1]}; with replicas, keep a copy inside a machine')
+        if s > shape[1] and shape[0] > 1 and r > 1 or s > shape[1] and s % shape[1]:
+            raise ValueError(
+                f'shard={s} does not fit in a machine of {shape[1]}; with replicas, keep a'
+                ' copy inside a machine'
+            )
         return f'{r} copies × {s} shards = {world} processes'
+
     check('mesh', mesh)
+
     def batch():
         b = global_batch(rc, world)
-        if c.get('batch') and c['batch'] != b: raise ValueError(f"micro {rc.micro} × accumulate {rc.accumulate} × {world} processes = {b}, the file wants batch {c['batch']}")
+        if c.get('batch') and c['batch'] != b:
+            raise ValueError(
+                f"micro {rc.micro} × accumulate {rc.accumulate} × {world} processes = {b},"
+                f" the file wants batch {c['batch']}"
+            )
         return f'micro {rc.micro} × accumulate {rc.accumulate} × {world} processes = {b}'
+
     check('batch', batch)
-    for name in rc.loggers: check(f'logger {name}', lambda: find_spec(name) and 'installed' or (_ for _ in ()).throw(ImportError(f'pip install {name}')))
+    for name in rc.loggers:
+        check(
+            f'logger {name}',
+            lambda: (
+                find_spec(name)
+                and 'installed'
+                or (_ for _ in ()).throw(ImportError(f'pip install {name}'))
+            ),
+        )
     return out + dry_run_policy(c, world)
 
 # %% ../nbs/11c_scale.ipynb #aebfc981
 def dry_run_policy(c: dict, world: int) -> list[tuple[str, bool, str]]:
     "The checks of `dry_run` that open the data and build the policy without memory."
     rc, out, got, d = c['run'], [], {}, c['data']
+
     def check(name, fn):
-        try: out.append((name, True, fn()))
-        except Exception as e: out.append((name, False, f'{e}'))
+        try:
+            out.append((name, True, fn()))
+        except Exception as e:
+            out.append((name, False, f'{e}'))
         return out[-1][1]
+
     def paths():
         for k in ('root', 'mixture'):
-            if d.get(k) and not locate(d[k]).exists(): raise FileNotFoundError(f'data.{k}={d[k]} does not exist')
+            if d.get(k) and not locate(d[k]).exists():
+                raise FileNotFoundError(f'data.{k}={d[k]} does not exist')
         for k in ('vlm_id', 'tokenizer'):
             v = c['policy'].get(k)
-            if v and v != 'tiny' and ('/' not in v or v.startswith(('.', '/'))) and not Path(v).exists(): raise FileNotFoundError(f'policy.{k}={v} is no folder')
+            if (
+                v
+                and v != 'tiny'
+                and ('/' not in v or v.startswith(('.', '/')))
+                and not Path(v).exists()
+            ):
+                raise FileNotFoundError(f'policy.{k}={v} is no folder')
         return d.get('mixture') or d.get('root') or d['repo_id']
-    if not check('data', paths): return out
+
+    if not check('data', paths):
+        return out
+
     def policy():
-        got['policy'], *_, got['data'] = build(c, meta=True, data_too=False); got['parts'] = prepare_parts(got['policy'], rc)
-        return ', '.join(f'{k} {a / 1e6:.1f} of {b / 1e6:.1f} M' for k, (a, b) in got['parts'].items())
-    if not check('trained parameters', policy): return out
+        got['policy'], *_, got['data'] = build(c, meta=True, data_too=False)
+        got['parts'] = prepare_parts(got['policy'], rc)
+        return ', '.join(
+            f'{k} {a / 1e6:.1f} of {b / 1e6:.1f} M' for k, (a, b) in got['parts'].items()
+        )
+
+    if not check('trained parameters', policy):
+        return out
+
     def episodes():
         data, checks = got['data'], {k: d[k] for k in CHECKS if k in d}
-        if not d.get('mixture'): data = OneDataset(data, got['policy'], frames=False, **checks)
+        if not d.get('mixture'):
+            data = OneDataset(data, got['policy'], frames=False, **checks)
         return '; '.join([f'{len(data)} frames', *data.notices])
+
     check('episodes', episodes)
     trained, total = (sum(x[i] for x in got['parts'].values()) for i in (0, 1))
     one = 4 * total + trained * (8 + 4 * bool(rc.ema))
     folder = Path(c.get('out') or 'runs/scale')
     check('room for checkpoints', lambda: check_room(folder, one * (rc.keep + 1)))
+
     def before():
-        said = []; n = newest(folder/'checkpoints', tell=said.append)
-        if n: check_same(json.loads((n/'state.json').read_text()), rc, world, json.loads((n/'state.json').read_text())['run']['data'])
+        said = []
+        n = newest(folder / 'checkpoints', tell=said.append)
+        if n:
+            check_same(
+                json.loads((n / 'state.json').read_text()),
+                rc,
+                world,
+                json.loads((n / 'state.json').read_text())['run']['data'],
+            )
         return '; '.join([*said, f'goes on from {n.name}' if n else 'begins at step 0'])
+
     check('resume', before)
     return out
 
 # %% ../nbs/11c_scale.ipynb #83501fa6
 def main(argv=None) -> int:
-    "`python -m halo.scale RUN.yaml` (or through torchrun / accelerate launch): train; `--dry-run` checks everything first, `--export DIR` writes the newest checkpoint as a policy folder."
+    """`python -m halo.scale RUN.yaml` (or through torchrun / accelerate launch): train;
+    `--dry-run` checks everything first, `--export DIR` writes the newest checkpoint as a
+    policy folder.
+    """
     p = argparse.ArgumentParser(prog='halo train', description=main.__doc__)
-    p.add_argument('config'); p.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='change a value, e.g. run.steps=10')
-    p.add_argument('--dry-run', action='store_true'); p.add_argument('--launch', help='accelerate configuration or Slurm script, for --dry-run'); p.add_argument('--processes', type=int, help='for --dry-run without a launch file')
-    p.add_argument('--until', type=int, help='stop after this step'); p.add_argument('--device', default='', help="'cpu' to ignore GPUs"); p.add_argument('--export', metavar='DIR')
+    p.add_argument('config')
+    p.add_argument(
+        '--set',
+        action='append',
+        default=[],
+        metavar='KEY=VALUE',
+        help='change a value, e.g. run.steps=10',
+    )
+    p.add_argument('--dry-run', action='store_true')
+    p.add_argument(
+        '--launch', help='accelerate configuration or Slurm script, for --dry-run'
+    )
+    p.add_argument('--processes', type=int, help='for --dry-run without a launch file')
+    p.add_argument('--until', type=int, help='stop after this step')
+    p.add_argument('--device', default='', help="'cpu' to ignore GPUs")
+    p.add_argument('--export', metavar='DIR')
     a = p.parse_args(argv)
     if a.dry_run:
         found = dry_run(a.config, a.set, a.launch, a.processes)
-        for name, ok, text in found: print(f"{'ok   ' if ok else 'WRONG'}  {name:22s} {text}")
+        for name, ok, text in found:
+            print(f"{'ok   ' if ok else 'WRONG'}  {name:22s} {text}")
         return int(not all(ok for _, ok, _ in found))
-    try: c = read_config(a.config, a.set)
+    try:
+        c = read_config(a.config, a.set)
     except (ValueError, OSError) as e:
         print(e, file=sys.stderr)
         return 1
     out = Path(c.get('out') or 'runs/scale')
     rank, world, _ = start_processes(a.device)
-    if rank and world > 1: dist.barrier()                     # the first process builds the frame store
-    if a.export: return export(c, out, a.export)
-    with Stopper(signal.SIGUSR1):                              # Slurm's warning may come before the first step
-        try: built = build(c, meta=rank > 0)
-        except (ValueError, OSError) as e:                     # what the dry run says, without one; torchrun ends the others
+    # the first process builds the frame store
+    if rank and world > 1:
+        dist.barrier()
+    if a.export:
+        return export(c, out, a.export)
+    with Stopper(signal.SIGUSR1):  # Slurm's warning may come before the first step
+        try:
+            built = build(c, meta=rank > 0)
+        except (
+            ValueError,
+            OSError,
+        ) as e:  # what the dry run says, without one; torchrun ends the others
             print(e, file=sys.stderr)
             return 1
-        if rank == 0 and world > 1: dist.barrier()
+        if rank == 0 and world > 1:
+            dist.barrier()
         row = scale_train(*built, out, c['run'], a.until, a.device)
-    if rank == 0: print(json.dumps(row))
-    if dist.is_initialized(): dist.destroy_process_group()
-    return 75 if row.get('asked') else 0                       # EX_TEMPFAIL: a scheduler may queue it again
+    if rank == 0:
+        print(json.dumps(row))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 75 if row.get('asked') else 0  # EX_TEMPFAIL: a scheduler may queue it again
 
 # %% ../nbs/11c_scale.ipynb #5a760f37
 def export(c: dict, out: Path, folder: str | Path) -> int:
-    "Write the newest whole checkpoint of a run, however many processes wrote it, as a policy folder, on one process."
-    rc = c['run']; policy, pre, post, _ = build(c); prepare_parts(policy, rc)
-    ema = EMA(policy.model, rc.ema); tensors = live_tensors(policy.model, make_optimizer(policy, rc), ema)
-    if not (found := newest(out/'checkpoints')): raise FileNotFoundError(f'{out} has no checkpoint')
-    load(found, tensors); write_policy(policy, pre, post, folder, rc, ema); print(f'{found.name} -> {Path(folder).name}')
+    """Write the newest whole checkpoint of a run, however many processes wrote it, as a
+    policy folder, on one process.
+    """
+    rc = c['run']
+    policy, pre, post, _ = build(c)
+    prepare_parts(policy, rc)
+    ema = EMA(policy.model, rc.ema)
+    tensors = live_tensors(policy.model, make_optimizer(policy, rc), ema)
+    if not (found := newest(out / 'checkpoints')):
+        raise FileNotFoundError(f'{out} has no checkpoint')
+    load(found, tensors)
+    write_policy(policy, pre, post, folder, rc, ema)
+    print(f'{found.name} -> {Path(folder).name}')
     return 0
 
 # %% ../nbs/11c_scale.ipynb #9a6b8abb
-if __name__ == '__main__' and globals().get('__spec__') is not None: sys.exit(main())   # python -m, but not a notebook
+# python -m, but not a notebook
+if __name__ == '__main__' and globals().get('__spec__') is not None:
+    sys.exit(main())

@@ -4,22 +4,38 @@
 
 # %% ../nbs/22_serve.ipynb #d33f24f1
 from __future__ import annotations
-import argparse, asyncio, contextlib, copy, hmac, json, logging, math, os, re, signal
-import socket, sys, threading, time
+
+import argparse
+import asyncio
+import contextlib
+import copy
+import hmac
+import json
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
+
 from .configuration_halo import assign_roles
 from .evaluate import checkpoint_hash, episode_noise, load_policy, versions, watch
 from .files import locate
 from .sampling import HistoryBuffer, stack_histories
-from .stream import Streamer
 from .vlm import Observation
 
 try:
@@ -28,10 +44,12 @@ try:
     from websockets.exceptions import ConnectionClosed, WebSocketException
     from websockets.sync.client import connect as ws_connect
 except ImportError as e:
-    need = f"websockets and msgpack are needed ({e}): pip install 'lerobot_policy_halo[serve]'"
-    if __name__ == '__main__': sys.exit(f'halo serve: {need}')
+    need = (
+        f"websockets and msgpack are needed ({e}): pip install 'lerobot_policy_halo[serve]'"
+    )
+    if __name__ == '__main__':
+        sys.exit(f'halo serve: {need}')
     raise ModuleNotFoundError(f'halo.serve: {need}', name=e.name) from e
-
 log = logging.getLogger('halo.serve')
 
 # %% auto #0
@@ -47,15 +65,35 @@ __all__ = ['log', 'DTYPE', 'FULL_HD', 'LEAST', 'MOST', 'CONTROL', 'MODES', 'TELL
            'load_engine', 'build', 'until_stopped', 'main']
 
 # %% ../nbs/22_serve.ipynb #9174f1be
-DTYPE = re.compile(r'[<>|=]?[biuf][1248]')   # numbers and booleans of at most 8 bytes: no objects, no records, no text
+# numbers and booleans of at most 8 bytes: no objects, no records, no text
+DTYPE = re.compile(r'[<>|=]?[biuf][1248]')
+
 
 def pack_array(x):
-    "msgpack's hook for numpy arrays and scalars, in openpi's form. Raises `ValueError` for objects and other dtypes that are not numbers."
-    if not isinstance(x, (np.ndarray, np.generic)): raise ValueError(f"{type(x).__name__} cannot be sent; send numbers, text, lists, dicts and numpy arrays")
-    if not DTYPE.fullmatch(x.dtype.str): raise ValueError(f"an array of dtype {x.dtype} cannot be sent; send numbers or booleans of at most 8 bytes")
-    if isinstance(x, np.generic): return {b'__npgeneric__': True, b'data': x.item(), b'dtype': x.dtype.str}
-    return {b'__ndarray__': True, b'data': x.tobytes(), b'dtype': x.dtype.str, b'shape': x.shape}
+    """msgpack's hook for numpy arrays and scalars, in openpi's form.
 
+    Raises `ValueError` for objects and other dtypes that are not numbers.
+    """
+    if not isinstance(x, (np.ndarray, np.generic)):
+        raise ValueError(
+            f"{type(x).__name__} cannot be sent; send numbers, text, lists, dicts and numpy"
+            " arrays"
+        )
+    if not DTYPE.fullmatch(x.dtype.str):
+        raise ValueError(
+            f"an array of dtype {x.dtype} cannot be sent; send numbers or booleans of at"
+            " most 8 bytes"
+        )
+    if isinstance(x, np.generic):
+        return {b'__npgeneric__': True, b'data': x.item(), b'dtype': x.dtype.str}
+    return {
+        b'__ndarray__': True,
+        b'data': x.tobytes(),
+        b'dtype': x.dtype.str,
+        b'shape': x.shape,
+    }
+
+# %% ../nbs/22_serve.ipynb #79a3b3a6
 def packb(x) -> bytes:
     "A message as bytes."
     return msgpack.packb(x, default=pack_array)
@@ -64,98 +102,190 @@ def packb(x) -> bytes:
 class Refused(ValueError):
     "A message that the server does not accept; its text is the answer to the client."
 
+# %% ../nbs/22_serve.ipynb #86a5ff80
 def read_array(x: dict):
-    "The array or scalar in an openpi map; other maps pass. Arrays are read-only views of the message. Raises `Refused` for anything inconsistent."
-    kind = b'__ndarray__' if b'__ndarray__' in x else b'__npgeneric__' if b'__npgeneric__' in x else None
-    if kind is None: return x
+    """The array or scalar in an openpi map; other maps pass.
+
+    Arrays are read-only views of the message. Raises `Refused` for anything inconsistent.
+    """
+    kind = (
+        b'__ndarray__'
+        if b'__ndarray__' in x
+        else b'__npgeneric__'
+        if b'__npgeneric__' in x
+        else None
+    )
+    if kind is None:
+        return x
     dtype, data, shape = (x.get(k) for k in (b'dtype', b'data', b'shape'))
-    if not isinstance(dtype, str) or not DTYPE.fullmatch(dtype): raise Refused(f"an array has dtype {str(dtype)[:40]!r}; send numbers or booleans of at most 8 bytes")
-    try: dtype = np.dtype(dtype)
-    except TypeError: raise Refused(f"an array has dtype {str(dtype)[:40]!r}, which numpy does not know") from None
+    if not isinstance(dtype, str) or not DTYPE.fullmatch(dtype):
+        raise Refused(
+            f"an array has dtype {str(dtype)[:40]!r}; send numbers or booleans of at most 8"
+            " bytes"
+        )
+    try:
+        dtype = np.dtype(dtype)
+    except TypeError:
+        raise Refused(
+            f"an array has dtype {str(dtype)[:40]!r}, which numpy does not know"
+        ) from None
     if kind == b'__npgeneric__':
-        if not isinstance(data, (bool, int, float)): raise Refused("a numpy scalar holds no number")
-        try: return dtype.type(data)
-        except (OverflowError, ValueError): raise Refused(f"a numpy scalar does not fit into {dtype}") from None
-    if not isinstance(data, bytes) or not isinstance(shape, list) or len(shape) > 5 or any(type(n) is not int or not 0 <= n <= 1 << 24 for n in shape):
+        if not isinstance(data, (bool, int, float)):
+            raise Refused("a numpy scalar holds no number")
+        try:
+            return dtype.type(data)
+        except (OverflowError, ValueError):
+            raise Refused(f"a numpy scalar does not fit into {dtype}") from None
+    if (
+        not isinstance(data, bytes)
+        or not isinstance(shape, list)
+        or len(shape) > 5
+        or any(type(n) is not int or not 0 <= n <= 1 << 24 for n in shape)
+    ):
         raise Refused("an array needs bytes as data and a shape of at most 5 sizes")
-    if math.prod(shape) * dtype.itemsize != len(data): raise Refused(f"an array of shape {tuple(shape)} and dtype {dtype} needs {math.prod(shape) * dtype.itemsize} bytes, {len(data)} came")
+    if math.prod(shape) * dtype.itemsize != len(data):
+        raise Refused(
+            f"an array of shape {tuple(shape)} and dtype {dtype} needs"
+            f" {math.prod(shape) * dtype.itemsize} bytes, {len(data)} came"
+        )
     return np.frombuffer(data, dtype).reshape(shape)
 
 # %% ../nbs/22_serve.ipynb #a163f282
 @dataclass(frozen=True)
 class Limits:
     "What one message, one client and all clients together may take."
-    message: int | None = None   # bytes of a message (of a client's, three may wait);
-                                 # None: what one observation of the policy needs
-    containers: int = 256        # maps and lists in a message
-    items: int = 1024            # entries of one of them
-    text: int = 4096             # bytes of one text
-    prompt: int = 1000           # characters of an instruction
-    side: int = 2048             # pixels of an image side, unless training had more
-    clients: int = 32            # connections, each with a history
-    errors: int = 100            # refused messages in a row before the connection is closed
-    idle: float = 600.0          # seconds without a message before the connection is closed
-    wait: float = 60.0           # seconds for an answer
-    send: float = 20.0           # seconds for the client to take it
-    grace: float = 10.0          # seconds for what is in flight when the server stops
+
+    message: int | None = None  # bytes of a message (of a client's, three may wait);
+    # None: what one observation of the policy needs
+    containers: int = 256  # maps and lists in a message
+    items: int = 1024  # entries of one of them
+    text: int = 4096  # bytes of one text
+    prompt: int = 1000  # characters of an instruction
+    side: int = 2048  # pixels of an image side, unless training had more
+    clients: int = 32  # connections, each with a history
+    errors: int = 100  # refused messages in a row before the connection is closed
+    idle: float = 600.0  # seconds without a message before the connection is closed
+    wait: float = 60.0  # seconds for an answer
+    send: float = 20.0  # seconds for the client to take it
+    grace: float = 10.0  # seconds for what is in flight when the server stops
 
 # %% ../nbs/22_serve.ipynb #1f9f1c76
 def unpackb(data: bytes, limits: Limits = Limits()):
-    "The message in `data`. Raises `Refused`, with the reason, for anything but a well-formed message within `limits`."
+    """The message in `data`.
+
+    Raises `Refused`, with the reason, for anything but a well-formed message within
+    `limits`.
+    """
     count = 0
+
     def counted(x):
         nonlocal count
         count += 1
-        if count > limits.containers: raise Refused(f"the message holds more than {limits.containers} maps and lists")
+        if count > limits.containers:
+            raise Refused(f"the message holds more than {limits.containers} maps and lists")
         return read_array(x) if isinstance(x, dict) else x
-    def ext(code, data): raise Refused(f"the message holds an extension type ({code})")
+
+    def ext(code, data):
+        raise Refused(f"the message holds an extension type ({code})")
+
     most = len(data) if limits.message is None else limits.message
     if len(data) > most:
         raise Refused(f"the message has {len(data)} bytes, {most} are allowed")
     try:
-        return msgpack.unpackb(data, object_hook=counted, list_hook=counted, ext_hook=ext, max_array_len=limits.items, max_map_len=limits.items,
-                               max_str_len=limits.text, max_bin_len=most, max_ext_len=64)
-    except Refused: raise
-    except Exception as e: raise Refused(f"the message is not msgpack as expected ({type(e).__name__}: {str(e)[:100]})") from None
+        return msgpack.unpackb(
+            data,
+            object_hook=counted,
+            list_hook=counted,
+            ext_hook=ext,
+            max_array_len=limits.items,
+            max_map_len=limits.items,
+            max_str_len=limits.text,
+            max_bin_len=most,
+            max_ext_len=64,
+        )
+    except Refused:
+        raise
+    except Exception as e:
+        raise Refused(
+            f"the message is not msgpack as expected ({type(e).__name__}: {str(e)[:100]})"
+        ) from None
 
 # %% ../nbs/22_serve.ipynb #c38dae8e
 @dataclass(frozen=True)
 class Contract:
     "What one policy takes and gives."
-    type: str                              # LeRobot's policy type
-    cameras: dict[str, tuple[int, int]]    # short name -> (height, width), primary first
-    roles: dict[str, str]                  # short name -> 'primary' | 'secondary' | 'wrist'
-    keys: dict[str, str]                   # short name -> LeRobot's feature key
-    state: int | None                      # length, or None: the policy reads no state
+
+    type: str  # LeRobot's policy type
+    cameras: dict[str, tuple[int, int]]  # short name -> (height, width), primary first
+    roles: dict[str, str]  # short name -> 'primary' | 'secondary' | 'wrist'
+    keys: dict[str, str]  # short name -> LeRobot's feature key
+    state: int | None  # length, or None: the policy reads no state
     action: int
-    frames: int = 0                        # history frames n
-    stride: int = 1                        # control ticks between them
-    need: tuple[str, ...] = ()             # cameras without which the policy cannot act
+    frames: int = 0  # history frames n
+    stride: int = 1  # control ticks between them
+    need: tuple[str, ...] = ()  # cameras without which the policy cannot act
 
     @property
-    def primary(self) -> str: return next(iter(self.cameras))
+    def primary(self) -> str:
+        return next(iter(self.cameras))
 
 # %% ../nbs/22_serve.ipynb #ac4a7db6
 def contract(config) -> Contract:
-    "The contract of a LeRobot policy configuration. Raises `ValueError` for a policy without cameras."
+    """The contract of a LeRobot policy configuration.
+
+    Raises `ValueError` for a policy without cameras.
+    """
     feats = config.image_features
-    if not feats: raise ValueError(f"the policy {config.type!r} has no camera; this server sends pictures")
-    try: roles = assign_roles(list(feats), getattr(config, 'primary_camera', None), getattr(config, 'camera_roles', None))
-    except ValueError: roles = {k: 'primary' if i == 0 else 'secondary' for i, k in enumerate(feats)}
-    names = {k: k.split('.', 2)[-1] if k.startswith('observation.images.') else k.split('.', 1)[-1] for k in roles}
-    m, state = getattr(config, 'model', None) if config.type == 'halo' else None, config.robot_state_feature
-    history = dict(frames=m.sampling.history_frames, stride=m.sampling.history_stride) if m else {}
+    if not feats:
+        raise ValueError(
+            f"the policy {config.type!r} has no camera; this server sends pictures"
+        )
+    try:
+        roles = assign_roles(
+            list(feats),
+            getattr(config, 'primary_camera', None),
+            getattr(config, 'camera_roles', None),
+        )
+    except ValueError:
+        roles = {k: 'primary' if i == 0 else 'secondary' for i, k in enumerate(feats)}
+    names = {
+        k: (
+            k.split('.', 2)[-1]
+            if k.startswith('observation.images.')
+            else k.split('.', 1)[-1]
+        )
+        for k in roles
+    }
+    m, state = (
+        (getattr(config, 'model', None) if config.type == 'halo' else None),
+        config.robot_state_feature,
+    )
+    history = (
+        dict(frames=m.sampling.history_frames, stride=m.sampling.history_stride)
+        if m
+        else {}
+    )
     cameras = {names[k]: tuple(feats[k].shape[1:]) for k in roles}
-    return Contract(config.type, cameras, {names[k]: r for k, r in roles.items()}, {n: k for k, n in names.items()},
-                    state and state.shape[0], config.action_feature.shape[0], need=tuple(cameras)[:1] if m else tuple(cameras), **history)
+    return Contract(
+        config.type,
+        cameras,
+        {names[k]: r for k, r in roles.items()},
+        {n: k for k, n in names.items()},
+        state and state.shape[0],
+        config.action_feature.shape[0],
+        need=tuple(cameras)[:1] if m else tuple(cameras),
+        **history,
+    )
 
 # %% ../nbs/22_serve.ipynb #5a0c7e12
-FULL_HD = 1080 * 1920   # pixels of a picture whose size is not known beforehand
+FULL_HD = 1080 * 1920  # pixels of a picture whose size is not known beforehand
+
 
 def picture_bytes(size: tuple[int, int], resize: bool = False) -> int:
     "Bytes of a camera's picture of `size` (height, width), or of any size with `resize`."
     pixels = size[0] * size[1]
     return 3 * (max(pixels, FULL_HD) if resize else pixels)
+
 
 def observation_bytes(pact: Contract, limits: Limits = Limits(), resize=False) -> int:
     "Bytes that one observation of a policy can take on the wire."
@@ -163,8 +293,9 @@ def observation_bytes(pact: Contract, limits: Limits = Limits(), resize=False) -
     return pictures + 9 * (pact.state or 0) + 4 * limits.prompt + (64 << 10)
 
 # %% ../nbs/22_serve.ipynb #5a0c7e13
-LEAST = 8 << 20    # bytes of a message that are always allowed
-MOST = 256 << 20   # beyond this only an observation lifts the limit, no stack of frames
+LEAST = 8 << 20  # bytes of a message that are always allowed
+MOST = 256 << 20  # beyond this only an observation lifts the limit, no stack of frames
+
 
 def fit_limits(limits: Limits, pact: Contract, skipped: int, resize=False) -> Limits:
     """`limits` with a message size that holds an observation and `skipped` history frames.
@@ -179,21 +310,35 @@ def fit_limits(limits: Limits, pact: Contract, skipped: int, resize=False) -> Li
     if limits.message >= need:
         return limits
     sizes = ', '.join(f'{c} {h}×{w}' for c, (h, w) in pact.cameras.items())
-    raise ValueError(f"a message of at most {limits.message / 2**20:.3g} MiB cannot hold "
-                     f"one observation of this policy ({need / 2**20:.3g} MiB: {sizes}"
-                     f"{', of any size' if resize else ''}); set --message-mb to "
-                     f"{math.ceil(need / 2**20)} or more, or leave it out")
+    raise ValueError(
+        f"a message of at most {limits.message / 2**20:.3g} MiB cannot hold "
+        f"one observation of this policy ({need / 2**20:.3g} MiB: {sizes}"
+        f"{', of any size' if resize else ''}); set --message-mb to "
+        f"{math.ceil(need / 2**20)} or more, or leave it out"
+    )
 
 # %% ../nbs/22_serve.ipynb #4f43f91e
 def key_map(pact: Contract, extra: list[str] = ()) -> dict[str, str]:
-    "Message keys -> 'prompt', 'state', 'images.CAMERA' or 'ignore': openpi's usual ones and `extra` ('KEY=TARGET'). Raises `ValueError` for an unknown target."
-    known = {'prompt': 'prompt', 'state': 'state', 'observation/state': 'state', 'observation/image': f'images.{pact.primary}'} | {f'images/{c}': f'images.{c}' for c in pact.cameras}
+    """Message keys -> 'prompt', 'state', 'images.CAMERA' or 'ignore': openpi's usual ones
+    and `extra` ('KEY=TARGET'). Raises `ValueError` for an unknown target.
+    """
+    known = {
+        'prompt': 'prompt',
+        'state': 'state',
+        'observation/state': 'state',
+        'observation/image': f'images.{pact.primary}',
+    } | {f'images/{c}': f'images.{c}' for c in pact.cameras}
     wrist = next((c for c, r in pact.roles.items() if r == 'wrist'), None)
-    if wrist: known['observation/wrist_image'] = f'images.{wrist}'
+    if wrist:
+        known['observation/wrist_image'] = f'images.{wrist}'
     targets = ['prompt', 'state', 'ignore', *(f'images.{c}' for c in pact.cameras)]
     for pair in extra:
         key, _, target = pair.partition('=')
-        if target not in targets: raise ValueError(f"key map {pair!r} leads nowhere; write KEY=TARGET with one of {', '.join(targets)}")
+        if target not in targets:
+            raise ValueError(
+                f"key map {pair!r} leads nowhere; write KEY=TARGET with one of"
+                f" {', '.join(targets)}"
+            )
         known[key] = target
     return known
 
@@ -201,118 +346,235 @@ def key_map(pact: Contract, extra: list[str] = ()) -> dict[str, str]:
 @dataclass
 class Request:
     "One checked message of a client."
-    images: dict[str, np.ndarray] = field(default_factory=dict)   # camera -> (H, W, 3) uint8
-    state: np.ndarray | None = None                               # (d,) float32
+
+    images: dict[str, np.ndarray] = field(default_factory=dict)  # camera -> (H, W, 3) uint8
+    state: np.ndarray | None = None  # (d,) float32
     prompt: str | None = None
-    tick: int | None = None                                       # control tick; None = the session counts
-    reset: bool = False                                           # a new episode begins
-    frame_only: bool = False                                      # store the frame, compute nothing
-    history: list[tuple[int, np.ndarray]] = field(default_factory=list)   # skipped primary frames (tick, (H, W, 3)), oldest first
-    seed: int | None = None                                       # of the episode's noise
-    supposed: bool = False          # `reset` is the server's own guess
+    tick: int | None = None  # control tick; None = the session counts
+    reset: bool = False  # a new episode begins
+    frame_only: bool = False  # store the frame, compute nothing
+    # skipped primary frames (tick, (H, W, 3)), oldest first
+    history: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    seed: int | None = None  # of the episode's noise
+    supposed: bool = False  # `reset` is the server's own guess
 
     @property
-    def bare(self) -> bool: return not self.images and self.state is None and self.prompt is None
+    def bare(self) -> bool:
+        return not self.images and self.state is None and self.prompt is None
 
 # %% ../nbs/22_serve.ipynb #911d06e8
-def check_image(x, name: str, size: tuple[int, int], limits: Limits, resize: bool = False, ndim: int = 3) -> np.ndarray:
-    "An image (H, W, 3) uint8, or a stack (k, H, W, 3) with ndim=4. Raises `Refused` otherwise, or for a size that is not `size` unless `resize`."
-    want = f"image {name!r} must be uint8 of shape {'(k, ' if ndim == 4 else '('}{size[0]}, {size[1]}, 3)"
-    if not isinstance(x, np.ndarray): raise Refused(f"{want}; a {type(x).__name__} came")
-    if x.dtype != np.uint8 or x.ndim != ndim: raise Refused(f"{want}; {x.dtype} of shape {x.shape} came")
-    if x.shape[-1] != 3 and x.shape[-3] == 3: x = np.moveaxis(x, -3, -1)
+def check_image(
+    x, name: str, size: tuple[int, int], limits: Limits, resize: bool = False, ndim: int = 3
+) -> np.ndarray:
+    """An image (H, W, 3) uint8, or a stack (k, H, W, 3) with ndim=4.
+
+    Raises `Refused` otherwise, or for a size that is not `size` unless `resize`.
+    """
+    want = (
+        f"image {name!r} must be uint8 of shape {'(k, ' if ndim == 4 else '('}{size[0]},"
+        f" {size[1]}, 3)"
+    )
+    if not isinstance(x, np.ndarray):
+        raise Refused(f"{want}; a {type(x).__name__} came")
+    if x.dtype != np.uint8 or x.ndim != ndim:
+        raise Refused(f"{want}; {x.dtype} of shape {x.shape} came")
+    if x.shape[-1] != 3 and x.shape[-3] == 3:
+        x = np.moveaxis(x, -3, -1)
     *_, h, w, c = x.shape
     sane = (h, w) == tuple(size) or 1 <= min(h, w) <= max(h, w) <= limits.side
-    if c != 3 or not sane: raise Refused(f"{want}; shape {x.shape} came")
-    if (h, w) != tuple(size) and not resize: raise Refused(f"{want}, as in training; shape {x.shape} came (start the server with --resize to accept it)")
+    if c != 3 or not sane:
+        raise Refused(f"{want}; shape {x.shape} came")
+    if (h, w) != tuple(size) and not resize:
+        raise Refused(
+            f"{want}, as in training; shape {x.shape} came (start the server with --resize"
+            " to accept it)"
+        )
     return x
 
+# %% ../nbs/22_serve.ipynb #7df2fd5f
 def check_state(parts: list, size: int | None) -> np.ndarray:
-    "A state (d,) float32 from its parts. Raises `Refused` for a wrong length, other types, NaN or infinity."
-    try: x = np.concatenate([np.atleast_1d(np.asarray(p)) for p in parts])
-    except Exception: raise Refused("the state must be numbers in one row") from None
-    if x.dtype.kind not in 'biuf' or x.ndim != 1: raise Refused(f"the state must be numbers in one row; {x.dtype} of shape {x.shape} came")
-    if len(x) != size: raise Refused(f"the state must have {size} numbers, as in training; {len(x)} came")
-    with np.errstate(over='ignore'): x = x.astype(np.float32)
-    if not np.isfinite(x).all(): raise Refused(f"the state holds NaN or infinity at position {int((~np.isfinite(x)).argmax())}")
+    """A state (d,) float32 from its parts.
+
+    Raises `Refused` for a wrong length, other types, NaN or infinity.
+    """
+    try:
+        x = np.concatenate([np.atleast_1d(np.asarray(p)) for p in parts])
+    except Exception:
+        raise Refused("the state must be numbers in one row") from None
+    if x.dtype.kind not in 'biuf' or x.ndim != 1:
+        raise Refused(
+            f"the state must be numbers in one row; {x.dtype} of shape {x.shape} came"
+        )
+    if len(x) != size:
+        raise Refused(f"the state must have {size} numbers, as in training; {len(x)} came")
+    with np.errstate(over='ignore'):
+        x = x.astype(np.float32)
+    if not np.isfinite(x).all():
+        raise Refused(
+            f"the state holds NaN or infinity at position {int((~np.isfinite(x)).argmax())}"
+        )
     return x
 
 # %% ../nbs/22_serve.ipynb #28340d35
 CONTROL = ('tick', 'reset', 'frame_only', 'seed', 'history', 'history_ticks')
 
+
 def integer(x, name: str, most: int = 1 << 53) -> int:
     "A whole number in [0, most]; `Refused` for anything else."
-    if isinstance(x, np.integer) or (isinstance(x, np.ndarray) and x.shape == () and x.dtype.kind in 'iu'): x = int(x)
-    if type(x) is not int or not 0 <= x <= most: raise Refused(f"{name} must be a whole number from 0 to {most}; {str(x)[:40]!r} came")
+    if isinstance(x, np.integer) or (
+        isinstance(x, np.ndarray) and x.shape == () and x.dtype.kind in 'iu'
+    ):
+        x = int(x)
+    if type(x) is not int or not 0 <= x <= most:
+        raise Refused(
+            f"{name} must be a whole number from 0 to {most}; {str(x)[:40]!r} came"
+        )
     return x
+
 
 def flag(x, name: str) -> bool:
     "A boolean; `Refused` for anything else."
-    if not isinstance(x, (bool, np.bool_)): raise Refused(f"{name} must be true or false; {str(x)[:40]!r} came")
+    if not isinstance(x, (bool, np.bool_)):
+        raise Refused(f"{name} must be true or false; {str(x)[:40]!r} came")
     return bool(x)
 
+# %% ../nbs/22_serve.ipynb #952e452c
 def sort_keys(message: dict, keys: dict[str, str]) -> dict[str, list]:
-    "Target -> values of a message, by the key map, in the map's order. Raises `Refused` for keys that lead nowhere."
-    flat = {f'images/{k}': v for k, v in message.get('images', {}).items()} if isinstance(message.get('images', {}), dict) else {'images': None}
+    """Target -> values of a message, by the key map, in the map's order.
+
+    Raises `Refused` for keys that lead nowhere.
+    """
+    flat = (
+        {f'images/{k}': v for k, v in message.get('images', {}).items()}
+        if isinstance(message.get('images', {}), dict)
+        else {'images': None}
+    )
     flat |= {k: v for k, v in message.items() if k not in CONTROL and k != 'images'}
-    if strange := [k for k in flat if k not in keys]: raise Refused(f"unknown key {str(strange[0])[:60]!r}; this policy knows {', '.join([*keys, *CONTROL])}")
+    if strange := [k for k in flat if k not in keys]:
+        raise Refused(
+            f"unknown key {str(strange[0])[:60]!r}; this policy knows"
+            f" {', '.join([*keys, *CONTROL])}"
+        )
     out = {}
     for key, target in keys.items():
-        if key in flat: out.setdefault(target, []).append(flat[key])
+        if key in flat:
+            out.setdefault(target, []).append(flat[key])
     return out
 
 # %% ../nbs/22_serve.ipynb #541b56d3
-def read_history(message: dict, pact: Contract, limits: Limits, resize: bool) -> list[tuple[int, np.ndarray]]:
-    "Skipped primary frames with their ticks, oldest first. `history` is (k, H, W, 3), or camera -> such stacks. Raises `Refused` unless ticks ascend and match."
+def read_history(
+    message: dict, pact: Contract, limits: Limits, resize: bool
+) -> list[tuple[int, np.ndarray]]:
+    """Skipped primary frames with their ticks, oldest first.
+
+    `history` is (k, H, W, 3), or camera -> such stacks. Raises `Refused` unless ticks
+    ascend and match.
+    """
     frames, ticks = message.get('history'), message.get('history_ticks')
-    if frames is None and ticks is None: return []
+    if frames is None and ticks is None:
+        return []
     if isinstance(frames, dict):
-        if strange := frames.keys() - pact.cameras.keys(): raise Refused(f"unknown camera {str(min(map(str, strange)))[:60]!r} in history; this policy has {', '.join(pact.cameras)}")
+        if strange := frames.keys() - pact.cameras.keys():
+            raise Refused(
+                f"unknown camera {str(min(map(str, strange)))[:60]!r} in history; this"
+                f" policy has {', '.join(pact.cameras)}"
+            )
         frames = frames.get(pact.primary)
-    frames = check_image(frames, f'history of {pact.primary}', pact.cameras[pact.primary], limits, resize, ndim=4)
+    frames = check_image(
+        frames,
+        f'history of {pact.primary}',
+        pact.cameras[pact.primary],
+        limits,
+        resize,
+        ndim=4,
+    )
     ticks = ticks.tolist() if isinstance(ticks, np.ndarray) else ticks
-    if not isinstance(ticks, list): raise Refused("history_ticks must list the control tick of each history frame")
+    if not isinstance(ticks, list):
+        raise Refused("history_ticks must list the control tick of each history frame")
     ticks = [integer(t, 'history_ticks') for t in ticks]
-    if len(ticks) != len(frames) or any(a >= b for a, b in zip(ticks, ticks[1:])): raise Refused(f"history has {len(frames)} frames and history_ticks {len(ticks)} ticks; they must match, and ascend")
+    if len(ticks) != len(frames) or any(a >= b for a, b in zip(ticks, ticks[1:])):
+        raise Refused(
+            f"history has {len(frames)} frames and history_ticks {len(ticks)} ticks; they"
+            " must match, and ascend"
+        )
     return list(zip(ticks, frames))
 
 # %% ../nbs/22_serve.ipynb #c896caf6
-def read_request(message, pact: Contract, keys: dict[str, str], limits: Limits = Limits(), resize: bool = False) -> Request:
-    "A decoded message, checked. Raises `Refused` with one sentence for whatever is wrong in it."
-    if not isinstance(message, dict): raise Refused(f"a message must be a map of named values; a {type(message).__name__} came")
+def read_request(
+    message,
+    pact: Contract,
+    keys: dict[str, str],
+    limits: Limits = Limits(),
+    resize: bool = False,
+) -> Request:
+    """A decoded message, checked.
+
+    Raises `Refused` with one sentence for whatever is wrong in it.
+    """
+    if not isinstance(message, dict):
+        raise Refused(
+            f"a message must be a map of named values; a {type(message).__name__} came"
+        )
     found = sort_keys(message, keys)
-    r = Request(reset=flag(message.get('reset', False), 'reset'), frame_only=flag(message.get('frame_only', False), 'frame_only'))
+    r = Request(
+        reset=flag(message.get('reset', False), 'reset'),
+        frame_only=flag(message.get('frame_only', False), 'frame_only'),
+    )
     for name in ('tick', 'seed'):
-        if message.get(name) is not None: setattr(r, name, integer(message[name], name))
-    r.images = {c: check_image(found[f'images.{c}'][-1], c, size, limits, resize) for c, size in pact.cameras.items() if f'images.{c}' in found}
-    if pact.state and 'state' in found: r.state = check_state(found['state'], pact.state)
+        if message.get(name) is not None:
+            setattr(r, name, integer(message[name], name))
+    r.images = {
+        c: check_image(found[f'images.{c}'][-1], c, size, limits, resize)
+        for c, size in pact.cameras.items()
+        if f'images.{c}' in found
+    }
+    if pact.state and 'state' in found:
+        r.state = check_state(found['state'], pact.state)
     if 'prompt' in found:
         r.prompt = found['prompt'][-1]
-        if not isinstance(r.prompt, str) or not r.prompt.strip() or len(r.prompt) > limits.prompt: raise Refused(f"prompt must be an instruction of 1 to {limits.prompt} characters")
+        if (
+            not isinstance(r.prompt, str)
+            or not r.prompt.strip()
+            or len(r.prompt) > limits.prompt
+        ):
+            raise Refused(
+                f"prompt must be an instruction of 1 to {limits.prompt} characters"
+            )
     r.history = read_history(message, pact, limits, resize)
-    if r.reset and r.bare and not r.history: return r
-    missing = [c for c in ((pact.primary,) if r.frame_only else pact.need) if c not in r.images]
-    if missing: raise Refused(f"image {missing[0]!r} is missing; the message has {', '.join(map(str, message))[:200]}")
+    if r.reset and r.bare and not r.history:
+        return r
+    missing = [
+        c for c in ((pact.primary,) if r.frame_only else pact.need) if c not in r.images
+    ]
+    if missing:
+        raise Refused(
+            f"image {missing[0]!r} is missing; the message has"
+            f" {', '.join(map(str, message))[:200]}"
+        )
     if not r.frame_only:
-        if pact.state and r.state is None: raise Refused("state is missing")
-        if r.prompt is None: raise Refused("prompt is missing; give the task in words")
+        if pact.state and r.state is None:
+            raise Refused("state is missing")
+        if r.prompt is None:
+            raise Refused("prompt is missing; give the task in words")
     return r
 
 # %% ../nbs/22_serve.ipynb #ep150001
-MODES = ('warn', 'reset', 'ignore')   # what is done: said, also begun (when sure), nothing
+MODES = ('warn', 'reset', 'ignore')  # what is done: said, also begun (when sure), nothing
+
 
 @dataclass(frozen=True)
 class Signs:
     "When a new episode is supposed although no reset came, and what is done about it."
-    mode: str = 'warn'               # one of MODES
+
+    mode: str = 'warn'  # one of MODES
     scale: np.ndarray | None = None  # (d,) spread of the state in training; None: no jumps
-    fps: float = 10.0                # control ticks in a second
-    longest: int = 30_000            # ticks after which an episode is implausibly long
-    steps: int = 6                   # steps between messages that must have been seen
-    state: float = 2.0               # a jump: times the 90 % quantile of the state's steps,
-    picture: float = 1.5             # times the median of the picture's steps,
-    still: float = 0.75              # and spreads of training that the state moved,
-    speed: float = 2.5               # so many more for each second that went by
+    fps: float = 10.0  # control ticks in a second
+    longest: int = 30_000  # ticks after which an episode is implausibly long
+    steps: int = 6  # steps between messages that must have been seen
+    state: float = 2.0  # a jump: times the 90 % quantile of the state's steps,
+    picture: float = 1.5  # times the median of the picture's steps,
+    still: float = 0.75  # and spreads of training that the state moved,
+    speed: float = 2.5  # so many more for each second that went by
 
 # %% ../nbs/22_serve.ipynb #ep150003
 def thumbnail(image: np.ndarray) -> np.ndarray:
@@ -320,6 +582,7 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
     rows, columns = (np.linspace(0, n - 1, 64).round().astype(int) for n in image.shape[:2])
     grey = image[rows][:, columns].mean(-1, dtype=np.float32)
     return grey.reshape(16, 4, 16, 4).mean((1, 3))
+
 
 def state_step(a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> float:
     "How far states (d,) lie apart in spreads, but for the numbers that moved most."
@@ -339,6 +602,7 @@ def state_scale(pre) -> np.ndarray | None:
             continue
         return np.where(spread > 0, spread, np.inf).reshape(-1)
 
+
 def longest_episode(config, fps: float | None) -> int:
     "Ticks beyond which an episode is implausible: 5 mean ones of training, or 10 minutes."
     try:
@@ -346,6 +610,7 @@ def longest_episode(config, fps: float | None) -> int:
         return math.ceil(5 * told['data']['frames'] / told['data']['episodes'])
     except (OSError, ValueError, TypeError, KeyError, ArithmeticError):
         return round(600 * (fps or 50))
+
 
 def remembers(config, pact: Contract) -> bool:
     "Does what a policy does depend on earlier observations?"
@@ -359,53 +624,61 @@ def signs_of(engine, mode: str = 'warn', longest: int | None = None) -> Signs:
         raise ValueError(f"new_episode={mode!r} is unknown; give one of {', '.join(MODES)}")
     config, pact = engine.policy.config, engine.contract
     fps, scale = getattr(config, 'fps', None), state_scale(engine.pre)
-    if scale is not None and scale.shape != (pact.state,): scale = None
-    if not remembers(config, pact): mode = 'ignore'
+    if scale is not None and scale.shape != (pact.state,):
+        scale = None
+    if not remembers(config, pact):
+        mode = 'ignore'
     return Signs(mode, scale, fps or 10.0, longest or longest_episode(config, fps))
 
 # %% ../nbs/22_serve.ipynb #ep150009
 @dataclass
 class Seen:
     "What a session's messages showed, and how far they moved from one to the next."
-    picture: np.ndarray | None = None   # the last thumbnail (16, 16)
-    state: np.ndarray | None = None     # (d,) of the last observation,
-    tick: int | None = None             # its tick,
-    prompt: str | None = None           # and its instruction
-    first: int | None = None            # the episode's first tick
-    moved: float = 0.0                  # the picture's largest step since then
-    pictures: deque = field(default_factory=lambda: deque(maxlen=256))   # its past steps
-    states: deque = field(default_factory=lambda: deque(maxlen=256))     # and the state's
-    told: bool = False                  # this client has told a beginning
-    warned: bool = False                # and has been warned since
-    warning: str | None = None          # of which the client does not know yet
+
+    picture: np.ndarray | None = None  # the last thumbnail (16, 16)
+    state: np.ndarray | None = None  # (d,) of the last observation,
+    tick: int | None = None  # its tick,
+    prompt: str | None = None  # and its instruction
+    first: int | None = None  # the episode's first tick
+    moved: float = 0.0  # the picture's largest step since then
+    pictures: deque = field(default_factory=lambda: deque(maxlen=256))  # its past steps
+    states: deque = field(default_factory=lambda: deque(maxlen=256))  # and the state's
+    told: bool = False  # this client has told a beginning
+    warned: bool = False  # and has been warned since
+    warning: str | None = None  # of which the client does not know yet
 
     def begin(self, told: bool) -> None:
         "A new episode: what was learned of steps stays, what they are measured from goes."
         self.picture = self.state = self.tick = self.prompt = self.first = None
         self.moved, self.told = 0.0, self.told or told
-        if told: self.warned, self.warning = False, None
+        if told:
+            self.warned, self.warning = False, None
 
 # %% ../nbs/22_serve.ipynb #ep15000a
 @dataclass
 class Look:
     "What one message shows, beside what was seen before."
-    picture: np.ndarray                                  # its thumbnail
-    tick: int                                            # where the session's count stands
+
+    picture: np.ndarray  # its thumbnail
+    tick: int  # where the session's count stands
     pictures: list[float] = field(default_factory=list)  # the steps of its pictures
-    state: float | None = None                           # the step of its state
-    why: list[str] = field(default_factory=list)         # signs of a new episode
-    sure: bool = False                                   # picture and state jumped
+    state: float | None = None  # the step of its state
+    why: list[str] = field(default_factory=list)  # signs of a new episode
+    sure: bool = False  # picture and state jumped
+
 
 def look(seen: Seen, r: Request, tick: int, primary: str, signs: Signs) -> Look:
     "Look at a request of `tick`; nothing is changed."
     thumbs = [thumbnail(x) for x in [*(x for _, x in r.history), r.images[primary]]]
     out = Look(thumbs[-1], tick)
-    if r.reset: return out
+    if r.reset:
+        return out
     chain = thumbs if seen.picture is None else [seen.picture, *thumbs]
     out.pictures = [float(np.abs(a - b).mean()) for a, b in zip(chain, chain[1:])]
     if signs.scale is not None and r.state is not None and seen.state is not None:
         out.state = state_step(r.state, seen.state, signs.scale)
-    if not r.frame_only: judge(seen, out, r, tick, signs)
+    if not r.frame_only:
+        judge(seen, out, r, tick, signs)
     return out
 
 # %% ../nbs/22_serve.ipynb #ep15000b
@@ -418,10 +691,12 @@ def jumped(seen: Seen, now: Look, tick: int, signs: Signs) -> bool:
     changed = max([seen.moved, *now.pictures]) > signs.picture * np.median(seen.pictures)
     return bool(now.state > max(far, usual) and changed)
 
+
 def judge(seen: Seen, now: Look, r: Request, tick: int, signs: Signs) -> None:
     "Write into `now` why the observation may be the first of a new episode."
     now.sure = jumped(seen, now, tick, signs)
-    if now.sure: now.why.append('picture and state jumped at once')
+    if now.sure:
+        now.why.append('picture and state jumped at once')
     if not seen.told and seen.prompt is not None and r.prompt != seen.prompt:
         was, became = seen.prompt[:80], r.prompt[:80]
         now.why.append(f'the instruction changed from {was!r} to {became!r}')
@@ -433,18 +708,23 @@ def judge(seen: Seen, now: Look, r: Request, tick: int, signs: Signs) -> None:
 def note(seen: Seen, now: Look, r: Request, tick: int) -> None:
     "Take in a message that has taken effect. A jump is no step to learn from."
     seen.picture, seen.moved = now.picture, max([seen.moved, *now.pictures])
-    if seen.first is None: seen.first = tick
+    if seen.first is None:
+        seen.first = tick
     if r.frame_only:
         seen.pictures.extend(now.pictures)
         return
     if not now.sure and tick != seen.tick:
         seen.pictures.extend(now.pictures)
-        if now.state is not None: seen.states.append(now.state)
+        if now.state is not None:
+            seen.states.append(now.state)
     seen.state, seen.tick, seen.prompt, seen.moved = r.state, tick, r.prompt, 0.0
 
 # %% ../nbs/22_serve.ipynb #ep15000d
-TELL = ("send reset: true with an episode's first observation "
-        "(openpi's client.reset() sends nothing)")
+TELL = (
+    "send reset: true with an episode's first observation "
+    "(openpi's client.reset() sends nothing)"
+)
+
 
 def warning(now: Look, begun: bool) -> str:
     "The sentence about a new episode that nobody told; `begun`: by the server."
@@ -452,91 +732,150 @@ def warning(now: Look, begun: bool) -> str:
     why = ' and '.join(now.why)
     what = f'a new episode {how} at tick {now.tick} ({why}) and no reset came'
     then = 'the server began it by itself'
-    if not begun: then = 'the policy still remembers what was before'
+    if not begun:
+        then = 'the policy still remembers what was before'
     return f'{what}: {then}; {TELL}'
 
 # %% ../nbs/22_serve.ipynb #28a5a636
 @dataclass
 class Session:
     "What the server remembers of one client."
-    memory: object                  # the policy's own
+
+    memory: object  # the policy's own
     episode: int = 0
-    tick: int = -1                  # newest tick in the history
-    asked: int | None = None        # tick of the last observation
-    seed: int | None = None         # of this episode's noise, given by the client
-    busy: bool = False              # an observation is being answered
+    tick: int = -1  # newest tick in the history
+    asked: int | None = None  # tick of the last observation
+    seed: int | None = None  # of this episode's noise, given by the client
+    busy: bool = False  # an observation is being answered
     seen: Seen = field(default_factory=Seen)
-    name: str = 'a client'          # for the log
+    name: str = 'a client'  # for the log
 
     def next_tick(self, r: Request, execute: int) -> int:
-        "The request's tick. Raises `Refused` for one that lies before the newest in the history."
+        """The request's tick.
+
+        Raises `Refused` for one that lies before the newest in the history.
+        """
         now, asked = (-1, None) if r.reset else (self.tick, self.asked)
         count = now + 1 if asked is None or r.frame_only else max(now + 1, asked + execute)
-        tick = r.tick if r.tick is not None else max([count, *(t + 1 for t, _ in r.history[-1:])])
+        tick = (
+            r.tick
+            if r.tick is not None
+            else max([count, *(t + 1 for t, _ in r.history[-1:])])
+        )
         late = min([tick, *(t for t, _ in r.history)])
-        if late < now: raise Refused(f"out of order: tick {late} came after tick {now}; send reset with the first observation of an episode")
-        if r.history and r.history[-1][0] > tick: raise Refused(f"history reaches tick {r.history[-1][0]}, the observation is of tick {tick}")
+        if late < now:
+            raise Refused(
+                f"out of order: tick {late} came after tick {now}; send reset with the"
+                " first observation of an episode"
+            )
+        if r.history and r.history[-1][0] > tick:
+            raise Refused(
+                f"history reaches tick {r.history[-1][0]}, the observation is of tick"
+                f" {tick}"
+            )
         return tick
 
 # %% ../nbs/22_serve.ipynb #43768341
 def noise_seed(session: Session, seed: int) -> int:
     "Seed of a session's present episode: the client's, or one made from the server's."
-    return session.seed if session.seed is not None else int(np.random.SeedSequence([seed, session.episode]).generate_state(1)[0])
+    return (
+        session.seed
+        if session.seed is not None
+        else int(np.random.SeedSequence([seed, session.episode]).generate_state(1)[0])
+    )
 
 # %% ../nbs/22_serve.ipynb #3e15cbe3
 def as_batch(r: Request, pact: Contract, resize: bool = False) -> dict:
-    "A request as LeRobot's raw batch (b = 1): float images (1, 3, H, W) in [0, 1], state (1, d), task."
+    """A request as LeRobot's raw batch (b = 1): float images (1, 3, H, W) in [0, 1], state
+    (1, d), task.
+    """
     out = {}
     for name, image in r.images.items():
         x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous()
-        if resize and x.shape[-2:] != pact.cameras[name]: x = torch.nn.functional.interpolate(x.float(), pact.cameras[name], mode='bilinear', antialias=True).round().clamp(0, 255)
+        if resize and x.shape[-2:] != pact.cameras[name]:
+            x = (
+                torch.nn.functional.interpolate(
+                    x.float(), pact.cameras[name], mode='bilinear', antialias=True
+                )
+                .round()
+                .clamp(0, 255)
+            )
         out[pact.keys[name]] = x.float() / 255
-    if r.state is not None: out[OBS_STATE] = torch.from_numpy(r.state)[None]
+    if r.state is not None:
+        out[OBS_STATE] = torch.from_numpy(r.state)[None]
     return out if r.prompt is None else out | dict(task=[r.prompt])
 
 # %% ../nbs/22_serve.ipynb #82d569aa
 class HaloEngine:
     "HALO for many clients: each has its history, keyed by tick, and its streaming cache."
+
     def __init__(self, policy, pre, post, seed: int = 0, resize: bool = False):
-        self.policy, self.pre, self.post, self.seed, self.resize = policy.eval(), pre, post, seed, resize
+        self.policy, self.pre, self.post, self.seed, self.resize = (
+            policy.eval(),
+            pre,
+            post,
+            seed,
+            resize,
+        )
         self.contract, self.batches = contract(policy.config), True
 
-    def memory(self) -> dict: return dict(history=HistoryBuffer(self.policy.config.model.sampling), streamer=None)
+    def memory(self) -> dict:
+        return dict(history=HistoryBuffer(self.policy.config.model.sampling), streamer=None)
 
     def remember(self, memory: dict, tick: int, r: Request) -> None:
         "Put the request's frames into the history."
         for t, image in [*r.history, (tick, r.images[self.contract.primary])]:
             memory['history'].push(0, t, torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
-    def held(self, memory: dict) -> int: return len(memory['history'].rows[0])
+    def held(self, memory: dict) -> int:
+        return len(memory['history'].rows[0])
 
 # %% ../nbs/22_serve.ipynb #a05afe81
 from fastcore.basics import patch
 
+
 @patch
 def prepare(self: HaloEngine, r: Request) -> dict:
-    "The preprocessed batch of one request. Raises `Refused` with the preprocessor's own words."
-    try: return self.pre(as_batch(r, self.contract, self.resize))
-    except ValueError as e: raise Refused(str(e)) from e
+    """The preprocessed batch of one request.
+
+    Raises `Refused` with the preprocessor's own words.
+    """
+    try:
+        return self.pre(as_batch(r, self.contract, self.resize))
+    except ValueError as e:
+        raise Refused(str(e)) from e
+
 
 @patch
 def observation(self: HaloEngine, session: Session, batch: dict) -> Observation:
     "The model's observation (b = 1) with the session's history at its present tick."
     s = self.policy.config.model.sampling
-    return self.policy.observation(batch, stack_histories([session.memory['history'].get(0, session.tick)], s.history_frames, s.history_size))
+    return self.policy.observation(
+        batch,
+        stack_histories(
+            [session.memory['history'].get(0, session.tick)],
+            s.history_frames,
+            s.history_size,
+        ),
+    )
 
+# %% ../nbs/22_serve.ipynb #db77c325
 @patch
 def noise(self: HaloEngine, session: Session) -> torch.Tensor:
     "Starting noise (1, s, max_action_dim) of the session's tick."
     m = self.policy.config.model
-    return episode_noise([noise_seed(session, self.seed)], session.tick, (m.chunk, m.max_action_dim)).to(next(self.policy.parameters()).device)
+    return episode_noise(
+        [noise_seed(session, self.seed)], session.tick, (m.chunk, m.max_action_dim)
+    ).to(next(self.policy.parameters()).device)
+
 
 @patch
 @torch.inference_mode()
 def act(self: HaloEngine, session: Session, batch: dict) -> np.ndarray:
     "Actions (s, d) float32 in the robot's units for one session."
     p = self.policy
-    p._streamer, session.memory['streamer'] = session.memory['streamer'], None   # what fails half-way leaves no cache behind
+    # what fails half-way leaves no cache behind
+    p._streamer, session.memory['streamer'] = session.memory['streamer'], None
     chunk = p.denoise(self.observation(session, batch), self.noise(session))
     session.memory['streamer'], p._streamer = p._streamer, None
     return self.post(chunk)[0].float().cpu().numpy()
@@ -545,54 +884,128 @@ def act(self: HaloEngine, session: Session, batch: dict) -> np.ndarray:
 def joined(rows: list[Observation]) -> Observation:
     "Observations of one row each, of equal shapes, as one batch."
     cat = lambda name: torch.cat([getattr(o, name) for o in rows])
-    return Observation(cat('history'), cat('history_mask'), [torch.cat(v) for v in zip(*(o.views for o in rows))], *map(cat, ('view_mask', 'text', 'text_mask', 'state')))
+    return Observation(
+        cat('history'),
+        cat('history_mask'),
+        [torch.cat(v) for v in zip(*(o.views for o in rows))],
+        *map(cat, ('view_mask', 'text', 'text_mask', 'state')),
+    )
 
 # %% ../nbs/22_serve.ipynb #1cf5d1b8
 def signature(o: Observation) -> tuple:
-    "What must be equal for rows to share a pass: counts of history frames and words, and view sizes."
-    return (int(o.history_mask.sum()), tuple(o.text.shape), tuple(o.text_mask.flatten().tolist()), tuple(tuple(v.shape) for v in o.views))
+    """What must be equal for rows to share a pass: counts of history frames and words, and
+    view sizes.
+    """
+    return (
+        int(o.history_mask.sum()),
+        tuple(o.text.shape),
+        tuple(o.text_mask.flatten().tolist()),
+        tuple(tuple(v.shape) for v in o.views),
+    )
 
+# %% ../nbs/22_serve.ipynb #607b462a
 @patch
 @torch.inference_mode()
-def act_together(self: HaloEngine, rows: list[tuple[Observation, torch.Tensor]], size: int) -> np.ndarray:
-    "Actions (b, s, d) of at most `size` rows (observation, noise) of one signature, from one pass of exactly `size` rows."
+def act_together(
+    self: HaloEngine, rows: list[tuple[Observation, torch.Tensor]], size: int
+) -> np.ndarray:
+    """Actions (b, s, d) of at most `size` rows (observation, noise) of one signature, from
+    one pass of exactly `size` rows.
+    """
     full = rows + rows[:1] * (size - len(rows))
-    return self.post(self.policy.denoise(joined([o for o, _ in full]), torch.cat([x for _, x in full])))[:len(rows)].float().cpu().numpy()
+    return (
+        self.post(
+            self.policy.denoise(
+                joined([o for o, _ in full]), torch.cat([x for _, x in full])
+            )
+        )[: len(rows)]
+        .float()
+        .cpu()
+        .numpy()
+    )
 
 # %% ../nbs/22_serve.ipynb #3a08a887
 class LeRobotEngine:
-    "Any policy of LeRobot for many clients, one at a time: its inner state is exchanged between them."
+    """Any policy of LeRobot for many clients, one at a time: its inner state is exchanged
+    between them.
+    """
+
     def __init__(self, policy, pre, post, seed: int = 0, resize: bool = False):
-        self.policy, self.pre, self.post, self.seed, self.resize = policy.eval(), pre, post, seed, resize
+        self.policy, self.pre, self.post, self.seed, self.resize = (
+            policy.eval(),
+            pre,
+            post,
+            seed,
+            resize,
+        )
         self.contract, self.batches = contract(policy.config), False
-        self.fixed = {k for k in vars(policy) if k.startswith(('_parameters', '_buffers', '_modules', '_non_persistent', '_backward', '_forward', '_state_dict', '_load_state', '_is_full'))} | {'config', 'training'}
+        self.fixed = {
+            k
+            for k in vars(policy)
+            if k.startswith(
+                (
+                    '_parameters',
+                    '_buffers',
+                    '_modules',
+                    '_non_persistent',
+                    '_backward',
+                    '_forward',
+                    '_state_dict',
+                    '_load_state',
+                    '_is_full',
+                )
+            )
+        } | {'config', 'training'}
         policy.reset()
         self.fresh = copy.deepcopy(self.inner())
 
-    def inner(self) -> dict: return {k: v for k, v in vars(self.policy).items() if k not in self.fixed}
+    def inner(self) -> dict:
+        return {k: v for k, v in vars(self.policy).items() if k not in self.fixed}
 
-    def memory(self) -> dict: return dict(inner=copy.deepcopy(self.fresh))
+    def memory(self) -> dict:
+        return dict(inner=copy.deepcopy(self.fresh))
 
-    def remember(self, memory: dict, tick: int, r: Request) -> None: "These policies read no history."
+    def remember(self, memory: dict, tick: int, r: Request) -> None:
+        "These policies read no history."
 
-    def held(self, memory: dict) -> int: return 0
+    def held(self, memory: dict) -> int:
+        return 0
 
     def prepare(self, r: Request) -> dict:
-        try: return self.pre(as_batch(r, self.contract, self.resize))
-        except ValueError as e: raise Refused(str(e)) from e
+        try:
+            return self.pre(as_batch(r, self.contract, self.resize))
+        except ValueError as e:
+            raise Refused(str(e)) from e
 
 # %% ../nbs/22_serve.ipynb #b9b977be
 @patch
 def act(self: LeRobotEngine, session: Session, batch: dict) -> np.ndarray:
-    "Actions (s, d) float32 in the robot's units; a policy that blends its chunks (temporal ensembling) gives one action."
+    """Actions (s, d) float32 in the robot's units; a policy that blends its chunks
+    (temporal ensembling) gives one action.
+    """
     p, calls = self.policy, []
     vars(p).update(session.memory['inner'])
-    for queue in (getattr(p, '_action_queue', None), (getattr(p, '_queues', None) or {}).get(ACTION)):
-        if queue is not None: queue.clear()
+    for queue in (
+        getattr(p, '_action_queue', None),
+        (getattr(p, '_queues', None) or {}).get(ACTION),
+    ):
+        if queue is not None:
+            queue.clear()
     with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(int(np.random.SeedSequence([noise_seed(session, self.seed), session.tick]).generate_state(1)[0]))
-        with watch(p, calls): one = p.select_action(batch)
-        chunk = calls[-1][1][0] if calls and getattr(p.config, 'temporal_ensemble_coeff', None) is None else one
+        torch.manual_seed(
+            int(
+                np.random.SeedSequence(
+                    [noise_seed(session, self.seed), session.tick]
+                ).generate_state(1)[0]
+            )
+        )
+        with watch(p, calls):
+            one = p.select_action(batch)
+        chunk = (
+            calls[-1][1][0]
+            if calls and getattr(p.config, 'temporal_ensemble_coeff', None) is None
+            else one
+        )
         actions = self.post(chunk.to(one.device))
     session.memory['inner'] = self.inner()
     return actions.float().cpu().numpy().reshape(-1, self.contract.action)
@@ -600,52 +1013,73 @@ def act(self: LeRobotEngine, session: Session, batch: dict) -> np.ndarray:
 # %% ../nbs/22_serve.ipynb #db81bfea
 PARTS = ('model.safetensors', 'policy_preprocessor.json', 'policy_postprocessor.json')
 
+
 def policy_kind(folder: Path) -> str:
     "LeRobot's type of a folder's policy. Raises `ValueError` unless the folder is whole."
     give = 'give the folder that save_pretrained wrote'
     if not (folder / 'config.json').is_file():
         raise ValueError(f'{folder} is not a policy folder: config.json is missing; {give}')
-    try: kind = json.loads((folder / 'config.json').read_text())['type']
+    try:
+        kind = json.loads((folder / 'config.json').read_text())['type']
     except (ValueError, TypeError, KeyError, OSError) as e:
-        raise ValueError(f"{folder / 'config.json'} does not describe a policy of LeRobot "
-                         f'({type(e).__name__}: {e}); {give}') from e
+        raise ValueError(
+            f"{folder / 'config.json'} does not describe a policy of LeRobot "
+            f"({type(e).__name__}: {e}); {give}"
+        ) from e
     if kind not in (known := PreTrainedConfig.get_known_choices()):
-        raise ValueError(f'{folder} holds a policy of type {kind!r}, which is not '
-                         f"installed; known are {', '.join(sorted(known))}")
-    adapters = (folder / 'adapter_config.json').is_file()   # whoever loads it decides
+        raise ValueError(
+            f'{folder} holds a policy of type {kind!r}, which is not '
+            f"installed; known are {', '.join(sorted(known))}"
+        )
+    adapters = (folder / 'adapter_config.json').is_file()  # whoever loads it decides
     for name in PARTS[adapters:]:
         if not (folder / name).is_file():
             raise ValueError(f'{folder} is not a policy folder: {name} is missing; {give}')
     return kind
 
+# %% ../nbs/22_serve.ipynb #23a57983
 def open_policy(folder: str | Path, device: str | None = None):
-    "Policy, preprocessor and postprocessor of any LeRobot policy folder, on `device` (default: the configuration's). Raises `ValueError` if there is none."
+    """Policy, preprocessor and postprocessor of any LeRobot policy folder, on `device`
+    (default: the configuration's). Raises `ValueError` if there is none.
+    """
     folder = locate(folder)
     kind = policy_kind(folder)
-    if kind == 'halo' and device is None: return load_policy(folder)
+    if kind == 'halo' and device is None:
+        return load_policy(folder)
     config = PreTrainedConfig.from_pretrained(folder)
-    if device: config.device = device
-    with contextlib.redirect_stdout(None): policy = get_policy_class(config.type).from_pretrained(folder, config=config)
+    if device:
+        config.device = device
+    with contextlib.redirect_stdout(None):
+        policy = get_policy_class(config.type).from_pretrained(folder, config=config)
     policy.config.pretrained_path = folder
-    return policy.eval(), *make_pre_post_processors(policy.config, pretrained_path=str(folder), preprocessor_overrides={'device_processor': {'device': config.device}})
+    return policy.eval(), *make_pre_post_processors(
+        policy.config,
+        pretrained_path=str(folder),
+        preprocessor_overrides={'device_processor': {'device': config.device}},
+    )
+
 
 def make_engine(policy, pre, post, **kwargs):
     "The engine for a policy."
-    return (HaloEngine if policy.config.type == 'halo' else LeRobotEngine)(policy, pre, post, **kwargs)
+    return (HaloEngine if policy.config.type == 'halo' else LeRobotEngine)(
+        policy, pre, post, **kwargs
+    )
 
 # %% ../nbs/22_serve.ipynb #e1484193
 @dataclass
 class Job:
     "An observation that waits for its actions."
+
     session: Session
     request: Request
     tick: int
     done: asyncio.Future
-    now: Look | None = None          # what its pictures and state say about the episode
+    now: Look | None = None  # what its pictures and state say about the episode
     start: float = field(default_factory=time.perf_counter)
-    began: float = 0.0               # when the worker took it
-    row: tuple | None = None         # (observation, noise), prepared for a batch
-    running: bool = False            # in the worker's thread, which alone may write to the session then
+    began: float = 0.0  # when the worker took it
+    row: tuple | None = None  # (observation, noise), prepared for a batch
+    # in the worker's thread, which alone may write to the session then
+    running: bool = False
 
     def commit(self, engine) -> None:
         "Let the request take effect on its session: from here on it has happened."
@@ -659,28 +1093,48 @@ class Job:
 def begin_episode(session: Session, r: Request, engine) -> None:
     "Forget the last episode if the request says so, and take its seed."
     if r.reset:
-        if session.tick >= 0: session.episode += 1
-        session.memory, session.tick, session.asked, session.seed = engine.memory(), -1, None, None
+        if session.tick >= 0:
+            session.episode += 1
+        session.memory, session.tick, session.asked, session.seed = (
+            engine.memory(),
+            -1,
+            None,
+            None,
+        )
         session.seen.begin(told=not r.supposed)
-    if r.seed is not None: session.seed = r.seed
+    if r.seed is not None:
+        session.seed = r.seed
 
 # %% ../nbs/22_serve.ipynb #ep150013
 def take_note(session: Session, now: Look | None, r: Request, tick: int) -> None:
     "Keep what a request showed, and warn of a new episode that nobody told: once."
-    if now is None: return
+    if now is None:
+        return
     seen = session.seen
     if now.why and not seen.warned:
         seen.warned, seen.warning = True, warning(now, r.supposed)
         log.warning('%s: %s', session.name, seen.warning)
-    elif r.supposed: log.info('%s: the server began an episode', session.name)
+    elif r.supposed:
+        log.info('%s: the server began an episode', session.name)
     note(seen, now, r, tick)
 
 # %% ../nbs/22_serve.ipynb #366de1a9
 class Worker:
     "Runs an engine in a thread of its own; `size` rows to a pass."
+
     def __init__(self, engine, size: int = 1):
-        if size < 1 or (size > 1 and not engine.batches): raise ValueError(f"batch size {size} is not possible with a {engine.contract.type!r} policy; use 1")
-        self.engine, self.size, self.waiting, self.passes, self.answered = engine, size, [], 0, 0
+        if size < 1 or (size > 1 and not engine.batches):
+            raise ValueError(
+                f"batch size {size} is not possible with a {engine.contract.type!r} policy;"
+                " use 1"
+            )
+        self.engine, self.size, self.waiting, self.passes, self.answered = (
+            engine,
+            size,
+            [],
+            0,
+            0,
+        )
         self.thread = ThreadPoolExecutor(1, 'policy')
 
     def one(self, job: Job) -> np.ndarray:
@@ -694,39 +1148,57 @@ class Worker:
         "Prepare a job for a shared pass."
         batch = self.engine.prepare(job.request)
         job.commit(self.engine)
-        job.row = self.engine.observation(job.session, batch), self.engine.noise(job.session)
+        job.row = (
+            self.engine.observation(job.session, batch),
+            self.engine.noise(job.session),
+        )
 
     def many(self, jobs: list[Job]) -> np.ndarray:
         "Answer prepared jobs of one signature."
-        for j in jobs: j.began = time.perf_counter()
+        for j in jobs:
+            j.began = time.perf_counter()
         return self.engine.act_together([j.row for j in jobs], self.size)
 
 # %% ../nbs/22_serve.ipynb #8064b6d4
 @patch
 def submit(self: Worker, job: Job) -> None:
     "Queue a job (in the event loop)."
-    self.waiting.append(job); self.wake.set()
+    self.waiting.append(job)
+    self.wake.set()
+
 
 @patch
 async def call(self: Worker, fn, jobs: list[Job]) -> list:
     "Run `fn` in the thread; an exception becomes the answer of its jobs."
-    for j in jobs: j.running = True
-    try: return await asyncio.get_running_loop().run_in_executor(self.thread, fn, jobs[0] if fn != self.many else jobs)
+    for j in jobs:
+        j.running = True
+    try:
+        return await asyncio.get_running_loop().run_in_executor(
+            self.thread, fn, jobs[0] if fn != self.many else jobs
+        )
     except Exception as e:
-        if not isinstance(e, Refused): log.exception('a request failed')
+        if not isinstance(e, Refused):
+            log.exception('a request failed')
         for j in jobs:
-            if not j.done.done(): j.done.set_exception(e)
+            if not j.done.done():
+                j.done.set_exception(e)
     finally:
-        for j in jobs: j.running = False
+        for j in jobs:
+            j.running = False
 
+# %% ../nbs/22_serve.ipynb #f11e3ebb
 @patch
 async def next_group(self: Worker) -> list[Job]:
     "The jobs of the next pass; may be empty."
     self.waiting = [j for j in self.waiting if not j.done.done()]
-    if self.size == 1: return [self.waiting.pop(0)] if self.waiting else []
-    for j in [j for j in self.waiting if j.row is None]: await self.call(self.ready, [j])
+    if self.size == 1:
+        return [self.waiting.pop(0)] if self.waiting else []
+    for j in [j for j in self.waiting if j.row is None]:
+        await self.call(self.ready, [j])
     live = [j for j in self.waiting if j.row is not None and not j.done.done()]
-    group = [j for j in live if signature(j.row[0]) == signature(live[0].row[0])][:self.size]
+    group = [j for j in live if signature(j.row[0]) == signature(live[0].row[0])][
+        : self.size
+    ]
     self.waiting = [j for j in self.waiting if j not in group and not j.done.done()]
     return group
 
@@ -735,20 +1207,27 @@ async def next_group(self: Worker) -> list[Job]:
 async def run(self: Worker) -> None:
     "Answer jobs until cancelled."
     while True:
-        if not self.waiting: self.wake.clear(); await self.wake.wait()
+        if not self.waiting:
+            self.wake.clear()
+            await self.wake.wait()
         group = await self.next_group()
-        if not group: continue
+        if not group:
+            continue
         out = await self.call(self.one if self.size == 1 else self.many, group)
         self.passes += 1
-        for job, actions in zip(group, [] if out is None else [out] if self.size == 1 else out):
+        for job, actions in zip(
+            group, [] if out is None else [out] if self.size == 1 else out
+        ):
             self.answered += 1
-            if not job.done.done(): job.done.set_result(actions)
+            if not job.done.done():
+                job.done.set_result(actions)
 
 # %% ../nbs/22_serve.ipynb #ep150014
 def chunk_length(config) -> int | None:
     "Actions in a policy's chunk, or None where its configuration does not say."
     own = getattr(getattr(config, 'model', None), 'chunk', None)
     return own or getattr(config, 'chunk_size', None) or getattr(config, 'horizon', None)
+
 
 def executed_actions(config, execute: int | None = None) -> int:
     """Actions of an answer that are executed: `execute`, or the policy's own number.
@@ -760,16 +1239,29 @@ def executed_actions(config, execute: int | None = None) -> int:
         return own
     if 1 <= execute <= (most or execute):
         return execute
-    raise ValueError(f"execute={execute} is no number of actions of a chunk of {most}: "
-                     f"give 1 to {most}, or leave it out for the policy's own {own}")
+    raise ValueError(
+        f"execute={execute} is no number of actions of a chunk of {most}: "
+        f"give 1 to {most}, or leave it out for the policy's own {own}"
+    )
 
 # %% ../nbs/22_serve.ipynb #627ad4b9
 class PolicyServer:
     "Serves an engine over openpi's protocol. `run` it in an event loop, or use `running`."
-    def __init__(self, engine, host: str = '127.0.0.1', port: int = 8000,
-                 token: str | None = None, batch: int = 1, execute: int | None = None,
-                 keys: list[str] = (), limits: Limits = Limits(), untrained: bool = False,
-                 new_episode: str = 'warn', episode_ticks: int | None = None):
+
+    def __init__(
+        self,
+        engine,
+        host: str = '127.0.0.1',
+        port: int = 8000,
+        token: str | None = None,
+        batch: int = 1,
+        execute: int | None = None,
+        keys: list[str] = (),
+        limits: Limits = Limits(),
+        untrained: bool = False,
+        new_episode: str = 'warn',
+        episode_ticks: int | None = None,
+    ):
         self.engine, self.host, self.port, self.token = engine, host, port, token
         self.chunk = chunk_length(engine.policy.config)
         self.execute = executed_actions(engine.policy.config, execute)
@@ -783,19 +1275,50 @@ class PolicyServer:
     def episode(self) -> dict:
         "What a client is told about the beginning of an episode."
         memory = remembers(self.engine.policy.config, self.engine.contract)
-        return dict(start=TELL, remembers=memory, new_episode=self.signs.mode,
-                    longest_ticks=self.signs.longest)
+        return dict(
+            start=TELL,
+            remembers=memory,
+            new_episode=self.signs.mode,
+            longest_ticks=self.signs.longest,
+        )
 
     def metadata(self) -> dict:
         "What a client is told on connecting."
         c, p, e = self.engine.contract, self.engine.policy, self.execute
-        history = dict(frames=c.frames, stride_ticks=c.stride, ticks=c.frames * c.stride, camera=c.primary, missing_frames='the nearest earlier frame stands in; before the first frame the history is short, as in training')
-        return dict(server='halo.serve', protocol='openpi websocket, msgpack, arrays as __ndarray__', policy=c.type, checkpoint=checkpoint_hash(p), versions=versions(),
-                    cameras={n: dict(shape=[*s, 3], dtype='uint8', role=c.roles[n], needed=n in c.need) for n, s in c.cameras.items()}, state=c.state, action=c.action,
-                    chunk=self.chunk, execute=e, episode=self.episode(),
-                    n_action_steps=getattr(p.config, 'n_action_steps', None), observation_steps=getattr(p.config, 'n_obs_steps', 1),
-                    history=history if c.frames else None, keys=self.keys, control=list(CONTROL), default_tick=f'{e} after the last observation, 1 after the last frame',
-                    batch=self.worker.size, limits=asdict(self.limits)) | (dict(weights='random') if self.untrained else {})
+        history = dict(
+            frames=c.frames,
+            stride_ticks=c.stride,
+            ticks=c.frames * c.stride,
+            camera=c.primary,
+            missing_frames=(
+                'the nearest earlier frame stands in; before the first frame the history is'
+                ' short, as in training'
+            ),
+        )
+        return dict(
+            server='halo.serve',
+            protocol='openpi websocket, msgpack, arrays as __ndarray__',
+            policy=c.type,
+            checkpoint=checkpoint_hash(p),
+            versions=versions(),
+            cameras={
+                n: dict(shape=[*s, 3], dtype='uint8', role=c.roles[n], needed=n in c.need)
+                for n, s in c.cameras.items()
+            },
+            state=c.state,
+            action=c.action,
+            chunk=self.chunk,
+            execute=e,
+            episode=self.episode(),
+            n_action_steps=getattr(p.config, 'n_action_steps', None),
+            observation_steps=getattr(p.config, 'n_obs_steps', 1),
+            history=history if c.frames else None,
+            keys=self.keys,
+            control=list(CONTROL),
+            default_tick=f'{e} after the last observation, 1 after the last frame',
+            batch=self.worker.size,
+            limits=asdict(self.limits),
+        ) | (dict(weights='random') if self.untrained else {})
 
 # %% ../nbs/22_serve.ipynb #70afe9b7
 @patch
@@ -803,27 +1326,66 @@ def admit(self: PolicyServer, connection, request):
     "The HTTP answer to a request that does not become a session, or None."
     if request.path.partition('?')[0] == '/healthz':
         state = 'stopping' if self.stopping.is_set() else 'ok'
-        about = dict(status=state, clients=self.clients, answered=self.worker.answered, passes=self.worker.passes, refused=self.refused, waiting=len(self.worker.waiting), uptime_s=round(time.monotonic() - self.began, 1))
-        return connection.respond(HTTPStatus.OK if state == 'ok' else HTTPStatus.SERVICE_UNAVAILABLE, json.dumps(about) + '\n')
-    if 'Origin' in request.headers: return connection.respond(HTTPStatus.FORBIDDEN, 'web pages are not served\n')
+        about = dict(
+            status=state,
+            clients=self.clients,
+            answered=self.worker.answered,
+            passes=self.worker.passes,
+            refused=self.refused,
+            waiting=len(self.worker.waiting),
+            uptime_s=round(time.monotonic() - self.began, 1),
+        )
+        return connection.respond(
+            HTTPStatus.OK if state == 'ok' else HTTPStatus.SERVICE_UNAVAILABLE,
+            json.dumps(about) + '\n',
+        )
+    if 'Origin' in request.headers:
+        return connection.respond(HTTPStatus.FORBIDDEN, 'web pages are not served\n')
     if self.token:
         given = (request.headers.get_all('Authorization') or [''])[0].encode()
-        if not any(hmac.compare_digest(given, f'{how} {self.token}'.encode()) for how in ('Api-Key', 'Bearer')): return connection.respond(HTTPStatus.UNAUTHORIZED, 'the token is missing or wrong\n')
-    if self.stopping.is_set(): return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, 'the server is stopping\n')
-    if self.clients >= self.limits.clients: return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f'{self.clients} clients are connected, more are not served\n')
+        if not any(
+            hmac.compare_digest(given, f'{how} {self.token}'.encode())
+            for how in ('Api-Key', 'Bearer')
+        ):
+            return connection.respond(
+                HTTPStatus.UNAUTHORIZED, 'the token is missing or wrong\n'
+            )
+    if self.stopping.is_set():
+        return connection.respond(
+            HTTPStatus.SERVICE_UNAVAILABLE, 'the server is stopping\n'
+        )
+    if self.clients >= self.limits.clients:
+        return connection.respond(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            f'{self.clients} clients are connected, more are not served\n',
+        )
 
 # %% ../nbs/22_serve.ipynb #066be1f8
 @patch
 async def answer(self: PolicyServer, session: Session, data, gone: asyncio.Future) -> dict:
-    "The answer to one message of a session whose client is there until `gone`. Raises `Refused` for what the client did wrong."
+    """The answer to one message of a session whose client is there until `gone`.
+
+    Raises `Refused` for what the client did wrong.
+    """
     start = time.perf_counter()
-    if isinstance(data, str): raise Refused("a text came; messages are binary (msgpack)")
-    if session.busy: raise Refused("the last observation is still being answered")
-    r = read_request(unpackb(data, self.limits), self.engine.contract, self.keys, self.limits, self.engine.resize)
-    if r.reset and r.bare and not r.history: begin_episode(session, r, self.engine); return dict(ack=True, reset=True)
+    if isinstance(data, str):
+        raise Refused("a text came; messages are binary (msgpack)")
+    if session.busy:
+        raise Refused("the last observation is still being answered")
+    r = read_request(
+        unpackb(data, self.limits),
+        self.engine.contract,
+        self.keys,
+        self.limits,
+        self.engine.resize,
+    )
+    if r.reset and r.bare and not r.history:
+        begin_episode(session, r, self.engine)
+        return dict(ack=True, reset=True)
     tick, now = self.place(session, r)
     if r.frame_only:
-        begin_episode(session, r, self.engine); self.engine.remember(session.memory, tick, r)
+        begin_episode(session, r, self.engine)
+        self.engine.remember(session.memory, tick, r)
         session.tick = tick
         take_note(session, now, r, tick)
         return dict(ack=True, tick=tick, frames=self.engine.held(session.memory))
@@ -834,9 +1396,14 @@ async def answer(self: PolicyServer, session: Session, data, gone: asyncio.Futur
     actions = await self.patient(job, gone)
     ms = lambda a, b: round(1000 * (b - a), 3)
     end = time.perf_counter()
-    if not np.isfinite(actions).all(): raise Refused("the policy produced NaN or infinity; nothing was sent")
-    timing = dict(decode_ms=ms(start, decoded), wait_ms=ms(decoded, job.began),
-                  infer_ms=ms(job.began, end), total_ms=ms(start, end))
+    if not np.isfinite(actions).all():
+        raise Refused("the policy produced NaN or infinity; nothing was sent")
+    timing = dict(
+        decode_ms=ms(start, decoded),
+        wait_ms=ms(decoded, job.began),
+        infer_ms=ms(job.began, end),
+        total_ms=ms(start, end),
+    )
     n = min(self.execute, len(actions))
     said = dict(actions=actions, tick=tick, execute=n, server_timing=timing)
     return said | self.remarks(session, r)
@@ -854,6 +1421,7 @@ def place(self: PolicyServer, session: Session, r: Request) -> tuple[int, Look |
         tick = session.next_tick(r, self.execute)
     return tick, now
 
+
 @patch
 def remarks(self: PolicyServer, session: Session, r: Request) -> dict:
     "What an answer says about the episode: a warning goes out once."
@@ -864,33 +1432,61 @@ def remarks(self: PolicyServer, session: Session, r: Request) -> dict:
 # %% ../nbs/22_serve.ipynb #e3427168
 @patch
 async def patient(self: PolicyServer, job: Job, gone: asyncio.Future) -> np.ndarray:
-    "The job's actions, or `Refused` after `limits.wait` seconds or when the client has gone."
-    try: await asyncio.wait({job.done, gone}, timeout=self.limits.wait, return_when=asyncio.FIRST_COMPLETED)
+    """The job's actions, or `Refused` after `limits.wait` seconds or when the client has
+    gone.
+    """
+    try:
+        await asyncio.wait(
+            {job.done, gone}, timeout=self.limits.wait, return_when=asyncio.FIRST_COMPLETED
+        )
     finally:
         if not job.done.done():
-            if job.running: job.done.add_done_callback(lambda f: f.cancelled() or f.exception())   # nobody will ask for it
-            else: job.done.cancel()
-    if job.done.done() and not job.done.cancelled(): return job.done.result()
-    raise Refused('the client has gone' if gone.done() else f"no answer within {self.limits.wait:g} s: the server is overloaded")
+            # nobody will ask for it
+            if job.running:
+                job.done.add_done_callback(lambda f: f.cancelled() or f.exception())
+            else:
+                job.done.cancel()
+    if job.done.done() and not job.done.cancelled():
+        return job.done.result()
+    raise Refused(
+        'the client has gone'
+        if gone.done()
+        else f"no answer within {self.limits.wait:g} s: the server is overloaded"
+    )
 
 # %% ../nbs/22_serve.ipynb #0aadf7ac
 @patch
 async def receive(self: PolicyServer, ws):
     "The next message; None when the client was idle too long or the server stops."
-    get, stop = asyncio.ensure_future(ws.recv()), asyncio.ensure_future(self.stopping.wait())
+    get, stop = (
+        asyncio.ensure_future(ws.recv()),
+        asyncio.ensure_future(self.stopping.wait()),
+    )
     try:
-        await asyncio.wait({get, stop}, timeout=self.limits.idle, return_when=asyncio.FIRST_COMPLETED)
-        if get.done() and not stop.done(): return get.result()
-        await ws.close(1001, 'the server is stopping' if stop.done() else f'no message for {self.limits.idle:g} s')
+        await asyncio.wait(
+            {get, stop}, timeout=self.limits.idle, return_when=asyncio.FIRST_COMPLETED
+        )
+        if get.done() and not stop.done():
+            return get.result()
+        await ws.close(
+            1001,
+            (
+                'the server is stopping'
+                if stop.done()
+                else f'no message for {self.limits.idle:g} s'
+            ),
+        )
     finally:
-        for task in (get, stop): task.cancel()
+        for task in (get, stop):
+            task.cancel()
         await asyncio.gather(get, stop, return_exceptions=True)
 
 # %% ../nbs/22_serve.ipynb #676ad60b
 @patch
 async def handle(self: PolicyServer, ws) -> None:
     "One client, from its connection to its end."
-    if self.clients >= self.limits.clients: return await ws.close(1013, 'too many clients')
+    if self.clients >= self.limits.clients:
+        return await ws.close(1013, 'too many clients')
     self.clients += 1
     session, wrong = Session(self.engine.memory()), 0
     session.name = ':'.join(map(str, (ws.remote_address or ('a client',))[:2]))
@@ -898,15 +1494,30 @@ async def handle(self: PolicyServer, ws) -> None:
     try:
         await asyncio.wait_for(ws.send(self.welcome), self.limits.send)
         while (data := await self.receive(ws)) is not None:
-            try: reply, wrong = packb(await self.answer(session, data, gone)), 0
-            except Refused as e: reply, wrong = f'refused: {e}', wrong + 1; self.refused += 1
-            except Exception: reply, wrong = 'the server failed on this request; its log says why', wrong + 1; self.refused += 1; log.exception('a request failed')
+            try:
+                reply, wrong = packb(await self.answer(session, data, gone)), 0
+            except Refused as e:
+                reply, wrong = f'refused: {e}', wrong + 1
+                self.refused += 1
+            except Exception:
+                reply, wrong = (
+                    'the server failed on this request; its log says why',
+                    wrong + 1,
+                )
+                self.refused += 1
+                log.exception('a request failed')
             await asyncio.wait_for(ws.send(reply), self.limits.send)
-            if wrong >= self.limits.errors: await ws.close(1008, f'{wrong} refused messages in a row'); break
-    except (ConnectionClosed, asyncio.TimeoutError): pass
+            if wrong >= self.limits.errors:
+                await ws.close(1008, f'{wrong} refused messages in a row')
+                break
+    except (ConnectionClosed, asyncio.TimeoutError):
+        pass
     finally:
-        self.clients -= 1; gone.cancel()
-        if ws.transport is not None and ws.close_code is None: ws.transport.abort()   # a client that does not take its answer
+        self.clients -= 1
+        gone.cancel()
+        # a client that does not take its answer
+        if ws.transport is not None and ws.close_code is None:
+            ws.transport.abort()
 
 # %% ../nbs/22_serve.ipynb #fa81ba3e
 @patch
@@ -916,14 +1527,28 @@ async def run(self: PolicyServer, started=None, stop: asyncio.Event | None = Non
     self.welcome, self.began = packb(self.metadata()), time.monotonic()
     worker = asyncio.create_task(self.worker.run())
     try:
-        server = await ws_serve(self.handle, self.host, self.port, process_request=self.admit, compression=None, max_size=self.limits.message, max_queue=1, ping_interval=None,
-                                open_timeout=10, close_timeout=2, server_header=None, logger=logging.getLogger('halo.serve.websockets'))
+        server = await ws_serve(
+            self.handle,
+            self.host,
+            self.port,
+            process_request=self.admit,
+            compression=None,
+            max_size=self.limits.message,
+            max_queue=1,
+            ping_interval=None,
+            open_timeout=10,
+            close_timeout=2,
+            server_header=None,
+            logger=logging.getLogger('halo.serve.websockets'),
+        )
         self.port = server.sockets[0].getsockname()[1]
-        if started: started(self.port)
+        if started:
+            started(self.port)
         await self.stopping.wait()
         server.close(close_connections=False)
         deadline = time.monotonic() + self.limits.grace
-        while self.clients and time.monotonic() < deadline: await asyncio.sleep(0.02)
+        while self.clients and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
         server.close()
         await server.wait_closed()
     finally:
@@ -934,32 +1559,79 @@ async def run(self: PolicyServer, started=None, stop: asyncio.Event | None = Non
 # %% ../nbs/22_serve.ipynb #b6a2cfb8
 @contextlib.contextmanager
 def running(server: PolicyServer):
-    "The server in a thread of its own; gives its address 'host:port', and stops it gracefully."
+    """The server in a thread of its own; gives its address 'host:port', and stops it
+    gracefully.
+    """
     up, box = threading.Event(), {}
+
     async def main():
         box['loop'], box['stop'] = asyncio.get_running_loop(), asyncio.Event()
         await server.run(lambda port: up.set(), box['stop'])
+
     def target():
-        try: asyncio.run(main())
-        except BaseException as e: box['error'] = e
-        finally: up.set()
-    thread = threading.Thread(target=target, daemon=True); thread.start(); up.wait(60)
-    if 'error' in box: raise box['error']
-    try: yield f'{server.host}:{server.port}'
+        try:
+            asyncio.run(main())
+        except BaseException as e:
+            box['error'] = e
+        finally:
+            up.set()
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    up.wait(60)
+    if 'error' in box:
+        raise box['error']
+    try:
+        yield f'{server.host}:{server.port}'
     finally:
-        with contextlib.suppress(RuntimeError): box['loop'].call_soon_threadsafe(box['stop'].set)
+        with contextlib.suppress(RuntimeError):
+            box['loop'].call_soon_threadsafe(box['stop'].set)
         thread.join(server.limits.grace + 20)
 
 # %% ../nbs/22_serve.ipynb #bf60eb23
 class PolicyClient:
-    "A connection to a policy server, ours or openpi's. `metadata` is what the server said. Raises `ConnectionError` if there is none within `patience` seconds."
-    def __init__(self, address: str, token: str | None = None, patience: float = 10.0, timeout: float = 120.0, limits: Limits = Limits(message=64 << 20)):
-        self.timeout, self.limits, self.open, end = timeout, limits, contextlib.ExitStack(), time.monotonic() + patience
+    """A connection to a policy server, ours or openpi's.
+
+    `metadata` is what the server said. Raises `ConnectionError` if there is none within
+    `patience` seconds.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        token: str | None = None,
+        patience: float = 10.0,
+        timeout: float = 120.0,
+        limits: Limits = Limits(message=64 << 20),
+    ):
+        self.timeout, self.limits, self.open, end = (
+            timeout,
+            limits,
+            contextlib.ExitStack(),
+            time.monotonic() + patience,
+        )
         url = address if '://' in address else f'ws://{address}'
         while True:
-            try: self.ws = self.open.enter_context(ws_connect(url, compression=None, max_size=limits.message, additional_headers={'Authorization': f'Api-Key {token}'} if token else None, open_timeout=patience, ping_interval=None, proxy=None)); break
+            try:
+                self.ws = self.open.enter_context(
+                    ws_connect(
+                        url,
+                        compression=None,
+                        max_size=limits.message,
+                        additional_headers=(
+                            {'Authorization': f'Api-Key {token}'} if token else None
+                        ),
+                        open_timeout=patience,
+                        ping_interval=None,
+                        proxy=None,
+                    )
+                )
+                break
             except (OSError, WebSocketException) as e:
-                if not isinstance(e, ConnectionRefusedError) or time.monotonic() > end: raise ConnectionError(f"no session with the policy server at {address}: {e}") from e
+                if not isinstance(e, ConnectionRefusedError) or time.monotonic() > end:
+                    raise ConnectionError(
+                        f"no session with the policy server at {address}: {e}"
+                    ) from e
                 time.sleep(0.1)
         self.metadata = unpackb(self.ws.recv(timeout=timeout), limits)
 
@@ -967,72 +1639,140 @@ class PolicyClient:
         "The server's answer. Raises `RuntimeError` with its words if it refused."
         self.ws.send(packb(message))
         data = self.ws.recv(timeout=self.timeout)
-        if isinstance(data, str): raise RuntimeError(data)
+        if isinstance(data, str):
+            raise RuntimeError(data)
         answer = unpackb(data, self.limits)
-        if 'warning' in answer: log.warning('the policy server says: %s', answer['warning'])
+        if 'warning' in answer:
+            log.warning('the policy server says: %s', answer['warning'])
         return answer
 
-    def infer(self, obs: dict) -> dict: return self.ask(obs)
-    def frame(self, images: dict, tick: int | None = None) -> dict: return self.ask(dict(frame_only=True, images=images) | ({} if tick is None else dict(tick=tick)))
-    def reset(self, seed: int | None = None) -> dict: return self.ask(dict(reset=True) | ({} if seed is None else dict(seed=seed)))
-    def close(self) -> None: self.open.close()
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
+    def infer(self, obs: dict) -> dict:
+        return self.ask(obs)
+
+    def frame(self, images: dict, tick: int | None = None) -> dict:
+        return self.ask(
+            dict(frame_only=True, images=images) | ({} if tick is None else dict(tick=tick))
+        )
+
+    def reset(self, seed: int | None = None) -> dict:
+        return self.ask(dict(reset=True) | ({} if seed is None else dict(seed=seed)))
+
+    def close(self) -> None:
+        self.open.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
 # %% ../nbs/22_serve.ipynb #c9cf1ac1
 def async_client_class():
-    "LeRobot's `RobotClient` over this server's protocol, with a frame for every control tick. Needs `lerobot[async]`."
+    """LeRobot's `RobotClient` over this server's protocol, with a frame for every control
+    tick. Needs `lerobot[async]`.
+    """
     from lerobot.async_inference.helpers import TimedAction, make_lerobot_observation
     from lerobot.async_inference.robot_client import RobotClient
 
     class HistoryRobotClient(RobotClient):
         def start(self) -> bool:
             "Open a session and begin an episode."
-            try: self.session = PolicyClient(self.server_address, getattr(self.config, 'token', None))
-            except ConnectionError as e: self.logger.error(str(e)); return False
-            self.session.reset(); self.flying = threading.Event(); self.shutdown_event.clear()
+            try:
+                self.session = PolicyClient(
+                    self.server_address, getattr(self.config, 'token', None)
+                )
+            except ConnectionError as e:
+                self.logger.error(str(e))
+                return False
+            self.session.reset()
+            self.flying = threading.Event()
+            self.shutdown_event.clear()
             return True
 
         def message(self, raw: dict, task: str, tick: int) -> dict:
             "A robot's raw observation as this server takes it."
             x = make_lerobot_observation(raw, self.policy_config.lerobot_features)
-            images = {k.removeprefix('observation.images.'): v for k, v in x.items() if k.startswith('observation.images.')}
-            return dict(images=images, state=np.asarray(x[OBS_STATE], np.float32), prompt=task, tick=tick)
+            images = {
+                k.removeprefix('observation.images.'): v
+                for k, v in x.items()
+                if k.startswith('observation.images.')
+            }
+            return dict(
+                images=images,
+                state=np.asarray(x[OBS_STATE], np.float32),
+                prompt=task,
+                tick=tick,
+            )
 
-        def _ready_to_send_observation(self) -> bool: return True   # a frame at every tick
+        # a frame at every tick
+        def _ready_to_send_observation(self) -> bool:
+            return True
 
         def control_loop_observation(self, task: str, verbose: bool = False):
-            "Send this tick's frame, as an observation if a chunk is wanted and none is under way."
+            """Send this tick's frame, as an observation if a chunk is wanted and none is
+            under way.
+            """
             raw = self.robot.get_observation()
-            with self.latest_action_lock: tick = self.latest_action + 1
-            m, primary = self.message(raw, task, tick), next(iter(self.session.metadata['cameras']))
-            if super()._ready_to_send_observation() and not self.flying.is_set(): self.flying.set()
-            else: m = dict(frame_only=True, images={primary: m['images'][primary]}, tick=tick)
-            try: self.session.ws.send(packb(m))
-            except ConnectionClosed as e: self.logger.error(f'the policy server is gone: {e}'); self.shutdown_event.set()
+            with self.latest_action_lock:
+                tick = self.latest_action + 1
+            m, primary = (
+                self.message(raw, task, tick),
+                next(iter(self.session.metadata['cameras'])),
+            )
+            if super()._ready_to_send_observation() and not self.flying.is_set():
+                self.flying.set()
+            else:
+                m = dict(frame_only=True, images={primary: m['images'][primary]}, tick=tick)
+            try:
+                self.session.ws.send(packb(m))
+            except ConnectionClosed as e:
+                self.logger.error(f'the policy server is gone: {e}')
+                self.shutdown_event.set()
             return raw
 
         def receive_actions(self, verbose: bool = False) -> None:
             "Take answers until the client stops; chunks go into LeRobot's action queue."
             self.start_barrier.wait()
             while self.running:
-                try: data = self.session.ws.recv(timeout=0.2)
-                except TimeoutError: continue
-                except ConnectionClosed as e: self.logger.error(f'the policy server is gone: {e}'); self.shutdown_event.set(); return
-                if isinstance(data, str): self.logger.error(data); self.flying.clear(); continue
+                try:
+                    data = self.session.ws.recv(timeout=0.2)
+                except TimeoutError:
+                    continue
+                except ConnectionClosed as e:
+                    self.logger.error(f'the policy server is gone: {e}')
+                    self.shutdown_event.set()
+                    return
+                if isinstance(data, str):
+                    self.logger.error(data)
+                    self.flying.clear()
+                    continue
                 answer = unpackb(data, self.session.limits)
-                if 'actions' in answer: self.take(answer)
+                if 'actions' in answer:
+                    self.take(answer)
 
         def take(self, answer: dict) -> None:
-            "Put a chunk into the action queue, each action under the tick at which it is due."
+            """Put a chunk into the action queue, each action under the tick at which it is
+            due.
+            """
             now, n = time.time(), self.config.actions_per_chunk
-            if 'warning' in answer: self.logger.warning(answer['warning'])
-            timed = [TimedAction(timestamp=now + i * self.config.environment_dt, timestep=answer['tick'] + i, action=torch.tensor(a)) for i, a in enumerate(answer['actions'][:n])]
+            if 'warning' in answer:
+                self.logger.warning(answer['warning'])
+            timed = [
+                TimedAction(
+                    timestamp=now + i * self.config.environment_dt,
+                    timestep=answer['tick'] + i,
+                    action=torch.tensor(a),
+                )
+                for i, a in enumerate(answer['actions'][:n])
+            ]
             self.action_chunk_size = max(self.action_chunk_size, len(timed))
             self._aggregate_action_queues(timed, self.config.aggregate_fn)
-            self.must_go.set(); self.flying.clear()
+            self.must_go.set()
+            self.flying.clear()
 
-        def stop(self) -> None: super().stop(); self.session.close()
+        def stop(self) -> None:
+            super().stop()
+            self.session.close()
 
     return HistoryRobotClient
 
@@ -1045,16 +1785,20 @@ def read_token(args) -> str | None:
     name = args.token_file
     if not name:
         return os.environ.get('HALO_SERVE_TOKEN') or None
-    try: token = Path(name).read_text().strip()
+    try:
+        token = Path(name).read_text().strip()
     except (OSError, UnicodeError) as e:
         why = getattr(e, 'strerror', None) or 'it holds no text'
-        raise ValueError(f'the token file {name} cannot be read ({why}); '
-                         'give a text file with the token') from e
+        raise ValueError(
+            f'the token file {name} cannot be read ({why}); give a text file with the token'
+        ) from e
     if not token:
         raise ValueError(f'{name} is empty; write the token into it')
     if not (token.isascii() and token.isprintable()) or ' ' in token:
-        raise ValueError(f'{name} holds more than one token, or characters that no header '
-                         'carries; write one line of ASCII without spaces')
+        raise ValueError(
+            f'{name} holds more than one token, or characters that no header '
+            'carries; write one line of ASCII without spaces'
+        )
     return token
 
 # %% ../nbs/22_serve.ipynb #0c0de001
@@ -1066,41 +1810,92 @@ EPISODES = """where an episode begins:
 how many actions are executed:
   each answer says it ("execute"): the policy's own n_action_steps, or --execute. A client
   that executes another number sends the control tick ("tick") with each observation."""
-EXECUTE = ('actions executed of each answer, which are the ticks between observations of a '
-           "client that names none; default: the policy's n_action_steps")
-NEW_EPISODE = ('where an episode seems to begin and no reset came: warn; reset (warn, and '
-               'begin it where picture and state jumped); ignore')
-EPISODE_TICKS = ('ticks after which an episode is implausibly long; default: 5 mean '
-                 'episodes of the training data, or 10 minutes')
-MESSAGE = ('size of a message in MiB; default: what an observation of the policy and the '
-           'frames before it need, at least 8')
+EXECUTE = (
+    'actions executed of each answer, which are the ticks between observations of a '
+    'client that names none; default: the policy\'s n_action_steps'
+)
+NEW_EPISODE = (
+    'where an episode seems to begin and no reset came: warn; reset (warn, and '
+    'begin it where picture and state jumped); ignore'
+)
+EPISODE_TICKS = (
+    'ticks after which an episode is implausibly long; default: 5 mean '
+    'episodes of the training data, or 10 minutes'
+)
+MESSAGE = (
+    'size of a message in MiB; default: what an observation of the policy and the '
+    'frames before it need, at least 8'
+)
+
 
 def parser() -> argparse.ArgumentParser:
     "The command line of `halo serve`."
     p = argparse.ArgumentParser(
-        prog='halo serve', description="Serve a policy over openpi's websocket protocol.",
-        epilog=EPISODES, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog='halo serve',
+        description="Serve a policy over openpi's websocket protocol.",
+        epilog=EPISODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     d = Limits()
-    p.add_argument('--policy', required=True, help='a policy folder of LeRobot (HALO, ACT, Diffusion, SmolVLA …)')
-    p.add_argument('--host', default='127.0.0.1', help='address to bind to; anything but the loopback address is reachable by others')
+    p.add_argument(
+        '--policy',
+        required=True,
+        help='a policy folder of LeRobot (HALO, ACT, Diffusion, SmolVLA …)',
+    )
+    p.add_argument(
+        '--host',
+        default='127.0.0.1',
+        help='address to bind to; anything but the loopback address is reachable by others',
+    )
     p.add_argument('--port', type=int, default=8000, help='0 takes a free one')
-    p.add_argument('--token-file', help='file with the token that clients must send (or HALO_SERVE_TOKEN)')
+    p.add_argument(
+        '--token-file',
+        help='file with the token that clients must send (or HALO_SERVE_TOKEN)',
+    )
     p.add_argument('--device', help='default: as in the policy\'s configuration')
-    p.add_argument('--batch', type=int, default=1, help='rows of a forward pass; more than 1 answers waiting clients together')
+    p.add_argument(
+        '--batch',
+        type=int,
+        default=1,
+        help='rows of a forward pass; more than 1 answers waiting clients together',
+    )
     p.add_argument('--execute', type=int, help=EXECUTE)
     p.add_argument('--new-episode', choices=MODES, default='warn', help=NEW_EPISODE)
     p.add_argument('--episode-ticks', type=int, help=EPISODE_TICKS)
-    p.add_argument('--key', action='append', default=[], metavar='KEY=TARGET', help='where a message key goes: prompt, state, images.CAMERA, ignore')
+    p.add_argument(
+        '--key',
+        action='append',
+        default=[],
+        metavar='KEY=TARGET',
+        help='where a message key goes: prompt, state, images.CAMERA, ignore',
+    )
     p.add_argument('--resize', action='store_true', help='accept pictures of any size')
-    p.add_argument('--seed', type=int, default=0, help='of the noise of clients that give none')
+    p.add_argument(
+        '--seed', type=int, default=0, help='of the noise of clients that give none'
+    )
     p.add_argument('--threads', type=int, help='CPU threads of the model')
-    p.add_argument('--untrained', action='store_true', help='tell clients that the weights are random, so that no result is taken for the policy\'s')
-    for name, what in (('clients', 'connections at once'), ('idle', 'seconds without a message'), ('wait', 'seconds for an answer')): p.add_argument(f'--{name}', type=type(getattr(d, name)), default=getattr(d, name), help=what)
+    p.add_argument(
+        '--untrained',
+        action='store_true',
+        help=(
+            'tell clients that the weights are random, so that no result is taken for the'
+            ' policy\'s'
+        ),
+    )
+    for name, what in (
+        ('clients', 'connections at once'),
+        ('idle', 'seconds without a message'),
+        ('wait', 'seconds for an answer'),
+    ):
+        p.add_argument(
+            f'--{name}', type=type(getattr(d, name)), default=getattr(d, name), help=what
+        )
     p.add_argument('--message-mb', type=float, help=MESSAGE)
     return p
 
 # %% ../nbs/22_serve.ipynb #0c0de003
 LEAST_OF = dict(batch=1, execute=1, episode_ticks=1, threads=1, clients=1, seed=0, port=0)
+
 
 def check_numbers(args) -> None:
     "Raise `ValueError`, with one sentence, for a number that no server can have."
@@ -1121,15 +1916,20 @@ def one_line(e: BaseException) -> str:
     "What an exception says, in one line."
     return ' '.join(str(e).split()) or type(e).__name__
 
+
 def check_device(device: str | None) -> None:
     "Raise `ValueError` unless PyTorch can compute on `device`."
     if device is None:
         return
-    try: torch.zeros(1, device=device).item()
+    try:
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'--device {device}: PyTorch cannot compute on it here '
-                         f"({one_line(e)[:120]}); leave it out for the policy's own") from e
+        raise ValueError(
+            f'--device {device}: PyTorch cannot compute on it here '
+            f"({one_line(e)[:120]}); leave it out for the policy's own"
+        ) from e
 
+# %% ../nbs/22_serve.ipynb #b9b268de
 def check_address(host: str, port: int) -> None:
     "Raise `ValueError` unless a server can listen there."
     how = dict(type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -1140,8 +1940,10 @@ def check_address(host: str, port: int) -> None:
             s.bind(where)
     except (OSError, UnicodeError) as e:
         why = getattr(e, 'strerror', None) or e
-        raise ValueError(f'cannot listen on {host}:{port} ({why}); choose another --port '
-                         '(0 takes a free one) or --host') from e
+        raise ValueError(
+            f'cannot listen on {host}:{port} ({why}); choose another --port '
+            '(0 takes a free one) or --host'
+        ) from e
 
 # %% ../nbs/22_serve.ipynb #0c0de005
 def load_engine(args):
@@ -1151,41 +1953,60 @@ def load_engine(args):
         return make_engine(*parts, seed=args.seed, resize=args.resize)
     except ValueError:
         raise
-    except Exception as e:   # torn weights, missing packages: whatever a loader raises
-        raise ValueError(f'{args.policy} cannot be loaded ({type(e).__name__}: '
-                         f'{one_line(e)[:300]}); copy the folder again') from e
+    except Exception as e:  # torn weights, missing packages: whatever a loader raises
+        raise ValueError(
+            f'{args.policy} cannot be loaded ({type(e).__name__}: '
+            f'{one_line(e)[:300]}); copy the folder again'
+        ) from e
 
+# %% ../nbs/22_serve.ipynb #4bc2886a
 def build(args) -> PolicyServer:
     "The server of a command line, cheap checks first. Raises `ValueError`."
     check_numbers(args)
     check_address(args.host, args.port)
     check_device(args.device)
     token = read_token(args)
-    if args.threads: torch.set_num_threads(args.threads)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     message = None if args.message_mb is None else int(args.message_mb * (1 << 20))
     limits = Limits(message, clients=args.clients, idle=args.idle, wait=args.wait)
-    return PolicyServer(load_engine(args), args.host, args.port, token, args.batch,
-                        args.execute, args.key, limits, args.untrained, args.new_episode,
-                        args.episode_ticks)
+    return PolicyServer(
+        load_engine(args),
+        args.host,
+        args.port,
+        token,
+        args.batch,
+        args.execute,
+        args.key,
+        limits,
+        args.untrained,
+        args.new_episode,
+        args.episode_ticks,
+    )
 
 # %% ../nbs/22_serve.ipynb #093fec18
 async def until_stopped(server: PolicyServer, name: str) -> None:
     "Serve until SIGINT or SIGTERM."
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for sig in (signal.SIGINT, signal.SIGTERM): loop.add_signal_handler(sig, stop.set)
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(sig, stop.set)
     kind = server.engine.contract.type
+
     def started(port):
         print(f'serving {name} ({kind}) on ws://{server.host}:{port}', flush=True)
+
     await server.run(started, stop)
 
+# %% ../nbs/22_serve.ipynb #860510b0
 def main(argv: list[str] | None = None) -> int:
     """Load a policy and serve it until SIGINT or SIGTERM. Returns the exit status.
 
     What cannot be served is one line on stderr and exit status 1.
     """
     args = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO,
-                        format='%(asctime)s %(name)s %(levelname)s %(message)s')
+    logging.basicConfig(
+        level=logging.INFO, format='%(asctime)s %(name)s %(levelname)s %(message)s'
+    )
     logging.getLogger('halo.serve.websockets').setLevel(logging.CRITICAL)
     try:
         server = build(args)
@@ -1201,4 +2022,4 @@ def main(argv: list[str] | None = None) -> int:
 
 # %% ../nbs/22_serve.ipynb #3d09719b
 if __name__ == '__main__' and globals().get('__spec__') is not None:
-    sys.exit(main())   # python -m, but not a notebook
+    sys.exit(main())  # python -m, but not a notebook

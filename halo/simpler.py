@@ -4,9 +4,12 @@
 
 # %% ../nbs/23d_simpler.ipynb #2455948c
 from __future__ import annotations
-import json, math
+
+import math
 from dataclasses import dataclass
+
 import numpy as np
+
 from .files import locate, shown
 from .thin import Player, connect, executed, parser, run_benchmark
 
@@ -20,104 +23,205 @@ __all__ = ['DIALECTS', 'BRIDGE_TOOL', 'OPENING', 'TASKS', 'LIMITS', 'BRIDGE_EPIS
 @dataclass(frozen=True)
 class Dialect:
     "How one robot's simulation is spoken to."
-    robot: str               # google_robot or widowx
-    camera: str              # SIMPLER's name of the one camera
-    rate: int                # control steps per second
-    state: tuple[str, ...]   # the policy's state, as the training data names it
-    gripper: str             # 'change' (1 closes, -1 opens, 0 keeps) or 'place' (1 open, -1 closed)
-    sticky: int              # steps for which a change of the gripper is held
 
-DIALECTS = {'google_robot': Dialect('google_robot', 'overhead_camera', 3, ('x', 'y', 'z', 'rx', 'ry', 'rz', 'rw', 'gripper closed'), 'change', 15),
-            'widowx': Dialect('widowx', '3rd_view_camera', 5, ('x', 'y', 'z', 'roll', 'pitch', 'yaw', 'pad', 'gripper open'), 'place', 1)}
+    robot: str  # google_robot or widowx
+    camera: str  # SIMPLER's name of the one camera
+    rate: int  # control steps per second
+    state: tuple[str, ...]  # the policy's state, as the training data names it
+    gripper: str  # 'change' (1 closes, -1 opens, 0 keeps) or 'place' (1 open, -1 closed)
+    sticky: int  # steps for which a change of the gripper is held
+
+# %% ../nbs/23d_simpler.ipynb #f3945c28
+DIALECTS = {
+    'google_robot': Dialect(
+        'google_robot',
+        'overhead_camera',
+        3,
+        ('x', 'y', 'z', 'rx', 'ry', 'rz', 'rw', 'gripper closed'),
+        'change',
+        15,
+    ),
+    'widowx': Dialect(
+        'widowx',
+        '3rd_view_camera',
+        5,
+        ('x', 'y', 'z', 'roll', 'pitch', 'yaw', 'pad', 'gripper open'),
+        'place',
+        1,
+    ),
+}
+
 
 def dialect(task: str) -> Dialect:
     "The robot of a SIMPLER task name. Raises `ValueError` for an unknown one."
     for name, d in DIALECTS.items():
-        if task.startswith(name): return d
-    raise ValueError(f"{task!r} names neither robot; SIMPLER's tasks begin with google_robot_ or widowx_")
+        if task.startswith(name):
+            return d
+    raise ValueError(
+        f"{task!r} names neither robot; SIMPLER's tasks begin with google_robot_ or widowx_"
+    )
 
 # %% ../nbs/23d_simpler.ipynb #eb5fa791
 def one_sign(q) -> np.ndarray:
-    "Of q and -q (x y z w), which are the same rotation, the one with w > 0, or, at w = 0, with the first other number positive: a policy should see one of them."
+    """Of q and -q (x y z w), which are the same rotation, the one with w > 0, or, at w = 0,
+    with the first other number positive: a policy should see one of them.
+    """
     first = q[3] if abs(q[3]) > 1e-12 else q[np.flatnonzero(np.abs(q) > 1e-12)[0]]
     return q if first > 0 else -q
 
-def to_xyzw(q) -> np.ndarray: "Quaternion w x y z -> x y z w, of one sign."; return one_sign(np.roll(np.asarray(q, np.float64), -1))
+
+def to_xyzw(q) -> np.ndarray:
+    "Quaternion w x y z -> x y z w, of one sign."
+    return one_sign(np.roll(np.asarray(q, np.float64), -1))
+
 
 def matrix(q) -> np.ndarray:
     "Rotation matrix (3, 3) of a quaternion w x y z."
     w, x, y, z = np.asarray(q, np.float64) / np.linalg.norm(q)
-    return np.array([[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)], [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-                     [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]])
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ]
+    )
 
 # %% ../nbs/23d_simpler.ipynb #feb17007
 def euler_matrix(rpy) -> np.ndarray:
     "Rotation matrix of roll, pitch, yaw about the fixed axes x, y, z, in this order."
     (cr, cp, cy), (sr, sp, sy) = np.cos(rpy), np.sin(rpy)
-    return np.array([[cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr], [sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr], [-sp, cp * sr, cp * cr]])
+    return np.array(
+        [
+            [cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr],
+            [sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr],
+            [-sp, cp * sr, cp * cr],
+        ]
+    )
 
+# %% ../nbs/23d_simpler.ipynb #8114f7ed
 def quaternion(r) -> np.ndarray:
-    "Rotation matrix (3, 3) -> quaternion x y z w of one sign: the eigenvector of Bar-Itzhack's symmetric matrix, which is stable at every angle."
+    """Rotation matrix (3, 3) -> quaternion x y z w of one sign: the eigenvector of
+    Bar-Itzhack's symmetric matrix, which is stable at every angle.
+    """
     (a, b, c), (d, e, f), (g, h, i) = np.asarray(r, np.float64)
-    k = np.array([[a - e - i, d + b, g + c, h - f], [d + b, e - a - i, h + f, c - g], [g + c, h + f, i - a - e, d - b], [h - f, c - g, d - b, a + e + i]]) / 3
+    k = (
+        np.array(
+            [
+                [a - e - i, d + b, g + c, h - f],
+                [d + b, e - a - i, h + f, c - g],
+                [g + c, h + f, i - a - e, d - b],
+                [h - f, c - g, d - b, a + e + i],
+            ]
+        )
+        / 3
+    )
     return one_sign(np.linalg.eigh(k)[1][:, -1])
+
 
 def axis_angle(r) -> np.ndarray:
     "Rotation matrix -> axis times angle (3,) in rad, at most pi."
-    q = quaternion(r); s = np.linalg.norm(q[:3])
+    q = quaternion(r)
+    s = np.linalg.norm(q[:3])
     return q[:3] * (2 * math.atan2(s, q[3]) / s if s > 1e-12 else 2.0)
 
+# %% ../nbs/23d_simpler.ipynb #5925a1e2
 def euler(r) -> np.ndarray:
     "Rotation matrix -> roll, pitch, yaw about the fixed axes."
-    return np.array([math.atan2(r[2, 1], r[2, 2]), math.asin(np.clip(-r[2, 0], -1, 1)), math.atan2(r[1, 0], r[0, 0])])
+    return np.array(
+        [
+            math.atan2(r[2, 1], r[2, 2]),
+            math.asin(np.clip(-r[2, 0], -1, 1)),
+            math.atan2(r[1, 0], r[0, 0]),
+        ]
+    )
 
 # %% ../nbs/23d_simpler.ipynb #0562379c
 class Gripper:
-    "The last action number for one episode of one robot, from how open the policy wants the gripper (0 … 1)."
-    def __init__(self, d: Dialect): self.d = d; self.reset()
+    """The last action number for one episode of one robot, from how open the policy wants
+    the gripper (0 … 1).
+    """
 
-    def reset(self): self.before, self.held, self.left = None, 0.0, 0
+    def __init__(self, d: Dialect):
+        self.d = d
+        self.reset()
+
+    def reset(self):
+        self.before, self.held, self.left = None, 0.0, 0
 
     def __call__(self, opening: float) -> float:
-        if self.d.gripper == 'place': return 1.0 if opening > 0.5 else -1.0
+        if self.d.gripper == 'place':
+            return 1.0 if opening > 0.5 else -1.0
         change = 0.0 if self.before is None else self.before - opening
         self.before = opening
-        if abs(change) > 0.5 and not self.left: self.held, self.left = change, self.d.sticky
-        if not self.left: return change
+        if abs(change) > 0.5 and not self.left:
+            self.held, self.left = change, self.d.sticky
+        if not self.left:
+            return change
         self.left -= 1
         return self.held
 
 # %% ../nbs/23d_simpler.ipynb #a1f8bbe2
 def to_simulator(action, gripper: Gripper) -> np.ndarray:
-    "Policy's (7,): xyz (m), roll pitch yaw (rad), opening -> SIMPLER's (7,): xyz (m), axis times angle (rad), gripper."
+    """Policy's (7,): xyz (m), roll pitch yaw (rad), opening -> SIMPLER's (7,): xyz (m),
+    axis times angle (rad), gripper.
+    """
     a = np.asarray(action, np.float64)
-    if a.shape != (7,): raise ValueError(f"SIMPLER takes 7 numbers (xyz, roll pitch yaw, gripper opening), not shape {a.shape}")
+    if a.shape != (7,):
+        raise ValueError(
+            "SIMPLER takes 7 numbers (xyz, roll pitch yaw, gripper opening), not shape"
+            f" {a.shape}"
+        )
     return np.concatenate([a[:3], axis_angle(euler_matrix(a[3:6])), [gripper(float(a[6]))]])
 
 # %% ../nbs/23d_simpler.ipynb #9b4c4613
-BRIDGE_TOOL = np.array([[0., 0., 1.], [0., 1., 0.], [-1., 0., 0.]])   # Bridge's tool axes in the simulator's: its gripper pointing down is the zero rotation
+# Bridge's tool axes in the simulator's: its gripper pointing down is the zero rotation
+BRIDGE_TOOL = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]])
+
 
 def in_base(base, tool) -> tuple[np.ndarray, np.ndarray]:
-    "Poses (7,) in the world, xyz and w x y z -> the tool's position (3,) and rotation matrix (3, 3) in the base."
+    """Poses (7,) in the world, xyz and w x y z -> the tool's position (3,) and rotation
+    matrix (3, 3) in the base.
+    """
     r = matrix(base[3:])
-    return r.T @ (np.asarray(tool[:3], np.float64) - np.asarray(base[:3])), r.T @ matrix(tool[3:])
+    return r.T @ (np.asarray(tool[:3], np.float64) - np.asarray(base[:3])), r.T @ matrix(
+        tool[3:]
+    )
 
 # %% ../nbs/23d_simpler.ipynb #ea4d1c26
 def policy_state(d: Dialect, base, tool, opening: float) -> np.ndarray:
-    "The policy's state (8,) float32 from poses in the world and the gripper's opening (0 … 1)."
+    """The policy's state (8,) float32 from poses in the world and the gripper's opening (0
+    … 1).
+    """
     p, r = in_base(base, tool)
-    if d.robot == 'widowx': return np.concatenate([p, euler(r @ BRIDGE_TOOL.T), [0.0, opening]]).astype(np.float32)
+    if d.robot == 'widowx':
+        return np.concatenate([p, euler(r @ BRIDGE_TOOL.T), [0.0, opening]]).astype(
+            np.float32
+        )
     return np.concatenate([p, quaternion(r), [1 - opening]]).astype(np.float32)
 
 # %% ../nbs/23d_simpler.ipynb #596b36fa
-OPENING = dict(google_robot=lambda q: 1 - np.clip(np.mean(q[-2:]) / 1.3, 0, 1),        # finger joints close from 0 to about 1.3 rad (to be checked on the simulator)
-               widowx=lambda q: np.clip((np.mean(q[-2:]) - 0.015) / (0.037 - 0.015), 0, 1))   # fingers slide from 15 to 37 mm (to be checked)
+# finger joints close from 0 to about 1.3 rad (to be checked on the simulator)
+# fingers slide from 15 to 37 mm (to be checked)
+OPENING = dict(
+    google_robot=lambda q: 1 - np.clip(np.mean(q[-2:]) / 1.3, 0, 1),
+    widowx=lambda q: np.clip((np.mean(q[-2:]) - 0.015) / (0.037 - 0.015), 0, 1),
+)
+
 
 def observe(d: Dialect, obs: dict) -> tuple[dict, np.ndarray]:
-    "SIMPLER's observation -> the client's cameras and state. Raises `KeyError` naming what the simulator did not send."
+    """SIMPLER's observation -> the client's cameras and state.
+
+    Raises `KeyError` naming what the simulator did not send.
+    """
     image = obs['image'][d.camera]['rgb'][..., :3]
-    if image.dtype != np.uint8: image = np.clip(np.round(image * 255), 0, 255).astype(np.uint8)
-    state = policy_state(d, obs['agent']['base_pose'], obs['extra']['tcp_pose'], float(OPENING[d.robot](np.asarray(obs['agent']['qpos']))))
+    if image.dtype != np.uint8:
+        image = np.clip(np.round(image * 255), 0, 255).astype(np.uint8)
+    state = policy_state(
+        d,
+        obs['agent']['base_pose'],
+        obs['extra']['tcp_pose'],
+        float(OPENING[d.robot](np.asarray(obs['agent']['qpos']))),
+    )
     return dict(primary=np.ascontiguousarray(image)), state
 
 # %% ../nbs/23d_simpler.ipynb #bfc29a6f
@@ -126,83 +230,230 @@ def example(robot: str) -> dict:
     d, q = DIALECTS[robot], [0.0] * 9
     q[-2:] = [0.65, 0.65] if robot == 'google_robot' else [0.026, 0.026]
     image = (np.indices((48, 64)).sum(0)[..., None] * [1, 2, 3] % 256).astype(np.uint8)
-    tool = [0.55, 0.25, 0.9, 0.1, 0.7, 0.7, 0.1] if robot == 'google_robot' else [0.3, 0.03, 1.0, math.sqrt(.5), 0.0, math.sqrt(.5), 0.0]
-    return dict(image={d.camera: dict(rgb=image)}, agent=dict(qpos=np.array(q), base_pose=np.array([0.35, 0.2, 0.06, math.cos(1.2), 0, 0, math.sin(1.2)])), extra=dict(tcp_pose=np.array(tool)))
+    tool = (
+        [0.55, 0.25, 0.9, 0.1, 0.7, 0.7, 0.1]
+        if robot == 'google_robot'
+        else [0.3, 0.03, 1.0, math.sqrt(0.5), 0.0, math.sqrt(0.5), 0.0]
+    )
+    return dict(
+        image={d.camera: dict(rgb=image)},
+        agent=dict(
+            qpos=np.array(q),
+            base_pose=np.array([0.35, 0.2, 0.06, math.cos(1.2), 0, 0, math.sin(1.2)]),
+        ),
+        extra=dict(tcp_pose=np.array(tool)),
+    )
 
 # %% ../nbs/23d_simpler.ipynb #7b728d7c
-TASKS = {'google_robot': ('google_robot_pick_coke_can', 'google_robot_move_near', 'google_robot_open_drawer', 'google_robot_close_drawer', 'google_robot_place_apple_in_closed_top_drawer'),
-         'widowx': ('widowx_spoon_on_towel', 'widowx_carrot_on_plate', 'widowx_stack_cube', 'widowx_put_eggplant_in_basket')}
-LIMITS = dict(pick_coke_can=80, move_near=80, open_drawer=113, close_drawer=113, place_apple_in_closed_top_drawer=200, spoon_on_towel=60, carrot_on_plate=60, stack_cube=60,
-              put_eggplant_in_basket=120)          # control steps
-BRIDGE_EPISODES = 24                                # object layouts of each WidowX task, numbered
+TASKS = {
+    'google_robot': (
+        'google_robot_pick_coke_can',
+        'google_robot_move_near',
+        'google_robot_open_drawer',
+        'google_robot_close_drawer',
+        'google_robot_place_apple_in_closed_top_drawer',
+    ),
+    'widowx': (
+        'widowx_spoon_on_towel',
+        'widowx_carrot_on_plate',
+        'widowx_stack_cube',
+        'widowx_put_eggplant_in_basket',
+    ),
+}
+LIMITS = dict(
+    pick_coke_can=80,
+    move_near=80,
+    open_drawer=113,
+    close_drawer=113,
+    place_apple_in_closed_top_drawer=200,
+    spoon_on_towel=60,
+    carrot_on_plate=60,
+    stack_cube=60,
+    put_eggplant_in_basket=120,
+)  # control steps
+BRIDGE_EPISODES = 24  # object layouts of each WidowX task, numbered
 
-def limit(task: str) -> int: "Control steps of an episode."; return LIMITS[task.removeprefix(dialect(task).robot + '_')]
+
+def limit(task: str) -> int:
+    "Control steps of an episode."
+    return LIMITS[task.removeprefix(dialect(task).robot + '_')]
 
 # %% ../nbs/23d_simpler.ipynb #1096c2c3
 def coke_grid() -> list[dict]:
-    "Options of the 75 pick-coke-can episodes of one texture: three poses of the can on a 5 × 5 grid."
-    return [dict(kwargs={pose: True}, reset=dict(obj_init_options=dict(init_xy=[float(x), float(y)])))
-            for pose in ('lr_switch', 'upright', 'laid_vertically') for x in np.linspace(-0.35, -0.12, 5) for y in np.linspace(-0.02, 0.42, 5)]
+    """Options of the 75 pick-coke-can episodes of one texture: three poses of the can on a
+    5 × 5 grid.
+    """
+    return [
+        dict(
+            kwargs={pose: True},
+            reset=dict(obj_init_options=dict(init_xy=[float(x), float(y)])),
+        )
+        for pose in ('lr_switch', 'upright', 'laid_vertically')
+        for x in np.linspace(-0.35, -0.12, 5)
+        for y in np.linspace(-0.02, 0.42, 5)
+    ]
 
+# %% ../nbs/23d_simpler.ipynb #d26e5bd4
 def episodes(task: str) -> list[dict]:
-    "The episodes of a task that are numbered by one index: layouts of the WidowX, of move-near, or the coke-can grid. Raises `ValueError` where SIMPLER's own scripts must set the scene."
-    if task.startswith('widowx'): return [dict(kwargs={}, reset=dict(obj_init_options=dict(episode_id=i))) for i in range(BRIDGE_EPISODES)]
-    if task.endswith('move_near'): return [dict(kwargs={}, reset=dict(obj_init_options=dict(episode_id=i))) for i in range(60)]
-    if task.endswith('pick_coke_can'): return coke_grid()
-    raise ValueError(f"the scenes of {task} are set by SIMPLER's drawer scripts (robot place, photograph, ray tracing); run those with halo.simpler.SimplerModel as their model")
+    """The episodes of a task that are numbered by one index: layouts of the WidowX, of
+    move-near, or the coke-can grid. Raises `ValueError` where SIMPLER's own scripts must
+    set the scene.
+    """
+    if task.startswith('widowx'):
+        return [
+            dict(kwargs={}, reset=dict(obj_init_options=dict(episode_id=i)))
+            for i in range(BRIDGE_EPISODES)
+        ]
+    if task.endswith('move_near'):
+        return [
+            dict(kwargs={}, reset=dict(obj_init_options=dict(episode_id=i)))
+            for i in range(60)
+        ]
+    if task.endswith('pick_coke_can'):
+        return coke_grid()
+    raise ValueError(
+        f"the scenes of {task} are set by SIMPLER's drawer scripts (robot place,"
+        " photograph, ray tracing); run those with halo.simpler.SimplerModel as their"
+        " model"
+    )
 
 # %% ../nbs/23d_simpler.ipynb #d1d7dd0e
 class SimplerModel:
-    "A served policy as SIMPLER's evaluator wants a model: `reset(task)`, `step(image, task) -> (raw, action)`."
-    def __init__(self, policy, robot: str, replan: int | None = None, frames: str = 'each', state=None):
-        self.d, self.player, self.state = DIALECTS[robot], Player(policy, replan, frames, 7), state or (lambda: np.zeros(8, np.float32))
+    """A served policy as SIMPLER's evaluator wants a model: `reset(task)`, `step(image,
+    task) -> (raw, action)`.
+    """
+
+    def __init__(
+        self,
+        policy,
+        robot: str,
+        replan: int | None = None,
+        frames: str = 'each',
+        state=None,
+    ):
+        self.d, self.player, self.state = (
+            DIALECTS[robot],
+            Player(policy, replan, frames, 7),
+            state or (lambda: np.zeros(8, np.float32)),
+        )
         self.gripper, self.count = Gripper(self.d), -1
 
-    def reset(self, task_description: str): self.task, self.count = task_description, self.count + 1; self.gripper.reset(); self.player.reset(self.count)
+    def reset(self, task_description: str):
+        self.task, self.count = task_description, self.count + 1
+        self.gripper.reset()
+        self.player.reset(self.count)
 
     def step(self, image, task_description: str | None = None, *unused, **also_unused):
-        if task_description is not None and task_description != self.task: self.task = task_description; self.player.interrupt()   # a new sub-task: same episode, same history
+        # a new sub-task: same episode, same history
+        if task_description is not None and task_description != self.task:
+            self.task = task_description
+            self.player.interrupt()
         raw = self.player.act(dict(primary=image), self.state(), self.task)
         a = to_simulator(raw, self.gripper)
-        return dict(action=raw), dict(world_vector=a[:3], rot_axangle=a[3:6], gripper=a[6:], terminate_episode=np.zeros(1))
+        return dict(action=raw), dict(
+            world_vector=a[:3],
+            rot_axangle=a[3:6],
+            gripper=a[6:],
+            terminate_episode=np.zeros(1),
+        )
 
-    def visualize_epoch(self, *unused, **also_unused): "SIMPLER's evaluator calls this to draw; nothing is drawn."
+    def visualize_epoch(self, *unused, **also_unused):
+        "SIMPLER's evaluator calls this to draw; nothing is drawn."
 
 # %% ../nbs/23d_simpler.ipynb #a48f1b85
-PROTOCOL = dict(benchmark='SIMPLER', setting='visual matching', action='xyz (m), axis times angle (rad), gripper; from a policy that gives roll pitch yaw and opening',
-                state='tool in the robot\'s base; Google Robot: quaternion x y z w, gripper closed; WidowX: roll pitch yaw in Bridge\'s tool frame, gripper open', success='at the last step (the simulator ends an episode at success)',
-                sticky=dict(google_robot=15, widowx=1), rates=dict(google_robot=3, widowx=5), prompts='the environment\'s own', verified='not in the simulator: conversions tested on messages of its form')
+PROTOCOL = dict(
+    benchmark='SIMPLER',
+    setting='visual matching',
+    action=(
+        'xyz (m), axis times angle (rad), gripper; from a policy that gives roll pitch yaw'
+        ' and opening'
+    ),
+    state=(
+        'tool in the robot\'s base; Google Robot: quaternion x y z w, gripper closed;'
+        ' WidowX: roll pitch yaw in Bridge\'s tool frame, gripper open'
+    ),
+    success='at the last step (the simulator ends an episode at success)',
+    sticky=dict(google_robot=15, widowx=1),
+    rates=dict(google_robot=3, widowx=5),
+    prompts='the environment\'s own',
+    verified='not in the simulator: conversions tested on messages of its form',
+)
+
 
 class Simpler:
-    "A task of the user's SIMPLER installation behind `reset(seed)` and `step(action)`; the seed is the episode's number."
+    """A task of the user's SIMPLER installation behind `reset(seed)` and `step(action)`;
+    the seed is the episode's number.
+    """
+
     def __init__(self, task: str):
-        try: import simpler_env
-        except ImportError as e: raise ImportError(f"SIMPLER is not installed here ({e}); see {shown(locate('configs/requirements/simpler.txt'))}") from e
-        self.sim, self.task, self.d, self.list = simpler_env, task, dialect(task), episodes(task)
+        try:
+            import simpler_env
+        except ImportError as e:
+            raise ImportError(
+                f"SIMPLER is not installed here ({e}); see"
+                f" {shown(locate('configs/requirements/simpler.txt'))}"
+            ) from e
+        self.sim, self.task, self.d, self.list = (
+            simpler_env,
+            task,
+            dialect(task),
+            episodes(task),
+        )
         self.gripper, self.env, self.kwargs = Gripper(self.d), None, None
 
     def reset(self, seed: int):
         e = self.list[int(seed)]
-        if self.env is None or e['kwargs'] != self.kwargs: self.env, self.kwargs = self.sim.make(self.task, **e['kwargs']), e['kwargs']
+        if self.env is None or e['kwargs'] != self.kwargs:
+            self.env, self.kwargs = self.sim.make(self.task, **e['kwargs']), e['kwargs']
         self.gripper.reset()
         obs, _ = self.env.reset(options=e['reset'])
         return *observe(self.d, obs), self.env.get_language_instruction()
 
     def step(self, action):
         obs, _, done, truncated, _ = self.env.step(to_simulator(action, self.gripper))
-        return *observe(self.d, obs), self.env.get_language_instruction(), bool(done or truncated), bool(done)
+        return (
+            *observe(self.d, obs),
+            self.env.get_language_instruction(),
+            bool(done or truncated),
+            bool(done),
+        )
 
 # %% ../nbs/23d_simpler.ipynb #00ddd9e5
 def main(arguments=None):
     "Command line of `clients/simpler.py`."
     p = parser('simpler', 'Play a SIMPLER task with a served policy (not verified here).')
-    p.add_argument('--task', default='widowx_spoon_on_towel'); p.add_argument('--check', action='store_true', help='print what the simulator sends, converted, and stop')
+    p.add_argument('--task', default='widowx_spoon_on_towel')
+    p.add_argument(
+        '--check',
+        action='store_true',
+        help='print what the simulator sends, converted, and stop',
+    )
     args = p.parse_args(arguments)
     env = Simpler(args.task)
     if args.check:
         images, state, prompt = env.reset(0)
-        return print(prompt, {k: (v.shape, str(v.dtype)) for k, v in images.items()}, dict(zip(env.d.state, state.round(4).tolist())), sep='\n')
+        return print(
+            prompt,
+            {k: (v.shape, str(v.dtype)) for k, v in images.items()},
+            dict(zip(env.d.state, state.round(4).tolist())),
+            sep='\n',
+        )
     policy = connect(args.address, args.token)
-    own = dict(PROTOCOL) | dict(task=args.task, layouts=len(env.list), episodes=args.episodes, frames=args.frames, chunk_executed=executed(args.replan, dict(policy.get_server_metadata())), server=dict(policy.get_server_metadata()))
-    out = run_benchmark(env, Player(policy, args.replan, args.frames, 7), range(min(args.episodes, len(env.list))), limit(args.task), args.out, own, PROTOCOL)
+    own = dict(PROTOCOL) | dict(
+        task=args.task,
+        layouts=len(env.list),
+        episodes=args.episodes,
+        frames=args.frames,
+        chunk_executed=executed(args.replan, dict(policy.get_server_metadata())),
+        server=dict(policy.get_server_metadata()),
+    )
+    out = run_benchmark(
+        env,
+        Player(policy, args.replan, args.frames, 7),
+        range(min(args.episodes, len(env.list))),
+        limit(args.task),
+        args.out,
+        own,
+        PROTOCOL,
+    )
     print(f"{args.task}: {out['success']['successes']}/{out['success']['n']}")

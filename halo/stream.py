@@ -4,17 +4,27 @@
 
 # %% ../nbs/06b_stream.ipynb #c8f62243
 from __future__ import annotations
-import time
+
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from .config import ModelConfig, preset
+
+from .config import preset
 from .model import HaloModel, Prefix
-from .vlm import Context, Observation, normalize_pixels, patchify, rope_positions, row_ids, row_layout, special_ids
+from halo.vlm import (
+    Context,
+    Observation,
+    normalize_pixels,
+    patchify,
+    rope_positions,
+    row_ids,
+    row_layout,
+    special_ids,
+)
 
 # %% auto #0
 __all__ = ['window_pairs', 'PairFeatures', 'KVBuffer', 'extend', 'Streamer', 'ExpertBuffer', 'expert_layer', 'compiled_layer',
@@ -22,75 +32,122 @@ __all__ = ['window_pairs', 'PairFeatures', 'KVBuffer', 'extend', 'Streamer', 'Ex
 
 # %% ../nbs/06b_stream.ipynb #2fb8faba
 def window_pairs(obs: Observation) -> list[Tensor]:
-    "Frame pairs (2, 3, S, S) of one observation's history, the last frame repeated if their number is odd, in memory of their own (a caller may overwrite its frames)."
-    n = int(obs.history_mask[0].sum()); frames = obs.history[0, obs.history.shape[1] - n:]
+    """Frame pairs (2, 3, S, S) of one observation's history, the last frame repeated if
+    their number is odd, in memory of their own (a caller may overwrite its frames).
+    """
+    n = int(obs.history_mask[0].sum())
+    frames = obs.history[0, obs.history.shape[1] - n :]
     frames = torch.cat([frames, frames[-1:]]) if n % 2 else frames.clone()
     return list(frames.unflatten(0, (len(frames) // 2, 2)))
 
 # %% ../nbs/06b_stream.ipynb #6a2bbd66
 class PairFeatures:
-    "Features of frame pairs (2, 3, S, S) uint8 through the vision tower, remembered by content; at most `limit` pairs, the oldest use goes first."
-    def __init__(self, model: HaloModel, limit: int = 256): self.model, self.limit, self.known, self.encoded = model, limit, OrderedDict(), 0
+    """Features of frame pairs (2, 3, S, S) uint8 through the vision tower, remembered by
+    content; at most `limit` pairs, the oldest use goes first.
+    """
+
+    def __init__(self, model: HaloModel, limit: int = 256):
+        self.model, self.limit, self.known, self.encoded = model, limit, OrderedDict(), 0
 
     def patches(self, pairs: list[Tensor]) -> Tensor:
         "Patches of pairs (m, 2, 3, S, S) for the tower."
         v = self.model.cfg.vision
-        return patchify(normalize_pixels(torch.stack(pairs)), v.patch, v.merge, v.temporal_patch)
+        return patchify(
+            normalize_pixels(torch.stack(pairs)), v.patch, v.merge, v.temporal_patch
+        )
 
     def find(self, pair: Tensor) -> Tensor | None:
         "Features (tokens, width) of a pair, if known."
         key = pair.cpu().numpy().tobytes()
-        if key in self.known: self.known.move_to_end(key)
+        if key in self.known:
+            self.known.move_to_end(key)
         return self.known.get(key)
 
     def remember(self, pair: Tensor, features: Tensor) -> None:
         self.known[pair.cpu().numpy().tobytes()] = features
-        while len(self.known) > self.limit: self.known.popitem(last=False)
+        while len(self.known) > self.limit:
+            self.known.popitem(last=False)
 
 # %% ../nbs/06b_stream.ipynb #9050dee7
 from fastcore.basics import patch
 
+
 @patch
-def __call__(self: PairFeatures, pairs: list[Tensor], views: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    "Features (tokens, width) of every pair and of every view (3, H, W); only unknown pairs and the views are computed."
+def __call__(
+    self: PairFeatures, pairs: list[Tensor], views: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Features (tokens, width) of every pair and of every view (3, H, W); only unknown
+    pairs and the views are computed.
+    """
     v, embed = self.model.cfg.vision, self.model.embed
     have = [self.find(p) for p in pairs]
     new = [p for p, h in zip(pairs, have) if h is None]
-    images = [patchify(normalize_pixels(x)[None, None].expand(-1, v.temporal_patch, -1, -1, -1), v.patch, v.merge, v.temporal_patch) for x in views]
+    images = [
+        patchify(
+            normalize_pixels(x)[None, None].expand(-1, v.temporal_patch, -1, -1, -1),
+            v.patch,
+            v.merge,
+            v.temporal_patch,
+        )
+        for x in views
+    ]
     grids = [[1, p.shape[-2] // v.patch, p.shape[-1] // v.patch] for p in [*new, *views]]
-    if not grids: return have, []
+    if not grids:
+        return have, []
     x = torch.cat(([self.patches(new)] if new else []) + images).to(embed.visual.dtype)
-    feats = list(embed.visual(x, torch.tensor(grids, device=x.device)).pooler_output.split([h * w // v.merge**2 for _, h, w in grids]))
-    made = iter(feats[:len(new)])
+    feats = list(
+        embed.visual(x, torch.tensor(grids, device=x.device)).pooler_output.split(
+            [h * w // v.merge**2 for _, h, w in grids]
+        )
+    )
+    made = iter(feats[: len(new)])
     for i, h in enumerate(have):
-        if h is None: have[i] = next(made); self.remember(pairs[i], have[i])
+        if h is None:
+            have[i] = next(made)
+            self.remember(pairs[i], have[i])
     self.encoded += len(new)
-    return have, feats[len(new):]
+    return have, feats[len(new) :]
 
 # %% ../nbs/06b_stream.ipynb #5589563f
 class KVBuffer(Cache):
-    "Keys and values of one layer in place: `update` writes (b, j, q, h) at `at` and returns everything up to there. In memory the heads of a token lie side by side, as SALR reads them."
-    def __init__(self): self.k = self.v = None; self.at = 0
+    """Keys and values of one layer in place: `update` writes (b, j, q, h) at `at` and
+    returns everything up to there. In memory the heads of a token lie side by side, as SALR
+    reads them.
+    """
+
+    def __init__(self):
+        self.k = self.v = None
+        self.at = 0
 
     def room(self, like: Tensor, l: int) -> None:
         "Make the buffers at least `l` tokens long, keeping what is in them."
-        if self.k is not None and self.k.shape[2] >= l: return
+        if self.k is not None and self.k.shape[2] >= l:
+            return
         b, j, _, h = like.shape
-        with torch.inference_mode(False): k, v = (like.new_zeros(b, 2 * l, j, h).transpose(1, 2) for _ in 'kv')   # may be written in either mode
-        if self.k is not None: k[:, :, :self.k.shape[2]], v[:, :, :self.v.shape[2]] = self.k, self.v
+        # may be written in either mode
+        with torch.inference_mode(False):
+            k, v = (like.new_zeros(b, 2 * l, j, h).transpose(1, 2) for _ in 'kv')
+        if self.k is not None:
+            k[:, :, : self.k.shape[2]], v[:, :, : self.v.shape[2]] = self.k, self.v
         self.k, self.v = k, v
 
     def update(self, key_states, value_states, layer_idx=0, *args, **kwargs):
         end = self.at + key_states.shape[2]
         self.room(key_states, end)
-        self.k[:, :, self.at:end], self.v[:, :, self.at:end] = key_states, value_states
+        self.k[:, :, self.at : end], self.v[:, :, self.at : end] = key_states, value_states
         return self.k[:, :, :end], self.v[:, :, :end]
 
 # %% ../nbs/06b_stream.ipynb #2205ce04
-def extend(layer, x: Tensor, ctx: Context, cache: KVBuffer) -> tuple[Tensor, Tensor, Tensor]:
-    "New tokens x (1, q, width) through a VLM layer -> their next hidden state, and K, V (1, j, l, h) of old and new tokens together."
+def extend(
+    layer, x: Tensor, ctx: Context, cache: KVBuffer
+) -> tuple[Tensor, Tensor, Tensor]:
+    """New tokens x (1, q, width) through a VLM layer -> their next hidden state, and K, V
+    (1, j, l, h) of old and new tokens together.
+    """
     if hasattr(layer, 'layer'):
-        x = layer.layer(x, attention_mask=ctx.mask, position_embeddings=ctx.rope, past_key_values=cache)
+        x = layer.layer(
+            x, attention_mask=ctx.mask, position_embeddings=ctx.rope, past_key_values=cache
+        )
         end = cache.at + x.shape[1]
         return x, cache.k[:, :, :end], cache.v[:, :, :end]
     x, k, v = layer(x, ctx)
@@ -98,51 +155,91 @@ def extend(layer, x: Tensor, ctx: Context, cache: KVBuffer) -> tuple[Tensor, Ten
 
 # %% ../nbs/06b_stream.ipynb #304637be
 class Streamer:
-    "Encodes the observations of one running robot, reusing what the last ones left. Exact; `reset()` when weights change."
+    """Encodes the observations of one running robot, reusing what the last ones left.
+
+    Exact; `reset()` when weights change.
+    """
+
     def __init__(self, model: HaloModel):
-        self.model, self.features = model, PairFeatures(model, limit=model.cfg.sampling.history_frames + 4)
+        self.model, self.features = (
+            model,
+            PairFeatures(model, limit=model.cfg.sampling.history_frames + 4),
+        )
         self.reset()
 
     def reset(self) -> None:
         "Forget everything."
         self.features.known.clear()
-        self.caches, self.pairs, self.stats = [KVBuffer() for _ in self.model.blocks], [], dict(tokens=0, computed=0, ticks=0, hops=0)
+        self.caches, self.pairs, self.stats = (
+            [KVBuffer() for _ in self.model.blocks],
+            [],
+            dict(tokens=0, computed=0, ticks=0, hops=0),
+        )
 
     def common(self, pairs: list[Tensor]) -> int:
         "How many pairs from the front are those of the last tick."
         n = min(len(self.pairs), len(pairs))
-        if n and pairs[0].is_cuda: return int((torch.stack(self.pairs[:n]) == torch.stack(pairs[:n])).flatten(1).all(1).cumprod(0).sum())   # waits for the device once
+        # waits for the device once
+        if n and pairs[0].is_cuda:
+            return int(
+                (torch.stack(self.pairs[:n]) == torch.stack(pairs[:n]))
+                .flatten(1)
+                .all(1)
+                .cumprod(0)
+                .sum()
+            )
         n = 0
         for a, b in zip(self.pairs, pairs):
-            if not torch.equal(a, b): break
+            if not torch.equal(a, b):
+                break
             n += 1
         return n
 
 # %% ../nbs/06b_stream.ipynb #da5f2feb
 @patch
-def row(self: Streamer, obs: Observation, pairs: list[Tensor], views: list[Tensor]) -> tuple[Tensor, Tensor]:
+def row(
+    self: Streamer, obs: Observation, pairs: list[Tensor], views: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     "Token ids (l,) and positions (3, l) of the one row, as `halo.vlm.pack` lays it out."
-    cfg = self.model.cfg; f, s = cfg.vision.factor, cfg.sampling
+    cfg = self.model.cfg
+    f, s = cfg.vision.factor, cfg.sampling
     words = obs.text[0][obs.text_mask[0].bool()].tolist()
-    if not words: raise ValueError("the instruction is empty; give the task in words")
-    layout = row_layout(len(pairs), obs.history.shape[-1] // f, [(v.shape[-2] // f, v.shape[-1] // f) for v in views], len(words))
-    interval = cfg.vision.tokens_per_second * cfg.vision.temporal_patch * s.history_stride / s.fps
-    return torch.tensor(row_ids(layout, words, special_ids(cfg.tokenizer))), rope_positions(layout, interval)
+    if not words:
+        raise ValueError("the instruction is empty; give the task in words")
+    layout = row_layout(
+        len(pairs),
+        obs.history.shape[-1] // f,
+        [(v.shape[-2] // f, v.shape[-1] // f) for v in views],
+        len(words),
+    )
+    interval = (
+        cfg.vision.tokens_per_second * cfg.vision.temporal_patch * s.history_stride / s.fps
+    )
+    return torch.tensor(row_ids(layout, words, special_ids(cfg.tokenizer))), rope_positions(
+        layout, interval
+    )
 
 # %% ../nbs/06b_stream.ipynb #ba4d7999
 @patch
 def suffix(self: Streamer, obs: Observation) -> tuple[Tensor, Context, int]:
-    "Embeddings (1, q, width) of the tokens that must be computed, their context, and how many tokens before them stand."
+    """Embeddings (1, q, width) of the tokens that must be computed, their context, and how
+    many tokens before them stand.
+    """
     cfg, dev, embed = self.model.cfg, obs.state.device, self.model.embed
     pairs = window_pairs(obs)
     views = [v[0] for v, there in zip(obs.views, obs.view_mask[0]) if there]
     keep, side = self.common(pairs), obs.history.shape[-1] // cfg.vision.factor
     ids, pos = (x.to(dev) for x in self.row(obs, pairs, views))
-    start = 1 + keep * side**2 if keep else 0                     # the vision start token and the pairs that stand
+    # the vision start token and the pairs that stand
+    start = 1 + keep * side**2 if keep else 0
     old, new = self.features(pairs[keep:], views)
     x, special = embed.embed_tokens(ids[None, start:]), special_ids(cfg.tokenizer)
     for name, feats in (('video', old), ('image', new)):
-        if feats: x = x.masked_scatter((ids[None, start:] == special[f'<|{name}_pad|>'])[..., None], torch.cat(feats).to(x.dtype))
+        if feats:
+            x = x.masked_scatter(
+                (ids[None, start:] == special[f'<|{name}_pad|>'])[..., None],
+                torch.cat(feats).to(x.dtype),
+            )
     self.stats['hops'] += bool(self.pairs) and keep < len(self.pairs) - 1
     self.pairs = pairs
     return x, self.context(x, ids, pos, start), start
@@ -153,81 +250,178 @@ def context(self: Streamer, x: Tensor, ids: Tensor, pos: Tensor, start: int) -> 
     "Masks and rotations: new tokens see all before them."
     l, q, dev = len(ids), x.shape[1], x.device
     mask = torch.ones(q, l, dtype=torch.bool, device=dev).tril(l - q)[None, None]
-    if self.model.embed.text_config._attn_implementation == 'flash_attention_2': mask = None   # causal from the end, by itself
+    # causal from the end, by itself
+    if self.model.embed.text_config._attn_implementation == 'flash_attention_2':
+        mask = None
     valid = torch.ones(1, l, dtype=torch.bool, device=dev)
-    return Context(mask, self.model.embed.rotary(x, pos[:, None, start:]), valid, pos.max().reshape(1) + 1, pos.amax(0)[None])
+    return Context(
+        mask,
+        self.model.embed.rotary(x, pos[:, None, start:]),
+        valid,
+        pos.max().reshape(1) + 1,
+        pos.amax(0)[None],
+    )
 
 # %% ../nbs/06b_stream.ipynb #2d6ad7df
 @patch
 @torch.no_grad()
 def encode(self: Streamer, obs: Observation) -> Prefix:
-    "What `HaloModel.encode` gives for one observation (b = 1), computing only what is new. Raises `ValueError` for a batch of several."
-    if len(obs) != 1: raise ValueError(f"a streamer follows one robot, this batch holds {len(obs)}; use one Streamer for each, or HaloModel.encode")
+    """What `HaloModel.encode` gives for one observation (b = 1), computing only what is
+    new. Raises `ValueError` for a batch of several.
+    """
+    if len(obs) != 1:
+        raise ValueError(
+            f"a streamer follows one robot, this batch holds {len(obs)}; use one Streamer"
+            " for each, or HaloModel.encode"
+        )
     m = self.model
     x, ctx, start = self.suffix(obs)
     state = obs.state if m.state_tokens is None else m.state_tokens(obs.state)
     ectx = m.heads.context(ctx, 1, x)
-    whole = Context(None, self.rope(x, ctx) if m.blocks[0].before else None, ctx.valid, ctx.next_position, ctx.positions)
+    whole = Context(
+        None,
+        self.rope(x, ctx) if m.blocks[0].before else None,
+        ctx.valid,
+        ctx.next_position,
+        ctx.positions,
+    )
     out = []
     for block, cache in zip(m.blocks, self.caches):
         cache.at = start
         x, k, v = extend(block.vlm, x, ctx, cache)
         state, k, v = block.represent(k, v, state, whole, ectx)
         out.append((k, v))
-    self.stats['tokens'] += ctx.valid.shape[1]; self.stats['computed'] += ctx.valid.shape[1] - start; self.stats['ticks'] += 1
+    self.stats['tokens'] += ctx.valid.shape[1]
+    self.stats['computed'] += ctx.valid.shape[1] - start
+    self.stats['ticks'] += 1
     return Prefix(out, obs.state, whole)
 
 # %% ../nbs/06b_stream.ipynb #5667f676
 @patch
 def rope(self: Streamer, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-    "Rotations of all tokens, old and new (only needed where keys are taken back to before RoPE)."
+    """Rotations of all tokens, old and new (only needed where keys are taken back to before
+    RoPE).
+    """
     old = getattr(self, '_rope', None)
     start = ctx.valid.shape[1] - x.shape[1]
-    self._rope = tuple(torch.cat([o[:, :, :start], n], 2) if start else n for o, n in zip(old or ctx.rope, ctx.rope))
+    self._rope = tuple(
+        torch.cat([o[:, :, :start], n], 2) if start else n
+        for o, n in zip(old or ctx.rope, ctx.rope)
+    )
     return self._rope
 
 # %% ../nbs/06b_stream.ipynb #a5da2aac
 class ExpertBuffer(Cache):
-    "K_u, V_u (b, o, l, h) of one layer with room for the expert's own `q` tokens behind them, in all a multiple of `of`: `update` writes at `at` and returns everything up to there, or, once `full` is set, all (a mask hides the rest)."
+    """K_u, V_u (b, o, l, h) of one layer with room for the expert's own `q` tokens behind
+    them, in all a multiple of `of`: `update` writes at `at` and returns everything up to
+    there, or, once `full` is set, all (a mask hides the rest).
+    """
+
     def __init__(self, k: Tensor, v: Tensor, q: int, dtype: torch.dtype, of: int = 1):
-        self.at, self.full = k.shape[2], False; room = -(-(self.at + q) // of) * of
-        with torch.inference_mode(False): self.k, self.v = (x.new_zeros(*x.shape[:2], room, x.shape[3], dtype=dtype) for x in (k, v))
-        self.k[:, :, :self.at], self.v[:, :, :self.at] = k, v
+        self.at, self.full = k.shape[2], False
+        room = -(-(self.at + q) // of) * of
+        with torch.inference_mode(False):
+            self.k, self.v = (
+                x.new_zeros(*x.shape[:2], room, x.shape[3], dtype=dtype) for x in (k, v)
+            )
+        self.k[:, :, : self.at], self.v[:, :, : self.at] = k, v
+
     def update(self, key_states, value_states, layer_idx=0, *args, **kwargs):
         end = self.at + key_states.shape[2]
-        self.k[:, :, self.at:end], self.v[:, :, self.at:end] = key_states, value_states
-        if self.full: end = self.k.shape[2]
+        self.k[:, :, self.at : end], self.v[:, :, self.at : end] = key_states, value_states
+        if self.full:
+            end = self.k.shape[2]
         return self.k[:, :, :end], self.v[:, :, :end]
 
 # %% ../nbs/06b_stream.ipynb #574f0236
-def expert_layer(layer, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor], buffer: ExpertBuffer) -> Tensor:
+def expert_layer(
+    layer, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor], buffer: ExpertBuffer
+) -> Tensor:
     "One layer over tokens (b, q, width), keys and values in `buffer`."
     return layer(x, attention_mask=mask, position_embeddings=rope, past_key_values=buffer)
+
 
 @lru_cache
 def compiled_layer():
     "`expert_layer` through torch.compile: the same code for every layer."
     return torch.compile(expert_layer, dynamic=False)
 
+# %% ../nbs/06b_stream.ipynb #bc3dd252
 class Denoiser:
-    "`HaloModel.velocity` for one prefix, with everything that does not depend on the noisy actions computed once. `whole`: no prefix token is padding (None: look). Not differentiable."
-    def __init__(self, model: HaloModel, prefix: Prefix, s: int | None = None, whole: bool | None = None, compiled: bool = False):
-        self.model, self.prefix, self.compiled, s = model, prefix, compiled, s or model.cfg.chunk
-        b, dev = len(prefix.state), prefix.state.device
-        x, ectx = model.expert_start(prefix.state, prefix.ctx, torch.zeros(b, s, model.cfg.max_action_dim, device=dev), torch.zeros(b, device=dev))
-        whole = bool(prefix.ctx.valid.all()) if whole is None else whole
-        self.buffers, n = [ExpertBuffer(k, v, x.shape[1], x.dtype, 1 if whole else 8) for k, v in prefix.cache], x.shape[1] - s   # a GPU is faster where 8 divides the length
-        if n: self.through(x[:, :n], ectx.mask[:, :, :n, :-s], tuple(r[:, :n] for r in ectx.rope), expert_layer)
-        for buffer in self.buffers: buffer.at += n; buffer.full = not whole
-        own = nn.functional.pad(ectx.mask[:, :, -1:], (0, self.buffers[0].k.shape[2] - ectx.mask.shape[3]))   # actions see all that is valid: one row for all of them
-        self.mask, self.rope = None if whole else torch.zeros_like(own, dtype=x.dtype).masked_fill(~own, -torch.inf), tuple(r[:, n:] for r in ectx.rope)
+    """`HaloModel.velocity` for one prefix, with everything that does not depend on the
+    noisy actions computed once. `whole`: no prefix token is padding (None: look). Not
+    differentiable.
+    """
 
-    def through(self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor], run: Callable) -> Tensor:
+    def __init__(
+        self,
+        model: HaloModel,
+        prefix: Prefix,
+        s: int | None = None,
+        whole: bool | None = None,
+        compiled: bool = False,
+    ):
+        self.model, self.prefix, self.compiled, s = (
+            model,
+            prefix,
+            compiled,
+            s or model.cfg.chunk,
+        )
+        b, dev = len(prefix.state), prefix.state.device
+        x, ectx = model.expert_start(
+            prefix.state,
+            prefix.ctx,
+            torch.zeros(b, s, model.cfg.max_action_dim, device=dev),
+            torch.zeros(b, device=dev),
+        )
+        whole = bool(prefix.ctx.valid.all()) if whole is None else whole
+        # a GPU is faster where 8 divides the length
+        self.buffers, n = (
+            [
+                ExpertBuffer(k, v, x.shape[1], x.dtype, 1 if whole else 8)
+                for k, v in prefix.cache
+            ],
+            x.shape[1] - s,
+        )
+        if n:
+            self.through(
+                x[:, :n],
+                ectx.mask[:, :, :n, :-s],
+                tuple(r[:, :n] for r in ectx.rope),
+                expert_layer,
+            )
+        for buffer in self.buffers:
+            buffer.at += n
+            buffer.full = not whole
+        # actions see all that is valid: one row for all of them
+        own = nn.functional.pad(
+            ectx.mask[:, :, -1:], (0, self.buffers[0].k.shape[2] - ectx.mask.shape[3])
+        )
+        self.mask, self.rope = (
+            (
+                None
+                if whole
+                else torch.zeros_like(own, dtype=x.dtype).masked_fill(~own, -torch.inf)
+            ),
+            tuple(r[:, n:] for r in ectx.rope),
+        )
+
+    def through(
+        self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor], run: Callable
+    ) -> Tensor:
         "Tokens (b, q, width) through the expert's layers."
-        for block, buffer in zip(self.model.blocks, self.buffers): x = run(block.expert.layer, x, mask, rope, buffer)
+        for block, buffer in zip(self.model.blocks, self.buffers):
+            x = run(block.expert.layer, x, mask, rope, buffer)
         return x
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         "Velocity (b, s, d)."
         h = self.model.heads
-        return h.velocity(self.through(h.embed_actions(x_t, t), self.mask, self.rope, compiled_layer() if self.compiled else expert_layer))
+        return h.velocity(
+            self.through(
+                h.embed_actions(x_t, t),
+                self.mask,
+                self.rope,
+                compiled_layer() if self.compiled else expert_layer,
+            )
+        )

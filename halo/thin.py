@@ -4,9 +4,15 @@
 
 # %% ../nbs/23a_thin.ipynb #84273941
 from __future__ import annotations
-import hashlib, json, logging, math, time
+
+import hashlib
+import json
+import logging
+import math
+import time
 from collections import deque
 from pathlib import Path
+
 import numpy as np
 
 log = logging.getLogger('halo.thin')
@@ -17,71 +23,145 @@ __all__ = ['log', 'FRAMES', 'connect', 'check_chunk', 'Player', 'executed', 'wil
 
 # %% ../nbs/23a_thin.ipynb #0b529b52
 def connect(address: str, token: str | None = None):
-    "openpi's websocket client for `host:port` or `ws://host:port`. Raises `ImportError` without openpi-client, `ConnectionError` when nobody answers."
+    """openpi's websocket client for `host:port` or `ws://host:port`.
+
+    Raises `ImportError` without openpi-client, `ConnectionError` when nobody answers.
+    """
     host, _, port = address.removeprefix('ws://').removeprefix('wss://').rpartition(':')
-    if not host or not port.isdigit(): raise ValueError(f"{address!r} is not an address; give host:port, such as 127.0.0.1:8000")
-    try: from openpi_client.websocket_client_policy import WebsocketClientPolicy
-    except ImportError as e: raise ImportError(f"the thin clients talk through openpi-client ({e}); pip install openpi-client in this environment") from e
+    if not host or not port.isdigit():
+        raise ValueError(
+            f"{address!r} is not an address; give host:port, such as 127.0.0.1:8000"
+        )
+    try:
+        from openpi_client.websocket_client_policy import WebsocketClientPolicy
+    except ImportError as e:
+        raise ImportError(
+            f"the thin clients talk through openpi-client ({e}); pip install openpi-client"
+            " in this environment"
+        ) from e
     prefix = 'wss://' if address.startswith('wss://') else 'ws://'
-    try: return WebsocketClientPolicy(prefix + host, int(port), api_key=token)
-    except OSError as e: raise ConnectionError(f"no policy server answers at {address} ({e}); start one with python -m halo.serve") from e
+    try:
+        return WebsocketClientPolicy(prefix + host, int(port), api_key=token)
+    except OSError as e:
+        raise ConnectionError(
+            f"no policy server answers at {address} ({e}); start one with python -m"
+            " halo.serve"
+        ) from e
 
 # %% ../nbs/23a_thin.ipynb #d84a82dd
 def check_chunk(answer: dict, dim: int | None = None) -> np.ndarray:
-    "The actions (s, d) float32 of an answer. Raises `ValueError` for anything but finite numbers in that shape."
-    if 'actions' not in answer: raise ValueError(f"the server's answer has no 'actions'; it has {sorted(answer)}")
+    """The actions (s, d) float32 of an answer.
+
+    Raises `ValueError` for anything but finite numbers in that shape.
+    """
+    if 'actions' not in answer:
+        raise ValueError(f"the server's answer has no 'actions'; it has {sorted(answer)}")
     a = np.asarray(answer['actions'], np.float32)
-    if a.ndim != 2 or not len(a): raise ValueError(f"the server sent actions of shape {a.shape}, not (steps, dimensions)")
-    if dim is not None and a.shape[1] != dim: raise ValueError(f"the server sent {a.shape[1]} action dimensions, this robot has {dim}; serve the policy that was trained for it")
-    if not np.isfinite(a).all(): raise ValueError(f"the server sent {int((~np.isfinite(a)).sum())} actions that are not finite; stopping before they move anything")
+    if a.ndim != 2 or not len(a):
+        raise ValueError(
+            f"the server sent actions of shape {a.shape}, not (steps, dimensions)"
+        )
+    if dim is not None and a.shape[1] != dim:
+        raise ValueError(
+            f"the server sent {a.shape[1]} action dimensions, this robot has {dim}; serve"
+            " the policy that was trained for it"
+        )
+    if not np.isfinite(a).all():
+        raise ValueError(
+            f"the server sent {int((~np.isfinite(a)).sum())} actions that are not finite;"
+            " stopping before they move anything"
+        )
     return a
 
 # %% ../nbs/23a_thin.ipynb #a386173c
 FRAMES = ('each', 'stack', 'skip')
 
+
 class Player:
-    "Plays a served policy: keeps the tick, executes chunks, hands over the frames in between. One per running episode; `reset()` starts the next."
-    def __init__(self, policy, replan: int | None = None, frames: str = 'each', dim: int | None = None):
-        if frames not in FRAMES: raise ValueError(f"frames is {frames!r}; choose one of {FRAMES}")
-        if replan is not None and replan < 1: raise ValueError(f"replan is {replan}; execute at least 1 action of each chunk")
-        self.policy, self.replan, self.frames, self.dim, self.ms = policy, replan, frames, dim, []
+    """Plays a served policy: keeps the tick, executes chunks, hands over the frames in
+    between. One per running episode; `reset()` starts the next.
+    """
+
+    def __init__(
+        self,
+        policy,
+        replan: int | None = None,
+        frames: str = 'each',
+        dim: int | None = None,
+    ):
+        if frames not in FRAMES:
+            raise ValueError(f"frames is {frames!r}; choose one of {FRAMES}")
+        if replan is not None and replan < 1:
+            raise ValueError(f"replan is {replan}; execute at least 1 action of each chunk")
+        self.policy, self.replan, self.frames, self.dim, self.ms = (
+            policy,
+            replan,
+            frames,
+            dim,
+            [],
+        )
         about = getattr(policy, 'get_server_metadata', dict)() or {}
-        self.camera = (about.get('history') or {}).get('camera')   # None: unknown, send all
+        self.camera = (about.get('history') or {}).get('camera')  # None: unknown, send all
         self.reset()
 
     def reset(self, seed: int | None = None):
-        "Begin an episode: the next observation tells the server to forget, and to draw its noise from `seed`."
-        self.tick, self.fresh, self.queue, self.between, self.seed = 0, True, deque(), [], seed
+        """Begin an episode: the next observation tells the server to forget, and to draw
+        its noise from `seed`.
+        """
+        self.tick, self.fresh, self.queue, self.between, self.seed = (
+            0,
+            True,
+            deque(),
+            [],
+            seed,
+        )
 
-    def interrupt(self): "Drop what is left of the chunk: the instruction changed, the history stays."; self.queue.clear()
+    def interrupt(self):
+        "Drop what is left of the chunk: the instruction changed, the history stays."
+        self.queue.clear()
 
     def act(self, images: dict, state, prompt: str) -> np.ndarray:
         "The action (d,) for this tick's cameras, state and instruction."
         tick, self.tick = self.tick, self.tick + 1
-        if self.queue: self.keep(images, tick)
-        else: self.queue.extend(self.ask(images, state, prompt, tick))
+        if self.queue:
+            self.keep(images, tick)
+        else:
+            self.queue.extend(self.ask(images, state, prompt, tick))
         return self.queue.popleft()
 
     def keep(self, images: dict, tick: int):
         "A frame for which nothing is asked."
-        if self.camera in images: images = {self.camera: images[self.camera]}
-        if self.frames == 'each': self.policy.infer({'frame_only': True, 'images': images, 'tick': tick})
-        elif self.frames == 'stack': self.between.append((tick, images))
+        if self.camera in images:
+            images = {self.camera: images[self.camera]}
+        if self.frames == 'each':
+            self.policy.infer({'frame_only': True, 'images': images, 'tick': tick})
+        elif self.frames == 'stack':
+            self.between.append((tick, images))
 
     def ask(self, images: dict, state, prompt: str, tick: int) -> np.ndarray:
         "The actions (s, d) to execute of the server's next chunk."
-        obs = dict(images=images, state=np.asarray(state, np.float32), prompt=prompt, tick=tick, reset=self.fresh)
-        if self.fresh and self.seed is not None: obs['seed'] = int(self.seed)
+        obs = dict(
+            images=images,
+            state=np.asarray(state, np.float32),
+            prompt=prompt,
+            tick=tick,
+            reset=self.fresh,
+        )
+        if self.fresh and self.seed is not None:
+            obs['seed'] = int(self.seed)
         if self.between:
-            obs['history'] = {k: np.stack([i[k] for _, i in self.between])
-                              for k in self.between[0][1]}
+            obs['history'] = {
+                k: np.stack([i[k] for _, i in self.between]) for k in self.between[0][1]
+            }
             obs['history_ticks'] = [t for t, _ in self.between]
         start = time.perf_counter()
         answer = self.policy.infer(obs)
         chunk = check_chunk(answer, self.dim)
-        self.ms.append(1000 * (time.perf_counter() - start)); self.fresh, self.between = False, []
-        if 'warning' in answer: log.warning('the policy server says: %s', answer['warning'])
-        return chunk[:self.replan or answer.get('execute')]
+        self.ms.append(1000 * (time.perf_counter() - start))
+        self.fresh, self.between = False, []
+        if 'warning' in answer:
+            log.warning('the policy server says: %s', answer['warning'])
+        return chunk[: self.replan or answer.get('execute')]
 
 # %% ../nbs/23a_thin.ipynb #7e9a0002
 def executed(replan: int | None, metadata: dict):
@@ -91,7 +171,11 @@ def executed(replan: int | None, metadata: dict):
 # %% ../nbs/23a_thin.ipynb #8bd7b265
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     "Wilson's interval (lo, hi) of a success rate, as in `halo.evaluate`."
-    if n <= 0 or not 0 <= successes <= n: raise ValueError(f"{successes} successes in {n} episodes have no rate; give 0 <= successes <= n and n > 0")
+    if n <= 0 or not 0 <= successes <= n:
+        raise ValueError(
+            f"{successes} successes in {n} episodes have no rate; give 0 <= successes <= n"
+            " and n > 0"
+        )
     p, w = successes / n, z * z / n
     centre, half = p + w / 2, math.sqrt(w * p * (1 - p) + w * w / 4)
     return max(0.0, (centre - half) / (1 + w)), min(1.0, (centre + half) / (1 + w))
@@ -105,27 +189,46 @@ def rate(outcomes) -> dict:
 
 # %% ../nbs/23a_thin.ipynb #cc4b8a22
 def start_hash(images: dict, state) -> str:
-    "SHA-256 of an episode's first state and pictures, as `halo.benchmarks` makes it: two results are comparable if their episodes began alike."
+    """SHA-256 of an episode's first state and pictures, as `halo.benchmarks` makes it: two
+    results are comparable if their episodes began alike.
+    """
     h = hashlib.sha256(np.asarray(state, np.float32).tobytes())
-    for _, v in sorted(images.items()): h.update(np.ascontiguousarray(v).tobytes())
+    for _, v in sorted(images.items()):
+        h.update(np.ascontiguousarray(v).tobytes())
     return h.hexdigest()
 
 # %% ../nbs/23a_thin.ipynb #151c5c21
 class Ledger:
-    "The result file of an evaluation, written whole after each episode and continued from where it ends."
+    """The result file of an evaluation, written whole after each episode and continued from
+    where it ends.
+    """
+
     def __init__(self, path, conventions: dict, more=None):
         self.path, self.more, self.begun = Path(path), more, time.perf_counter()
-        self.conventions, self.episodes, self.spent = json.loads(json.dumps(conventions)), [], 0.0
-        if self.path.exists(): self.resume()
+        self.conventions, self.episodes, self.spent = (
+            json.loads(json.dumps(conventions)),
+            [],
+            0.0,
+        )
+        if self.path.exists():
+            self.resume()
 
     def resume(self):
-        "Take over the episodes in the file. Raises `ValueError` if they were measured under other conventions."
+        """Take over the episodes in the file.
+
+        Raises `ValueError` if they were measured under other conventions.
+        """
         old = json.loads(self.path.read_text())
-        if changed := differences(old['conventions'], self.conventions): raise ValueError(f"{self.path} was measured under other conventions: {'; '.join(changed)}. Choose another file, or go back to those")
+        if changed := differences(old['conventions'], self.conventions):
+            raise ValueError(
+                f"{self.path} was measured under other conventions: {'; '.join(changed)}."
+                " Choose another file, or go back to those"
+            )
         self.episodes, self.spent = old['episodes'], old['seconds']
 
     @property
-    def done(self) -> set: return {e['seed'] for e in self.episodes}
+    def done(self) -> set:
+        return {e['seed'] for e in self.episodes}
 
     def add(self, episode: dict):
         "Append an episode and write the file."
@@ -133,58 +236,154 @@ class Ledger:
         self.episodes.sort(key=lambda e: e['seed'])
         tmp = self.path.with_name(self.path.name + '.tmp')
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        tmp.write_text(json.dumps(self.document(), indent=1)); tmp.replace(self.path)
+        tmp.write_text(json.dumps(self.document(), indent=1))
+        tmp.replace(self.path)
 
     def document(self) -> dict:
         "Everything that the file holds."
         e, tasks = self.episodes, sorted({e['task'] for e in self.episodes})
-        goals, total = {t: rate([x['success'] for x in e if x['task'] == t]) for t in tasks}, rate([x['success'] for x in e])
-        head = dict(benchmark=self.conventions.get('benchmark'), success=total, total=total, goals=goals, per_task=goals, prompts=sorted({x.get('prompt', x['task']) for x in e}), seeds=[x['seed'] for x in e])
-        return head | dict(seconds=round(self.spent + time.perf_counter() - self.begun, 1)) | (self.more(e) if self.more else {}) | dict(conventions=self.conventions, episodes=e)
+        goals, total = (
+            {t: rate([x['success'] for x in e if x['task'] == t]) for t in tasks},
+            rate([x['success'] for x in e]),
+        )
+        head = dict(
+            benchmark=self.conventions.get('benchmark'),
+            success=total,
+            total=total,
+            goals=goals,
+            per_task=goals,
+            prompts=sorted({x.get('prompt', x['task']) for x in e}),
+            seeds=[x['seed'] for x in e],
+        )
+        return (
+            head
+            | dict(seconds=round(self.spent + time.perf_counter() - self.begun, 1))
+            | (self.more(e) if self.more else {})
+            | dict(conventions=self.conventions, episodes=e)
+        )
 
 # %% ../nbs/23a_thin.ipynb #b7a28215
 def differences(standard: dict, actual: dict) -> list[str]:
-    "One line per entry of `standard` that `actual` has otherwise, or lacks, and per new entry."
-    flat = lambda d, p='': {k: v for a, b in d.items() for k, v in (flat(b, f'{p}{a}.') if isinstance(b, dict) else {p + str(a): b}).items()}
+    """One line per entry of `standard` that `actual` has otherwise, or lacks, and per new
+    entry.
+    """
+    flat = lambda d, p='': {
+        k: v
+        for a, b in d.items()
+        for k, v in (
+            flat(b, f'{p}{a}.') if isinstance(b, dict) else {p + str(a): b}
+        ).items()
+    }
     a, b = flat(standard), flat(actual)
-    return [f"{k}: {b.get(k, 'absent')!r} instead of {a.get(k, 'absent')!r}" for k in [*a, *(k for k in b if k not in a)] if a.get(k, 'absent') != b.get(k, 'absent')]
+    return [
+        f"{k}: {b.get(k, 'absent')!r} instead of {a.get(k, 'absent')!r}"
+        for k in [*a, *(k for k in b if k not in a)]
+        if a.get(k, 'absent') != b.get(k, 'absent')
+    ]
 
 # %% ../nbs/23a_thin.ipynb #60ef5556
-def run_episode(env, player: Player, seed: int, limit: int, on_frame=None, start=None) -> dict:
-    "One episode: seed, success, ticks, task, inference_ms (mean of the requests). `start(player, seed)`, after the environment's reset, replaces `player.reset`."
+def run_episode(
+    env, player: Player, seed: int, limit: int, on_frame=None, start=None
+) -> dict:
+    """One episode: seed, success, ticks, task, inference_ms (mean of the requests).
+
+    `start(player, seed)`, after the environment's reset, replaces `player.reset`.
+    """
     asked = len(player.ms)
     images, state, prompt = env.reset(seed)
     start(player, seed) if start else player.reset(seed)
-    success, done, ticks, first = False, False, 0, dict(task=getattr(env, 'task', prompt), episode=int(seed), prompt=prompt, start_sha256=start_hash(images, state))
+    success, done, ticks, first = (
+        False,
+        False,
+        0,
+        dict(
+            task=getattr(env, 'task', prompt),
+            episode=int(seed),
+            prompt=prompt,
+            start_sha256=start_hash(images, state),
+        ),
+    )
     while ticks < limit and not done:
-        if on_frame: on_frame(images)
+        if on_frame:
+            on_frame(images)
         images, state, prompt, done, now = env.step(player.act(images, state, prompt))
         success, ticks = success or bool(now), ticks + 1
     ms = player.ms[asked:]
-    return dict(seed=int(seed), success=success, ticks=ticks, **first, inference_ms=round(float(np.mean(ms)), 2) if ms else None)
+    return dict(
+        seed=int(seed),
+        success=success,
+        ticks=ticks,
+        **first,
+        inference_ms=round(float(np.mean(ms)), 2) if ms else None,
+    )
 
 # %% ../nbs/23a_thin.ipynb #f9eea0cf
-def run_benchmark(env, player: Player, seeds, limit: int, path, conventions: dict, standard: dict, more=None, log=print, episode=run_episode) -> dict:
-    "Every seed that the file at `path` lacks; prints the differences from `standard` first. Returns the document."
+def run_benchmark(
+    env,
+    player: Player,
+    seeds,
+    limit: int,
+    path,
+    conventions: dict,
+    standard: dict,
+    more=None,
+    log=print,
+    episode=run_episode,
+) -> dict:
+    """Every seed that the file at `path` lacks; prints the differences from `standard`
+    first. Returns the document.
+    """
     own = {k: conventions.get(k, 'not stated') for k in standard}
-    ledger = Ledger(path, dict(benchmark=standard.get('benchmark'), protocol=own, standard=standard) | {k: v for k, v in conventions.items() if k not in standard}, more)
-    for line in differences(standard, own): log(f"differs from the standard protocol – {line}")
+    ledger = Ledger(
+        path,
+        dict(benchmark=standard.get('benchmark'), protocol=own, standard=standard)
+        | {k: v for k, v in conventions.items() if k not in standard},
+        more,
+    )
+    for line in differences(standard, own):
+        log(f"differs from the standard protocol – {line}")
     for seed in seeds:
-        if seed in ledger.done: continue
+        if seed in ledger.done:
+            continue
         ledger.add(e := episode(env, player, seed, limit))
-        log(f"seed {e['seed']}: {'success' if e['success'] else 'failure'} after {e['ticks']} ticks, {e['inference_ms']} ms a request – {e['prompt']}")
+        log(
+            f"seed {e['seed']}: {'success' if e['success'] else 'failure'} after"
+            f" {e['ticks']} ticks, {e['inference_ms']} ms a request – {e['prompt']}"
+        )
     return ledger.document()
 
 # %% ../nbs/23a_thin.ipynb #48d085f7
 def parser(name: str, description: str):
     "The options that every thin client has."
     import argparse
-    p = argparse.ArgumentParser(prog=name, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument('--address', default='127.0.0.1:8000', help='the policy server, host:port')
+
+    p = argparse.ArgumentParser(
+        prog=name,
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument(
+        '--address', default='127.0.0.1:8000', help='the policy server, host:port'
+    )
     p.add_argument('--token', help='the server\'s token, if it wants one')
-    p.add_argument('--replan', type=int,
-                   help='actions executed of each chunk; default: as the server says')
-    p.add_argument('--frames', choices=FRAMES, default='each', help='how frames between two requests reach the server')
-    p.add_argument('--episodes', type=int, default=1, help='episodes (chains) to run, from the first of the benchmark\'s list')
-    p.add_argument('--out', default='result.json', help='result file; an unfinished one is continued')
+    p.add_argument(
+        '--replan',
+        type=int,
+        help='actions executed of each chunk; default: as the server says',
+    )
+    p.add_argument(
+        '--frames',
+        choices=FRAMES,
+        default='each',
+        help='how frames between two requests reach the server',
+    )
+    p.add_argument(
+        '--episodes',
+        type=int,
+        default=1,
+        help='episodes (chains) to run, from the first of the benchmark\'s list',
+    )
+    p.add_argument(
+        '--out', default='result.json', help='result file; an unfinished one is continued'
+    )
     return p

@@ -4,20 +4,29 @@
 
 # %% ../nbs/11_train.ipynb #c39663f4
 from __future__ import annotations
-import json, math, os, shutil, subprocess, sys, time
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
+from lerobot.configs import FeatureType
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.feature_utils import dataset_to_policy_features
-from lerobot.configs import FeatureType
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
 from .configuration_halo import HaloConfig
 from .data import EpisodeSampler, HistoryDataset, fingerprint
 from .files import CLONE
@@ -31,34 +40,45 @@ __all__ = ['train_step', 'TrainConfig', 'lr_at', 'param_groups', 'make_policy', 
 
 # %% ../nbs/11_train.ipynb #512375c4
 def train_step(policy, batch: dict, optimizer, clip: float = 1.0) -> tuple[float, float]:
-    "One optimisation step on a preprocessed batch; returns loss and gradient norm. Raises `FloatingPointError` if the loss is not finite."
+    """One optimisation step on a preprocessed batch; returns loss and gradient norm.
+
+    Raises `FloatingPointError` if the loss is not finite.
+    """
     loss, _ = policy(batch)
-    if not torch.isfinite(loss): raise FloatingPointError(f"the loss became {float(loss.detach())}; lower the learning rate, or look for outliers in the data")
+    if not torch.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss became {float(loss.detach())}; lower the learning rate, or look for"
+            " outliers in the data"
+        )
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
-    optimizer.step(); optimizer.zero_grad(set_to_none=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return float(loss.detach()), float(norm)
 
 # %% ../nbs/11_train.ipynb #ad18f1cc
 @dataclass
 class TrainConfig:
     "A training run."
+
     steps: int = 3000
     batch: int = 32
     lr: float = 1e-3
-    warmup: int = 100              # steps
-    floor: float = 0.02            # last learning rate / first
-    weight_decay: float = 1e-4     # not on SALR's parameters, norms, biases and embeddings
-    clip: float = 1.0              # gradient norm
+    warmup: int = 100  # steps
+    floor: float = 0.02  # last learning rate / first
+    weight_decay: float = 1e-4  # not on SALR's parameters, norms, biases and embeddings
+    clip: float = 1.0  # gradient norm
     seed: int = 0
     log_every: int = 10
     save_every: int = 500
-    masks_every: int = 0           # steps between two notes of SALR's masks; 0: forty times in the run
+    # steps between two notes of SALR's masks; 0: forty times in the run
+    masks_every: int = 0
 
 # %% ../nbs/11_train.ipynb #550ae4b1
 def lr_at(step: int, tc: TrainConfig) -> float:
     "Learning rate factor at `step`: linear warm-up, cosine to `floor`."
-    if step < tc.warmup: return (step + 1) / tc.warmup
+    if step < tc.warmup:
+        return (step + 1) / tc.warmup
     x = min(1.0, (step - tc.warmup) / max(1, tc.steps - tc.warmup))
     return tc.floor + (1 - tc.floor) * 0.5 * (1 + math.cos(math.pi * x))
 
@@ -67,77 +87,145 @@ def param_groups(policy, weight_decay: float) -> list[dict]:
     "Parameters with and without weight decay."
     free = set(fp32_parameter_names(policy))
     named = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
-    plain = [p for n, p in named if p.ndim >= 2 and n not in free and 'embed_tokens' not in n]
+    plain = [
+        p for n, p in named if p.ndim >= 2 and n not in free and 'embed_tokens' not in n
+    ]
     kept = {id(p) for p in plain}
-    return [dict(params=plain, weight_decay=weight_decay), dict(params=[p for n, p in named if id(p) not in kept], weight_decay=0.0)]
+    return [
+        dict(params=plain, weight_decay=weight_decay),
+        dict(params=[p for n, p in named if id(p) not in kept], weight_decay=0.0),
+    ]
 
 # %% ../nbs/11_train.ipynb #a0295bc7
-def make_policy(dataset: LeRobotDataset, meta: bool = False, init_from=None, load_vlm: bool = True, **config) -> tuple[HaloPolicy, object, object]:
+def make_policy(
+    dataset: LeRobotDataset,
+    meta: bool = False,
+    init_from=None,
+    load_vlm: bool = True,
+    **config,
+) -> tuple[HaloPolicy, object, object]:
     """A HALO policy and its processors for `dataset`; `config` are fields of `HaloConfig`.
 
-    `init_from` (a policy folder or hub id) gives the weights and the tokenizer: the VLM's own are not read then, nor with
-    `load_vlm=False`, which leaves random ones to be filled from a checkpoint. With `meta` they take no memory.
+    `init_from` (a policy folder or hub id) gives the weights and the tokenizer: the VLM's
+    own are not read then, nor with
+    `load_vlm=False`, which leaves random ones to be filled from a checkpoint. With `meta`
+    they take no memory.
     Raises `ValueError` for a policy of other sizes.
     """
     feats = dataset_to_policy_features(dataset.meta.features)
     out = {k: f for k, f in feats.items() if f.type is FeatureType.ACTION}
     inputs = {k: f for k, f in feats.items() if k not in out}
-    cfg = HaloConfig(input_features=inputs, output_features=out, fps=float(dataset.meta.fps), **config)
+    cfg = HaloConfig(
+        input_features=inputs, output_features=out, fps=float(dataset.meta.fps), **config
+    )
     with torch.device('meta') if meta else nullcontext():
-        policy = HaloPolicy(cfg, dataset_meta=dataset.meta, load_vlm=load_vlm and not meta and init_from is None)
+        policy = HaloPolicy(
+            cfg,
+            dataset_meta=dataset.meta,
+            load_vlm=load_vlm and not meta and init_from is None,
+        )
     if init_from is not None:
         init_weights(policy, init_from, meta)
         cfg.vlm_source = vlm_source(init_from) or cfg.vlm_source
-    return policy, *make_halo_pre_post_processors(cfg, dataset.meta.stats, saved_tokenizer(init_from))
+    return policy, *make_halo_pre_post_processors(
+        cfg, dataset.meta.stats, saved_tokenizer(init_from)
+    )
 
 # %% ../nbs/11_train.ipynb #3c502f00
 def provenance(dataset, tc: TrainConfig, seconds: float, log: list[dict]) -> dict:
     "What a result needs to be believed: data, code, versions, seed, time."
     ask = ['git', 'rev-parse', '--verify', 'HEAD']
-    try:   # in a clone only: a wheel may lie inside somebody else's repository
-        commit = subprocess.run(ask, capture_output=True, text=True, check=True, cwd=CLONE).stdout.strip() if CLONE else 'unknown'
+    try:  # in a clone only: a wheel may lie inside somebody else's repository
+        commit = (
+            subprocess.run(
+                ask, capture_output=True, text=True, check=True, cwd=CLONE
+            ).stdout.strip()
+            if CLONE
+            else 'unknown'
+        )
     except (OSError, subprocess.CalledProcessError):
         commit = 'unknown'
-    return dict(data=dict(repo_id=dataset.repo_id, fingerprint=fingerprint(dataset), episodes=dataset.meta.total_episodes, frames=dataset.meta.total_frames), train=asdict(tc), commit=commit,
-                versions={p: version(p) for p in ('torch', 'transformers', 'lerobot')}, threads=torch.get_num_threads(), seconds=round(seconds, 1), final_loss=log[-1]['loss'] if log else None)
+    return dict(
+        data=dict(
+            repo_id=dataset.repo_id,
+            fingerprint=fingerprint(dataset),
+            episodes=dataset.meta.total_episodes,
+            frames=dataset.meta.total_frames,
+        ),
+        train=asdict(tc),
+        commit=commit,
+        versions={p: version(p) for p in ('torch', 'transformers', 'lerobot')},
+        threads=torch.get_num_threads(),
+        seconds=round(seconds, 1),
+        final_loss=log[-1]['loss'] if log else None,
+    )
 
 # %% ../nbs/11_train.ipynb #747a31b3
 def save_optimizer(optimizer, folder: Path) -> None:
     "Optimizer moments as safetensors, settings as JSON."
     state = optimizer.state_dict()
-    tensors = {f'{i}.{k}': v.contiguous() for i, s in state['state'].items() for k, v in s.items() if torch.is_tensor(v)}
+    tensors = {
+        f'{i}.{k}': v.contiguous()
+        for i, s in state['state'].items()
+        for k, v in s.items()
+        if torch.is_tensor(v)
+    }
     save_file(tensors, str(folder / 'optimizer.safetensors'))
     (folder / 'optimizer.json').write_text(json.dumps(state['param_groups']))
+
 
 def load_optimizer(optimizer, folder: Path) -> None:
     "Inverse of `save_optimizer`."
     state = {}
     for name, v in load_file(str(folder / 'optimizer.safetensors')).items():
-        i, k = name.split('.', 1); state.setdefault(int(i), {})[k] = v
-    optimizer.load_state_dict(dict(state=state, param_groups=json.loads((folder / 'optimizer.json').read_text())))
+        i, k = name.split('.', 1)
+        state.setdefault(int(i), {})[k] = v
+    optimizer.load_state_dict(
+        dict(state=state, param_groups=json.loads((folder / 'optimizer.json').read_text()))
+    )
 
 # %% ../nbs/11_train.ipynb #3295c2d8
-def save_checkpoint(folder: Path, policy, pre, post, optimizer, sampler, step: int, extra: dict) -> None:
+def save_checkpoint(
+    folder: Path, policy, pre, post, optimizer, sampler, step: int, extra: dict
+) -> None:
     "Write a checkpoint atomically: under a temporary name, then renamed over the old one."
-    tmp, old = folder.with_name(folder.name + '.tmp'), folder.with_name(folder.name + '.old')
-    for d in (tmp, old): shutil.rmtree(d, ignore_errors=True)
-    state = tmp / 'training_state'; state.mkdir(parents=True)
-    policy.save_pretrained(tmp); pre.save_pretrained(tmp); post.save_pretrained(tmp)
+    tmp, old = (
+        folder.with_name(folder.name + '.tmp'),
+        folder.with_name(folder.name + '.old'),
+    )
+    for d in (tmp, old):
+        shutil.rmtree(d, ignore_errors=True)
+    state = tmp / 'training_state'
+    state.mkdir(parents=True)
+    policy.save_pretrained(tmp)
+    pre.save_pretrained(tmp)
+    post.save_pretrained(tmp)
     save_optimizer(optimizer, state)
     save_file({'torch': torch.get_rng_state()}, str(state / 'rng.safetensors'))
-    (state / 'state.json').write_text(json.dumps(dict(step=step, sampler=sampler.state_dict())))
+    (state / 'state.json').write_text(
+        json.dumps(dict(step=step, sampler=sampler.state_dict()))
+    )
     (tmp / 'provenance.json').write_text(json.dumps(extra, indent=1))
-    if folder.exists(): folder.rename(old)
-    tmp.rename(folder); shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    tmp.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/11_train.ipynb #70f100f6
 def find_checkpoint(folder: Path) -> Path | None:
-    "The newest whole checkpoint at `folder`: itself, or the one a killed save left as `.old`."
+    """The newest whole checkpoint at `folder`: itself, or the one a killed save left as
+    `.old`.
+    """
     for c in (folder, folder.with_name(folder.name + '.old')):
-        if (c / 'training_state' / 'state.json').exists(): return c
+        if (c / 'training_state' / 'state.json').exists():
+            return c
+
 
 def load_checkpoint(folder: Path, policy, optimizer, sampler) -> int:
-    "Restore policy, optimizer, sampler and random state; returns the step. Raises `ValueError` for a truncated or foreign one."
+    """Restore policy, optimizer, sampler and random state; returns the step.
+
+    Raises `ValueError` for a truncated or foreign one.
+    """
     file = folder / 'model.safetensors'
     check_checkpoint(file, policy)
     policy.load_state_dict(load_file(str(file)))
@@ -145,71 +233,181 @@ def load_checkpoint(folder: Path, policy, optimizer, sampler) -> int:
     load_optimizer(optimizer, folder / 'training_state')
     state = json.loads((folder / 'training_state' / 'state.json').read_text())
     sampler.load_state_dict(state['sampler'])
-    torch.set_rng_state(load_file(str(folder / 'training_state' / 'rng.safetensors'))['torch'])
+    torch.set_rng_state(
+        load_file(str(folder / 'training_state' / 'rng.safetensors'))['torch']
+    )
     return state['step']
 
 # %% ../nbs/11_train.ipynb #1abbdd46
 def mask_values(policy) -> dict[str, torch.Tensor]:
-    "SALR's masks as the model uses them, {'k': (layers, i, j, h), 'v': ...} float32; empty for a policy without masks."
-    found = [b.rerep for b in policy.model.blocks if hasattr(b.rerep, 'k') and hasattr(b.rerep.k, 'gate')]
-    return {w: torch.stack([getattr(r, w).gate().detach().float().cpu() for r in found]) for w in 'kv'} if found else {}
+    """SALR's masks as the model uses them, {'k': (layers, i, j, h), 'v': ...} float32;
+    empty for a policy without masks.
+    """
+    found = [
+        b.rerep
+        for b in policy.model.blocks
+        if hasattr(b.rerep, 'k') and hasattr(b.rerep.k, 'gate')
+    ]
+    return (
+        {
+            w: torch.stack([getattr(r, w).gate().detach().float().cpu() for r in found])
+            for w in 'kv'
+        }
+        if found
+        else {}
+    )
 
 # %% ../nbs/11_train.ipynb #4fac1094
 class MaskHistory:
-    "Masks along training: `file` holds step (n,) and k, v (n, layers, i, j, h); rows after `step` (of a run that was killed) are dropped."
+    """Masks along training: `file` holds step (n,) and k, v (n, layers, i, j, h); rows
+    after `step` (of a run that was killed) are dropped.
+    """
+
     def __init__(self, file: Path, step: int = 0):
         self.file, self.rows = Path(file), {}
         if step and self.file.exists():
             t = load_file(str(self.file))
-            self.rows = {int(n): {w: t[w][i].clone() for w in 'kv'} for i, n in enumerate(t['step']) if n <= step}
+            self.rows = {
+                int(n): {w: t[w][i].clone() for w in 'kv'}
+                for i, n in enumerate(t['step'])
+                if n <= step
+            }
 
     def add(self, step: int, policy) -> None:
         "Note the masks of `policy` after `step`; nothing for a policy without masks."
-        if m := mask_values(policy): self.rows[step] = m
+        if m := mask_values(policy):
+            self.rows[step] = m
 
     def save(self) -> None:
         "Write all rows under a temporary name, then rename."
-        if not self.rows: return
+        if not self.rows:
+            return
         tmp = self.file.with_name(self.file.name + '.tmp')
-        save_file({'step': torch.tensor(list(self.rows))} | {w: torch.stack([r[w] for r in self.rows.values()]) for w in 'kv'}, str(tmp))
+        save_file(
+            {'step': torch.tensor(list(self.rows))}
+            | {w: torch.stack([r[w] for r in self.rows.values()]) for w in 'kv'},
+            str(tmp),
+        )
         tmp.replace(self.file)
 
 # %% ../nbs/11_train.ipynb #a27ecec2
 def preprocess(pre, batch: dict) -> dict:
-    "A batch of `HistoryDataset` through LeRobot's preprocessor (normalisation, tokens), keeping what is ours."
-    return pre({k: v for k, v in batch.items() if k not in ('episode_index', 'frame_index')})
+    """A batch of `HistoryDataset` through LeRobot's preprocessor (normalisation, tokens),
+    keeping what is ours.
+    """
+    return pre(
+        {k: v for k, v in batch.items() if k not in ('episode_index', 'frame_index')}
+    )
 
 # %% ../nbs/11_train.ipynb #0fa32513
-def train(dataset: LeRobotDataset, out: str | Path, tc: TrainConfig = TrainConfig(), store=None, resume: bool = True, until: int | None = None, progress: bool = True, init_from=None,
-          allow_short: bool = True, tolerance_s: float | None = None, **config) -> Path:
-    "Train HALO on `dataset` into `out/checkpoint` (a LeRobot policy folder); resumes by itself. `until` stops early; `init_from` starts from a policy folder's weights. Returns the folder."
-    out = Path(out); out.mkdir(parents=True, exist_ok=True); target = out / 'checkpoint'
-    acc = Accelerator(cpu=not torch.cuda.is_available()); set_seed(tc.seed)
+def train(
+    dataset: LeRobotDataset,
+    out: str | Path,
+    tc: TrainConfig = TrainConfig(),
+    store=None,
+    resume: bool = True,
+    until: int | None = None,
+    progress: bool = True,
+    init_from=None,
+    allow_short: bool = True,
+    tolerance_s: float | None = None,
+    **config,
+) -> Path:
+    """Train HALO on `dataset` into `out/checkpoint` (a LeRobot policy folder); resumes by
+    itself. `until` stops early; `init_from` starts from a policy folder's weights. Returns
+    the folder.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    target = out / 'checkpoint'
+    acc = Accelerator(cpu=not torch.cuda.is_available())
+    set_seed(tc.seed)
     found = find_checkpoint(target) if resume else None
-    policy, pre, post = make_policy(dataset, init_from=None if found else init_from, load_vlm=not found, **config)
+    policy, pre, post = make_policy(
+        dataset, init_from=None if found else init_from, load_vlm=not found, **config
+    )
     m = policy.config.model
-    data = HistoryDataset(dataset, m, policy.config.roles, store_root=store, stats=True,
-                          allow_short=allow_short, tolerance_s=tolerance_s)
+    data = HistoryDataset(
+        dataset,
+        m,
+        policy.config.roles,
+        store_root=store,
+        stats=True,
+        allow_short=allow_short,
+        tolerance_s=tolerance_s,
+    )
     sampler = EpisodeSampler(len(data), tc.batch, seed=tc.seed)
-    optimizer = torch.optim.AdamW(param_groups(policy, tc.weight_decay), lr=tc.lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        param_groups(policy, tc.weight_decay), lr=tc.lr, betas=(0.9, 0.95)
+    )
     step, log_file = 0, out / 'log.jsonl'
-    if found: step = load_checkpoint(found, policy, optimizer, sampler)
-    log = [l for l in map(json.loads, log_file.read_text().splitlines())][:] if step and log_file.exists() else []
-    log = [l for l in log if l['step'] <= step]; log_file.write_text(''.join(json.dumps(l) + '\n' for l in log))
-    masks, every = MaskHistory(out / 'masks.safetensors', step), tc.masks_every or max(1, tc.steps // 40)
-    if not step: masks.add(0, policy)
-    policy, optimizer = acc.prepare(policy, optimizer); policy.train()
-    stop, t0, recent = min(tc.steps, until or tc.steps), time.time() - (log[-1]['seconds'] if log else 0), []
-    bar = tqdm(total=tc.steps, initial=step, desc=out.name, unit='step', disable=not progress, mininterval=2, file=sys.stdout)
+    if found:
+        step = load_checkpoint(found, policy, optimizer, sampler)
+    log = (
+        [l for l in map(json.loads, log_file.read_text().splitlines())][:]
+        if step and log_file.exists()
+        else []
+    )
+    log = [l for l in log if l['step'] <= step]
+    log_file.write_text(''.join(json.dumps(l) + '\n' for l in log))
+    masks, every = (
+        MaskHistory(out / 'masks.safetensors', step),
+        tc.masks_every or max(1, tc.steps // 40),
+    )
+    if not step:
+        masks.add(0, policy)
+    policy, optimizer = acc.prepare(policy, optimizer)
+    policy.train()
+    stop, t0, recent = (
+        min(tc.steps, until or tc.steps),
+        time.time() - (log[-1]['seconds'] if log else 0),
+        [],
+    )
+    bar = tqdm(
+        total=tc.steps,
+        initial=step,
+        desc=out.name,
+        unit='step',
+        disable=not progress,
+        mininterval=2,
+        file=sys.stdout,
+    )
     while step < stop:
-        for g in optimizer.param_groups: g['lr'] = tc.lr * lr_at(step, tc)
-        loss, norm = train_step(policy, preprocess(pre, data.batch(next(sampler))), optimizer, tc.clip)
-        step += 1; recent.append(loss); bar.update()
+        for g in optimizer.param_groups:
+            g['lr'] = tc.lr * lr_at(step, tc)
+        loss, norm = train_step(
+            policy, preprocess(pre, data.batch(next(sampler))), optimizer, tc.clip
+        )
+        step += 1
+        recent.append(loss)
+        bar.update()
         if step % tc.log_every == 0 or step == stop:
-            log.append(dict(step=step, loss=float(np.mean(recent)), grad_norm=norm, lr=optimizer.param_groups[0]['lr'], seconds=round(time.time() - t0, 1))); recent = []
-            with log_file.open('a') as f: f.write(json.dumps(log[-1]) + '\n')
+            log.append(
+                dict(
+                    step=step,
+                    loss=float(np.mean(recent)),
+                    grad_norm=norm,
+                    lr=optimizer.param_groups[0]['lr'],
+                    seconds=round(time.time() - t0, 1),
+                )
+            )
+            recent = []
+            with log_file.open('a') as f:
+                f.write(json.dumps(log[-1]) + '\n')
             bar.set_postfix(loss=f"{log[-1]['loss']:.3f}")
-        if step % every == 0 or step == tc.steps: masks.add(step, acc.unwrap_model(policy))
-        if step % tc.save_every == 0 or step == stop: masks.save(); save_checkpoint(target, acc.unwrap_model(policy), pre, post, optimizer, sampler, step, provenance(dataset, tc, time.time() - t0, log))
+        if step % every == 0 or step == tc.steps:
+            masks.add(step, acc.unwrap_model(policy))
+        if step % tc.save_every == 0 or step == stop:
+            masks.save()
+            save_checkpoint(
+                target,
+                acc.unwrap_model(policy),
+                pre,
+                post,
+                optimizer,
+                sampler,
+                step,
+                provenance(dataset, tc, time.time() - t0, log),
+            )
     bar.close()
     return target

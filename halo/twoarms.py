@@ -11,30 +11,35 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
 import numpy as np
 from lerobot.robots import Robot, RobotConfig
 
 # %% ../nbs/27_your_robot.ipynb #y0000005
-FPS = 30                                              # control ticks and pictures per second
+FPS = 30  # control ticks and pictures per second
 JOINTS = [f'{side}_{k}.pos' for side in ('left', 'right') for k in range(7)]
-CAMERAS = {'overhead': (96, 128), 'left_hand': (60, 80), 'right_hand': (72, 96)}   # height, width in pixels
+# height, width in pixels
+CAMERAS = {'overhead': (96, 128), 'left_hand': (60, 80), 'right_hand': (72, 96)}
 TASKS = ('touch the red button', 'touch the blue button')
-BASES, LINKS = np.array([[-0.35, 0.0], [0.35, 0.0]]), (0.38, 0.32)                 # m
-REST = np.array([2.4, -2.4])                          # shoulder, elbow of a resting left arm, rad
-TOUCH = 0.06                                          # m between hand and button that count as a touch
+BASES, LINKS = np.array([[-0.35, 0.0], [0.35, 0.0]]), (0.38, 0.32)  # m
+REST = np.array([2.4, -2.4])  # shoulder, elbow of a resting left arm, rad
+TOUCH = 0.06  # m between hand and button that count as a touch
 COLOURS = {'red': (200, 50, 45), 'blue': (50, 80, 200)}
 
 # %% ../nbs/27_your_robot.ipynb #y0000007
 def hand(side: int, shoulder: float, elbow: float) -> tuple[np.ndarray, np.ndarray]:
     "Elbow and hand (2,) in m of the left (0) or right (1) arm."
     at = BASES[side] + LINKS[0] * np.array([np.cos(shoulder), np.sin(shoulder)])
-    return at, at + LINKS[1] * np.array([np.cos(shoulder + elbow), np.sin(shoulder + elbow)])
+    return at, at + LINKS[1] * np.array(
+        [np.cos(shoulder + elbow), np.sin(shoulder + elbow)]
+    )
+
 
 def reach(side: int, goal: np.ndarray) -> np.ndarray:
     "Shoulder and elbow (2,) in rad that bring the hand to `goal` (2,), the elbow outside."
     d = np.asarray(goal) - BASES[side]
     r = np.clip(np.hypot(*d), 0.1, sum(LINKS) - 1e-3)
-    bend = np.arccos((r**2 - LINKS[0]**2 - LINKS[1]**2) / (2 * LINKS[0] * LINKS[1]))
+    bend = np.arccos((r**2 - LINKS[0] ** 2 - LINKS[1] ** 2) / (2 * LINKS[0] * LINKS[1]))
     elbow = -bend if side == 0 else bend
     inner = np.arctan2(LINKS[1] * np.sin(elbow), LINKS[0] + LINKS[1] * np.cos(elbow))
     return np.array([np.arctan2(d[1], d[0]) - inner, elbow])
@@ -46,8 +51,13 @@ def segment(grid: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     t = np.clip(((grid - a) @ ab) / (ab @ ab), 0, 1)
     return np.linalg.norm(grid - a - t[..., None] * ab, axis=-1)
 
-def picture(size: tuple[int, int], centre: np.ndarray, half: float, arms: list, buttons: dict) -> np.ndarray:
-    "The table (H, W, 3) uint8 around `centre`, `half` m to each side; `arms`: (base, elbow, hand), `buttons`: colour -> place."
+
+def picture(
+    size: tuple[int, int], centre: np.ndarray, half: float, arms: list, buttons: dict
+) -> np.ndarray:
+    """The table (H, W, 3) uint8 around `centre`, `half` m to each side; `arms`: (base,
+    elbow, hand), `buttons`: colour -> place.
+    """
     h, w = size
     x = centre[0] + half * np.linspace(-1, 1, w)
     y = centre[1] + half * h / w * np.linspace(1, -1, h)
@@ -63,8 +73,13 @@ def picture(size: tuple[int, int], centre: np.ndarray, half: float, arms: list, 
 
 # %% ../nbs/27_your_robot.ipynb #y000000c
 class Desk:
-    "The desk. Actions are joint targets (14,) in rad; `success` once the named button is touched."
-    def __init__(self, seed: int = 0): self.reset(seed)
+    """The desk.
+
+    Actions are joint targets (14,) in rad; `success` once the named button is touched.
+    """
+
+    def __init__(self, seed: int = 0):
+        self.reset(seed)
 
     def reset(self, seed: int) -> None:
         "Lay out the buttons of episode `seed`."
@@ -82,12 +97,16 @@ class Desk:
 
     def hands(self) -> list[tuple]:
         "(base, elbow, hand) of both arms."
-        return [(BASES[s], *hand(s, *self.joints[7 * s:7 * s + 2])) for s in (0, 1)]
+        return [(BASES[s], *hand(s, *self.joints[7 * s : 7 * s + 2])) for s in (0, 1)]
 
     def see(self) -> dict[str, np.ndarray]:
         "All cameras' pictures."
         arms = self.hands()
-        at = {'overhead': (np.array([0.0, 0.38]), 0.75), 'left_hand': (arms[0][2], 0.2), 'right_hand': (arms[1][2], 0.2)}
+        at = {
+            'overhead': (np.array([0.0, 0.38]), 0.75),
+            'left_hand': (arms[0][2], 0.2),
+            'right_hand': (arms[1][2], 0.2),
+        }
         return {c: picture(size, *at[c], arms, self.buttons) for c, size in CAMERAS.items()}
 
     def step(self, target: np.ndarray) -> None:
@@ -102,13 +121,15 @@ class Desk:
         place = self.buttons[self.task.split()[2]]
         return any(np.linalg.norm(tip - place) < TOUCH for *_, tip in self.hands())
 
+# %% ../nbs/27_your_robot.ipynb #153daedb
 def full(two: np.ndarray) -> np.ndarray:
     "Seven joints from shoulder and elbow: four that follow, and a gripper."
     s, e = two
     return np.array([s, e, 0.5 * s, -0.5 * e, 0.2 * (s + e), 0.1 * s, 0.02])
 
 # %% ../nbs/27_your_robot.ipynb #y000000e
-TICKS = 54   # of an episode, 1.8 s
+TICKS = 54  # of an episode, 1.8 s
+
 
 def expert(desk: Desk, rng: np.random.Generator) -> np.ndarray:
     "The demonstrator's target (14,) at the desk's present tick."
@@ -117,27 +138,42 @@ def expert(desk: Desk, rng: np.random.Generator) -> np.ndarray:
     share = np.clip((desk.ticks - 3) / 32, 0, 1)
     share = share**2 * (3 - 2 * share)
     out = Desk.rest()
-    start = out[7 * side:7 * side + 2]
-    out[7 * side:7 * side + 7] = full(start + share * (reach(side, place) - start))
+    start = out[7 * side : 7 * side + 2]
+    out[7 * side : 7 * side + 7] = full(start + share * (reach(side, place) - start))
     out += rng.normal(0, 0.004, 14)
     out[6] = 0.02
     return out
 
+# %% ../nbs/27_your_robot.ipynb #6610c499
 def record(folder, episodes: int, seed: int = 0):
     "A LeRobotDataset v3.0 of demonstrations at `folder`, with videos."
     from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
     names = ['height', 'width', 'channels']
-    features = {f'observation.images.{c}': dict(dtype='video', shape=(*s, 3), names=names) for c, s in CAMERAS.items()}
-    features |= {k: dict(dtype='float32', shape=(14,), names=JOINTS) for k in ('observation.state', 'action')}
+    features = {
+        f'observation.images.{c}': dict(dtype='video', shape=(*s, 3), names=names)
+        for c, s in CAMERAS.items()
+    }
+    features |= {
+        k: dict(dtype='float32', shape=(14,), names=JOINTS)
+        for k in ('observation.state', 'action')
+    }
     encoder = RGBEncoderConfig(vcodec='h264', preset='ultrafast')
-    data = LeRobotDataset.create('me/two_arms', FPS, features, folder, use_videos=True, rgb_encoder=encoder)
+    data = LeRobotDataset.create(
+        'me/two_arms', FPS, features, folder, use_videos=True, rgb_encoder=encoder
+    )
     for e in range(seed, seed + episodes):
         desk, rng = Desk(e), np.random.default_rng([e, 1])
         for _ in range(TICKS):
             frame = {f'observation.images.{c}': p for c, p in desk.see().items()}
-            state, target = desk.joints.astype(np.float32), expert(desk, rng).astype(np.float32)
-            data.add_frame(frame | {'observation.state': state, 'action': target, 'task': desk.task})
+            state, target = (
+                desk.joints.astype(np.float32),
+                expert(desk, rng).astype(np.float32),
+            )
+            data.add_frame(
+                frame | {'observation.state': state, 'action': target, 'task': desk.task}
+            )
             desk.step(target)
         data.save_episode(parallel_encoding=False)
     data.finalize()
@@ -146,23 +182,33 @@ def record(folder, episodes: int, seed: int = 0):
 # %% ../nbs/27_your_robot.ipynb #y000001d
 def planned_hands(chunk: np.ndarray) -> np.ndarray:
     "Paths (2, s, 2) in m of both hands along an action chunk (s, 14)."
-    return np.array([[hand(s, *a[7 * s:7 * s + 2])[1] for a in chunk] for s in (0, 1)])
+    return np.array([[hand(s, *a[7 * s : 7 * s + 2])[1] for a in chunk] for s in (0, 1)])
+
 
 def observation(desk: Desk, task: str | None = None) -> dict:
     "What the desk shows, as LeRobot's raw observation."
     import torch
-    views = {f'observation.images.{c}': torch.from_numpy(p).permute(2, 0, 1).float() / 255 for c, p in desk.see().items()}
-    return views | {'observation.state': torch.from_numpy(desk.joints).float(), 'task': task or desk.task}
+
+    views = {
+        f'observation.images.{c}': torch.from_numpy(p).permute(2, 0, 1).float() / 255
+        for c, p in desk.see().items()
+    }
+    return views | {
+        'observation.state': torch.from_numpy(desk.joints).float(),
+        'task': task or desk.task,
+    }
 
 # %% ../nbs/27_your_robot.ipynb #y0000022
 @RobotConfig.register_subclass('two_arms')
 @dataclass(kw_only=True)
 class TwoArmsConfig(RobotConfig):
     seed: int = 0
-    log: str = ''     # JSON file written on disconnecting
+    log: str = ''  # JSON file written on disconnecting
 
+# %% ../nbs/27_your_robot.ipynb #ac90dae3
 class TwoArms(Robot):
     "The desk behind LeRobot's interface for robots."
+
     config_class, name = TwoArmsConfig, 'two_arms'
 
     def __init__(self, config: TwoArmsConfig):
@@ -170,22 +216,29 @@ class TwoArms(Robot):
         self.config, self.desk, self.connected = config, Desk(config.seed), False
 
     @cached_property
-    def observation_features(self) -> dict: return {j: float for j in JOINTS} | {c: (*s, 3) for c, s in CAMERAS.items()}
+    def observation_features(self) -> dict:
+        return {j: float for j in JOINTS} | {c: (*s, 3) for c, s in CAMERAS.items()}
 
     @cached_property
-    def action_features(self) -> dict: return {j: float for j in JOINTS}
+    def action_features(self) -> dict:
+        return {j: float for j in JOINTS}
 
     @property
-    def is_connected(self) -> bool: return self.connected
+    def is_connected(self) -> bool:
+        return self.connected
 
     @property
-    def is_calibrated(self) -> bool: return True
+    def is_calibrated(self) -> bool:
+        return True
 
-    def calibrate(self) -> None: "Nothing to calibrate."
+    def calibrate(self) -> None:
+        "Nothing to calibrate."
 
-    def configure(self) -> None: "Nothing to configure."
+    def configure(self) -> None:
+        "Nothing to configure."
 
-    def connect(self, calibrate: bool = True) -> None: self.connected = True
+    def connect(self, calibrate: bool = True) -> None:
+        self.connected = True
 
     def get_observation(self) -> dict:
         "Joints in rad and pictures."
@@ -194,7 +247,10 @@ class TwoArms(Robot):
     def send_action(self, action: dict) -> dict:
         "Move towards the targets. Raises `ValueError` for joints it does not have."
         if set(action) != set(JOINTS):
-            raise ValueError(f"the robot takes {JOINTS}, got {sorted(action)}; use the policy trained for it")
+            raise ValueError(
+                f"the robot takes {JOINTS}, got {sorted(action)}; use the policy trained"
+                " for it"
+            )
         self.desk.step(np.array([action[j] for j in JOINTS]))
         return action
 
@@ -202,5 +258,7 @@ class TwoArms(Robot):
         "Write the log."
         self.connected = False
         if self.config.log:
-            seen = dict(task=self.desk.task, success=bool(self.desk.success), ticks=self.desk.ticks)
+            seen = dict(
+                task=self.desk.task, success=bool(self.desk.success), ticks=self.desk.ticks
+            )
             Path(self.config.log).write_text(json.dumps(seen))

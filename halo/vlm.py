@@ -4,19 +4,29 @@
 
 # %% ../nbs/02_vlm.ipynb #2040419b
 from __future__ import annotations
+
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
-import torch, torch.nn as nn, torch.nn.functional as F
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.masking_utils import create_causal_mask
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (Qwen2_5_VLModel, Qwen2_5_VLVisionAttention, Qwen2_5_VisionPatchEmbed,
-    apply_multimodal_rotary_pos_emb, apply_rotary_pos_emb_vision, rotate_half)
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionPatchEmbed,
+    Qwen2_5_VLModel,
+    Qwen2_5_VLVisionAttention,
+    apply_multimodal_rotary_pos_emb,
+    apply_rotary_pos_emb_vision,
+)
 from transformers.utils import is_flash_attn_2_available
+
 from .config import ModelConfig, preset
 
 # %% auto #0
@@ -28,71 +38,171 @@ __all__ = ['SPECIAL', 'TINY_VOCAB', 'tiny_tokenizer', 'get_tokenizer', 'Observat
            'build_qwen', 'split_qwen', 'encode']
 
 # %% ../nbs/02_vlm.ipynb #f71dc7a5
-SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>', '<|image_pad|>', '<|video_pad|>')
-
-_SENTENCES = [f'{verb} the {obj} {where}' for verb in ('put', 'place', 'move', 'push', 'pick up', 'lift', 'stack', 'slide', 'turn', 'open', 'close', 'press', 'insert')
-              for obj in ('red cube', 'green block', 'blue puck', 'yellow ball', 'puck', 'drawer', 'door', 'button', 'bowl', 'cup', 'plate', 'spoon', 'carrot', 'lid', 'handle')
-              for where in ('on the pad that flashed red', 'on the pad that flashed green', 'on the pad that flashed blue', 'into the box', 'in the drawer',
-                            'to the left', 'to the right', 'on the table', 'and place it in the basket')]
+SPECIAL = (
+    '<|endoftext|>',
+    '<|im_start|>',
+    '<|im_end|>',
+    '<|vision_start|>',
+    '<|vision_end|>',
+    '<|image_pad|>',
+    '<|video_pad|>',
+)
+_SENTENCES = [
+    f'{verb} the {obj} {where}'
+    for verb in (
+        'put',
+        'place',
+        'move',
+        'push',
+        'pick up',
+        'lift',
+        'stack',
+        'slide',
+        'turn',
+        'open',
+        'close',
+        'press',
+        'insert',
+    )
+    for obj in (
+        'red cube',
+        'green block',
+        'blue puck',
+        'yellow ball',
+        'puck',
+        'drawer',
+        'door',
+        'button',
+        'bowl',
+        'cup',
+        'plate',
+        'spoon',
+        'carrot',
+        'lid',
+        'handle',
+    )
+    for where in (
+        'on the pad that flashed red',
+        'on the pad that flashed green',
+        'on the pad that flashed blue',
+        'into the box',
+        'in the drawer',
+        'to the left',
+        'to the right',
+        'on the table',
+        'and place it in the basket',
+    )
+]
 
 # %% ../nbs/02_vlm.ipynb #68a7e8f9
-TINY_VOCAB = {512: '8e4a1c8b550b'}   # size -> fingerprint
+TINY_VOCAB = {512: '8e4a1c8b550b'}  # size -> fingerprint
+
 
 @lru_cache
 def tiny_tokenizer(vocab: int = 512) -> PreTrainedTokenizerFast:
     "Offline byte-level BPE with Qwen's special tokens; ids 0..6 are the special ones."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=list(SPECIAL), show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tok.pre_tokenizer, tok.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(SPECIAL),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tok.train_from_iterator(_SENTENCES, trainer)
-    print_of = hashlib.sha256(repr(sorted(tok.get_vocab().items())).encode()).hexdigest()[:12]
+    print_of = hashlib.sha256(repr(sorted(tok.get_vocab().items())).encode()).hexdigest()[
+        :12
+    ]
     if print_of != (want := TINY_VOCAB.get(vocab, print_of)):
-        raise RuntimeError(f"the tiny tokenizer came out as {print_of}, checkpoints expect {want}: install the pinned tokenizers version")
-    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token='<|im_end|>', pad_token='<|endoftext|>')
+        raise RuntimeError(
+            f"the tiny tokenizer came out as {print_of}, checkpoints expect {want}: install"
+            " the pinned tokenizers version"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, eos_token='<|im_end|>', pad_token='<|endoftext|>'
+    )
 
 # %% ../nbs/02_vlm.ipynb #7cd6fff7
 def get_tokenizer(name: str):
-    "The tokenizer `name`: 'tiny' (offline), a folder, or a hub id. Raises `OSError` with the way to get the files."
-    if name == 'tiny': return tiny_tokenizer()
-    try: return AutoTokenizer.from_pretrained(name)
+    """The tokenizer `name`: 'tiny' (offline), a folder, or a hub id.
+
+    Raises `OSError` with the way to get the files.
+    """
+    if name == 'tiny':
+        return tiny_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name)
     except Exception as e:
-        raise OSError(f"tokenizer {name!r} is neither a folder nor to be had from the hub ({type(e).__name__}); download it once with "
-                      f"`hf download {name} --include 'tokenizer*' 'vocab*' 'merges*' --local-dir DIR` and give that folder") from e
+        raise OSError(
+            f"tokenizer {name!r} is neither a folder nor to be had from the hub"
+            f" ({type(e).__name__}); download it once with `hf download {name} --include"
+            " 'tokenizer*' 'vocab*' 'merges*' --local-dir DIR` and give that folder"
+        ) from e
 
 # %% ../nbs/02_vlm.ipynb #e26c323d
 @dataclass
 class Observation:
     "A batch of what the policy sees at one control tick."
-    history: Tensor       # (b, n, 3, S, S) uint8, oldest first, aligned right; n may be 0
-    history_mask: Tensor  # (b, n) bool, which frames exist
-    views: list[Tensor]   # per view (b, 3, H_v, W_v) uint8, primary first
-    view_mask: Tensor     # (b, v) bool, which views exist
-    text: Tensor          # (b, w) token ids of the instruction
-    text_mask: Tensor     # (b, w) bool
-    state: Tensor         # (b, d) float, normalised, padded to `max_state_dim`
 
-    def __len__(self): return self.state.shape[0]
-    def to(self, device): return Observation(*(([v.to(device) for v in x] if isinstance(x, list) else x.to(device)) for x in vars(self).values()))
+    history: Tensor  # (b, n, 3, S, S) uint8, oldest first, aligned right; n may be 0
+    history_mask: Tensor  # (b, n) bool, which frames exist
+    views: list[Tensor]  # per view (b, 3, H_v, W_v) uint8, primary first
+    view_mask: Tensor  # (b, v) bool, which views exist
+    text: Tensor  # (b, w) token ids of the instruction
+    text_mask: Tensor  # (b, w) bool
+    state: Tensor  # (b, d) float, normalised, padded to `max_state_dim`
+
+    def __len__(self):
+        return self.state.shape[0]
+
+    def to(self, device):
+        return Observation(
+            *(
+                ([v.to(device) for v in x] if isinstance(x, list) else x.to(device))
+                for x in vars(self).values()
+            )
+        )
 
 # %% ../nbs/02_vlm.ipynb #16e26f44
 def normalize_pixels(x: Tensor) -> Tensor:
-    "`uint8` (..., 3, H, W) -> float32 with CLIP's mean and standard deviation, in the order of operations of transformers' processors."
+    """`uint8` (..., 3, H, W) -> float32 with CLIP's mean and standard deviation, in the
+    order of operations of transformers' processors.
+    """
     mean = torch.tensor(OPENAI_CLIP_MEAN, device=x.device) * 255.0
     std = torch.tensor(OPENAI_CLIP_STD, device=x.device) * 255.0
     return (x.float() - mean[:, None, None]) / std[:, None, None]
 
 # %% ../nbs/02_vlm.ipynb #066a2015
-def patchify(x: Tensor,       # (m, t, 3, H, W) normalised; t even
-             patch: int = 14, merge: int = 2, temporal: int = 2) -> Tensor:
-    "Patches (m * t/2 * H/14 * W/14, 3*2*14*14) in Qwen's order: time, token row, token column, then the 2x2 patches of a token."
+# (m, t, 3, H, W) normalised; t even
+def patchify(x: Tensor, patch: int = 14, merge: int = 2, temporal: int = 2) -> Tensor:
+    """Patches (m * t/2 * H/14 * W/14, 3*2*14*14) in Qwen's order: time, token row, token
+    column, then the 2x2 patches of a token.
+    """
     m, t, c, h, w = x.shape
-    x = x.view(m, t // temporal, temporal, c, h // patch // merge, merge, patch, w // patch // merge, merge, patch)
+    x = x.view(
+        m,
+        t // temporal,
+        temporal,
+        c,
+        h // patch // merge,
+        merge,
+        patch,
+        w // patch // merge,
+        merge,
+        patch,
+    )
     return x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(-1, c * temporal * patch * patch)
 
 # %% ../nbs/02_vlm.ipynb #52a6241d
 def frame_pairs(mask: Tensor) -> list[Tensor]:
-    "For each row of a (b, n) mask aligned right: indices (2p,) of its frames in pairs, the last repeated if their number is odd."
+    """For each row of a (b, n) mask aligned right: indices (2p,) of its frames in pairs,
+    the last repeated if their number is odd.
+    """
     n, out = mask.shape[1], []
     for k in mask.sum(1).tolist():
         idx = torch.arange(n - k, n)
@@ -101,38 +211,53 @@ def frame_pairs(mask: Tensor) -> list[Tensor]:
 
 # %% ../nbs/02_vlm.ipynb #4150a3f5
 @lru_cache(maxsize=4096)
-def rope_positions(layout: tuple,      # parts in order: ('text', length) | ('image'|'video', t, h, w) in tokens
-                   interval: float     # temporal positions between two temporal patches of a video
-                  ) -> Tensor:
-    "Positions (3, l) of time, height and width under Qwen2.5-VL's rule; each part starts after the largest position so far."
+# parts in order: ('text', length) | ('image'|'video', t, h, w) in tokens
+def rope_positions(
+    layout: tuple,
+    # temporal positions between two temporal patches of a video
+    interval: float,
+) -> Tensor:
+    """Positions (3, l) of time, height and width under Qwen2.5-VL's rule; each part starts
+    after the largest position so far.
+    """
     parts, start = [], 0
     for kind, *size in layout:
-        if kind == 'text': pos = torch.arange(size[0]).expand(3, -1)
+        if kind == 'text':
+            pos = torch.arange(size[0]).expand(3, -1)
         else:
             t, h, w = torch.meshgrid(*(torch.arange(s) for s in size), indexing='ij')
-            pos = torch.stack([(t * (interval if kind == 'video' else 1)).long(), h, w]).flatten(1)
+            pos = torch.stack(
+                [(t * (interval if kind == 'video' else 1)).long(), h, w]
+            ).flatten(1)
         parts.append(pos + start)
-        if pos.numel(): start += int(pos.max()) + 1
+        if pos.numel():
+            start += int(pos.max()) + 1
     return torch.cat(parts, 1)
 
 # %% ../nbs/02_vlm.ipynb #2117e594
 @dataclass
 class Packed:
     "A batch in Qwen's input form; rows are padded on the left."
-    input_ids: Tensor        # (b, l)
-    attention_mask: Tensor   # (b, l) bool
-    position_ids: Tensor     # (3, b, l)
-    pixels_video: Tensor     # (patches, 1176) of all histories, row by row
-    grid_video: Tensor       # (videos, 3) patches in time, height, width
-    pixels_image: Tensor     # (patches, 1176) of all present views, row by row
-    grid_image: Tensor       # (images, 3)
-    groups: list[dict]       # per row: name -> slice of tokens ('history', 'view0', ..., 'text'), for looking inside
+
+    input_ids: Tensor  # (b, l)
+    attention_mask: Tensor  # (b, l) bool
+    position_ids: Tensor  # (3, b, l)
+    pixels_video: Tensor  # (patches, 1176) of all histories, row by row
+    grid_video: Tensor  # (videos, 3) patches in time, height, width
+    pixels_image: Tensor  # (patches, 1176) of all present views, row by row
+    grid_image: Tensor  # (images, 3)
+    # per row: name -> slice of tokens ('history', 'view0', ..., 'text'), for looking inside
+    groups: list[dict]
 
 # %% ../nbs/02_vlm.ipynb #3749dbc6
 def row_layout(pairs: int, side: int, views: list[tuple[int, int]], words: int) -> tuple:
-    "Parts of one row: history of `pairs` temporal patches of side x side tokens, views of (h, w) tokens, instruction. Vision blocks stand between a start and an end token."
+    """Parts of one row: history of `pairs` temporal patches of side x side tokens, views of
+    (h, w) tokens, instruction. Vision blocks stand between a start and an end token.
+    """
     out = []
-    for kind, grid in ([('video', (pairs, side, side))] if pairs else []) + [('image', (1, h, w)) for h, w in views]:
+    for kind, grid in ([('video', (pairs, side, side))] if pairs else []) + [
+        ('image', (1, h, w)) for h, w in views
+    ]:
         out += [('text', 1), (kind, *grid), ('text', 1)]
     return tuple(out) + (('text', words),)
 
@@ -141,8 +266,18 @@ def row_ids(layout: tuple, words: list[int], ids: dict[str, int]) -> list[int]:
     "Token ids of one row."
     out = []
     for k, (kind, *size) in enumerate(layout[:-1]):
-        if kind == 'text': out.append(ids['<|vision_start|>' if layout[k + 1][0] in ('video', 'image') else '<|vision_end|>'])
-        else: out += [ids[f'<|{kind}_pad|>']] * (size[0] * size[1] * size[2])
+        if kind == 'text':
+            out.append(
+                ids[
+                    (
+                        '<|vision_start|>'
+                        if layout[k + 1][0] in ('video', 'image')
+                        else '<|vision_end|>'
+                    )
+                ]
+            )
+        else:
+            out += [ids[f'<|{kind}_pad|>']] * (size[0] * size[1] * size[2])
     return out + words
 
 # %% ../nbs/02_vlm.ipynb #9dc8cfbd
@@ -151,57 +286,141 @@ def row_groups(layout: tuple, offset: int) -> dict[str, slice]:
     out, at, view = {}, offset, 0
     for k, (kind, *size) in enumerate(layout):
         n = size[0] if kind == 'text' else size[0] * size[1] * size[2]
-        if kind == 'video': out['history'] = slice(at, at + n)
-        elif kind == 'image': out[f'view{view}'] = slice(at, at + n); view += 1
-        elif k == len(layout) - 1: out['text'] = slice(at, at + n)
+        if kind == 'video':
+            out['history'] = slice(at, at + n)
+        elif kind == 'image':
+            out[f'view{view}'] = slice(at, at + n)
+            view += 1
+        elif k == len(layout) - 1:
+            out['text'] = slice(at, at + n)
         at += n
     return out
 
 # %% ../nbs/02_vlm.ipynb #29e97741
 @lru_cache
 def special_ids(tokenizer: str) -> dict[str, int]:
-    "Ids of Qwen's special tokens. The real tokenizer's are fixed (151643 ...), so no file is needed for them."
-    if tokenizer == 'tiny': return {s: i for i, s in enumerate(SPECIAL)}
-    qwen = {'<|endoftext|>': 151643, '<|im_start|>': 151644, '<|im_end|>': 151645, '<|vision_start|>': 151652, '<|vision_end|>': 151653,
-            '<|image_pad|>': 151655, '<|video_pad|>': 151656}
+    """Ids of Qwen's special tokens.
+
+    The real tokenizer's are fixed (151643 ...), so no file is needed for them.
+    """
+    if tokenizer == 'tiny':
+        return {s: i for i, s in enumerate(SPECIAL)}
+    qwen = {
+        '<|endoftext|>': 151643,
+        '<|im_start|>': 151644,
+        '<|im_end|>': 151645,
+        '<|vision_start|>': 151652,
+        '<|vision_end|>': 151653,
+        '<|image_pad|>': 151655,
+        '<|video_pad|>': 151656,
+    }
     return {s: qwen[s] for s in SPECIAL}
 
 # %% ../nbs/02_vlm.ipynb #5c87f998
-def image_tensors(obs: Observation, cfg: ModelConfig) -> tuple[Tensor, Tensor, Tensor, Tensor, list, list]:
-    "Patches and grids of all histories and all present views, row by row; tokens per row for the layout."
+def image_tensors(
+    obs: Observation, cfg: ModelConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list, list]:
+    """Patches and grids of all histories and all present views, row by row; tokens per row
+    for the layout.
+    """
     v, dev = cfg.vision, obs.state.device
     pairs = frame_pairs(obs.history_mask.cpu())
-    video = [patchify(normalize_pixels(obs.history[i, idx.to(dev)])[None], v.patch, v.merge, v.temporal_patch) for i, idx in enumerate(pairs) if len(idx)]
+    video = [
+        patchify(
+            normalize_pixels(obs.history[i, idx.to(dev)])[None],
+            v.patch,
+            v.merge,
+            v.temporal_patch,
+        )
+        for i, idx in enumerate(pairs)
+        if len(idx)
+    ]
     side = obs.history.shape[-1] // v.patch
-    grid_video = torch.tensor([[len(idx) // 2, side, side] for idx in pairs if len(idx)], dtype=torch.long).reshape(-1, 3)
+    grid_video = torch.tensor(
+        [[len(idx) // 2, side, side] for idx in pairs if len(idx)], dtype=torch.long
+    ).reshape(-1, 3)
     image, grids, shapes = [], [], []
-    patches = [patchify(normalize_pixels(x)[:, None].expand(-1, v.temporal_patch, -1, -1, -1), v.patch, v.merge, v.temporal_patch).view(len(x), -1, 3 * v.temporal_patch * v.patch**2) for x in obs.views]
+    patches = [
+        patchify(
+            normalize_pixels(x)[:, None].expand(-1, v.temporal_patch, -1, -1, -1),
+            v.patch,
+            v.merge,
+            v.temporal_patch,
+        ).view(len(x), -1, 3 * v.temporal_patch * v.patch**2)
+        for x in obs.views
+    ]
     for i, present in enumerate(obs.view_mask.tolist()):
         here = [k for k, p in enumerate(present) if p]
         image += [patches[k][i] for k in here]
-        gs = [(obs.views[k].shape[-2] // v.patch, obs.views[k].shape[-1] // v.patch) for k in here]
-        grids += [[1, *g] for g in gs]; shapes.append([(h // v.merge, w // v.merge) for h, w in gs])
+        gs = [
+            (obs.views[k].shape[-2] // v.patch, obs.views[k].shape[-1] // v.patch)
+            for k in here
+        ]
+        grids += [[1, *g] for g in gs]
+        shapes.append([(h // v.merge, w // v.merge) for h, w in gs])
     none = torch.zeros(0, 3 * v.temporal_patch * v.patch**2, device=dev)
-    return torch.cat(video or [none]), grid_video, torch.cat(image or [none]), torch.tensor(grids, dtype=torch.long).reshape(-1, 3), [len(p) // 2 for p in pairs], shapes
+    return (
+        torch.cat(video or [none]),
+        grid_video,
+        torch.cat(image or [none]),
+        torch.tensor(grids, dtype=torch.long).reshape(-1, 3),
+        [len(p) // 2 for p in pairs],
+        shapes,
+    )
 
 # %% ../nbs/02_vlm.ipynb #a910dd17
 def pack(obs: Observation, cfg: ModelConfig) -> Packed:
-    "Observation -> Qwen's inputs, left-padded. Raises `ValueError` for an empty instruction or views whose sides are not multiples of patch x merge."
+    """Observation -> Qwen's inputs, left-padded.
+
+    Raises `ValueError` for an empty instruction or views whose sides are not multiples of
+    patch x merge.
+    """
     f = cfg.vision.factor
     for k, x in enumerate(obs.views):
-        if x.shape[-2] % f or x.shape[-1] % f: raise ValueError(f"view {k} is {x.shape[-2]}x{x.shape[-1]} pixels; resize it to multiples of {f} (halo.sampling.resize_view)")
+        if x.shape[-2] % f or x.shape[-1] % f:
+            raise ValueError(
+                f"view {k} is {x.shape[-2]}x{x.shape[-1]} pixels; resize it to multiples of"
+                f" {f} (halo.sampling.resize_view)"
+            )
     words = [t[m].tolist() for t, m in zip(obs.text.cpu(), obs.text_mask.cpu().bool())]
-    if not all(words): raise ValueError(f"the instruction of sample {[bool(w) for w in words].index(False)} is empty; give the task in words (the dataset's 'task' field)")
+    if not all(words):
+        raise ValueError(
+            f"the instruction of sample {[bool(w) for w in words].index(False)} is empty;"
+            " give the task in words (the dataset's 'task' field)"
+        )
     pv, gv, pi, gi, pairs, shapes = image_tensors(obs, cfg)
     ids = special_ids(cfg.tokenizer)
-    layouts = [row_layout(p, obs.history.shape[-1] // f, s, len(w)) for p, s, w in zip(pairs, shapes, words)]
+    layouts = [
+        row_layout(p, obs.history.shape[-1] // f, s, len(w))
+        for p, s, w in zip(pairs, shapes, words)
+    ]
     rows = [row_ids(lay, w, ids) for lay, w in zip(layouts, words)]
-    interval = cfg.vision.tokens_per_second * cfg.vision.temporal_patch * cfg.sampling.history_stride / cfg.sampling.fps
+    interval = (
+        cfg.vision.tokens_per_second
+        * cfg.vision.temporal_patch
+        * cfg.sampling.history_stride
+        / cfg.sampling.fps
+    )
     b, l, dev = len(rows), max(map(len, rows)), obs.state.device
-    input_ids = torch.full((b, l), ids['<|endoftext|>']); mask = torch.zeros(b, l, dtype=torch.bool); pos = torch.zeros(3, b, l, dtype=torch.long)
+    input_ids = torch.full((b, l), ids['<|endoftext|>'])
+    mask = torch.zeros(b, l, dtype=torch.bool)
+    pos = torch.zeros(3, b, l, dtype=torch.long)
     for i, (row, lay) in enumerate(zip(rows, layouts)):
-        input_ids[i, l - len(row):], mask[i, l - len(row):], pos[:, i, l - len(row):] = torch.tensor(row), True, rope_positions(lay, interval)
-    return Packed(input_ids.to(dev), mask.to(dev), pos.to(dev), pv, gv.to(dev), pi, gi.to(dev), [row_groups(lay, l - len(r)) for lay, r in zip(layouts, rows)])
+        input_ids[i, l - len(row) :], mask[i, l - len(row) :], pos[:, i, l - len(row) :] = (
+            torch.tensor(row),
+            True,
+            rope_positions(lay, interval),
+        )
+    return Packed(
+        input_ids.to(dev),
+        mask.to(dev),
+        pos.to(dev),
+        pv,
+        gv.to(dev),
+        pi,
+        gi.to(dev),
+        [row_groups(lay, l - len(r)) for lay, r in zip(layouts, rows)],
+    )
 
 # %% ../nbs/02_vlm.ipynb #1d5d21d0
 def reference_processor(tokenizer):
@@ -209,123 +428,247 @@ def reference_processor(tokenizer):
     from transformers import Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
     size = dict(shortest_edge=28 * 28, longest_edge=1 << 30)
-    return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=dict(size)))
+    return Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=dict(size))
+    )
 
 # %% ../nbs/02_vlm.ipynb #71e72bc5
 def reference_inputs(obs: Observation, i: int, text: str, tokenizer, fps: float):
-    "The processor's own inputs for row `i` of `obs` (history frames per second `fps`), for tests."
+    """The processor's own inputs for row `i` of `obs` (history frames per second `fps`),
+    for tests.
+    """
     from transformers.video_utils import VideoMetadata
+
     block = lambda kind: f'<|vision_start|><|{kind}_pad|><|vision_end|>'
-    frames, views = obs.history[i][obs.history_mask[i]], [v[i] for v, m in zip(obs.views, obs.view_mask[i]) if m]
+    frames, views = (
+        obs.history[i][obs.history_mask[i]],
+        [v[i] for v, m in zip(obs.views, obs.view_mask[i]) if m],
+    )
     kw, prompt = {}, ''
     if len(frames):
         prompt += block('video')
-        kw |= dict(videos=[frames], video_metadata=[VideoMetadata(total_num_frames=len(frames), fps=fps, frames_indices=list(range(len(frames))))], do_sample_frames=False)
-    if views: prompt += block('image') * len(views); kw |= dict(images=views)
+        kw |= dict(
+            videos=[frames],
+            video_metadata=[
+                VideoMetadata(
+                    total_num_frames=len(frames),
+                    fps=fps,
+                    frames_indices=list(range(len(frames))),
+                )
+            ],
+            do_sample_frames=False,
+        )
+    if views:
+        prompt += block('image') * len(views)
+        kw |= dict(images=views)
     return reference_processor(tokenizer)(text=[prompt + text], return_tensors='pt', **kw)
 
 # %% ../nbs/02_vlm.ipynb #3b0fc148
 def installed_positions(packed: Packed, cfg: ModelConfig) -> Tensor:
     "Positions (3, b, l) from the installed transformers' own `get_rope_index`."
     ids = special_ids(cfg.tokenizer)
-    kinds = (packed.input_ids == ids['<|image_pad|>']).int() + 2 * (packed.input_ids == ids['<|video_pad|>']).int()
-    with torch.device('meta'): shell = Qwen2_5_VLModel(qwen_config(cfg, layers=1, depth=1))
+    kinds = (packed.input_ids == ids['<|image_pad|>']).int() + 2 * (
+        packed.input_ids == ids['<|video_pad|>']
+    ).int()
+    with torch.device('meta'):
+        shell = Qwen2_5_VLModel(qwen_config(cfg, layers=1, depth=1))
     spg = cfg.vision.temporal_patch * cfg.sampling.history_stride / cfg.sampling.fps
-    return shell.get_rope_index(packed.input_ids, kinds, packed.grid_image.cpu(), packed.grid_video.cpu(), [spg] * len(packed.grid_video), packed.attention_mask.int())[0]
+    return shell.get_rope_index(
+        packed.input_ids,
+        kinds,
+        packed.grid_image.cpu(),
+        packed.grid_video.cpu(),
+        [spg] * len(packed.grid_video),
+        packed.attention_mask.int(),
+    )[0]
 
 # %% ../nbs/02_vlm.ipynb #1aef5bd7
 def attention_backend(dtype: torch.dtype = torch.float32) -> str:
-    "'flash_attention_2' where it can run (CUDA, half precision, flash-attn installed), 'sdpa' elsewhere."
+    """'flash_attention_2' where it can run (CUDA, half precision, flash-attn installed),
+    'sdpa' elsewhere.
+    """
     half = dtype in (torch.bfloat16, torch.float16)
-    return 'flash_attention_2' if half and torch.cuda.is_available() and is_flash_attn_2_available() else 'sdpa'
+    return (
+        'flash_attention_2'
+        if half and torch.cuda.is_available() and is_flash_attn_2_available()
+        else 'sdpa'
+    )
 
 # %% ../nbs/02_vlm.ipynb #ab0aeaa0
 def qwen_config(cfg: ModelConfig, layers: int = 0, depth: int = 0) -> Qwen2_5_VLConfig:
     "transformers' configuration for our sizes (`layers`, `depth`: overrides for shells)."
     v, t, ids = cfg.vision, cfg.text, special_ids(cfg.tokenizer)
     return Qwen2_5_VLConfig(
-        text_config=dict(hidden_size=t.width, intermediate_size=t.mlp, num_hidden_layers=layers or t.layers, num_attention_heads=t.heads, num_key_value_heads=t.kv_heads,
-                         vocab_size=t.vocab, max_position_embeddings=128000, rms_norm_eps=1e-6, rope_parameters=dict(rope_type='default', rope_theta=t.rope_theta, mrope_section=list(t.mrope_section))),
-        vision_config=dict(depth=depth or v.depth, hidden_size=v.width, num_heads=v.heads, intermediate_size=v.mlp, patch_size=v.patch, spatial_merge_size=v.merge, temporal_patch_size=v.temporal_patch,
-                           window_size=v.window, fullatt_block_indexes=list(v.full_attention), tokens_per_second=v.tokens_per_second, out_hidden_size=t.width),
-        image_token_id=ids['<|image_pad|>'], video_token_id=ids['<|video_pad|>'], vision_start_token_id=ids['<|vision_start|>'], vision_end_token_id=ids['<|vision_end|>'],
-        attn_implementation=attention_backend(getattr(torch, cfg.dtype)))
+        text_config=dict(
+            hidden_size=t.width,
+            intermediate_size=t.mlp,
+            num_hidden_layers=layers or t.layers,
+            num_attention_heads=t.heads,
+            num_key_value_heads=t.kv_heads,
+            vocab_size=t.vocab,
+            max_position_embeddings=128000,
+            rms_norm_eps=1e-6,
+            rope_parameters=dict(
+                rope_type='default',
+                rope_theta=t.rope_theta,
+                mrope_section=list(t.mrope_section),
+            ),
+        ),
+        vision_config=dict(
+            depth=depth or v.depth,
+            hidden_size=v.width,
+            num_heads=v.heads,
+            intermediate_size=v.mlp,
+            patch_size=v.patch,
+            spatial_merge_size=v.merge,
+            temporal_patch_size=v.temporal_patch,
+            window_size=v.window,
+            fullatt_block_indexes=list(v.full_attention),
+            tokens_per_second=v.tokens_per_second,
+            out_hidden_size=t.width,
+        ),
+        image_token_id=ids['<|image_pad|>'],
+        video_token_id=ids['<|video_pad|>'],
+        vision_start_token_id=ids['<|vision_start|>'],
+        vision_end_token_id=ids['<|vision_end|>'],
+        attn_implementation=attention_backend(getattr(torch, cfg.dtype)),
+    )
 
 # %% ../nbs/02_vlm.ipynb #ee0e950e
 def equal_pieces(cu_seqlens: Tensor) -> list[Tensor]:
     "Pieces of a packed sequence as indices (m, n), one tensor for each length n."
     lengths = cu_seqlens.diff()
-    return [(cu_seqlens[:-1][lengths == n, None] + torch.arange(n, device=cu_seqlens.device)).long() for n in lengths.unique().tolist()]
+    return [
+        (
+            cu_seqlens[:-1][lengths == n, None] + torch.arange(n, device=cu_seqlens.device)
+        ).long()
+        for n in lengths.unique().tolist()
+    ]
 
 # %% ../nbs/02_vlm.ipynb #b618918b
 class StackedVisionAttention(Qwen2_5_VLVisionAttention):
-    "Qwen's vision attention; pieces of equal length run as one batch. `cu_seqlens.pieces`, where it is set, saves finding them (and, on a GPU, waiting for it)."
-    def forward(self, hidden_states, cu_seqlens, rotary_pos_emb=None, position_embeddings=None, **kw):
-        if self.config._attn_implementation != 'sdpa': return super().forward(hidden_states, cu_seqlens, rotary_pos_emb, position_embeddings, **kw)
+    """Qwen's vision attention; pieces of equal length run as one batch.
+
+    `cu_seqlens.pieces`, where it is set, saves finding them (and, on a GPU, waiting for
+    it).
+    """
+
+    def forward(
+        self, hidden_states, cu_seqlens, rotary_pos_emb=None, position_embeddings=None, **kw
+    ):
+        if self.config._attn_implementation != 'sdpa':
+            return super().forward(
+                hidden_states, cu_seqlens, rotary_pos_emb, position_embeddings, **kw
+            )
         m = hidden_states.shape[0]
         q, k, v = self.qkv(hidden_states).view(m, 3, self.num_heads, -1).unbind(1)
         q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
         out = torch.empty_like(q)
         for idx in getattr(cu_seqlens, 'pieces', None) or equal_pieces(cu_seqlens):
-            a = F.scaled_dot_product_attention(*(x[idx].transpose(1, 2) for x in (q, k, v)), scale=self.scaling)
+            a = F.scaled_dot_product_attention(
+                *(x[idx].transpose(1, 2) for x in (q, k, v)), scale=self.scaling
+            )
             out = out.index_copy(0, idx.flatten(), a.transpose(1, 2).flatten(0, 1))
         return self.proj(out.reshape(m, -1))
 
 # %% ../nbs/02_vlm.ipynb #1bf6aa22
 class MatmulPatchEmbed(Qwen2_5_VisionPatchEmbed):
     "Qwen's patch embedding as a matrix product."
+
     def forward(self, hidden_states):
         w = self.proj.weight
         return F.linear(hidden_states.to(w.dtype), w.flatten(1))
 
 # %% ../nbs/02_vlm.ipynb #b8a063f1
 def exchange_vision_parts(visual) -> None:
-    "Put `StackedVisionAttention` and `MatmulPatchEmbed` into a Qwen2.5-VL vision tower, keeping its parameters."
-    def swap(old, new): new.__dict__.update(old.__dict__); return new
-    for block in visual.blocks: block.attn = swap(block.attn, StackedVisionAttention.__new__(StackedVisionAttention))
-    visual.patch_embed = swap(visual.patch_embed, MatmulPatchEmbed.__new__(MatmulPatchEmbed))
+    """Put `StackedVisionAttention` and `MatmulPatchEmbed` into a Qwen2.5-VL vision tower,
+    keeping its parameters.
+    """
+
+    def swap(old, new):
+        new.__dict__.update(old.__dict__)
+        return new
+
+    for block in visual.blocks:
+        block.attn = swap(
+            block.attn, StackedVisionAttention.__new__(StackedVisionAttention)
+        )
+    visual.patch_embed = swap(
+        visual.patch_embed, MatmulPatchEmbed.__new__(MatmulPatchEmbed)
+    )
 
 # %% ../nbs/02_vlm.ipynb #fe86252d
 @dataclass
 class Context:
     "What every layer needs besides the hidden state."
-    mask: Tensor | None       # as the attention backend wants it
+
+    mask: Tensor | None  # as the attention backend wants it
     rope: tuple[Tensor, Tensor] | None  # cos, sin (3, b, l, h)
-    valid: Tensor             # (b, l) bool, tokens that exist
-    next_position: Tensor     # (b,) first position after the sequence
-    positions: Tensor         # (b, l) largest of each token's three positions
+    valid: Tensor  # (b, l) bool, tokens that exist
+    next_position: Tensor  # (b,) first position after the sequence
+    positions: Tensor  # (b, l) largest of each token's three positions
 
 # %% ../nbs/02_vlm.ipynb #06289cbe
 class VLMEmbedding(nn.Module):
     "Vision tower and token embedding."
+
     def __init__(self, qwen: Qwen2_5_VLModel, cfg: ModelConfig):
         super().__init__()
-        self.visual, self.embed_tokens, self.rotary = qwen.visual, qwen.language_model.embed_tokens, qwen.language_model.rotary_emb
+        self.visual, self.embed_tokens, self.rotary = (
+            qwen.visual,
+            qwen.language_model.embed_tokens,
+            qwen.language_model.rotary_emb,
+        )
         self.cfg, self.text_config = cfg, qwen.config.text_config
         exchange_vision_parts(self.visual)
 
     def image_features(self, p: Packed) -> tuple[Tensor, Tensor]:
-        "Tokens of all histories and of all views: (tokens, width) each; the tower runs once over both."
-        grid, nv = torch.cat([p.grid_video, p.grid_image]), int(p.grid_video.prod(1).sum()) // self.cfg.vision.merge ** 2
-        if not len(grid): return (self.embed_tokens.weight[:0],) * 2
-        x = self.visual(torch.cat([p.pixels_video, p.pixels_image]).to(self.visual.dtype), grid).pooler_output
+        """Tokens of all histories and of all views: (tokens, width) each; the tower runs
+        once over both.
+        """
+        grid, nv = (
+            torch.cat([p.grid_video, p.grid_image]),
+            int(p.grid_video.prod(1).sum()) // self.cfg.vision.merge**2,
+        )
+        if not len(grid):
+            return (self.embed_tokens.weight[:0],) * 2
+        x = self.visual(
+            torch.cat([p.pixels_video, p.pixels_image]).to(self.visual.dtype), grid
+        ).pooler_output
         return x[:nv], x[nv:]
 
     def forward(self, p: Packed) -> tuple[Tensor, Context]:
         ids, x = special_ids(self.cfg.tokenizer), self.embed_tokens(p.input_ids)
         video, image = self.image_features(p)
         for name, feats in (('video', video), ('image', image)):
-            x = x.masked_scatter((p.input_ids == ids[f'<|{name}_pad|>'])[..., None], feats.to(x.dtype))
-        pos = p.position_ids if self.cfg.sampling.positions == 'qwen' else installed_positions(p, self.cfg).to(x.device)
+            x = x.masked_scatter(
+                (p.input_ids == ids[f'<|{name}_pad|>'])[..., None], feats.to(x.dtype)
+            )
+        pos = (
+            p.position_ids
+            if self.cfg.sampling.positions == 'qwen'
+            else installed_positions(p, self.cfg).to(x.device)
+        )
         full = bool(p.attention_mask.all())
-        mask = create_causal_mask(config=self.text_config, inputs_embeds=x, attention_mask=None if full else p.attention_mask, past_key_values=None)
-        return x, Context(mask, self.rotary(x, pos), p.attention_mask, pos.amax((0, 2)) + 1, pos.amax(0))
+        mask = create_causal_mask(
+            config=self.text_config,
+            inputs_embeds=x,
+            attention_mask=None if full else p.attention_mask,
+            past_key_values=None,
+        )
+        return x, Context(
+            mask, self.rotary(x, pos), p.attention_mask, pos.amax((0, 2)) + 1, pos.amax(0)
+        )
 
 # %% ../nbs/02_vlm.ipynb #935d92e7
 class _Capture(Cache):
     "A one-slot cache: remembers what a decoder layer would cache, with its gradients."
-    def __init__(self): self.kv = None
+
+    def __init__(self):
+        self.kv = None
+
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         self.kv = key_states, value_states
         return self.kv
@@ -333,25 +676,42 @@ class _Capture(Cache):
 # %% ../nbs/02_vlm.ipynb #58740579
 class VLMLayer(nn.Module):
     "One decoder layer of Qwen2.5-VL that hands out its keys and values."
-    def __init__(self, layer): super().__init__(); self.layer = layer
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         "(b, l, width) -> next hidden state, K (b, j, l, h) after RoPE, V (b, j, l, h)."
         cap = _Capture()
-        x = self.layer(x, attention_mask=ctx.mask, position_embeddings=ctx.rope, past_key_values=cap)
+        x = self.layer(
+            x, attention_mask=ctx.mask, position_embeddings=ctx.rope, past_key_values=cap
+        )
         return x, *cap.kv
 
 # %% ../nbs/02_vlm.ipynb #5a2687b6
 class LastVLMLayer(nn.Module):
     "K and V of the last decoder layer; nothing else of it is used."
+
     def __init__(self, layer):
         super().__init__()
         a = layer.self_attn
-        self.input_layernorm, self.k_proj, self.v_proj = layer.input_layernorm, a.k_proj, a.v_proj
-        self.head_dim, self.section = a.head_dim, list(a.config.rope_parameters['mrope_section'])
+        self.input_layernorm, self.k_proj, self.v_proj = (
+            layer.input_layernorm,
+            a.k_proj,
+            a.v_proj,
+        )
+        self.head_dim, self.section = (
+            a.head_dim,
+            list(a.config.rope_parameters['mrope_section']),
+        )
 
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         h = self.input_layernorm(x)
-        k, v = (p(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.k_proj, self.v_proj))
+        k, v = (
+            p(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for p in (self.k_proj, self.v_proj)
+        )
         return x, apply_multimodal_rotary_pos_emb(k, k, *ctx.rope, self.section)[1], v
 
 # %% ../nbs/02_vlm.ipynb #07f70b1a
@@ -366,30 +726,47 @@ def init_fan_in(module: nn.Module) -> None:
     for m in module.modules():
         if isinstance(m, (nn.Linear, nn.Conv3d)):
             nn.init.normal_(m.weight, std=m.weight[0].numel() ** -0.5)
-            if m.bias is not None: nn.init.zeros_(m.bias)
-        elif isinstance(m, nn.Embedding): nn.init.normal_(m.weight)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.Embedding):
+            nn.init.normal_(m.weight)
 
 # %% ../nbs/02_vlm.ipynb #ffba5f8f
 def build_qwen(cfg: ModelConfig) -> Qwen2_5_VLModel:
-    "Qwen2.5-VL without its head: weights of `cfg.vlm_id` through `from_pretrained`, or random ones. Raises `OSError` with the way to get the files."
+    """Qwen2.5-VL without its head: weights of `cfg.vlm_id` through `from_pretrained`, or
+    random ones. Raises `OSError` with the way to get the files.
+    """
     dtype = getattr(torch, cfg.dtype)
     if cfg.vlm_id:
-        try: return Qwen2_5_VLModel.from_pretrained(cfg.vlm_id, dtype=dtype, attn_implementation=attention_backend(dtype))
+        try:
+            return Qwen2_5_VLModel.from_pretrained(
+                cfg.vlm_id, dtype=dtype, attn_implementation=attention_backend(dtype)
+            )
         except (OSError, ValueError) as e:
-            raise OSError(f"VLM weights {cfg.vlm_id!r} are neither a folder nor to be had from the hub; download them once with `hf download {cfg.vlm_id} --local-dir DIR` and set vlm_id=DIR, "
-                          "or set vlm_id='' for random weights") from e
+            raise OSError(
+                f"VLM weights {cfg.vlm_id!r} are neither a folder nor to be had from the"
+                f" hub; download them once with `hf download {cfg.vlm_id} --local-dir DIR`"
+                " and set vlm_id=DIR, or set vlm_id='' for random weights"
+            ) from e
     qwen = Qwen2_5_VLModel(qwen_config(cfg))
-    if cfg.init == 'fan_in' and qwen.device.type != 'meta': init_fan_in(qwen)
+    if cfg.init == 'fan_in' and qwen.device.type != 'meta':
+        init_fan_in(qwen)
     return qwen.to(dtype)
 
 # %% ../nbs/02_vlm.ipynb #21a05268
-def split_qwen(qwen: Qwen2_5_VLModel, cfg: ModelConfig) -> tuple[VLMEmbedding, list[nn.Module]]:
+def split_qwen(
+    qwen: Qwen2_5_VLModel, cfg: ModelConfig
+) -> tuple[VLMEmbedding, list[nn.Module]]:
     "Qwen2.5-VL as HALO keeps it: embedding and layers, the last one reduced to K and V."
     layers = qwen.language_model.layers
-    return VLMEmbedding(qwen, cfg), [VLMLayer(l) for l in layers[:-1]] + [LastVLMLayer(layers[-1])]
+    return VLMEmbedding(qwen, cfg), [VLMLayer(l) for l in layers[:-1]] + [
+        LastVLMLayer(layers[-1])
+    ]
 
 # %% ../nbs/02_vlm.ipynb #695a231f
-def encode(embedding: VLMEmbedding, layers: list[nn.Module], packed: Packed) -> tuple[list[tuple[Tensor, Tensor]], Context]:
+def encode(
+    embedding: VLMEmbedding, layers: list[nn.Module], packed: Packed
+) -> tuple[list[tuple[Tensor, Tensor]], Context]:
     "KV cache of all layers (equation 3): a list of K, V (b, j, l, h), and the context."
     x, ctx = embedding(packed)
     cache = []

@@ -1,12 +1,17 @@
-"""Every command that this repository prints: collected, made quick, run in a clone made of what git holds.
+"""Every command that this repository prints: collected, made quick, run in a clone made of
+what git holds.
 
-The clone lies below a folder whose name has a space and an umlaut; HOME is empty; data/, outputs/ and runs/
-are not there. RULES says how a command becomes quick and what must be there before it, VALUES what its
-placeholders stand for, EXCUSED which commands cannot run here, and why. All others run as they are printed.
+The clone lies below a folder whose name has a space and an umlaut; HOME is empty; data/,
+outputs/ and runs/
+are not there. RULES says how a command becomes quick and what must be there before it,
+VALUES what its
+placeholders stand for, EXCUSED which commands cannot run here, and why. All others run as
+they are printed.
 
     python scripts/commands.py --list             # the table: what is printed, run, excused
     python scripts/commands.py --only mixture     # run the commands that hold a word
 """
+
 import argparse
 import ast
 import itertools
@@ -23,9 +28,20 @@ root = Path(__file__).resolve().parent.parent
 
 # ---- what is printed
 
-NAMES = (r'halo +[a-z]', r'make(?= +[a-z]+[a-z-]*\b|$)', r'scripts/\w+\.sh\b', r'lerobot-[\w-]+ +\S', r'torchrun +\S',
-         r'python +-m +(?:halo|lerobot|http)\b', r'python +(?:scripts|clients|tests)/\w+\.py',
-         r'accelerate +launch +\S', r'sbatch +\S', r'pip +install +\S', r'git +clone +\S', r'eval +"')
+NAMES = (
+    r'halo +[a-z]',
+    r'make(?= +[a-z]+[a-z-]*\b|$)',
+    r'scripts/\w+\.sh\b',
+    r'lerobot-[\w-]+ +\S',
+    r'torchrun +\S',
+    r'python +-m +(?:halo|lerobot|http)\b',
+    r'python +(?:scripts|clients|tests)/\w+\.py',
+    r'accelerate +launch +\S',
+    r'sbatch +\S',
+    r'pip +install +\S',
+    r'git +clone +\S',
+    r'eval +"',
+)
 OURS = re.compile(r'(?:[A-Z_]+=\S+ +)*(?:%s)' % '|'.join(NAMES))
 SHELL = {'sh', 'bash', 'shell', 'console', ''}
 FENCE = re.compile(r'^ *(`{3,})(\w*)[^\n]*\n(.*?)^ *\1 *$', re.M | re.S)
@@ -33,7 +49,10 @@ FENCE = re.compile(r'^ *(`{3,})(\w*)[^\n]*\n(.*?)^ *\1 *$', re.M | re.S)
 
 @dataclass(frozen=True)
 class Printed:
-    "A command, the document that prints it, and its block: a block's commands run one after the other."
+    """A command, the document that prints it, and its block: a block's commands run one
+    after the other.
+    """
+
     text: str
     where: str
     block: int
@@ -53,14 +72,21 @@ def uncomment(line):
 
 
 def shell_lines(text):
-    "The commands of a piece of shell: continued lines joined, comments and prompts dropped."
+    """The commands of a piece of shell: continued lines joined, comments and prompts
+    dropped.
+    """
     joined = re.sub(r'\\\n\s*', '', text)
-    lines = (uncomment(re.sub(r'^\s*\$ ', '', line)).strip() for line in joined.splitlines())
+    lines = (
+        uncomment(re.sub(r'^\s*\$ ', '', line)).strip() for line in joined.splitlines()
+    )
     return [re.sub(r' {2,}', ' ', line) for line in lines if line]
 
 
 def ours(text):
-    "`text` as a command of ours, or None. The [optional] parts and (remarks) of a usage go."
+    """`text` as a command of ours, or None.
+
+    The [optional] parts and (remarks) of a usage go.
+    """
     text = re.sub(r'\s+(?:\[[^\]]*\]|\(.*)(?=\s|$)', '', uncomment(text.strip()))
     text = re.sub(r' {2,}', ' ', text).strip()
     text = text if text.endswith(('...', ' .')) else text.rstrip('.,;')
@@ -80,16 +106,21 @@ def markdown(text):
         lines = shell_lines(m[3])
         if m[2] in SHELL and (m[2] or any(map(OURS.match, lines))):
             blocks.append(lines)
-    prose = re.sub(r'(?<=\S)\n(?=\S)', ' ', FENCE.sub('', text))          # a command may be broken over two lines
+    # a command may be broken over two lines
+    prose = re.sub(r'(?<=\S)\n(?=\S)', ' ', FENCE.sub('', text))
     return [*blocks, *([c] for c in inline(prose))]
 
 
 def lines_of(text):
-    "Commands in plain text: between backticks, in a line of their own, after a colon to the line's end."
+    """Commands in plain text: between backticks, in a line of their own, after a colon to
+    the line's end.
+    """
     found = inline(text)
     for line in re.sub(r'`[^`\n]*`', '', text).splitlines():
         line = line.strip()
-        after = [line[m.end():] for m in re.finditer(': ', line) if OURS.match(line[m.end():])]
+        after = [
+            line[m.end() :] for m in re.finditer(': ', line) if OURS.match(line[m.end() :])
+        ]
         parts = [line] if OURS.match(line) else after[:1]
         found += [c for p in parts if (c := ours(p))]
     return found
@@ -109,7 +140,11 @@ def notebook(path):
 
 def words(node):
     "The text of a string or f-string; what an f-string puts in is left out."
-    return ''.join(n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+    return ''.join(
+        n.value
+        for n in ast.walk(node)
+        if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    )
 
 
 def module(path):
@@ -137,7 +172,9 @@ def subcommands(path):
 
 
 def comments(path):
-    "Blocks of a configuration: commands in its comments, and between backticks in its notes."
+    """Blocks of a configuration: commands in its comments, and between backticks in its
+    notes.
+    """
     lines = path.read_text(encoding='utf-8').splitlines()
     said = [x for x in lines if x.startswith('#') and not x.startswith(('#!', '#SBATCH'))]
     yield lines_of('\n'.join(x.lstrip('# ') for x in said))
@@ -145,7 +182,9 @@ def comments(path):
 
 
 def makefile(path):
-    "What `make` alone prints: every target with a description, and the commands of the descriptions."
+    """What `make` alone prints: every target with a description, and the commands of the
+    descriptions.
+    """
     yield ['make']
     for m in re.finditer(r'^([a-z-]+):.*?## (.*)$', path.read_text(encoding='utf-8'), re.M):
         yield [f'make {m[1]}']
@@ -154,25 +193,35 @@ def makefile(path):
 
 def documents(project):
     "Every document that prints commands, with its blocks: (name, blocks)."
+
     def under(folder, *kinds):
-        found = (p for kind in kinds for p in (project/folder).rglob(f'*.{kind}'))
+        found = (p for kind in kinds for p in (project / folder).rglob(f'*.{kind}'))
         return [(p.relative_to(project).as_posix(), p) for p in sorted(found)]
-    yield 'README.md', markdown((project/'README.md').read_text(encoding='utf-8'))
-    yield 'Makefile', makefile(project/'Makefile')
+
+    yield 'README.md', markdown((project / 'README.md').read_text(encoding='utf-8'))
+    yield 'Makefile', makefile(project / 'Makefile')
     for name, p in under('nbs', 'ipynb'):
-        if not p.name.startswith('_') and p.name != 'index.ipynb' and '.ipynb_checkpoints' not in p.parts:
-            yield name, notebook(p)                                    # README.md is the index
+        if (
+            not p.name.startswith('_')
+            and p.name != 'index.ipynb'
+            and '.ipynb_checkpoints' not in p.parts
+        ):
+            yield name, notebook(p)  # README.md is the index
     for name, p in [*under('configs', 'yaml', 'sh', 'txt'), *under('scripts', 'sh')]:
         yield name, comments(p)
     for name, p in [*under('halo', 'py'), *under('clients', 'py'), *under('scripts', 'py')]:
         yield name, module(p)
-    yield 'halo/cli.py', [['halo'], *subcommands(project/'halo/cli.py')]
+    yield 'halo/cli.py', [['halo'], *subcommands(project / 'halo/cli.py')]
 
 
 def alternatives(text):
     "`a|b X` written out: a X, b X."
     m = re.search(r'(?<=\s)[a-z]+(?:\|[a-z]+)+(?=\s|$)', text)
-    return [text[:m.start()] + word + text[m.end():] for word in m[0].split('|')] if m else [text]
+    return (
+        [text[: m.start()] + word + text[m.end() :] for word in m[0].split('|')]
+        if m
+        else [text]
+    )
 
 
 def collect(project=root):
@@ -189,41 +238,80 @@ def collect(project=root):
 
 # ---- how it is run
 
+
 @dataclass(frozen=True)
 class Rule:
-    "What happens to commands in which `match` is found: all rules that match apply, in their order."
+    """What happens to commands in which `match` is found: all rules that match apply, in
+    their order.
+    """
+
     match: str
-    change: tuple = ()         # (pattern, replacement) pairs for re.sub
-    needs: tuple = ()          # what clone.Clone makes before
-    serves: str = ''           # it runs until it is stopped: its output, once it is up
-    slow: bool = False         # more than a few seconds: run by `pytest -m slow`
+    change: tuple = ()  # (pattern, replacement) pairs for re.sub
+    needs: tuple = ()  # what clone.Clone makes before
+    serves: str = ''  # it runs until it is stopped: its output, once it is up
+    slow: bool = False  # more than a few seconds: run by `pytest -m slow`
 
 
 LITTLE = '--preset tiny --history 8 --hop 4 --ticks 6 --rounds 2'
-ROLLOUT = ('--robot.discover_packages_path=mock_arm --robot.type=mock_arm --robot.log=log.json --task=put --fps=10 '
-           '--duration=2 --play_sounds=false --return_to_initial_position=false --device=cpu')
+ROLLOUT = (
+    '--robot.discover_packages_path=mock_arm --robot.type=mock_arm --robot.log=log.json'
+    ' --task=put --fps=10 --duration=2 --play_sounds=false'
+    ' --return_to_initial_position=false --device=cpu'
+)
 DATA = '--dataset.repo_id=halo/little --dataset.root=data/little'
+# skipped where there is no GPU
+# npm is not asked
+# 15 numbers of state
 RULES = (
     # names of programs
     Rule(r'^(halo \w+|python -m halo[.\w]*)$', ((r'$', ' --help'),)),
-    # make: the environment of this process is the clone's, so nothing is installed; the tests of one notebook, one file
+    # make: the environment of this process is the clone's, so nothing is installed; the
+    # tests of one notebook, one file
     Rule(r'^make\b', ((r'^make', 'make -o .venv/halo-setup.stamp'),)),
-    Rule(r'make .*\b(demo|demo-train)\b', ((r'(demo-train|demo)\b', r'\1 ARGS="--quick --out outputs/demo"'),), slow=True),
-    Rule(r'make .*\b(test|test-slow|test-sim|test-gpu|notebooks)$', ((r'$', ' NB=nbs/25_cli.ipynb'),), slow=True),
-    Rule(r'make .*\btest(?![\w-])', ((r'$', ' TESTS="tests/test_tables.py -k sources_of_every_row"'),)),
+    Rule(
+        r'make .*\b(demo|demo-train)\b',
+        ((r'(demo-train|demo)\b', r'\1 ARGS="--quick --out outputs/demo"'),),
+        slow=True,
+    ),
+    Rule(
+        r'make .*\b(test|test-slow|test-sim|test-gpu|notebooks)$',
+        ((r'$', ' NB=nbs/25_cli.ipynb'),),
+        slow=True,
+    ),
+    Rule(
+        r'make .*\btest(?![\w-])',
+        ((r'$', ' TESTS="tests/test_tables.py -k sources_of_every_row"'),),
+    ),
     Rule(r'make .*\btest-slow\b', ((r'$', ' TESTS="tests/test_data.py -k killed_build"'),)),
-    Rule(r'make .*\btest-sim\b', ((r'$', ' TESTS="tests/test_evaluate.py -k same_as_lerobot_in"'),)),
-    Rule(r'make .*\btest-gpu\b', ((r'$', ' TESTS=tests/test_gpu.py'),)),          # skipped where there is no GPU
-    Rule(r'make .*\btest-browser\b', ((r'$', ' TESTS="tests/test_sims.py -k scoring_form"'),), slow=True),
+    Rule(
+        r'make .*\btest-sim\b',
+        ((r'$', ' TESTS="tests/test_evaluate.py -k same_as_lerobot_in"'),),
+    ),
+    Rule(r'make .*\btest-gpu\b', ((r'$', ' TESTS=tests/test_gpu.py'),)),
+    Rule(
+        r'make .*\btest-browser\b',
+        ((r'$', ' TESTS="tests/test_sims.py -k scoring_form"'),),
+        slow=True,
+    ),
     Rule(r'make .*\brun$', ((r'$', ' NB=nbs/25_cli.ipynb'),)),
     Rule(r'make .*\brun\b', ((r'nbs/index.ipynb', 'nbs/25_cli.ipynb'),), slow=True),
     Rule(r'make .*\b(export|gates|lock|system)\b', slow=True),
-    Rule(r'make .*\bdocs\b', ((r'\bdocs( ARGS=\S+)?', 'docs ARGS="--bare"'),), slow=True),       # npm is not asked
-    Rule(r'make .*\blab\b', ((r'\blab\b', 'lab ARGS="--no-browser --port=PORT"'),), serves='is running at', slow=True),
+    Rule(r'make .*\bdocs\b', ((r'\bdocs( ARGS=\S+)?', 'docs ARGS="--bare"'),), slow=True),
+    Rule(
+        r'make .*\blab\b',
+        ((r'\blab\b', 'lab ARGS="--no-browser --port=PORT"'),),
+        serves='is running at',
+        slow=True,
+    ),
     Rule(r'scripts/(docs|check_site)\.py$', slow=True),
     Rule(r'docs\.py$', ((r'$', ' --bare'),)),
     Rule(r'check_site\.py$', needs=('site',)),
-    Rule(r'http\.server', ((r'-m http.server', '-u -m http.server PORT'),), serves='Serving HTTP', slow=True),
+    Rule(
+        r'http\.server',
+        ((r'-m http.server', '-u -m http.server PORT'),),
+        serves='Serving HTTP',
+        slow=True,
+    ),
     # installation: an index of empty wheels, clones of empty repositories
     Rule(r'pip install', needs=('wheels', 'clones')),
     Rule(r'pip install .*-e "?\.\[', slow=True),
@@ -231,76 +319,240 @@ RULES = (
     Rule(r'lavapipe\.sh', needs=('lavapipe',)),
     # recording, training, evaluation
     Rule(r'halo\.envs ', ((r'--episodes \d+', '--episodes 1'),), slow=True),
-    Rule(r'lerobot-train', ((r'--batch_size=\d+', '--batch_size=2 --num_workers=0'), (r'--steps=1000', '--steps=1'),
-                            (r'--steps=2000', '--steps=2')), slow=True),
-    Rule(r'lerobot-train\)?"? --policy.type=halo( \.\.\.)?$', (
-        (r'( \.\.\.)?$', f' {DATA} --policy.device=cpu --steps=1 --batch_size=1 --num_workers=0 --wandb.enable=false '
-         '--policy.push_to_hub=false'),), needs=('data',)),
-    Rule(r'lerobot-eval', ((r'\.path=…', '.path=checkpoints/flash_place/full --env.type=flash_place'),
-                           (r'( --eval\.\S+)*$', ' --eval.n_episodes=1 --eval.batch_size=1')), slow=True),
-    Rule(r'lerobot-rollout', ((r'--policy.path=\.\.\.|(?<=rollout )\.\.\.', '--policy.path=checkpoints/flash_place/full'),
-                              (r'$', f' {ROLLOUT}')), slow=True),
+    Rule(
+        r'lerobot-train',
+        (
+            (r'--batch_size=\d+', '--batch_size=2 --num_workers=0'),
+            (r'--steps=1000', '--steps=1'),
+            (r'--steps=2000', '--steps=2'),
+        ),
+        slow=True,
+    ),
+    Rule(
+        r'lerobot-train\)?"? --policy.type=halo( \.\.\.)?$',
+        (
+            (
+                r'( \.\.\.)?$',
+                (
+                    f' {DATA} --policy.device=cpu --steps=1 --batch_size=1 --num_workers=0'
+                    ' --wandb.enable=false --policy.push_to_hub=false'
+                ),
+            ),
+        ),
+        needs=('data',),
+    ),
+    Rule(
+        r'lerobot-eval',
+        (
+            (r'\.path=…', '.path=checkpoints/flash_place/full --env.type=flash_place'),
+            (r'( --eval\.\S+)*$', ' --eval.n_episodes=1 --eval.batch_size=1'),
+        ),
+        slow=True,
+    ),
+    Rule(
+        r'lerobot-rollout',
+        (
+            (
+                r'--policy.path=\.\.\.|(?<=rollout )\.\.\.',
+                '--policy.path=checkpoints/flash_place/full',
+            ),
+            (r'$', f' {ROLLOUT}'),
+        ),
+        slow=True,
+    ),
     Rule(r'halo (evaluate|demo) --bench', ((r'$', ' --episodes 1'),), slow=True),
     Rule(r'halo files NAME', ((r'NAME', 'configs/mixtures'),)),
-    Rule(r'--policy\.path=POLICY', ((r'--dataset\.\S+ --dataset\.\S+', DATA), (r'\.fps=\d+', '.fps=10'),
-                                   (r'\.device=cuda', '.device=cpu'), (r'--steps=\d+', '--steps=1')), ('data',), slow=True),
-    Rule(r'halo check (?!data/flash\S+$)', ((r'check \S+', 'check data/little'),), ('data',), slow=True),
+    Rule(
+        r'--policy\.path=POLICY',
+        (
+            (r'--dataset\.\S+ --dataset\.\S+', DATA),
+            (r'\.fps=\d+', '.fps=10'),
+            (r'\.device=cuda', '.device=cpu'),
+            (r'--steps=\d+', '--steps=1'),
+        ),
+        ('data',),
+        slow=True,
+    ),
+    Rule(
+        r'halo check (?!data/flash\S+$)',
+        ((r'check \S+', 'check data/little'),),
+        ('data',),
+        slow=True,
+    ),
     Rule(r'halo\.pretrain', ((r'$', ' --steps 2 --batch 2'),), slow=True),
-    Rule(r'halo\.baselines train', ((r'NAME', 'act'), (r'$', ' --steps 1')), ('demonstrations',), slow=True),
+    Rule(
+        r'halo\.baselines train',
+        ((r'NAME', 'act'), (r'$', ' --steps 1')),
+        ('demonstrations',),
+        slow=True,
+    ),
     Rule(r'halo\.scale (?!.*--dry-run)|halo train (?!--)', needs=('run',), slow=True),
-    Rule(r'accelerate launch', ((r'(--config_file \S+)', r'\1 --num_machines 1 --num_processes 1 --cpu'),
-                                (r'--machine_rank N --main_process_ip FIRST ', '')), slow=True),
+    Rule(
+        r'accelerate launch',
+        (
+            (r'(--config_file \S+)', r'\1 --num_machines 1 --num_processes 1 --cpu'),
+            (r'--machine_rank N --main_process_ip FIRST ', ''),
+        ),
+        slow=True,
+    ),
     Rule(r'sbatch|halo\.scale', needs=('run',), slow=True),
     Rule(r'test_scale\.py', ((r'NAME', 'parts'),), slow=True),
     Rule(r'halo\.mixture show MIXTURE', needs=('mixture',), slow=True),
-    Rule(r'halo\.mixture (check|stats|store)', ((r'$', ' --quiet'),), ('mixture',), slow=True),
+    Rule(
+        r'halo\.mixture (check|stats|store)', ((r'$', ' --quiet'),), ('mixture',), slow=True
+    ),
     Rule(r'halo\.mixture check oxe', ((r'check oxe', 'check LITTLE'),)),
     Rule(r'halo\.mixture (check|stats|store)(?!.*--root)', ((r'$', ' --root data'),)),
     Rule(r'halo\.mixture (check|stats|store)', ((r'$', ' --preset tiny'),)),
-    Rule(r'convert_dataset', ((r'--root=DIR', '--root=data/old'), (r'--repo-id=\S+', '--repo-id=halo/old')),
-         ('old data',), slow=True),
+    Rule(
+        r'convert_dataset',
+        ((r'--root=DIR', '--root=data/old'), (r'--repo-id=\S+', '--repo-id=halo/old')),
+        ('old data',),
+        slow=True,
+    ),
     # serving and simulators
-    Rule(r'halo serve --policy|halo\.serve --untrained', ((r'--untrained', '--untrained --policy checkpoints/flash_place/full'),
-                                                          (r'( --port \d+)?$', ' --port PORT')), serves='ws://', slow=True),
-    Rule(r'openpi_check', ((r'$', ' --episodes 1'), (r'/tmp/openpi', 'outputs/openpi_client')), ('simulator',), slow=True),
-    Rule(r'episode_check', ((r' --json bench/episodes.json', ' --episodes 2 --more 2 --json outputs/episodes.json'),), slow=True),
-    Rule(r'fuzz_serve', ((r'( --messages \d+ --clients \d+)?$', ' --messages 40 --clients 2 --rounds 1 --limit 120'),),
-         slow=True),
-    Rule(r'sim_check\.py', ((r'--python \S+', '--python VENV/bin/python --preset tiny'),), ('simulator',), slow=True),
-    Rule(r'sim_check\.py calvin', ((r'preset tiny', 'preset small'), (r'$', ' -- --limit 12'))),    # 15 numbers of state
+    Rule(
+        r'halo serve --policy|halo\.serve --untrained',
+        (
+            (r'--untrained', '--untrained --policy checkpoints/flash_place/full'),
+            (r'( --port \d+)?$', ' --port PORT'),
+        ),
+        serves='ws://',
+        slow=True,
+    ),
+    Rule(
+        r'openpi_check',
+        ((r'$', ' --episodes 1'), (r'/tmp/openpi', 'outputs/openpi_client')),
+        ('simulator',),
+        slow=True,
+    ),
+    Rule(
+        r'episode_check',
+        (
+            (
+                r' --json bench/episodes.json',
+                ' --episodes 2 --more 2 --json outputs/episodes.json',
+            ),
+        ),
+        slow=True,
+    ),
+    Rule(
+        r'fuzz_serve',
+        (
+            (
+                r'( --messages \d+ --clients \d+)?$',
+                ' --messages 40 --clients 2 --rounds 1 --limit 120',
+            ),
+        ),
+        slow=True,
+    ),
+    Rule(
+        r'sim_check\.py',
+        ((r'--python \S+', '--python VENV/bin/python --preset tiny'),),
+        ('simulator',),
+        slow=True,
+    ),
+    Rule(
+        r'sim_check\.py calvin',
+        ((r'preset tiny', 'preset small'), (r'$', ' -- --limit 12')),
+    ),
     Rule(r'sim_check\.py robomme', ((r'--limit \d+', '--limit 12'),)),
-    Rule(r'clients/calvin\.py', ((r'\bpython ', 'VENV/bin/python '), (r'--episodes \d+', '--episodes 1 --limit 12'),
-                                 (r'127.0.0.1:8000', '127.0.0.1:SERVED'), (r'^(?!CALVIN)', 'CALVIN_ROOT=calvin ')),
-         ('simulator', 'calvin served'), slow=True),
+    Rule(
+        r'clients/calvin\.py',
+        (
+            (r'\bpython ', 'VENV/bin/python '),
+            (r'--episodes \d+', '--episodes 1 --limit 12'),
+            (r'127.0.0.1:8000', '127.0.0.1:SERVED'),
+            (r'^(?!CALVIN)', 'CALVIN_ROOT=calvin '),
+        ),
+        ('simulator', 'calvin served'),
+        slow=True,
+    ),
     # benches and checks
-    Rule(r'(halo|halo\.) ?bench |halo\.bench ', ((r'( --preset \w+)?$', f' {LITTLE}'),), slow=True),
+    Rule(
+        r'(halo|halo\.) ?bench |halo\.bench ',
+        ((r'( --preset \w+)?$', f' {LITTLE}'),),
+        slow=True,
+    ),
     Rule(r'bench_gpu', ((r'( \S+\.json)', r' outputs/gpu.json salr --try'),), slow=True),
-    Rule(r'bench_cpu\.sh', ((r'(\.sh).*', r'\1 outputs/cpu.json'), (r'^', 'PATH="$PWD/little:$PATH" ')), ('little benches',), slow=True),
-    Rule(r'benchmarks --keep', ((r'bench/\w+', 'outputs/kept'),), ('benchmark run',), slow=True),
+    Rule(
+        r'bench_cpu\.sh',
+        ((r'(\.sh).*', r'\1 outputs/cpu.json'), (r'^', 'PATH="$PWD/little:$PATH" ')),
+        ('little benches',),
+        slow=True,
+    ),
+    Rule(
+        r'benchmarks --keep',
+        ((r'bench/\w+', 'outputs/kept'),),
+        ('benchmark run',),
+        slow=True,
+    ),
     Rule(r'halo\.benchmarks --rows|halo reproduce|halo\.viz|landing', slow=True),
-    Rule(r'scripts/commands\.py --only', ((r'--only \S+', '--only "make help"'),), slow=True),
-    Rule(r'scripts/landing\.py', ((r'FILM.webp STILL.webp', 'outputs/film.webp outputs/still.webp'),), ('outputs',)),
+    Rule(
+        r'scripts/commands\.py --only', ((r'--only \S+', '--only "make help"'),), slow=True
+    ),
+    Rule(
+        r'scripts/landing\.py',
+        ((r'FILM.webp STILL.webp', 'outputs/film.webp outputs/still.webp'),),
+        ('outputs',),
+    ),
     Rule(r'pytest -q', ((r'$', ' tests/test_tables.py -k sources_of_every_row'),)),
-    Rule(r'halo\.robot \w+ SHEET', ((r'\s*…$', ''), (r'(form.*)$', r'\1 --out outputs/form.html'),
-                                    (r'(score.*)$', r'\1 <<< q'),
-                                    (r'(read.*)$', r'\1 --answers outputs/answers.json')), ('sheet',), slow=True),
+    Rule(
+        r'halo\.robot \w+ SHEET',
+        (
+            (r'\s*…$', ''),
+            (r'(form.*)$', r'\1 --out outputs/form.html'),
+            (r'(score.*)$', r'\1 <<< q'),
+            (r'(read.*)$', r'\1 --answers outputs/answers.json'),
+        ),
+        ('sheet',),
+        slow=True,
+    ),
 )
-VALUES = {   # placeholder (a regular expression) -> what it stands for
-    r'\bPOLICY\b': 'checkpoints/flash_place/full', r'\bRUN\.yaml': 'run.yaml', r'\bSHEET\.json': 'sheet.json', r'\bDIR/': 'data/', r'\bDIR\b': 'data',
-    r'\bMIXTURE\b|\bLITTLE\b|\bmy_robot\.yaml': 'my_robot.yaml', r'\bOUT\b': 'outputs/out', r'\bID\b': 'halo/old',
-    r'\bFOLDER\b': 'outputs/lavapipe', r'\btableN\b': 'table6', r'…/calvin_env': 'calvin', r'VENV/': 'outputs/openpi_client/'}
+VALUES = {  # placeholder (a regular expression) -> what it stands for
+    r'\bPOLICY\b': 'checkpoints/flash_place/full',
+    r'\bRUN\.yaml': 'run.yaml',
+    r'\bSHEET\.json': 'sheet.json',
+    r'\bDIR/': 'data/',
+    r'\bDIR\b': 'data',
+    r'\bMIXTURE\b|\bLITTLE\b|\bmy_robot\.yaml': 'my_robot.yaml',
+    r'\bOUT\b': 'outputs/out',
+    r'\bID\b': 'halo/old',
+    r'\bFOLDER\b': 'outputs/lavapipe',
+    r'\btableN\b': 'table6',
+    r'…/calvin_env': 'calvin',
+    r'VENV/': 'outputs/openpi_client/',
+}
 EXCUSED = {  # a regular expression -> why such commands cannot run here
-    r'--benchmark libero --prove': 'needs LIBERO and its 2.1 GB of assets; its output is kept in bench/libero_prove.json',
-    r'--benchmark libero --policy': 'needs LIBERO and its 2.1 GB of assets; its output is kept in bench/libero_random_small.json',
-    r'--benchmark libero_pro --policy': 'needs LIBERO-PRO and its 2.1 GB of assets; its output is kept in bench/',
-    r'clients/calvin\.py --check': "asks CALVIN's own predicates, so a stand-in of the simulator cannot answer",
-    r'scripts/slurm_check\.py$': 'needs the daemons of Slurm and munge, and root to start them'}
-LEFT = re.compile(r'…|(?<!\S)\.\.\.|(?<![$\w"])(?:NAME|FILE|DIR|OUT|N|ID|COMMAND|DATASET)\b(?!=)')
+    r'--benchmark libero --prove': (
+        'needs LIBERO and its 2.1 GB of assets; its output is kept in'
+        ' bench/libero_prove.json'
+    ),
+    r'--benchmark libero --policy': (
+        'needs LIBERO and its 2.1 GB of assets; its output is kept in'
+        ' bench/libero_random_small.json'
+    ),
+    r'--benchmark libero_pro --policy': (
+        'needs LIBERO-PRO and its 2.1 GB of assets; its output is kept in bench/'
+    ),
+    r'clients/calvin\.py --check': (
+        "asks CALVIN's own predicates, so a stand-in of the simulator cannot answer"
+    ),
+    r'scripts/slurm_check\.py$': (
+        'needs the daemons of Slurm and munge, and root to start them'
+    ),
+}
+LEFT = re.compile(
+    r'…|(?<!\S)\.\.\.|(?<![$\w"])(?:NAME|FILE|DIR|OUT|N|ID|COMMAND|DATASET)\b(?!=)'
+)
 
 
 @dataclass(frozen=True)
 class Run:
-    "A printed command as it is run: the command, what it needs, what it says once it serves, whether it is slow."
+    """A printed command as it is run: the command, what it needs, what it says once it
+    serves, whether it is slow.
+    """
+
     printed: Printed
     command: str
     needs: tuple = ()
@@ -310,8 +562,13 @@ class Run:
 
 
 def plan(printed):
-    "How a printed command is run, or why not. Raises `ValueError` for a placeholder that has no value."
-    excuse = next((why for pattern, why in EXCUSED.items() if re.search(pattern, printed.text)), '')
+    """How a printed command is run, or why not.
+
+    Raises `ValueError` for a placeholder that has no value.
+    """
+    excuse = next(
+        (why for pattern, why in EXCUSED.items() if re.search(pattern, printed.text)), ''
+    )
     text, needs, serves, slow = printed.text, [], '', False
     for rule in RULES:
         if re.search(rule.match, text) and not (text.endswith('--help') and rule.change):
@@ -322,13 +579,20 @@ def plan(printed):
     for pattern, value in VALUES.items():
         text = re.sub(pattern, value, text)
     if not excuse and (m := LEFT.search(text)):
-        raise ValueError(f'{printed.where} prints `{printed.text}`: nothing says what {m[0]!r} stands for; add it to VALUES or RULES')
+        raise ValueError(
+            f'{printed.where} prints `{printed.text}`: nothing says what {m[0]!r} stands'
+            ' for; add it to VALUES or RULES'
+        )
     return Run(printed, text, tuple(needs), serves, slow, excuse)
 
 
 def table(runs):
     "One line per command, and how many are printed, run and excused."
-    lines = [f'{r.printed.where}: {r.printed.text}\n    {"EXCUSED: " + r.excuse if r.excuse else r.command}' for r in runs]
+    lines = [
+        f'{r.printed.where}: {r.printed.text}\n   '
+        f' {"EXCUSED: " + r.excuse if r.excuse else r.command}'
+        for r in runs
+    ]
     return '\n'.join([*lines, '', summary(runs)])
 
 
@@ -340,16 +604,23 @@ def summary(runs):
 
 def helps(runs):
     "The runs that only print a command line's help; they need one process for all of them."
-    return list(dict.fromkeys(r.command for r in runs if r.command.endswith('--help') and not r.excuse))
+    return list(
+        dict.fromkeys(
+            r.command for r in runs if r.command.endswith('--help') and not r.excuse
+        )
+    )
 
 
 def blocks(runs, slow=None):
-    """What else is run, block by block: (document, runs). A block is slow if one of its commands is.
+    """What else is run, block by block: (document, runs). A block is slow if one of its
+    commands is.
     A block of which every command has been run in the same form already is left out.
     """
     kept = [r for r in runs if not r.excuse and not r.command.endswith('--help')]
     seen = set()
-    for _, group in itertools.groupby(kept, key=lambda r: (r.printed.where, r.printed.block)):
+    for _, group in itertools.groupby(
+        kept, key=lambda r: (r.printed.where, r.printed.block)
+    ):
         group = list(group)
         if {r.command for r in group} <= seen:
             continue
@@ -361,11 +632,16 @@ def blocks(runs, slow=None):
 def run_all(runs, folder):
     "Run everything, each document in a clone of its own: (what, what was wrong, seconds)."
     from clone import Clone
+
     began = time.monotonic()
     if texts := helps(runs):
-        yield f'{len(texts)} times --help', Clone(folder/'helps').helps(texts), time.monotonic() - began
+        yield (
+            f'{len(texts)} times --help',
+            Clone(folder / 'helps').helps(texts),
+            time.monotonic() - began,
+        )
     for where, group in itertools.groupby(blocks(runs), key=lambda x: x[0]):
-        clone = Clone(folder/where.replace('/', '_'), shared=folder)
+        clone = Clone(folder / where.replace('/', '_'), shared=folder)
         for run in itertools.chain.from_iterable(runs for _, runs in group):
             began = time.monotonic()
             yield f'{where}: {run.command}', clone.run(run), time.monotonic() - began
@@ -379,7 +655,9 @@ def main():
     args = p.parse_args()
     runs = [plan(c) for c in collect()]
     if args.only:
-        blocks_of = {(r.printed.where, r.printed.block) for r in runs if args.only in r.printed.text}
+        blocks_of = {
+            (r.printed.where, r.printed.block) for r in runs if args.only in r.printed.text
+        }
         runs = [r for r in runs if (r.printed.where, r.printed.block) in blocks_of]
     if args.list:
         print(table(runs))
@@ -390,7 +668,11 @@ def main():
             failed += bool(wrong)
             print(f'{"FAILED" if wrong else "ok    "} {seconds:5.0f} s  {text}', flush=True)
             if wrong:
-                print(*(f'       {line}' for line in wrong.splitlines()[-12:]), sep='\n', flush=True)
+                print(
+                    *(f'       {line}' for line in wrong.splitlines()[-12:]),
+                    sep='\n',
+                    flush=True,
+                )
     print(f'{summary(runs)}, {failed} failed')
     return int(failed > 0)
 

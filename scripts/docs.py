@@ -1,120 +1,271 @@
-"""Render nbs/ as a website into _docs/, with Quarto where it is installed and with smalldocs elsewhere. No cell is run.
+"""Render nbs/ as a website into _docs/, with Quarto where it is installed and with
+smalldocs elsewhere. No cell is run.
 
-nbdev's processors apply the directives; exported cells stay as code, each under an anchor that `name` in backticks links to.
-The site's options are those of _quarto.yml at the top of the repository; its sidebar lists the notebooks in their order, part by part.
-Maths and fonts come from npm (scripts/vendor.py), the first page from scripts/landing.py; no page asks another machine for anything.
+nbdev's processors apply the directives; exported cells stay as code, each under an anchor
+that `name` in backticks links to.
+The site's options are those of _quarto.yml at the top of the repository; its sidebar lists
+the notebooks in their order, part by part.
+Maths and fonts come from npm (scripts/vendor.py), the first page from scripts/landing.py;
+no page asks another machine for anything.
 
     python scripts/docs.py              # into _docs/
       --to DIR      elsewhere (a folder that is not there yet, or a site made before)
       --offline     from the cache alone; npm is not asked
-      --bare        without what comes from npm: formulas as they are written, the reader's own fonts
+      --bare        without what comes from npm: formulas as they are written, the reader's
+      own fonts
 """
-import argparse, ast, base64, io, os, re, shutil, subprocess, sys, tempfile
+
+import argparse
+import ast
+import base64
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
+import check_site
+import landing
+import vendor
 import yaml
-from PIL import Image
 from execnb.nbio import mk_cell, read_nb, write_nb
 from nbdev.doclinks import nbglob
 from nbdev.process import NBProcessor, Processor
-from nbdev.processors import add_links, filter_stream_, hide_, hide_line, populate_language, strip_ansi
-
-import check_site, landing, vendor
+from nbdev.processors import (
+    add_links,
+    filter_stream_,
+    hide_,
+    hide_line,
+    populate_language,
+    strip_ansi,
+)
+from PIL import Image
 
 root = Path(__file__).resolve().parent.parent
-PARTS = ('The model', 0, 6), ('In LeRobot', 7, 9), ('Data and training', 10, 11), ('Task and evaluation', 12, 13), ('See inside', 14, 18), ('Demonstration', 19, 20), ('Benchmarks', 21, 29)
-FURTHER = 'Further'                     # the part of notebooks of another number, or of none
+PARTS = (
+    ('The model', 0, 6),
+    ('In LeRobot', 7, 9),
+    ('Data and training', 10, 11),
+    ('Task and evaluation', 12, 13),
+    ('See inside', 14, 18),
+    ('Demonstration', 19, 20),
+    ('Benchmarks', 21, 29),
+)
+FURTHER = 'Further'  # the part of notebooks of another number, or of none
 MATHS = re.compile(r'https://[^"\']*/katex@[\d.]+/dist/')
 
 
 def names_of(node):
-    "What a definition is linked by: its name, `Class.name` for a patch, and its public methods."
-    if isinstance(node, ast.ClassDef): return [node.name, *(f'{node.name}.{o.name}' for o in node.body if isinstance(o, ast.FunctionDef) and not o.name.startswith('_'))]
-    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): return []
-    if not any('patch' in ast.unparse(d) for d in node.decorator_list) or not node.args.args or node.args.args[0].annotation is None: return [node.name]
+    """What a definition is linked by: its name, `Class.name` for a patch, and its public
+    methods.
+    """
+    if isinstance(node, ast.ClassDef):
+        return [
+            node.name,
+            *(
+                f'{node.name}.{o.name}'
+                for o in node.body
+                if isinstance(o, ast.FunctionDef) and not o.name.startswith('_')
+            ),
+        ]
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return []
+    if (
+        not any('patch' in ast.unparse(d) for d in node.decorator_list)
+        or not node.args.args
+        or node.args.args[0].annotation is None
+    ):
+        return [node.name]
     owners = re.findall(r'\w+', ast.unparse(node.args.args[0].annotation))
     return [f'{o}.{node.name}' for o in owners]
 
 
 class exported(Processor):
-    "Fold an exported cell open, say where it goes, and give it its first name as an anchor; further names are kept in `also`."
+    """Fold an exported cell open, say where it goes, and give it its first name as an
+    anchor; further names are kept in `also`.
+    """
+
     def begin(self):
-        self.known = set()      # names that differ in case only share one anchor: the first
-        self.module = next((c.directives_['default_exp'][0] for c in self.nb.cells if 'default_exp' in c.get('directives_', {})), '')
+        self.known = set()  # names that differ in case only share one anchor: the first
+        self.module = next(
+            (
+                c.directives_['default_exp'][0]
+                for c in self.nb.cells
+                if 'default_exp' in c.get('directives_', {})
+            ),
+            '',
+        )
 
     def cell(self, cell):
-        if cell.cell_type != 'code' or not {'export', 'exporti', 'exports'} & cell.directives_.keys(): return
-        named = [n for n in dict.fromkeys(n.lower() for o in ast.parse(cell.source).body for n in names_of(o)) if n not in self.known]
+        if (
+            cell.cell_type != 'code'
+            or not {'export', 'exporti', 'exports'} & cell.directives_.keys()
+        ):
+            return
+        named = [
+            n
+            for n in dict.fromkeys(
+                n.lower() for o in ast.parse(cell.source).body for n in names_of(o)
+            )
+            if n not in self.known
+        ]
         self.known |= set(named)
-        options = ['#| code-fold: show', f'#| code-summary: "halo/{self.module.replace(".", "/")}.py"']
-        if named: options.append(f'#| label: {named[0]}')
+        options = [
+            '#| code-fold: show',
+            f'#| code-summary: "halo/{self.module.replace(".", "/")}.py"',
+        ]
+        if named:
+            options.append(f'#| label: {named[0]}')
         cell.source = '\n'.join([*options, cell.source])
         cell.also = named[1:]
 
 
 class title(Processor):
-    "Turn the opening `# title` and `> promise` into front matter; what else that cell says stays (nbdev's own processor would drop it)."
+    """Turn the opening `# title` and `> promise` into front matter; what else that cell
+    says stays (nbdev's own processor would drop it).
+    """
+
     def begin(self):
         first = self.nb.cells[0]
         lines = first.source.splitlines() if first.cell_type == 'markdown' else []
         fields = {}
         for field, mark in (('title', '# '), ('description', '> ')):
             found = next((l for l in lines if l.startswith(mark)), None)
-            if found: lines.remove(found); fields[field] = found[2:].strip()
-        if not fields: return
+            if found:
+                lines.remove(found)
+                fields[field] = found[2:].strip()
+        if not fields:
+            return
         first.source = '\n'.join(lines).strip() or None
-        self.nb.cells.insert(0, mk_cell(f'---\n{yaml.safe_dump(fields, allow_unicode=True, width=10**6)}---', 'raw'))
+        self.nb.cells.insert(
+            0,
+            mk_cell(
+                f'---\n{yaml.safe_dump(fields, allow_unicode=True, width=10**6)}---', 'raw'
+            ),
+        )
         self.nb.cells[0].directives_ = {}
 
 
 def drop_widgets(cell):
-    "Drop what stands for a widget where no kernel is: its name in words says nothing to a reader."
-    if cell.cell_type == 'code': cell.outputs = [o for o in cell.get('outputs', []) if not (d := o.get('data', {})) or not ('application/vnd.jupyter.widget-view+json' in d or re.match(r'[HV]?Box\(', ''.join(d.get('text/plain', ''))))]
+    """Drop what stands for a widget where no kernel is: its name in words says nothing to a
+    reader.
+    """
+    if cell.cell_type == 'code':
+        cell.outputs = [
+            o
+            for o in cell.get('outputs', [])
+            if not (d := o.get('data', {}))
+            or not (
+                'application/vnd.jupyter.widget-view+json' in d
+                or re.match(r'[HV]?Box\(', ''.join(d.get('text/plain', '')))
+            )
+        ]
 
 
 def drop_empty(cell):
     "Drop code cells of which only directives were there."
-    if cell.cell_type == 'code' and not cell.source.strip(): cell.source = None
+    if cell.cell_type == 'code' and not cell.source.strip():
+        cell.source = None
 
 
 def page_names(paths):
     "nbdev's page names (without the leading number) to the names that the site has."
-    return {re.sub(r'^\d+[a-zA-Z0-9]*_', '', p.name.lower()).replace('.ipynb', '.html'): p.with_suffix('.html').name for p in paths}
+    return {
+        re.sub(r'^\d+[a-zA-Z0-9]*_', '', p.name.lower()).replace('.ipynb', '.html'): (
+            p.with_suffix('.html').name
+        )
+        for p in paths
+    }
 
 
 def anchored(cells):
-    "The cells, with anchors before a cell for the further names it defines; a heading that reads like a name gets an id of its own."
-    labels = {c: found[1] for c in range(len(cells)) if cells[c].cell_type == 'code' and (found := re.search(r'^#\| label: (\S+)', cells[c].source or '', re.M))}
+    """The cells, with anchors before a cell for the further names it defines; a heading
+    that reads like a name gets an id of its own.
+    """
+    labels = {
+        c: found[1]
+        for c in range(len(cells))
+        if cells[c].cell_type == 'code'
+        and (found := re.search(r'^#\| label: (\S+)', cells[c].source or '', re.M))
+    }
     seen, out = set(labels.values()), []
     for c in cells:
         also = [n for n in dict.fromkeys(getattr(c, 'also', [])) if n not in seen]
-        if also: out.append(mk_cell('```{=html}\n<div class="halo-anchors">' + ''.join(f'<span id="{n}"></span>' for n in also) + '</div>\n```', 'markdown'))
-        seen |= set(also); out.append(c)
+        if also:
+            out.append(
+                mk_cell(
+                    '```{=html}\n<div class="halo-anchors">'
+                    + ''.join(f'<span id="{n}"></span>' for n in also)
+                    + '</div>\n```',
+                    'markdown',
+                )
+            )
+        seen |= set(also)
+        out.append(c)
     for c in out:
-        if c.cell_type == 'markdown' and c.source: c.source = re.sub(r'^(#{2,6} )(.+?)\s*$', lambda m: m[0] if slug(m[2]) not in seen or '{#' in m[2] else f'{m[1]}{m[2]} {{#about-{slug(m[2])}}}', c.source, flags=re.M)
+        if c.cell_type == 'markdown' and c.source:
+            c.source = re.sub(
+                r'^(#{2,6} )(.+?)\s*$',
+                lambda m: (
+                    m[0]
+                    if slug(m[2]) not in seen or '{#' in m[2]
+                    else f'{m[1]}{m[2]} {{#about-{slug(m[2])}}}'
+                ),
+                c.source,
+                flags=re.M,
+            )
     return out
 
 
 def slug(heading):
     "The id that a heading is given."
-    return re.sub(r'\s+', '-', re.sub(r'[^\w\s.-]', '', heading.replace('`', '').strip().lower()))
+    return re.sub(
+        r'\s+', '-', re.sub(r'[^\w\s.-]', '', heading.replace('`', '').strip().lower())
+    )
 
 
 def lighter(data: str) -> str:
     "A PNG (base64) in 256 colours, if that is smaller."
     out = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(data))).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(out, 'PNG', optimize=True)
+    Image.open(io.BytesIO(base64.b64decode(data))).convert('RGB').quantize(
+        256, dither=Image.Dither.NONE
+    ).save(out, 'PNG', optimize=True)
     return min(data, base64.b64encode(out.getvalue()).decode(), key=len)
 
 
 def process(path, to, pages):
-    "Write the notebook `path` to `to` with its directives applied and nbdev's links turned to the site's pages."
+    """Write the notebook `path` to `to` with its directives applied and nbdev's links
+    turned to the site's pages.
+    """
     notebook = read_nb(path)
-    NBProcessor(nb=notebook, procs=[title, populate_language, strip_ansi, hide_line, filter_stream_, hide_, add_links, exported, drop_widgets, drop_empty]).process()
+    NBProcessor(
+        nb=notebook,
+        procs=[
+            title,
+            populate_language,
+            strip_ansi,
+            hide_line,
+            filter_stream_,
+            hide_,
+            add_links,
+            exported,
+            drop_widgets,
+            drop_empty,
+        ],
+    ).process()
     for cell in notebook.cells:
         for o in cell.get('outputs', []):
-            if isinstance(png := o.get('data', {}).get('image/png'), str): o['data']['image/png'] = lighter(png)
-        if cell.cell_type == 'markdown': cell.source = re.sub(r'\]\(/*([\w-]+\.html)(#[\w.]*)\)', lambda m: f'](./{pages.get(m[1], m[1])}{m[2]})', cell.source)
+            if isinstance(png := o.get('data', {}).get('image/png'), str):
+                o['data']['image/png'] = lighter(png)
+        if cell.cell_type == 'markdown':
+            cell.source = re.sub(
+                r'\]\(/*([\w-]+\.html)(#[\w.]*)\)',
+                lambda m: f'](./{pages.get(m[1], m[1])}{m[2]})',
+                cell.source,
+            )
     notebook.cells = anchored(list(notebook.cells))
     to.parent.mkdir(parents=True, exist_ok=True)
     write_nb(notebook, to)
@@ -123,34 +274,58 @@ def process(path, to, pages):
 def part(path):
     "The part of the book that a notebook's number puts it in."
     number = re.match(r'\d+', path.name)
-    return next((name for name, low, high in PARTS if number and low <= int(number[0]) <= high), FURTHER)
+    return next(
+        (name for name, low, high in PARTS if number and low <= int(number[0]) <= high),
+        FURTHER,
+    )
 
 
 def sidebar(paths):
     "Every notebook, the overview first, then part by part."
     books = sorted(p for p in paths if p.name != 'index.ipynb')
-    groups = [(name, [f'nbs/{p.relative_to(root/"nbs")}' for p in books if part(p) == name]) for name in [*(p[0] for p in PARTS), FURTHER]]
-    first = [dict(text='Overview', href='nbs/index.ipynb')] if any(p.name == 'index.ipynb' for p in paths) else []
+    groups = [
+        (name, [f'nbs/{p.relative_to(root / "nbs")}' for p in books if part(p) == name])
+        for name in [*(p[0] for p in PARTS), FURTHER]
+    ]
+    first = (
+        [dict(text='Overview', href='nbs/index.ipynb')]
+        if any(p.name == 'index.ipynb' for p in paths)
+        else []
+    )
     return first + [dict(section=name, contents=pages) for name, pages in groups if pages]
 
 
 def options(paths, bare=False, quarto=False):
     "The site's options with the first page and a sidebar of all notebooks."
-    made = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))
+    made = yaml.safe_load((root / '_quarto.yml').read_text(encoding='utf-8'))
     made['project']['render'] = ['index.qmd', *made['project'].get('render', [])]
     made['website'].setdefault('sidebar', {})['contents'] = sidebar(paths)
-    made['project']['resources'] = [*made['project'].get('resources', []), 'film.webp', 'still.webp']
-    if bare: made['format']['html']['html-math-method'] = 'plain'
-    if not quarto: del made['format']['html']['html-math-method']      # smalldocs knows KaTeX alone, and says so
+    made['project']['resources'] = [
+        *made['project'].get('resources', []),
+        'film.webp',
+        'still.webp',
+    ]
+    if bare:
+        made['format']['html']['html-math-method'] = 'plain'
+    # smalldocs knows KaTeX alone, and says so
+    if not quarto:
+        del made['format']['html']['html-math-method']
     return made
 
 
 def no_styles_from_elsewhere(folder):
-    "Themes import their fonts from another machine; the site's own style names fonts that lie beside it."
+    """Themes import their fonts from another machine; the site's own style names fonts that
+    lie beside it.
+    """
     for css in folder.rglob('*.css'):
         text = css.read_text(encoding='utf-8')
-        kept = re.sub(r'@import\s*(?:url\(\s*["\']?(?:https?:)?//[^)]*\)|(["\'])(?:https?:)?//.*?\1)[^;]*;', '', text)
-        if kept != text: css.write_text(kept, encoding='utf-8')
+        kept = re.sub(
+            r'@import\s*(?:url\(\s*["\']?(?:https?:)?//[^)]*\)|(["\'])(?:https?:)?//.*?\1)[^;]*;',
+            '',
+            text,
+        )
+        if kept != text:
+            css.write_text(kept, encoding='utf-8')
 
 
 def own_maths(folder, bare):
@@ -158,56 +333,95 @@ def own_maths(folder, bare):
     for page in folder.rglob('*.html'):
         text = page.read_text(encoding='utf-8')
         up = '../' * (len(page.relative_to(folder).parts) - 1)
-        changed = re.sub(r'<link[^>]*/katex@[^>]*>|<script[^>]*/katex@[^>]*></script>', '', text) if bare else MATHS.sub(f'{up}site_libs/katex/', text)
-        if changed != text: page.write_text(changed, encoding='utf-8')
+        changed = (
+            re.sub(r'<link[^>]*/katex@[^>]*>|<script[^>]*/katex@[^>]*></script>', '', text)
+            if bare
+            else MATHS.sub(f'{up}site_libs/katex/', text)
+        )
+        if changed != text:
+            page.write_text(changed, encoding='utf-8')
 
 
 def build(to, offline=False, bare=False):
-    "The site in the folder `to`. Raises `vendor.Missing` before anything is made if a package is not to be had."
-    if to.exists() and any(to.iterdir()) and not (to/'site_libs').is_dir(): sys.exit(f'docs: {to} is not empty and no site; name another folder')
-    if not bare: archives = [vendor.fetch(p, offline=offline) for p in vendor.PACKAGES]
-    paths = [p for p in nbglob(root/'nbs', as_path=True) if p.suffix == '.ipynb']
+    """The site in the folder `to`.
+
+    Raises `vendor.Missing` before anything is made if a package is not to be had.
+    """
+    if to.exists() and any(to.iterdir()) and not (to / 'site_libs').is_dir():
+        sys.exit(f'docs: {to} is not empty and no site; name another folder')
+    if not bare:
+        archives = [vendor.fetch(p, offline=offline) for p in vendor.PACKAGES]
+    paths = [p for p in nbglob(root / 'nbs', as_path=True) if p.suffix == '.ipynb']
     with tempfile.TemporaryDirectory(dir=to.parent, prefix='.site-') as temporary:
-        built = Path(temporary)/'source'
-        for path in paths: process(path, built/path.relative_to(root), page_names(paths))
-        for media in (root/'nbs').rglob('*'):
-            if media.suffix in {'.png', '.gif', '.svg', '.jpg', '.mp4', '.webm', '.csv', '.css'} and '.ipynb_checkpoints' not in media.parts:
-                (built/media.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(media, built/media.relative_to(root))
-        shutil.copy2(root/'LICENSE', built)
-        shutil.copytree(root/'scripts/site', built/'style')
-        if (root/'assets').is_dir(): shutil.copytree(root/'assets', built/'assets')
+        built = Path(temporary) / 'source'
+        for path in paths:
+            process(path, built / path.relative_to(root), page_names(paths))
+        for media in (root / 'nbs').rglob('*'):
+            if (
+                media.suffix
+                in {'.png', '.gif', '.svg', '.jpg', '.mp4', '.webm', '.csv', '.css'}
+                and '.ipynb_checkpoints' not in media.parts
+            ):
+                (built / media.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(media, built / media.relative_to(root))
+        shutil.copy2(root / 'LICENSE', built)
+        shutil.copytree(root / 'scripts/site', built / 'style')
+        if (root / 'assets').is_dir():
+            shutil.copytree(root / 'assets', built / 'assets')
         landing.write(built, live={p.stem for p in paths})
         quarto = shutil.which('quarto')
         made = options(paths, bare, bool(quarto))
-        (built/'_quarto.yml').write_text(yaml.safe_dump(made, sort_keys=False), encoding='utf-8')
-        command = [quarto, 'render', '--no-execute'] if quarto else [Path(sys.executable).parent/'smalldocs', 'render', '.', '--quiet']
-        if subprocess.run(command, cwd=built).returncode: sys.exit('The site was not rendered; the message is above.')
-        rendered = built/made['project'].get('output-dir', '_site')
+        (built / '_quarto.yml').write_text(
+            yaml.safe_dump(made, sort_keys=False), encoding='utf-8'
+        )
+        command = (
+            [quarto, 'render', '--no-execute']
+            if quarto
+            else [Path(sys.executable).parent / 'smalldocs', 'render', '.', '--quiet']
+        )
+        if subprocess.run(command, cwd=built).returncode:
+            sys.exit('The site was not rendered; the message is above.')
+        rendered = built / made['project'].get('output-dir', '_site')
         no_styles_from_elsewhere(rendered)
         own_maths(rendered, bare)
         if bare:
-            for css in rendered.rglob('*.css'): css.write_text(re.sub(r'@font-face\s*\{[^}]*\}', '', css.read_text(encoding='utf-8')), encoding='utf-8')
+            for css in rendered.rglob('*.css'):
+                css.write_text(
+                    re.sub(r'@font-face\s*\{[^}]*\}', '', css.read_text(encoding='utf-8')),
+                    encoding='utf-8',
+                )
         if not bare:
-            for package, archive in zip(vendor.PACKAGES, archives): vendor.unpack(package, archive, rendered/'site_libs')
+            for package, archive in zip(vendor.PACKAGES, archives):
+                vendor.unpack(package, archive, rendered / 'site_libs')
         shutil.rmtree(to, ignore_errors=True)
         shutil.move(rendered, to)
     return len(paths)
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog='docs.py', description='Render the workbook as a website.')
-    p.add_argument('--to', type=Path, default=root/'_docs'); p.add_argument('--offline', action='store_true'); p.add_argument('--bare', action='store_true')
+    p = argparse.ArgumentParser(
+        prog='docs.py', description='Render the workbook as a website.'
+    )
+    p.add_argument('--to', type=Path, default=root / '_docs')
+    p.add_argument('--offline', action='store_true')
+    p.add_argument('--bare', action='store_true')
     a = p.parse_args(argv)
     to = a.to.resolve()
     os.chdir(root)
     os.environ['IN_TEST'] = '1'
-    try: n = build(to, a.offline, a.bare)
-    except vendor.Missing as e: sys.exit(f'docs: {e}')
+    try:
+        n = build(to, a.offline, a.bare)
+    except vendor.Missing as e:
+        sys.exit(f'docs: {e}')
     wrong = check_site.check(to)
-    if wrong: sys.exit('\n'.join(['docs: the site is there, but', *wrong]))
+    if wrong:
+        sys.exit('\n'.join(['docs: the site is there, but', *wrong]))
     size = sum(f.stat().st_size for f in to.rglob('*') if f.is_file())
-    print(f'{n + 1} pages, {size / 1e6:.1f} MB, every link resolves: open {to.relative_to(root) if to.is_relative_to(root) else to}/index.html')
+    print(
+        f'{n + 1} pages, {size / 1e6:.1f} MB, every link resolves: open'
+        f' {to.relative_to(root) if to.is_relative_to(root) else to}/index.html'
+    )
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

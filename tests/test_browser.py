@@ -1,14 +1,15 @@
-"""A real browser on the explorers: in JupyterLab with a kernel, where each kind of control is moved and the picture must show what the model says."""
-import json
+"""A real browser on the explorers: in JupyterLab with a kernel, where each kind of control
+is moved and the picture must show what the model says.
+"""
+
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from browser import Lab, Live, Watched, chromium, root, run_all
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
-from browser import Lab, Live, Watched, chromium, root, run_all
 from halo.evaluate import load_policy, observation_at
 from halo.viz.attention import AttentionFilm, attention_explorer, groups_of
 from halo.viz.denoising import denoising_explorer
@@ -16,20 +17,34 @@ from halo.viz.explorer import CATEGORIES, SIGNED
 from halo.viz.masks import mask_explorer, mask_film, normalized_state, state_explorer
 from halo.viz.recording import Recording
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.skipif(chromium() is None, reason='NO CHROMIUM HERE: the browser tests did not run; `apt-get install chromium` brings one')]
-shipped = root/'checkpoints/flash_place'
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        chromium() is None,
+        reason=(
+            'NO CHROMIUM HERE: the browser tests did not run; `apt-get install chromium`'
+            ' brings one'
+        ),
+    ),
+]
+shipped = root / 'checkpoints/flash_place'
 
 
 @lru_cache
-def policy(name): return load_policy(shipped/name)
+def policy(name):
+    return load_policy(shipped / name)
+
 
 @lru_cache
-def recording(name): return Recording.load(shipped/'recordings'/f'{name}.safetensors')
+def recording(name):
+    return Recording.load(shipped / 'recordings' / f'{name}.safetensors')
 
 
 @pytest.fixture(scope='module')
 def browser():
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as p:
         b = p.chromium.launch(executable_path=chromium())
         yield b
@@ -38,23 +53,37 @@ def browser():
 
 @pytest.fixture(scope='module')
 def opened(browser, tmp_path_factory):
-    "Opens a notebook once in JupyterLab and runs all of it, but for its static twins (tested on the site)."
-    lab, pages = Lab(tmp_path_factory.mktemp('lab'), [f'{n}.ipynb' for n in ('15_masks', '16_attention', '17_denoising')], leave_out=('.static(',)), {}
+    """Opens a notebook once in JupyterLab and runs all of it, but for its static twins
+    (tested on the site).
+    """
+    lab, pages = (
+        Lab(
+            tmp_path_factory.mktemp('lab'),
+            [f'{n}.ipynb' for n in ('15_masks', '16_attention', '17_denoising')],
+            leave_out=('.static(',),
+        ),
+        {},
+    )
+
     def open_it(name):
         if name not in pages:
             pages[name] = Watched(browser, viewport=dict(width=1500, height=1100))
             run_all(pages[name].page, lab, name)
         assert not pages[name].wrong, pages[name].wrong
         return pages[name].page
+
     yield open_it
     wrong = {name: list(w.wrong) for name, w in pages.items()}
-    for w in pages.values(): w.page.close()
+    for w in pages.values():
+        w.page.close()
     lab.close()
     assert not any(wrong.values()), wrong
 
 
 def same(shown, wanted, share=0.002):
-    "The browser shows the picture that the explorer draws (a pixel in 500 may differ, for lines that end between pixels)."
+    """The browser shows the picture that the explorer draws (a pixel in 500 may differ, for
+    lines that end between pixels).
+    """
     assert shown.shape == wanted.shape, (shown.shape, wanted.shape)
     off = float((np.abs(shown.astype(int) - wanted).max(-1) > 24).mean())
     assert off <= share, f'{off:.2%} of the pixels differ'
@@ -62,96 +91,219 @@ def same(shown, wanted, share=0.002):
 
 def pixel(panel, xy, image):
     "Row and column in `image` of data coordinates `xy` of a panel."
-    x, y = panel.unit(np.array(xy)); left, top, w, h = panel.box()['box']
+    x, y = panel.unit(np.array(xy))
+    left, top, w, h = panel.box()['box']
     return int((top + (1 - y) * h) * image.shape[0]), int((left + x * w) * image.shape[1])
 
 
 def test_masks_in_jupyterlab(opened):
-    page = opened('15_masks.ipynb'); p, pre, post = policy('full')
-    explorer, live = mask_explorer(mask_film(shipped/'full'), p.config.model.text.mrope_section), Live(page, 'Masks along training')
-    before = live.picture(); same(before, explorer.picture())
-    live.choose('masks of', 'V'); now = live.changed(before); same(now, explorer.picture(which='V'))
-    live.step('layer', -1); now = live.changed(now); same(now, explorer.picture(which='V', layer=1))
-    m = p.model.blocks[1].rerep.v.mask.detach().numpy() - 1; top = max(float((x.mask.detach() - 1).abs().max()) for b in p.model.blocks for x in (b.rerep.k, b.rerep.v))
-    for i, j, h in ((0, 0, 5), (2, 1, 11), (3, 3, 30)):   # the colours of single entries, from the weights
+    page = opened('15_masks.ipynb')
+    p, pre, post = policy('full')
+    explorer, live = (
+        mask_explorer(mask_film(shipped / 'full'), p.config.model.text.mrope_section),
+        Live(page, 'Masks along training'),
+    )
+    before = live.picture()
+    same(before, explorer.picture())
+    live.choose('masks of', 'V')
+    now = live.changed(before)
+    same(now, explorer.picture(which='V'))
+    live.step('layer', -1)
+    now = live.changed(now)
+    same(now, explorer.picture(which='V', layer=1))
+    m = p.model.blocks[1].rerep.v.mask.detach().numpy() - 1
+    top = max(
+        float((x.mask.detach() - 1).abs().max())
+        for b in p.model.blocks
+        for x in (b.rerep.k, b.rerep.v)
+    )
+    # the colours of single entries, from the weights
+    for i, j, h in ((0, 0, 5), (2, 1, 11), (3, 3, 30)):
         row, col = pixel(explorer.panels['mask'], (h, i * m.shape[1] + j), now)
-        assert np.abs(now[row, col].astype(int) - 255 * np.array(SIGNED(0.5 + m[i, j, h] / top / 2)[:3])).max() < 12
-    live.step('training step', -40); now = live.changed(now); same(now, explorer.picture(which='V', layer=1, step=0))
+        assert (
+            np.abs(
+                now[row, col].astype(int)
+                - 255 * np.array(SIGNED(0.5 + m[i, j, h] / top / 2)[:3])
+            ).max()
+            < 12
+        )
+    live.step('training step', -40)
+    now = live.changed(now)
+    same(now, explorer.picture(which='V', layer=1, step=0))
     row, col = pixel(explorer.panels['mask'], (5, 3), now)
-    assert np.abs(now[row, col].astype(int) - 255 * np.array(SIGNED(0.5)[:3])).max() < 8      # nothing has moved before training
-    live.box.locator('button').first.click(); live.page.wait_for_timeout(1500); assert (live.picture() != now).any()   # play
+    # nothing has moved before training
+    assert np.abs(now[row, col].astype(int) - 255 * np.array(SIGNED(0.5)[:3])).max() < 8
+    # play
+    live.box.locator('button').first.click()
+    live.page.wait_for_timeout(1500)
+    assert (live.picture() != now).any()
 
 
 def test_state_in_jupyterlab(opened):
-    page = opened('15_masks.ipynb'); p, pre, post = policy('full'); rec = recording('full')
-    explorer, live = state_explorer(p, pre, post, rec, 20), Live(page, 'What the state changes')
-    before = live.picture(); same(before, explorer.picture())
-    c = explorer.controls['s2']; step = (c.values[-1] - c.values[0]) / 200
-    live.step('hand z / m', -60); now = live.changed(before)
+    page = opened('15_masks.ipynb')
+    p, pre, post = policy('full')
+    rec = recording('full')
+    explorer, live = (
+        state_explorer(p, pre, post, rec, 20),
+        Live(page, 'What the state changes'),
+    )
+    before = live.picture()
+    same(before, explorer.picture())
+    c = explorer.controls['s2']
+    step = (c.values[-1] - c.values[0]) / 200
+    live.step('hand z / m', -60)
+    now = live.changed(before)
     z = c.values[0] + round((c.values[c.start] - c.values[0]) / step - 60) * step
     same(now, explorer.picture(s2=z), 0.01)
-    live.choose('through', 'the state token'); token = live.changed(now)
+    live.choose('through', 'the state token')
+    token = live.changed(now)
     row, col = pixel(explorer.panels['cache'], (3, 2), token)
     zero = explorer.panels['cache'].table[1][:3]
-    assert np.abs(token[row, col].astype(int) - zero).max() < 8      # through the token alone the cache stays
-    obs = observation_at(p, pre, rec.record, rec.task, 20); values = rec.record['state'][20].copy(); values[2] = z
+    # through the token alone the cache stays
+    assert np.abs(token[row, col].astype(int) - zero).max() < 8
+    obs = observation_at(p, pre, rec.record, rec.task, 20)
+    values = rec.record['state'][20].copy()
+    values[2] = z
     obs.state = normalized_state(pre, rec.task, values, obs.state.shape[1])
-    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 16, 8), np.float32))
-    with torch.inference_mode(): plan = post(p.denoise(obs, noise))[0].numpy()
+    noise = torch.from_numpy(
+        np.random.default_rng(0).standard_normal((1, 16, 8), np.float32)
+    )
+    with torch.inference_mode():
+        plan = post(p.denoise(obs, noise))[0].numpy()
     drawn = explorer.ask(s2=z)
-    assert np.allclose(np.stack([drawn[f'act{k}'][1][:, 1] for k in range(4)], 1), plan, atol=1e-3)   # the whole model, asked anew
+    # the whole model, asked anew
+    assert np.allclose(
+        np.stack([drawn[f'act{k}'][1][:, 1] for k in range(4)], 1), plan, atol=1e-3
+    )
 
 
 def attention_by_hand(p, obs, noise, layer):
-    "Expert attention (heads, q, l + q) of the last denoising step, from the projections' outputs: rotation, product, softmax."
+    """Expert attention (heads, q, l + q) of the last denoising step, from the projections'
+    outputs: rotation, product, softmax.
+    """
     kept, attention = {}, p.model.blocks[layer].expert.layer.self_attn
-    hooks = [getattr(attention, f'{n}_proj').register_forward_hook(lambda m, i, o, n=n: kept.__setitem__(n, o[0])) for n in 'qk']
+    hooks = [
+        getattr(attention, f'{n}_proj').register_forward_hook(
+            lambda m, i, o, n=n: kept.__setitem__(n, o[0])
+        )
+        for n in 'qk'
+    ]
     with torch.inference_mode():
         prefix, (x, dims) = p.model.encode(obs), p._noise(obs, noise)
-        p.model.integrate(lambda y, t: p.model.velocity(prefix, y, t) * dims, x)   # with the state token in every step, as the picture shows it
-        for h in hooks: h.remove()
+        # with the state token in every step, as the picture shows it
+        p.model.integrate(lambda y, t: p.model.velocity(prefix, y, t) * dims, x)
+        for h in hooks:
+            h.remove()
         _, ectx = p.model.expert_start(obs.state, prefix.ctx, noise, torch.ones(1))
-        cos, sin = ectx.rope; size = attention.head_dim
+        cos, sin = ectx.rope
+        size = attention.head_dim
         q, k = (kept[n].unflatten(-1, (-1, size)).transpose(0, 1) for n in 'qk')
         q, k = (x * cos[0] + rotate_half(x) * sin[0] for x in (q, k))
-        k = torch.cat([prefix.cache[layer][0][0], k], 1); k = k.repeat_interleave(len(q) // len(k), 0)
-        return (q @ k.mT / size ** 0.5).masked_fill(~ectx.mask[0], -torch.inf).softmax(-1).numpy()
+        k = torch.cat([prefix.cache[layer][0][0], k], 1)
+        k = k.repeat_interleave(len(q) // len(k), 0)
+        return (
+            (q @ k.mT / size**0.5)
+            .masked_fill(~ectx.mask[0], -torch.inf)
+            .softmax(-1)
+            .numpy()
+        )
 
 
 def test_attention_in_jupyterlab(opened):
-    page = opened('16_attention.ipynb'); p, pre, post = policy('full'); rec = recording('full')
-    film = AttentionFilm(p, pre, post, rec); explorer, live = attention_explorer(film), Live(page, 'Where the expert looks')
-    before = live.picture(); same(before, explorer.picture())
-    live.step('time', 1); now = live.changed(before); tick = film.ticks[explorer.controls['tick'].start + 1]; same(now, explorer.picture(tick=tick))
-    live.choose('head', '1'); now = live.changed(now); same(now, explorer.picture(tick=tick, head=1))
-    live.step('layer', 1); now = live.changed(now); same(now, explorer.picture(tick=tick, head=1, layer=3))
-    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 16, 8), np.float32))
-    row = attention_by_hand(p, observation_at(p, pre, rec.record, rec.task, tick), noise, 3)[1, 1:].mean(0)
-    mass, panel = {g: row[i].sum() for g, i in groups_of(film.at(tick)).items()}, explorer.panels['mass']
+    page = opened('16_attention.ipynb')
+    p, pre, post = policy('full')
+    rec = recording('full')
+    film = AttentionFilm(p, pre, post, rec)
+    explorer, live = attention_explorer(film), Live(page, 'Where the expert looks')
+    before = live.picture()
+    same(before, explorer.picture())
+    live.step('time', 1)
+    now = live.changed(before)
+    tick = film.ticks[explorer.controls['tick'].start + 1]
+    same(now, explorer.picture(tick=tick))
+    live.choose('head', '1')
+    now = live.changed(now)
+    same(now, explorer.picture(tick=tick, head=1))
+    live.step('layer', 1)
+    now = live.changed(now)
+    same(now, explorer.picture(tick=tick, head=1, layer=3))
+    noise = torch.from_numpy(
+        np.random.default_rng(0).standard_normal((1, 16, 8), np.float32)
+    )
+    row = attention_by_hand(
+        p, observation_at(p, pre, rec.record, rec.task, tick), noise, 3
+    )[1, 1:].mean(0)
+    mass, panel = (
+        {g: row[i].sum() for g, i in groups_of(film.at(tick)).items()},
+        explorer.panels['mass'],
+    )
     scale = pixel(panel, (1, 0), now)[1] - pixel(panel, (0, 0), now)[1]
-    for k, g in enumerate(film.groups):      # the bars are as long as the masses computed by hand
-        r, c = pixel(panel, (0, k), now); colour = (255 * np.array([int(CATEGORIES[k][i:i + 2], 16) / 255 for i in (1, 3, 5)])).round()
-        long = (np.abs(now[r, c:c + scale] - colour).max(-1) < 40).sum()
+    # the bars are as long as the masses computed by hand
+    for k, g in enumerate(film.groups):
+        r, c = pixel(panel, (0, k), now)
+        colour = (
+            255 * np.array([int(CATEGORIES[k][i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        ).round()
+        long = (np.abs(now[r, c : c + scale] - colour).max(-1) < 40).sum()
         assert abs(long - scale * mass.get(g, 0)) <= 2.5, (g, long, scale * mass.get(g, 0))
-    live.choose('attention', 'rollout'); now = live.changed(now); same(now, explorer.picture(tick=tick, head=1, layer=3, kind='rollout'))
-    live.choose('drop', 'remove: history'); now = live.changed(now); same(now, explorer.picture(tick=tick, head=1, layer=3, kind='rollout', drop='remove: history'))
+    live.choose('attention', 'rollout')
+    now = live.changed(now)
+    same(now, explorer.picture(tick=tick, head=1, layer=3, kind='rollout'))
+    live.choose('drop', 'remove: history')
+    now = live.changed(now)
+    same(
+        now,
+        explorer.picture(
+            tick=tick, head=1, layer=3, kind='rollout', drop='remove: history'
+        ),
+    )
 
 
 def test_denoising_in_jupyterlab(opened):
-    page = opened('17_denoising.ipynb'); rec = recording('expert')
+    page = opened('17_denoising.ipynb')
+    rec = recording('expert')
     policies = {n: policy(n) for n in ('full', 'no_history')}
     explorer, live = denoising_explorer(policies, rec), Live(page, 'From noise to a plan')
-    before = live.picture(); same(before, explorer.picture())
-    live.step('way done', -4); now = live.changed(before); same(now, explorer.picture(stage=0.6), 0.004)
-    live.choose('policy', 'no_history'); now = live.changed(now); same(now, explorer.picture(stage=0.6, policy='no_history'), 0.004)
-    live.step('way done', 4); now = live.changed(now)
-    live.choose('method', 'heun'); now = live.changed(now); same(now, explorer.picture(policy='no_history', method='heun'), 0.004)
-    tick, (p, pre, post) = explorer.start['tick'], policies['no_history']      # sixteen plans by the policy itself, one at a time
-    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((16, 16, 8), np.float32)) * (torch.arange(8) < 4)
+    before = live.picture()
+    same(before, explorer.picture())
+    live.step('way done', -4)
+    now = live.changed(before)
+    same(now, explorer.picture(stage=0.6), 0.004)
+    live.choose('policy', 'no_history')
+    now = live.changed(now)
+    same(now, explorer.picture(stage=0.6, policy='no_history'), 0.004)
+    live.step('way done', 4)
+    now = live.changed(now)
+    live.choose('method', 'heun')
+    now = live.changed(now)
+    same(now, explorer.picture(policy='no_history', method='heun'), 0.004)
+    # sixteen plans by the policy itself, one at a time
+    tick, (p, pre, post) = explorer.start['tick'], policies['no_history']
+    noise = torch.from_numpy(
+        np.random.default_rng(0).standard_normal((16, 16, 8), np.float32)
+    ) * (torch.arange(8) < 4)
     obs = observation_at(p, pre, rec.record, rec.task, tick)
-    with torch.inference_mode(): prefix = p.model.encode(obs); plans = np.stack([post(p.model.sample(prefix, noise[k:k + 1], method='heun')[..., :4])[0].numpy() for k in range(16)])
-    panel = explorer.panels['act1']; (_, col) = pixel(panel, (2, 0), now); blue = np.array([0, 114, 178])
-    rows = [pixel(panel, (2, y), now)[0] for y in (plans[:, 2, 1].max(), plans[:, 2, 1].min())]
+    with torch.inference_mode():
+        prefix = p.model.encode(obs)
+        plans = np.stack(
+            [
+                post(p.model.sample(prefix, noise[k : k + 1], method='heun')[..., :4])[
+                    0
+                ].numpy()
+                for k in range(16)
+            ]
+        )
+    panel = explorer.panels['act1']
+    _, col = pixel(panel, (2, 0), now)
+    blue = np.array([0, 114, 178])
+    rows = [
+        pixel(panel, (2, y), now)[0] for y in (plans[:, 2, 1].max(), plans[:, 2, 1].min())
+    ]
     top, bottom = pixel(panel, (2, 2.1), now)[0], pixel(panel, (2, -2.1), now)[0]
-    found = top + np.flatnonzero(np.abs(now[top:bottom, col].astype(int) - blue).max(-1) < 70)
-    assert abs(found.min() - rows[0]) <= 3 and abs(found.max() - rows[1]) <= 3, (found, rows)
+    found = top + np.flatnonzero(
+        np.abs(now[top:bottom, col].astype(int) - blue).max(-1) < 70
+    )
+    assert abs(found.min() - rows[0]) <= 3 and abs(found.max() - rows[1]) <= 3, (
+        found,
+        rows,
+    )

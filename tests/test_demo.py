@@ -1,6 +1,6 @@
 """The demonstration's command: defaults, refusals, shipping, and both modes in miniature."""
+
 import json
-from pathlib import Path
 
 import pytest
 
@@ -8,27 +8,48 @@ from halo import demo
 from halo.evaluate import EvalResult
 
 
-def options(*argv): return demo.defaults(demo.parser().parse_args(argv))
+def options(*argv):
+    return demo.defaults(demo.parser().parse_args(argv))
 
 
 def test_variants_differ_in_one_field():
     from halo.configuration_halo import HaloConfig
+
     full = HaloConfig(device='cpu', **demo.VARIANTS['full']).model
     assert full.salr.enabled and full.sampling.history_frames > 0
-    assert HaloConfig(device='cpu', **demo.VARIANTS['no_history']).model == full.but(sampling__history_frames=0)
-    assert HaloConfig(device='cpu', **demo.VARIANTS['no_salr']).model == full.but(salr__enabled=False)
+    assert HaloConfig(device='cpu', **demo.VARIANTS['no_history']).model == full.but(
+        sampling__history_frames=0
+    )
+    assert HaloConfig(device='cpu', **demo.VARIANTS['no_salr']).model == full.but(
+        salr__enabled=False
+    )
 
 
 def test_evaluation_seeds_are_unseen():
-    assert len(demo.SEEDS) >= 60 and min(demo.SEEDS) > demo.FRESH_SEED + options().episodes and options('--train-from-scratch').episodes < demo.FRESH_SEED
+    assert (
+        len(demo.SEEDS) >= 60
+        and min(demo.SEEDS) > demo.FRESH_SEED + options().episodes
+        and options('--train-from-scratch').episodes < demo.FRESH_SEED
+    )
 
 
 def test_quick_leaves_what_ships_alone():
-    quick, real = options('--train-from-scratch', '--quick'), options('--train-from-scratch')
-    for k in ('checkpoints', 'data', 'runs', 'out'): assert getattr(quick, k) != getattr(real, k)
+    quick, real = (
+        options('--train-from-scratch', '--quick'),
+        options('--train-from-scratch'),
+    )
+    for k in ('checkpoints', 'data', 'runs', 'out'):
+        assert getattr(quick, k) != getattr(real, k)
 
 
-@pytest.mark.parametrize('argv, says', [(['--seeds', '0'], '--seeds is 0'), (['--episodes', '-1'], '--episodes is -1'), (['--checkpoints', 'nowhere'], '--train-from-scratch')])
+@pytest.mark.parametrize(
+    'argv, says',
+    [
+        (['--seeds', '0'], '--seeds is 0'),
+        (['--episodes', '-1'], '--episodes is -1'),
+        (['--checkpoints', 'nowhere'], '--train-from-scratch'),
+    ],
+)
 def test_bad_input_is_one_sentence(argv, says, capsys):
     assert demo.main(argv) == 1
     said = capsys.readouterr().err.strip()
@@ -42,16 +63,26 @@ def test_shipping_replaces_whole_folders(tmp_path):
     for text in ('old', 'new'):
         (tmp_path / 'run/checkpoint/model.safetensors').write_text(text)
         demo.ship(tmp_path / 'run', tmp_path / 'shipped/full')
-    assert {p.name: p.read_text() for p in (tmp_path / 'shipped/full').iterdir()} == {'model.safetensors': 'new', 'log.jsonl': '{}'}
+    assert {p.name: p.read_text() for p in (tmp_path / 'shipped/full').iterdir()} == {
+        'model.safetensors': 'new',
+        'log.jsonl': '{}',
+    }
     assert [p.name for p in (tmp_path / 'shipped').iterdir()] == ['full']
 
 
 def test_an_evaluation_is_reused_only_for_the_same_weights_and_seeds(tmp_path):
     (tmp_path / 'model.safetensors').write_text('weights')
-    made = EvalResult([dict(seed=s, success=True, ticks=1, task='t') for s in (1, 2)], dict(policy=dict(checkpoint_sha256=demo.sha256(tmp_path / 'model.safetensors'))))
+    made = EvalResult(
+        [dict(seed=s, success=True, ticks=1, task='t') for s in (1, 2)],
+        dict(policy=dict(checkpoint_sha256=demo.sha256(tmp_path / 'model.safetensors'))),
+    )
     file = made.save(tmp_path / 'r.json')
     assert demo.reusable(file, tmp_path, [1, 2], 0).seeds == [1, 2]
-    assert demo.reusable(file, tmp_path, [1, 3], 0) is None and demo.reusable(file, tmp_path, [1, 2], 1) is None and demo.reusable(tmp_path / 'none.json', tmp_path, [1, 2], 0) is None
+    assert (
+        demo.reusable(file, tmp_path, [1, 3], 0) is None
+        and demo.reusable(file, tmp_path, [1, 2], 1) is None
+        and demo.reusable(tmp_path / 'none.json', tmp_path, [1, 2], 0) is None
+    )
     (tmp_path / 'model.safetensors').write_text('others')
     assert demo.reusable(file, tmp_path, [1, 2], 0) is None
 
@@ -59,13 +90,47 @@ def test_an_evaluation_is_reused_only_for_the_same_weights_and_seeds(tmp_path):
 @pytest.mark.sim
 @pytest.mark.slow
 def test_both_modes_in_miniature(tmp_path, capsys):
-    common = ['--quick', '--checkpoints', f'{tmp_path}/checkpoints', '--out', f'{tmp_path}/out']
-    assert demo.main(['--train-from-scratch', *common, '--data', f'{tmp_path}/data', '--runs', f'{tmp_path}/runs']) == 0
+    common = [
+        '--quick',
+        '--checkpoints',
+        f'{tmp_path}/checkpoints',
+        '--out',
+        f'{tmp_path}/out',
+    ]
+    assert (
+        demo.main(
+            [
+                '--train-from-scratch',
+                *common,
+                '--data',
+                f'{tmp_path}/data',
+                '--runs',
+                f'{tmp_path}/runs',
+            ]
+        )
+        == 0
+    )
     shipped = tmp_path / 'checkpoints/full'
-    assert {'model.safetensors', 'config.json', 'provenance.json', 'log.jsonl', 'evaluation.json', 'policy_preprocessor.json', 'policy_postprocessor.json'} <= {p.name for p in shipped.iterdir()}
+    assert {
+        'model.safetensors',
+        'config.json',
+        'provenance.json',
+        'log.jsonl',
+        'evaluation.json',
+        'policy_preprocessor.json',
+        'policy_postprocessor.json',
+    } <= {p.name for p in shipped.iterdir()}
     assert not list(shipped.rglob('optimizer*'))
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'checkpoints').rglob('model.safetensors')}
+    before = {
+        p: p.stat().st_mtime_ns
+        for p in (tmp_path / 'checkpoints').rglob('model.safetensors')
+    }
     assert demo.main([*common, '--data', f'{tmp_path}/fresh']) == 0
-    assert 'reused' in capsys.readouterr().out and before == {p: p.stat().st_mtime_ns for p in before}  # the demonstration changes no checkpoint
-    assert len(json.loads((tmp_path / 'out/results/full.json').read_text())['episodes']) == 2
+    # the demonstration changes no checkpoint
+    assert 'reused' in capsys.readouterr().out and before == {
+        p: p.stat().st_mtime_ns for p in before
+    }
+    assert (
+        len(json.loads((tmp_path / 'out/results/full.json').read_text())['episodes']) == 2
+    )
     assert (tmp_path / 'out/report.html').read_text().count('<video') == 6

@@ -1,114 +1,257 @@
-"""The site: every link resolves, nothing is asked of another machine, and in a real browser every explorer draws what its controls say."""
-import base64, gzip, io, json, re, shutil, subprocess, sys, warnings
-from pathlib import Path
+"""The site: every link resolves, nothing is asked of another machine, and in a real browser
+every explorer draws what its controls say.
+"""
+
+import base64
+import gzip
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pytest
+from browser import Site, Watched, chromium, root
 from PIL import Image
 
-from browser import Site, Watched, chromium, root
+sys.path.insert(0, str(root / 'scripts'))
+import check_site
+import docs
+import landing
+import vendor
 
-sys.path.insert(0, str(root/'scripts'))
-import check_site, docs, landing, vendor
+unable = pytest.mark.skipif(
+    chromium() is None,
+    reason=(
+        'NO CHROMIUM HERE: the site was not opened in a browser; `apt-get install chromium`'
+        ' brings one'
+    ),
+)
 
-unable = pytest.mark.skipif(chromium() is None, reason='NO CHROMIUM HERE: the site was not opened in a browser; `apt-get install chromium` brings one')
-def browses(test): return pytest.mark.browser(unable(test))
-whole = all(vendor.sound(p, vendor.cache/p.archive) for p in vendor.PACKAGES)      # is KaTeX in the cache?
+
+def browses(test):
+    return pytest.mark.browser(unable(test))
+
+
+# is KaTeX in the cache?
+whole = all(vendor.sound(p, vendor.cache / p.archive) for p in vendor.PACKAGES)
 
 
 @pytest.fixture(scope='session')
 def site(tmp_path_factory):
-    "The site, rendered once. Tests do not ask npm: without its packages in the cache the site is the bare one."
-    to = tmp_path_factory.mktemp('site')/'_docs'
-    if not whole: warnings.warn('NO KATEX IN .cache/npm: the site was tested without it; `make docs` fetches it')
-    done = subprocess.run([sys.executable, root/'scripts/docs.py', '--to', to, '--offline' if whole else '--bare'], capture_output=True, text=True, cwd=root)
+    """The site, rendered once.
+
+    Tests do not ask npm: without its packages in the cache the site is the bare one.
+    """
+    to = tmp_path_factory.mktemp('site') / '_docs'
+    if not whole:
+        warnings.warn(
+            'NO KATEX IN .cache/npm: the site was tested without it; `make docs` fetches it'
+        )
+    done = subprocess.run(
+        [
+            sys.executable,
+            root / 'scripts/docs.py',
+            '--to',
+            to,
+            '--offline' if whole else '--bare',
+        ],
+        capture_output=True,
+        text=True,
+        cwd=root,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return to
 
 
 def test_the_site_is_whole(site):
     assert check_site.check(site) == []
-    pages = {p.relative_to(site).as_posix() for p in site.rglob('*.html')} - {'style/after.html'}
-    assert pages == {'index.html', *(f'nbs/{p.stem}.html' for p in root.glob('nbs/*.ipynb') if not p.name.startswith('_'))}
-    assert sum(f.stat().st_size for f in site.rglob('*') if f.is_file()) < 15e6 and (site/'film.webp').stat().st_size < 1.5e6
+    pages = {p.relative_to(site).as_posix() for p in site.rglob('*.html')} - {
+        'style/after.html'
+    }
+    assert pages == {
+        'index.html',
+        *(
+            f'nbs/{p.stem}.html'
+            for p in root.glob('nbs/*.ipynb')
+            if not p.name.startswith('_')
+        ),
+    }
+    assert (
+        sum(f.stat().st_size for f in site.rglob('*') if f.is_file()) < 15e6
+        and (site / 'film.webp').stat().st_size < 1.5e6
+    )
 
 
 def test_no_notebook_vanishes_from_the_sidebar(site):
-    made = check_site.Page((site/'nbs/03_salr.html').read_text())
+    made = check_site.Page((site / 'nbs/03_salr.html').read_text())
     for p in root.glob('nbs/*.ipynb'):
-        if not p.name.startswith('_'): assert any(l.split('/')[-1] == f'{p.stem}.html' for l in made.links), p.name
-    new = [root/'nbs'/n for n in ('index.ipynb', '03_salr.ipynb', '06d_later.ipynb', '25_last.ipynb', '77_beyond.ipynb', 'named.ipynb')]
+        if not p.name.startswith('_'):
+            assert any(l.split('/')[-1] == f'{p.stem}.html' for l in made.links), p.name
+    new = [
+        root / 'nbs' / n
+        for n in (
+            'index.ipynb',
+            '03_salr.ipynb',
+            '06d_later.ipynb',
+            '25_last.ipynb',
+            '77_beyond.ipynb',
+            'named.ipynb',
+        )
+    ]
     found = {s['section']: s['contents'] for s in docs.sidebar(new)[1:]}
-    assert found == {'The model': ['nbs/03_salr.ipynb', 'nbs/06d_later.ipynb'], 'Benchmarks': ['nbs/25_last.ipynb'], 'Further': ['nbs/77_beyond.ipynb', 'nbs/named.ipynb']}
+    assert found == {
+        'The model': ['nbs/03_salr.ipynb', 'nbs/06d_later.ipynb'],
+        'Benchmarks': ['nbs/25_last.ipynb'],
+        'Further': ['nbs/77_beyond.ipynb', 'nbs/named.ipynb'],
+    }
 
 
 def test_first_page_reads_its_figures(site):
-    page = (site/'index.html').read_text()
+    page = (site / 'index.html').read_text()
     for name in landing.POLICIES:
-        s = json.loads((root/'checkpoints/flash_place'/name/'evaluation.json').read_text())['success']
+        s = json.loads(
+            (root / 'checkpoints/flash_place' / name / 'evaluation.json').read_text()
+        )['success']
         assert f"{s['successes']} / {s['n']}" in page
-    with Image.open(site/'film.webp') as film:
+    with Image.open(site / 'film.webp') as film:
         assert film.n_frames > 20
-        film.seek(0); first = np.asarray(film.convert('RGB')).astype(int)
-        film.seek(film.n_frames - 1); last = np.asarray(film.convert('RGB')).astype(int)
-    flashed = lambda x: (x.max(-1) - x.min(-1) > 180)[:landing.HEAD + landing.SIDE].mean()      # saturated: the flashing pads (and a puck)
+        film.seek(0)
+        first = np.asarray(film.convert('RGB')).astype(int)
+        film.seek(film.n_frames - 1)
+        last = np.asarray(film.convert('RGB')).astype(int)
+    # saturated: the flashing pads (and a puck)
+    flashed = lambda x: (x.max(-1) - x.min(-1) > 180)[: landing.HEAD + landing.SIDE].mean()
     assert flashed(first) > 4 * flashed(last)
 
 
 def test_exported_code_says_where_it_goes(site):
-    page = (site/'nbs/04_flow.html').read_text()
-    assert 'halo/flow.py</summary>' in page.replace('<span>', '').replace('</span>', '') and re.search(r'<details open', page)
-    assert 'forward' not in check_site.Page((site/'nbs/06_model.html').read_text()).ids and 'halomodel.velocity' in check_site.Page((site/'nbs/06_model.html').read_text()).ids
+    page = (site / 'nbs/04_flow.html').read_text()
+    assert 'halo/flow.py</summary>' in page.replace('<span>', '').replace(
+        '</span>', ''
+    ) and re.search(r'<details open', page)
+    assert (
+        'forward' not in check_site.Page((site / 'nbs/06_model.html').read_text()).ids
+        and 'halomodel.velocity'
+        in check_site.Page((site / 'nbs/06_model.html').read_text()).ids
+    )
 
 
-FAULTS = {'<a href="nowhere.html">x</a>': 'dead link nowhere.html', '<a href="other.html#nobody">x</a>': 'dead anchor other.html#nobody', '<a href="#gone">x</a>': 'dead anchor #gone', '<img src="none.png">': 'none.png is not there',
-          '<script src="https://cdn.example.org/katex.min.js"></script>': 'asks another machine for https://cdn.example.org/katex.min.js', '<link rel="stylesheet" href="//cdn.example.org/x.css">': 'asks another machine for //cdn.example.org/x.css',
-          '<style>@import url(https://fonts.example.org/css2?family=X:wght@300;400);</style>': 'asks another machine for https://fonts.example.org', "<script type=module>import m from 'https://cdn.example.org/m.mjs'</script>": 'asks another machine for https://cdn.example.org/m.mjs',
-          '<iframe srcdoc="&lt;img src=&quot;https://example.org/x.png&quot;&gt;"></iframe>': 'asks another machine for https://example.org/x.png', '<p id="one"></p><p id="one"></p>': 'the id one is there 2 times',
-          '<pre>File "/home/someone/halo/x.py"</pre>': 'a path of one machine: /home/someone/halo/x.py', '<a href="file:///etc/hosts">x</a>': 'a link to a file of one machine', '<a href="../outside.html">x</a>': 'dead link ../outside.html'}
+FAULTS = {
+    '<a href="nowhere.html">x</a>': 'dead link nowhere.html',
+    '<a href="other.html#nobody">x</a>': 'dead anchor other.html#nobody',
+    '<a href="#gone">x</a>': 'dead anchor #gone',
+    '<img src="none.png">': 'none.png is not there',
+    '<script src="https://cdn.example.org/katex.min.js"></script>': (
+        'asks another machine for https://cdn.example.org/katex.min.js'
+    ),
+    '<link rel="stylesheet" href="//cdn.example.org/x.css">': (
+        'asks another machine for //cdn.example.org/x.css'
+    ),
+    '<style>@import url(https://fonts.example.org/css2?family=X:wght@300;400);</style>': (
+        'asks another machine for https://fonts.example.org'
+    ),
+    "<script type=module>import m from 'https://cdn.example.org/m.mjs'</script>": (
+        'asks another machine for https://cdn.example.org/m.mjs'
+    ),
+    '<iframe srcdoc="&lt;img src=&quot;https://example.org/x.png&quot;&gt;"></iframe>': (
+        'asks another machine for https://example.org/x.png'
+    ),
+    '<p id="one"></p><p id="one"></p>': 'the id one is there 2 times',
+    '<pre>File "/home/someone/halo/x.py"</pre>': (
+        'a path of one machine: /home/someone/halo/x.py'
+    ),
+    '<a href="file:///etc/hosts">x</a>': 'a link to a file of one machine',
+    '<a href="../outside.html">x</a>': 'dead link ../outside.html',
+}
+
 
 @pytest.mark.parametrize('fault', FAULTS)
 def test_the_check_finds(fault, tmp_path):
-    good = '<!doctype html><h1 id="top">x</h1><a href="other.html#there">y</a><a href="https://example.org">z</a><p style="background:url(data:image/png;base64,AA)">'
-    (tmp_path/'other.html').write_text('<p id="there">'); (tmp_path/'index.html').write_text(good)
+    good = (
+        '<!doctype html><h1 id="top">x</h1><a href="other.html#there">y</a><a'
+        ' href="https://example.org">z</a><p'
+        ' style="background:url(data:image/png;base64,AA)">'
+    )
+    (tmp_path / 'other.html').write_text('<p id="there">')
+    (tmp_path / 'index.html').write_text(good)
     assert check_site.check(tmp_path) == []
-    (tmp_path/'index.html').write_text(good + fault)
+    (tmp_path / 'index.html').write_text(good + fault)
     found = check_site.check(tmp_path)
     assert len(found) == 1 and FAULTS[fault] in found[0], found
 
 
 def test_the_check_finds_faults_in_the_site(site, tmp_path):
-    copy = tmp_path/'_docs'; shutil.copytree(site, copy)
-    page = copy/'nbs/03_salr.html'
-    page.write_text(page.read_text().replace('</main>', '<a href="04_flow.html#nobody">x</a><script src="https://cdn.example.org/k.js"></script></main>', 1)); (copy/'nbs/05_expert.html').unlink()
+    copy = tmp_path / '_docs'
+    shutil.copytree(site, copy)
+    page = copy / 'nbs/03_salr.html'
+    page.write_text(
+        page.read_text().replace(
+            '</main>',
+            '<a href="04_flow.html#nobody">x</a><script'
+            ' src="https://cdn.example.org/k.js"></script></main>',
+            1,
+        )
+    )
+    (copy / 'nbs/05_expert.html').unlink()
     found = check_site.check(copy)
-    assert any('03_salr.html: dead anchor 04_flow.html#nobody' in f for f in found) and any('03_salr.html: asks another machine for https://cdn' in f for f in found) and sum('dead link 05_expert.html' in f for f in found) > 20
+    assert (
+        any('03_salr.html: dead anchor 04_flow.html#nobody' in f for f in found)
+        and any('03_salr.html: asks another machine for https://cdn' in f for f in found)
+        and sum('dead link 05_expert.html' in f for f in found) > 20
+    )
 
 
 def test_a_package_that_is_not_to_be_had_is_one_error(tmp_path, monkeypatch):
     p = vendor.PACKAGES[0]
-    with pytest.raises(vendor.Missing, match=f'{p.spec} .* is not there; run `make docs` once with a network, or add --bare'): vendor.fetch(p, tmp_path, offline=True)
+    with pytest.raises(
+        vendor.Missing,
+        match=(
+            f'{p.spec} .* is not there; run `make docs` once with a network, or add --bare'
+        ),
+    ):
+        vendor.fetch(p, tmp_path, offline=True)
     monkeypatch.setenv('PATH', str(tmp_path))
-    with pytest.raises(vendor.Missing, match='nor is the npm client that could fetch it; install npm'): vendor.fetch(p, tmp_path)
-    (tmp_path/p.archive).write_bytes(b'another archive')
-    with pytest.raises(vendor.Missing, match='is not the archive that scripts/vendor.py pins'): vendor.fetch(p, tmp_path, offline=True)
-    npm = tmp_path/'npm'      # a client that brings something else
-    npm.write_text('#!/bin/sh\nfor a in "$@"; do case $a in --pack-destination=*) echo other > "${a#*=}/katex.tgz";; esac; done\n'); npm.chmod(0o755)
-    with pytest.raises(vendor.Missing, match='do not use it'): vendor.fetch(p, tmp_path)
-    assert (tmp_path/p.archive).read_bytes() == b'another archive'
+    with pytest.raises(
+        vendor.Missing, match='nor is the npm client that could fetch it; install npm'
+    ):
+        vendor.fetch(p, tmp_path)
+    (tmp_path / p.archive).write_bytes(b'another archive')
+    with pytest.raises(
+        vendor.Missing, match='is not the archive that scripts/vendor.py pins'
+    ):
+        vendor.fetch(p, tmp_path, offline=True)
+    npm = tmp_path / 'npm'  # a client that brings something else
+    npm.write_text(
+        '#!/bin/sh\nfor a in "$@"; do case $a in --pack-destination=*) echo other >'
+        ' "${a#*=}/katex.tgz";; esac; done\n'
+    )
+    npm.chmod(0o755)
+    with pytest.raises(vendor.Missing, match='do not use it'):
+        vendor.fetch(p, tmp_path)
+    assert (tmp_path / p.archive).read_bytes() == b'another archive'
 
 
 def test_styles_lose_their_web_fonts_and_nothing_else(tmp_path):
-    (tmp_path/'a.css').write_text('@charset "UTF-8";@import url(https://f.example.org/css2?family=S:wght@300;400&display=swap);:root{--x:1}@import "//f.example.org/y;z.css";p{color:red}')
+    (tmp_path / 'a.css').write_text(
+        '@charset "UTF-8";@import'
+        ' url(https://f.example.org/css2?family=S:wght@300;400&display=swap);:root{--x:1}@import'
+        ' "//f.example.org/y;z.css";p{color:red}'
+    )
     docs.no_styles_from_elsewhere(tmp_path)
-    assert (tmp_path/'a.css').read_text() == '@charset "UTF-8";:root{--x:1}p{color:red}'
+    assert (tmp_path / 'a.css').read_text() == '@charset "UTF-8";:root{--x:1}p{color:red}'
 
 
 # ---- in a browser
 
+
 @pytest.fixture(scope='module')
 def served(site):
     from playwright.sync_api import sync_playwright
+
     server = Site(site)
     with sync_playwright() as p:
         b = p.chromium.launch(executable_path=chromium())
@@ -119,127 +262,280 @@ def served(site):
 
 def twins(path):
     "How many static twins a notebook's outputs hold."
-    outputs = [o for c in json.loads(path.read_text())['cells'] for o in c.get('outputs', [])]
-    return sum('class="halo-twin"' in ''.join(o.get('data', {}).get('text/html', '')) for o in outputs)
+    outputs = [
+        o for c in json.loads(path.read_text())['cells'] for o in c.get('outputs', [])
+    ]
+    return sum(
+        'class="halo-twin"' in ''.join(o.get('data', {}).get('text/html', ''))
+        for o in outputs
+    )
 
 
 class Drawn:
     "A twin on a page, and what its own data say must be drawn."
+
     def __init__(self, page, frame):
         self.page, self.frame = page, frame
-        frame.wait_for_function('() => document.body && document.body.dataset.drawn !== undefined', timeout=20_000)
+        frame.wait_for_function(
+            '() => document.body && document.body.dataset.drawn !== undefined',
+            timeout=20_000,
+        )
         self.spec = json.loads(frame.locator('#spec').text_content())
-        self.blob, self.state = gzip.decompress(base64.b64decode(self.spec['blob'])), [c['start'] for c in self.spec['controls']]
+        self.blob, self.state = (
+            gzip.decompress(base64.b64decode(self.spec['blob'])),
+            [c['start'] for c in self.spec['controls']],
+        )
 
-    def key(self): return ','.join(str(c['index'][v]) for c, v in zip(self.spec['controls'], self.state))
-    def row(self): return self.spec['states'][self.key()]
+    def key(self):
+        return ','.join(
+            str(c['index'][v]) for c, v in zip(self.spec['controls'], self.state)
+        )
+
+    def row(self):
+        return self.spec['states'][self.key()]
+
     def piece(self, panel):
         at, size = self.spec['pieces'][self.row()[panel]]
-        return self.blob[at:at + size]
+        return self.blob[at : at + size]
 
     def move(self, i, to):
-        "Control `i` to its value `to`, as a hand would; by the key's rule, others of its group go back to their start."
+        """Control `i` to its value `to`, as a hand would; by the key's rule, others of its
+        group go back to their start.
+        """
         c, e = self.spec['controls'][i], self.frame.locator(f'#c{i}')
-        if c['kind'] == 'toggle': e.click() if to != self.state[i] else None
-        elif c['kind'] == 'choice': e.select_option(index=to)
+        if c['kind'] == 'toggle':
+            e.click() if to != self.state[i] else None
+        elif c['kind'] == 'choice':
+            e.select_option(index=to)
         else:
-            e.focus(); end = len(c['texts']) - 1
+            e.focus()
+            end = len(c['texts']) - 1
             e.press('Home' if to <= end / 2 else 'End')
-            for _ in range(min(to, end - to)): e.press('ArrowRight' if to <= end / 2 else 'ArrowLeft')
+            for _ in range(min(to, end - to)):
+                e.press('ArrowRight' if to <= end / 2 else 'ArrowLeft')
         self.state[i] = to
-        if c['alone'] and to != c['start']: self.state = [o['start'] if k != i and o['alone'] == c['alone'] else v for k, (o, v) in enumerate(zip(self.spec['controls'], self.state))]
-        self.frame.wait_for_function('key => document.body.dataset.drawn === key', arg=self.key(), timeout=10_000)
-        if c['kind'] == 'slider': assert self.frame.locator(f'#o{i}').text_content() == c['texts'][to]
+        if c['alone'] and to != c['start']:
+            self.state = [
+                o['start'] if k != i and o['alone'] == c['alone'] else v
+                for k, (o, v) in enumerate(zip(self.spec['controls'], self.state))
+            ]
+        self.frame.wait_for_function(
+            'key => document.body.dataset.drawn === key', arg=self.key(), timeout=10_000
+        )
+        if c['kind'] == 'slider':
+            assert self.frame.locator(f'#o{i}').text_content() == c['texts'][to]
 
     def picture(self):
         "What the canvas shows, (height, width, 4)."
-        data = self.frame.evaluate("() => document.getElementById('canvas').toDataURL('image/png')")
-        return np.asarray(Image.open(io.BytesIO(base64.b64decode(data.split(',')[1]))).convert('RGBA')).astype(int)
+        data = self.frame.evaluate(
+            "() => document.getElementById('canvas').toDataURL('image/png')"
+        )
+        return np.asarray(
+            Image.open(io.BytesIO(base64.b64decode(data.split(',')[1]))).convert('RGBA')
+        ).astype(int)
 
     def box(self, panel, shape, margin=0):
         "Rows and columns of a panel; of words, the lines that they may reach."
-        p = self.spec['panels'][panel]; x, y, w, h = np.array(p['box']) * [shape[1], shape[0], shape[1], shape[0]]
-        if p['kind'] == 'words': base, tall = y + (1 - p['at'][1]) * h, p['size'] * shape[1]; return slice(max(0, int(base - 6 * tall)), int(base + tall) + 2), slice(0, shape[1])
-        return slice(max(0, int(y) - margin), int(y + h) + 1 + margin), slice(max(0, int(x) - margin), int(x + w) + 1 + margin)
+        p = self.spec['panels'][panel]
+        x, y, w, h = np.array(p['box']) * [shape[1], shape[0], shape[1], shape[0]]
+        if p['kind'] == 'words':
+            base, tall = y + (1 - p['at'][1]) * h, p['size'] * shape[1]
+            return slice(max(0, int(base - 6 * tall)), int(base + tall) + 2), slice(
+                0, shape[1]
+            )
+        return slice(max(0, int(y) - margin), int(y + h) + 1 + margin), slice(
+            max(0, int(x) - margin), int(x + w) + 1 + margin
+        )
 
     def agrees(self, shown, rng):
-        "Panels on which nothing else lies show the colours, bars, lines and pictures that the pieces of this key say; the number of things looked at."
+        """Panels on which nothing else lies show the colours, bars, lines and pictures that
+        the pieces of this key say; the number of things looked at.
+        """
         panels, looked = self.spec['panels'], 0
         boxes = [np.array(p['box']) for p in panels]
-        alone = lambda i: not any(k != i and p['kind'] != 'words' and all(boxes[i][a] < boxes[k][a] + boxes[k][a + 2] and boxes[k][a] < boxes[i][a] + boxes[i][a + 2] for a in (0, 1)) for k, p in enumerate(panels))
+        alone = lambda i: (
+            not any(
+                k != i
+                and p['kind'] != 'words'
+                and all(
+                    boxes[i][a] < boxes[k][a] + boxes[k][a + 2]
+                    and boxes[k][a] < boxes[i][a] + boxes[i][a + 2]
+                    for a in (0, 1)
+                )
+                for k, p in enumerate(panels)
+            )
+        )
         for i, p in enumerate(panels):
-            rows, cols = self.box(i, shown.shape); left, top, w, h = boxes[i] * [shown.shape[1], shown.shape[0], shown.shape[1], shown.shape[0]]
-            if not alone(i): continue
+            rows, cols = self.box(i, shown.shape)
+            left, top, w, h = boxes[i] * [
+                shown.shape[1],
+                shown.shape[0],
+                shown.shape[1],
+                shown.shape[0],
+            ]
+            if not alone(i):
+                continue
             if p['kind'] == 'heat' and not p['smooth']:
-                table, index = np.frombuffer(base64.b64decode(p['table']), np.uint8).reshape(256, 4), np.frombuffer(self.piece(i), np.uint8).reshape(p['rows'], p['cols']); x0, y0, x1, y1 = p['at']
-                for r, c in zip(rng.integers(0, p['rows'], 5), rng.integers(0, p['cols'], 5)):
-                    x, y = left + (x0 + (c + 0.5) / p['cols'] * (x1 - x0)) * w, top + ((1 - y1) + (r + 0.5) / p['rows'] * (y1 - y0)) * h if y1 > y0 else top + ((1 - y0) + (r + 0.5) / p['rows'] * (y0 - y1)) * h
-                    if not (0 <= y < shown.shape[0] and 0 <= x < shown.shape[1]) or index[r, c] == 0: continue
-                    assert np.abs(shown[int(y), int(x)] - table[index[r, c]]).max() <= 3, (p['name'], r, c); looked += 1
+                table, index = (
+                    np.frombuffer(base64.b64decode(p['table']), np.uint8).reshape(256, 4),
+                    np.frombuffer(self.piece(i), np.uint8).reshape(p['rows'], p['cols']),
+                )
+                x0, y0, x1, y1 = p['at']
+                for r, c in zip(
+                    rng.integers(0, p['rows'], 5), rng.integers(0, p['cols'], 5)
+                ):
+                    x, y = (
+                        left + (x0 + (c + 0.5) / p['cols'] * (x1 - x0)) * w,
+                        (
+                            top + ((1 - y1) + (r + 0.5) / p['rows'] * (y1 - y0)) * h
+                            if y1 > y0
+                            else top + ((1 - y0) + (r + 0.5) / p['rows'] * (y0 - y1)) * h
+                        ),
+                    )
+                    if (
+                        not (0 <= y < shown.shape[0] and 0 <= x < shown.shape[1])
+                        or index[r, c] == 0
+                    ):
+                        continue
+                    assert np.abs(shown[int(y), int(x)] - table[index[r, c]]).max() <= 3, (
+                        p['name'],
+                        r,
+                        c,
+                    )
+                    looked += 1
             elif p['kind'] == 'bars':
-                for colour, (a0, b0, a1, b1) in zip(p['colors'], np.frombuffer(self.piece(i), '<i2').reshape(-1, 4) / 1e4):
+                for colour, (a0, b0, a1, b1) in zip(
+                    p['colors'], np.frombuffer(self.piece(i), '<i2').reshape(-1, 4) / 1e4
+                ):
                     x, y = left + (a0 + a1) / 2 * w, top + (1 - (b0 + b1) / 2) * h
-                    if abs(a1 - a0) * w < 4 or abs(b1 - b0) * h < 4 or not (left < x < left + w and top < y < top + h): continue
-                    assert np.abs(shown[int(y), int(x), :3] - [int(colour[k:k + 2], 16) for k in (1, 3, 5)]).max() <= 3, p['name']; looked += 1
+                    if (
+                        abs(a1 - a0) * w < 4
+                        or abs(b1 - b0) * h < 4
+                        or not (left < x < left + w and top < y < top + h)
+                    ):
+                        continue
+                    assert (
+                        np.abs(
+                            shown[int(y), int(x), :3]
+                            - [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
+                        ).max()
+                        <= 3
+                    ), p['name']
+                    looked += 1
             elif p['kind'] == 'lines':
-                v = np.frombuffer(self.piece(i), '<i2').astype(int); at = len(p['styles'])
+                v = np.frombuffer(self.piece(i), '<i2').astype(int)
+                at = len(p['styles'])
                 for k, style in enumerate(p['styles']):
-                    xy = v[at:at + 2 * v[k]].reshape(-1, 2); at += 2 * v[k]; there = (xy > -32000).all(1)
-                    for m in range(len(xy) - 1):      # both ends of a stroke have ink on them
-                        if style['dash'] or style['alpha'] < 0.3 or not there[m:m + 2].all(): continue
+                    xy = v[at : at + 2 * v[k]].reshape(-1, 2)
+                    at += 2 * v[k]
+                    there = (xy > -32000).all(1)
+                    for m in range(len(xy) - 1):  # both ends of a stroke have ink on them
+                        if (
+                            style['dash']
+                            or style['alpha'] < 0.3
+                            or not there[m : m + 2].all()
+                        ):
+                            continue
                         x, y = left + xy[m, 0] / 1e4 * w, top + (1 - xy[m, 1] / 1e4) * h
-                        if not (left + 1 < x < left + w - 1 and top + 1 < y < top + h - 1) or m % max(1, len(xy) // 8): continue
-                        assert shown[int(y) - 1:int(y) + 2, int(x) - 1:int(x) + 2, 3].max() > 30, (p['name'], k, m); looked += 1
+                        if not (
+                            left + 1 < x < left + w - 1 and top + 1 < y < top + h - 1
+                        ) or m % max(1, len(xy) // 8):
+                            continue
+                        assert (
+                            shown[int(y) - 1 : int(y) + 2, int(x) - 1 : int(x) + 2, 3].max()
+                            > 30
+                        ), (p['name'], k, m)
+                        looked += 1
             elif p['kind'] == 'picture':
-                want = np.asarray(Image.open(io.BytesIO(self.piece(i))).convert('RGB').resize((16, 16), Image.Resampling.BOX)).astype(float)
-                got = np.asarray(Image.fromarray(shown[rows, cols, :3].astype(np.uint8)).resize((16, 16), Image.Resampling.BOX)).astype(float)
-                assert np.abs(want - got).mean() < 8, p['name']; looked += 1
+                want = np.asarray(
+                    Image.open(io.BytesIO(self.piece(i)))
+                    .convert('RGB')
+                    .resize((16, 16), Image.Resampling.BOX)
+                ).astype(float)
+                got = np.asarray(
+                    Image.fromarray(shown[rows, cols, :3].astype(np.uint8)).resize(
+                        (16, 16), Image.Resampling.BOX
+                    )
+                ).astype(float)
+                assert np.abs(want - got).mean() < 8, p['name']
+                looked += 1
         return looked
 
 
 def scrub(twin, rng):
-    "Move every control of a twin: panels whose piece stays keep their pixels, of those whose piece changes something moves, and colours are those of the data."
+    """Move every control of a twin: panels whose piece stays keep their pixels, of those
+    whose piece changes something moves, and colours are those of the data.
+    """
     looked = 0
     for i, c in enumerate(twin.spec['controls']):
         end = len(c['texts']) - 1
-        if not end: continue
+        if not end:
+            continue
         before, old = twin.picture(), twin.row()
-        for to in [v for v in dict.fromkeys((0, end, end // 2)) if v != twin.state[i]][:2] + [c['start']]:
-            if to == twin.state[i]: continue
+        for to in [v for v in dict.fromkeys((0, end, end // 2)) if v != twin.state[i]][
+            :2
+        ] + [c['start']]:
+            if to == twin.state[i]:
+                continue
             twin.move(i, to)
             now, new = twin.picture(), twin.row()
             changed = [k for k, (a, b) in enumerate(zip(old, new)) if a != b]
             may = np.zeros(now.shape[:2], bool)
-            for k in changed: may[twin.box(k, now.shape, 5)] = True
+            for k in changed:
+                may[twin.box(k, now.shape, 5)] = True
             moved = (now != before).any(-1)
-            assert not (moved & ~may).any(), f"{twin.spec['title']}: {c['name']} moved what its key says stays"
-            assert not changed or moved.any(), f"{twin.spec['title']}: {c['name']} moved nothing, its key says {[twin.spec['panels'][k]['name'] for k in changed]}"
-            looked += twin.agrees(now, rng); before, old = now, new
+            assert not (moved & ~may).any(), (
+                f"{twin.spec['title']}: {c['name']} moved what its key says stays"
+            )
+            assert not changed or moved.any(), (
+                f"{twin.spec['title']}: {c['name']} moved nothing, its key says"
+                f" {[twin.spec['panels'][k]['name'] for k in changed]}"
+            )
+            looked += twin.agrees(now, rng)
+            before, old = now, new
     return looked
 
 
 PAGES = [p.stem for p in sorted(root.glob('nbs/[!_]*.ipynb')) if twins(p)]
 
+
 @browses
-def test_the_pages_with_explorers_are_known(): assert {'14_explorer', '15_masks', '16_attention', '17_denoising', '18_rollouts'} <= set(PAGES)
+def test_the_pages_with_explorers_are_known():
+    assert {
+        '14_explorer',
+        '15_masks',
+        '16_attention',
+        '17_denoising',
+        '18_rollouts',
+    } <= set(PAGES)
+
 
 @browses
 @pytest.mark.parametrize('name', PAGES)
 def test_every_control_of_every_twin(served, name):
     b, url, _ = served
-    watched = Watched(b, viewport=dict(width=1280, height=900)); page = watched.page
+    watched = Watched(b, viewport=dict(width=1280, height=900))
+    page = watched.page
     page.goto(f'{url}/nbs/{name}.html')
     frames, rng, looked = page.locator('iframe.halo-twin'), np.random.default_rng(0), 0
-    assert frames.count() == twins(root/f'nbs/{name}.ipynb')
+    assert frames.count() == twins(root / f'nbs/{name}.ipynb')
     for k in range(frames.count()):
         frames.nth(k).scroll_into_view_if_needed()
         twin = Drawn(page, frames.nth(k).element_handle().content_frame())
-        assert len(twin.spec['controls']) == twin.frame.locator('#controls [name], #controls input[type=hidden]').count()
+        assert (
+            len(twin.spec['controls'])
+            == twin.frame.locator('#controls [name], #controls input[type=hidden]').count()
+        )
         looked += scrub(twin, rng)
         for i, c in enumerate(twin.spec['controls']):
-            if not c['play'] or len(c['texts']) == 1: continue
-            was = twin.key(); twin.frame.locator(f'#p{i}').click()
-            twin.frame.wait_for_function('was => document.body.dataset.drawn !== was', arg=was, timeout=5_000); twin.frame.locator(f'#p{i}').click()
+            if not c['play'] or len(c['texts']) == 1:
+                continue
+            was = twin.key()
+            twin.frame.locator(f'#p{i}').click()
+            twin.frame.wait_for_function(
+                'was => document.body.dataset.drawn !== was', arg=was, timeout=5_000
+            )
+            twin.frame.locator(f'#p{i}').click()
     assert looked > 20 and not watched.wrong, (looked, watched.wrong)
     page.close()
 
@@ -247,28 +543,44 @@ def test_every_control_of_every_twin(served, name):
 @browses
 def test_every_page_opens_quietly_and_fits(served):
     b, url, site = served
-    watched = Watched(b, viewport=dict(width=390, height=800)); page = watched.page
-    for f in sorted([site/'index.html', *site.glob('nbs/*.html')]):
-        page.goto(f'{url}/{f.relative_to(site).as_posix()}'); page.wait_for_load_state('networkidle')      # the icon too, before the page is left
+    watched = Watched(b, viewport=dict(width=390, height=800))
+    page = watched.page
+    for f in sorted([site / 'index.html', *site.glob('nbs/*.html')]):
+        # the icon too, before the page is left
+        page.goto(f'{url}/{f.relative_to(site).as_posix()}')
+        page.wait_for_load_state('networkidle')
         assert not watched.wrong, (f.name, watched.wrong)
-        assert page.evaluate('document.documentElement.scrollWidth') <= 390, f'{f.name} is wider than a phone'
+        assert page.evaluate('document.documentElement.scrollWidth') <= 390, (
+            f'{f.name} is wider than a phone'
+        )
         if whole and 'katex.min.js' in f.read_text():
             page.wait_for_function("() => document.querySelector('.katex')")
-            assert not page.locator('.katex-error').count(), (f.name, page.locator('.katex-error').first.text_content())
+            assert not page.locator('.katex-error').count(), (
+                f.name,
+                page.locator('.katex-error').first.text_content(),
+            )
     page.close()
 
 
 @browses
 def test_a_twin_that_is_half_read_is_left_alone(served):
     b, url, _ = served
-    watched = Watched(b, viewport=dict(width=1280, height=900)); page = watched.page
-    page.goto(f'{url}/nbs/15_masks.html'); page.wait_for_load_state('load')
-    page.evaluate('''() => {
+    watched = Watched(b, viewport=dict(width=1280, height=900))
+    page = watched.page
+    page.goto(f'{url}/nbs/15_masks.html')
+    page.wait_for_load_state('load')
+    page.evaluate(
+        '''() => {
         const late = window.late = document.createElement('iframe'); late.className = 'halo-twin'; document.body.append(late);
-        late.contentDocument.open(); late.contentDocument.write('<html><body><div id="frame"></div>'); }''')
-    page.locator('.quarto-color-scheme-toggle').first.click(); page.wait_for_timeout(100)      # every twin is dressed again, this one while it is being read
+        late.contentDocument.open(); late.contentDocument.write('<html><body><div id="frame"></div>'); }'''
+    )
+    # every twin is dressed again, this one while it is being read
+    page.locator('.quarto-color-scheme-toggle').first.click()
+    page.wait_for_timeout(100)
     assert not watched.wrong, watched.wrong
-    page.evaluate('''() => { window.late.contentDocument.write('<script id="spec" type="application/json">{"ratio": 1}</' + 'script></body></html>'); window.late.contentDocument.close(); }''')
+    page.evaluate(
+        '''() => { window.late.contentDocument.write('<script id="spec" type="application/json">{"ratio": 1}</' + 'script></body></html>'); window.late.contentDocument.close(); }'''
+    )
     page.locator('.quarto-color-scheme-toggle').first.click()
     page.wait_for_function("() => window.late.contentDocument.getElementById('site')")
     assert not watched.wrong, watched.wrong
@@ -278,19 +590,50 @@ def test_a_twin_that_is_half_read_is_left_alone(served):
 @browses
 def test_dark_mode_search_and_the_film(served):
     b, url, _ = served
-    watched = Watched(b, viewport=dict(width=1280, height=900), color_scheme='light'); page = watched.page
-    light = lambda: sum(map(int, re.findall(r'\d+', page.evaluate('getComputedStyle(document.body).backgroundColor'))[:3]))
-    page.goto(f'{url}/index.html'); assert light() > 700
-    film = page.locator('.halo-film img'); assert film.evaluate('e => e.complete && e.naturalWidth') == 2 * landing.SIDE + landing.GAP
-    assert film.bounding_box()['y'] + film.bounding_box()['height'] < 900 and page.locator('.halo-run').bounding_box()['y'] < 800      # the first screen shows it acting and says how to run it
+    watched = Watched(b, viewport=dict(width=1280, height=900), color_scheme='light')
+    page = watched.page
+    light = lambda: sum(
+        map(
+            int,
+            re.findall(
+                r'\d+', page.evaluate('getComputedStyle(document.body).backgroundColor')
+            )[:3],
+        )
+    )
+    page.goto(f'{url}/index.html')
+    assert light() > 700
+    film = page.locator('.halo-film img')
+    assert (
+        film.evaluate('e => e.complete && e.naturalWidth') == 2 * landing.SIDE + landing.GAP
+    )
+    # the first screen shows it acting and says how to run it
+    assert (
+        film.bounding_box()['y'] + film.bounding_box()['height'] < 900
+        and page.locator('.halo-run').bounding_box()['y'] < 800
+    )
     first = film.screenshot()
-    page.wait_for_timeout(700); assert film.screenshot() != first
-    page.locator('.quarto-color-scheme-toggle').first.click(); page.wait_for_function("() => document.documentElement.classList.contains('quarto-dark')"); assert light() < 150
-    page.goto(f'{url}/nbs/15_masks.html'); assert light() < 150      # remembered
-    frame = page.locator('iframe.halo-twin').first; frame.scroll_into_view_if_needed(); inside = frame.element_handle().content_frame()
+    page.wait_for_timeout(700)
+    assert film.screenshot() != first
+    page.locator('.quarto-color-scheme-toggle').first.click()
+    page.wait_for_function(
+        "() => document.documentElement.classList.contains('quarto-dark')"
+    )
+    assert light() < 150
+    # remembered
+    page.goto(f'{url}/nbs/15_masks.html')
+    assert light() < 150
+    frame = page.locator('iframe.halo-twin').first
+    frame.scroll_into_view_if_needed()
+    inside = frame.element_handle().content_frame()
     inside.wait_for_function("() => document.documentElement.classList.contains('dark')")
-    page.locator('.quarto-color-scheme-toggle').first.click(); inside.wait_for_function("() => !document.documentElement.classList.contains('dark')"); assert light() > 700
-    page.locator('#quarto-search input').fill('rotary'); found = page.locator('.smalldocs-search-results a'); found.first.wait_for()
-    assert any('.html' in (found.nth(k).get_attribute('href') or '') for k in range(found.count()))
+    page.locator('.quarto-color-scheme-toggle').first.click()
+    inside.wait_for_function("() => !document.documentElement.classList.contains('dark')")
+    assert light() > 700
+    page.locator('#quarto-search input').fill('rotary')
+    found = page.locator('.smalldocs-search-results a')
+    found.first.wait_for()
+    assert any(
+        '.html' in (found.nth(k).get_attribute('href') or '') for k in range(found.count())
+    )
     assert not watched.wrong, watched.wrong
     page.close()

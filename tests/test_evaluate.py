@@ -1,4 +1,5 @@
 """Evaluation against LeRobot's own rollout, its files, and its refusals."""
+
 import json
 from dataclasses import dataclass
 
@@ -14,15 +15,40 @@ from lerobot.scripts.lerobot_eval import rollout
 
 import halo.envs
 from halo.configuration_halo import HaloConfig
-from halo.evaluate import EvalResult, compare, episode_noise, evaluate, load_policy, observation_at, split_seeds, wilson
+from halo.evaluate import (
+    EvalResult,
+    compare,
+    episode_noise,
+    evaluate,
+    load_policy,
+    observation_at,
+    split_seeds,
+    wilson,
+)
 from halo.modeling_halo import HaloPolicy
 from halo.processor_halo import make_halo_pre_post_processors
 
 
 class Follow(gym.Env):
-    "The state integrates the actions; success when its first value leaves (-limit, limit), limit drawn from the seed."
-    metadata, render_mode, _max_episode_steps, task, task_description = {'render_fps': 10}, 'rgb_array', 14, 'follow', 'move the dot'
-    observation_space = gym.spaces.Dict(dict(pixels=gym.spaces.Dict(dict(primary=gym.spaces.Box(0, 255, (56, 56, 3), np.uint8))), agent_pos=gym.spaces.Box(-9, 9, (2,), np.float32)))
+    """The state integrates the actions; success when its first value leaves (-limit,
+    limit), limit drawn from the seed.
+    """
+
+    metadata, render_mode, _max_episode_steps, task, task_description = (
+        {'render_fps': 10},
+        'rgb_array',
+        14,
+        'follow',
+        'move the dot',
+    )
+    observation_space = gym.spaces.Dict(
+        dict(
+            pixels=gym.spaces.Dict(
+                dict(primary=gym.spaces.Box(0, 255, (56, 56, 3), np.uint8))
+            ),
+            agent_pos=gym.spaces.Box(-9, 9, (2,), np.float32),
+        )
+    )
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
 
     def look(self):
@@ -33,7 +59,11 @@ class Follow(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.x, self.limit, self.t = self.np_random.normal(size=2), self.np_random.uniform(1, 3), 0
+        self.x, self.limit, self.t = (
+            self.np_random.normal(size=2),
+            self.np_random.uniform(1, 3),
+            0,
+        )
         return self.look(), dict(is_success=False)
 
     def step(self, action):
@@ -41,7 +71,8 @@ class Follow(gym.Env):
         done = bool(abs(self.x[0]) > self.limit)
         return self.look(), 0.0, done, self.t >= 14 and not done, dict(is_success=done)
 
-    def render(self): return self.look()['pixels']['primary']
+    def render(self):
+        return self.look()['pixels']['primary']
 
 
 @EnvConfig.register_subclass('follow')
@@ -50,39 +81,86 @@ class FollowConfig(EnvConfig):
     task: str | None = 'follow'
     fps: int = 10
 
-    def create_envs(self, n_envs, use_async_envs=False): return {'follow': {0: gym.vector.SyncVectorEnv([lambda: FreezeAfterEpisodeEnd(Follow())] * n_envs)}}
+    def create_envs(self, n_envs, use_async_envs=False):
+        return {
+            'follow': {
+                0: gym.vector.SyncVectorEnv(
+                    [lambda: FreezeAfterEpisodeEnd(Follow())] * n_envs
+                )
+            }
+        }
 
     @property
-    def gym_kwargs(self): return {}
+    def gym_kwargs(self):
+        return {}
 
 
 def make_policy(cameras=(('primary', 56),), size=2, scale=0.5):
     torch.manual_seed(0)
-    cfg = HaloConfig(preset='tiny', device='cpu', chunk_size=6, n_action_steps=3, history_frames=3, history_stride=2, denoising_steps=2,
-                     input_features={'observation.state': PolicyFeature(FeatureType.STATE, (size,)),
-                                     **{f'observation.images.{name}': PolicyFeature(FeatureType.VISUAL, (3, s, s)) for name, s in cameras}},
-                     output_features={'action': PolicyFeature(FeatureType.ACTION, (size,))})
-    stats = {k: dict(mean=torch.zeros(size), std=torch.full((size,), scale)) for k in ('observation.state', 'action')}
+    cfg = HaloConfig(
+        preset='tiny',
+        device='cpu',
+        chunk_size=6,
+        n_action_steps=3,
+        history_frames=3,
+        history_stride=2,
+        denoising_steps=2,
+        input_features={
+            'observation.state': PolicyFeature(FeatureType.STATE, (size,)),
+            **{
+                f'observation.images.{name}': PolicyFeature(FeatureType.VISUAL, (3, s, s))
+                for name, s in cameras
+            },
+        },
+        output_features={'action': PolicyFeature(FeatureType.ACTION, (size,))},
+    )
+    stats = {
+        k: dict(mean=torch.zeros(size), std=torch.full((size,), scale))
+        for k in ('observation.state', 'action')
+    }
     return HaloPolicy(cfg).eval(), *make_halo_pre_post_processors(cfg, stats)
 
 
 @pytest.fixture(scope='module')
-def parts(): return make_policy()
+def parts():
+    return make_policy()
 
 
 def same_as_lerobot(policy, pre, post, env_cfg, seeds, monkeypatch):
-    "Actions and successes of `evaluate` equal those of LeRobot's `rollout` where the noise is fixed."
+    """Actions and successes of `evaluate` equal those of LeRobot's `rollout` where the
+    noise is fixed.
+    """
     m = policy.config.model
-    monkeypatch.setattr('halo.evaluate.batch_noise', lambda policy, seeds, tick: torch.ones(len(seeds), m.chunk, m.max_action_dim))
-    ours = evaluate(policy, pre, post, env_cfg, seeds, n_envs=len(seeds), record=seeds, progress=False)
-    monkeypatch.setattr(policy, '_noise', lambda obs, noise, original=policy._noise: original(obs, torch.ones(len(obs), m.chunk, m.max_action_dim)))
+    monkeypatch.setattr(
+        'halo.evaluate.batch_noise',
+        lambda policy, seeds, tick: torch.ones(len(seeds), m.chunk, m.max_action_dim),
+    )
+    ours = evaluate(
+        policy, pre, post, env_cfg, seeds, n_envs=len(seeds), record=seeds, progress=False
+    )
+    monkeypatch.setattr(
+        policy,
+        '_noise',
+        lambda obs, noise, original=policy._noise: original(
+            obs, torch.ones(len(obs), m.chunk, m.max_action_dim)
+        ),
+    )
     vec = next(iter(make_env(env_cfg, n_envs=len(seeds)).values()))[0]
-    theirs = rollout(vec, policy, *make_env_pre_post_processors(env_cfg, policy.config), pre, post, seeds=list(seeds))
+    theirs = rollout(
+        vec,
+        policy,
+        *make_env_pre_post_processors(env_cfg, policy.config),
+        pre,
+        post,
+        seeds=list(seeds),
+    )
     vec.close()
     for row, e in enumerate(ours.episodes):
         assert e['ticks'] == int((~theirs['done'][row]).sum()) + 1
-        assert e['success'] == bool(theirs['success'][row][:e['ticks']].any())
-        assert np.array_equal(ours.records[e['seed']]['action'], theirs['action'][row, :e['ticks']].numpy())
+        assert e['success'] == bool(theirs['success'][row][: e['ticks']].any())
+        assert np.array_equal(
+            ours.records[e['seed']]['action'], theirs['action'][row, : e['ticks']].numpy()
+        )
     return ours
 
 
@@ -94,26 +172,47 @@ def test_same_as_lerobot(parts, monkeypatch):
 @pytest.mark.sim
 def test_same_as_lerobot_in_the_simulator(monkeypatch):
     seeds = [halo.envs.EVAL_SEED, halo.envs.EVAL_SEED + 1]
-    same_as_lerobot(*make_policy((('primary', 112), ('wrist', 112)), 4), make_env_config('flash_place'), seeds, monkeypatch)
+    same_as_lerobot(
+        *make_policy((('primary', 112), ('wrist', 112)), 4),
+        make_env_config('flash_place'),
+        seeds,
+        monkeypatch,
+    )
 
 
 def test_again_is_the_same(parts):
-    runs = [evaluate(*parts, FollowConfig(), range(7), n_envs=4, record=range(7), progress=False) for _ in range(2)]
-    timeless = [[{k: v for k, v in e.items() if k != 'inference_ms'} for e in r.episodes] for r in runs]
+    runs = [
+        evaluate(
+            *parts, FollowConfig(), range(7), n_envs=4, record=range(7), progress=False
+        )
+        for _ in range(2)
+    ]
+    timeless = [
+        [{k: v for k, v in e.items() if k != 'inference_ms'} for e in r.episodes]
+        for r in runs
+    ]
     assert timeless[0] == timeless[1] and runs[0].conventions == runs[1].conventions
     for s in range(7):
-        for k, v in runs[0].records[s].items(): assert np.array_equal(v, runs[1].records[s][k]), (s, k)
+        for k, v in runs[0].records[s].items():
+            assert np.array_equal(v, runs[1].records[s][k]), (s, k)
 
 
 def test_evaluation_leaves_the_callers_random_state_alone(parts):
-    torch.manual_seed(7); want = torch.rand(3)
-    torch.manual_seed(7); evaluate(*parts, FollowConfig(), [1], progress=False)
+    torch.manual_seed(7)
+    want = torch.rand(3)
+    torch.manual_seed(7)
+    evaluate(*parts, FollowConfig(), [1], progress=False)
     assert torch.equal(torch.rand(3), want)
 
 
 def test_batches_do_not_matter(parts):
-    a, b = (evaluate(*parts, FollowConfig(), range(5), n_envs=n, record=[4], progress=False) for n in (1, 5))
-    assert [(e['seed'], e['success'], e['ticks']) for e in a.episodes] == [(e['seed'], e['success'], e['ticks']) for e in b.episodes]
+    a, b = (
+        evaluate(*parts, FollowConfig(), range(5), n_envs=n, record=[4], progress=False)
+        for n in (1, 5)
+    )
+    assert [(e['seed'], e['success'], e['ticks']) for e in a.episodes] == [
+        (e['seed'], e['success'], e['ticks']) for e in b.episodes
+    ]
     assert np.allclose(a.records[4]['action'], b.records[4]['action'], atol=1e-4)
 
 
@@ -123,7 +222,10 @@ def test_a_recording_lets_the_policy_plan_the_same_again(parts):
     r, e = result.records[2], result.episodes[0]
     for tick, chunk in zip(r['chunk_ticks'], r['chunks']):
         obs = observation_at(policy, pre, r, e['task'], int(tick))
-        with torch.no_grad(): again = post(policy.denoise(obs, episode_noise([2], int(tick), (6, 8))))[0].numpy()
+        with torch.no_grad():
+            again = post(policy.denoise(obs, episode_noise([2], int(tick), (6, 8))))[
+                0
+            ].numpy()
         assert np.allclose(again, chunk, atol=1e-5)
 
 
@@ -133,30 +235,57 @@ def test_files(parts, tmp_path):
     assert back.episodes == result.episodes and set(back.records) == {2}
     d = json.loads((tmp_path / 'r.json').read_text())
     assert {'success', 'goals', 'prompts', 'seeds', 'conventions', 'episodes'} <= d.keys()
-    assert {'env', 'fps', 'versions', 'policy', 'chunk', 'n_action_steps', 'denoising', 'normalisation', 'cameras', 'noise'} <= d['conventions'].keys()
+    assert {
+        'env',
+        'fps',
+        'versions',
+        'policy',
+        'chunk',
+        'n_action_steps',
+        'denoising',
+        'normalisation',
+        'cameras',
+        'noise',
+    } <= d['conventions'].keys()
     assert not [p for p in tmp_path.iterdir() if p.suffix == '.tmp']
 
 
 def test_a_truncated_folder_is_refused(parts, tmp_path):
-    for p in parts: p.save_pretrained(tmp_path)
+    for p in parts:
+        p.save_pretrained(tmp_path)
     load_policy(tmp_path)
     file = tmp_path / 'model.safetensors'
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match='truncated'): load_policy(tmp_path)
+    with pytest.raises(ValueError, match='truncated'):
+        load_policy(tmp_path)
     file.unlink()
-    with pytest.raises(ValueError, match='model.safetensors is missing'): load_policy(tmp_path)
+    with pytest.raises(ValueError, match='model.safetensors is missing'):
+        load_policy(tmp_path)
 
 
-@pytest.mark.parametrize('call, says', [
-    (lambda p: evaluate(*p, FollowConfig(), [], progress=False), 'at least one'),
-    (lambda p: evaluate(*p, FollowConfig(), [1, 1], progress=False), 'different'),
-    (lambda p: evaluate(*p, FollowConfig(), [1], n_envs=0, progress=False), 'n_envs=0'),
-    (lambda p: evaluate(*p, FollowConfig(), [1], record=[2], progress=False), 'not evaluated'),
-    (lambda p: wilson(3, 2), '3 successes in 2'),
-    (lambda p: compare(EvalResult([dict(seed=1, success=True, task='t')], {}), EvalResult([dict(seed=2, success=True, task='t')], {})), 'different seeds'),
-])
+@pytest.mark.parametrize(
+    'call, says',
+    [
+        (lambda p: evaluate(*p, FollowConfig(), [], progress=False), 'at least one'),
+        (lambda p: evaluate(*p, FollowConfig(), [1, 1], progress=False), 'different'),
+        (lambda p: evaluate(*p, FollowConfig(), [1], n_envs=0, progress=False), 'n_envs=0'),
+        (
+            lambda p: evaluate(*p, FollowConfig(), [1], record=[2], progress=False),
+            'not evaluated',
+        ),
+        (lambda p: wilson(3, 2), '3 successes in 2'),
+        (
+            lambda p: compare(
+                EvalResult([dict(seed=1, success=True, task='t')], {}),
+                EvalResult([dict(seed=2, success=True, task='t')], {}),
+            ),
+            'different seeds',
+        ),
+    ],
+)
 def test_bad_input(parts, call, says):
-    with pytest.raises(ValueError, match=says): call(parts)
+    with pytest.raises(ValueError, match=says):
+        call(parts)
 
 
 def test_split_keeps_order_and_balances():

@@ -1,115 +1,286 @@
-"Mixtures across modules: gradients of padding through the policy, processes and workers that see one order, histories with a hop, statistics on disk, the configurations."
-import json, os, signal, subprocess, sys, textwrap, time
-from dataclasses import fields, replace
+"""Mixtures across modules: gradients of padding through the policy, processes and workers
+that see one order, histories with a hop, statistics on disk, the configurations.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from halo.config import preset
 from halo.data import FrameStore, HistoryDataset
-from halo.mixture import (ActionSpace, Augmentation, DatasetSpec, Member, Mixture, MixtureDataset, MixtureSampler, NORMALIZATIONS, dataset_of, from_dict, main, make_mixture_policy,
-                          mixture_loader, mixture_loss, needed, record_clock, to_robot, unify)
+from halo.mixture import (
+    ActionSpace,
+    DatasetSpec,
+    Member,
+    Mixture,
+    MixtureDataset,
+    MixtureSampler,
+    dataset_of,
+    main,
+    make_mixture_policy,
+    mixture_loss,
+    needed,
+    record_clock,
+    to_robot,
+)
 
 IMG = 'observation.images.'
-CONFIGS = sorted((Path(__file__).parent.parent/'configs/mixtures').glob('*.yaml'))
-CFG = preset('tiny', max_state_dim=8, max_action_dim=10, chunk=6, flow__draws=1, sampling__history_frames=4, sampling__history_stride=2, sampling__history_size=28, sampling__view_size=56, sampling__wrist_size=28)
+CONFIGS = sorted((Path(__file__).parent.parent / 'configs/mixtures').glob('*.yaml'))
+CFG = preset(
+    'tiny',
+    max_state_dim=8,
+    max_action_dim=10,
+    chunk=6,
+    flow__draws=1,
+    sampling__history_frames=4,
+    sampling__history_stride=2,
+    sampling__history_size=28,
+    sampling__view_size=56,
+    sampling__wrist_size=28,
+)
 
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
     from lerobot.configs.video import RGBEncoderConfig
-    root, fast, rng = tmp_path_factory.mktemp('mixture'), RGBEncoderConfig(vcodec='h264', preset='ultrafast'), np.random.default_rng(0)
-    hand = lambda n, g: np.concatenate([.02 * rng.standard_normal((n, 6)), rng.choice(g, (n, 1))], 1)
-    record_clock(root/'slow', 5, (5, 4), {IMG + 'image_0': (60, 80)}, 5, hand(45, [0, 1]), 'put it down', 1, fast)
-    record_clock(root/'mid', 10, (4, 3.5), {IMG + 'image': (64, 64), IMG + 'eye': (32, 32)}, 8, hand(75, [-1, 1]), 'open it', 2, fast)
-    record_clock(root/'quick', 30, (2, 1.5), {IMG + 'head': (48, 80), IMG + 'hand': (32, 32)}, 6, 10, 'fold it', 3, fast)
+
+    root, fast, rng = (
+        tmp_path_factory.mktemp('mixture'),
+        RGBEncoderConfig(vcodec='h264', preset='ultrafast'),
+        np.random.default_rng(0),
+    )
+    hand = lambda n, g: np.concatenate(
+        [0.02 * rng.standard_normal((n, 6)), rng.choice(g, (n, 1))], 1
+    )
+    record_clock(
+        root / 'slow',
+        5,
+        (5, 4),
+        {IMG + 'image_0': (60, 80)},
+        5,
+        hand(45, [0, 1]),
+        'put it down',
+        1,
+        fast,
+    )
+    record_clock(
+        root / 'mid',
+        10,
+        (4, 3.5),
+        {IMG + 'image': (64, 64), IMG + 'eye': (32, 32)},
+        8,
+        hand(75, [-1, 1]),
+        'open it',
+        2,
+        fast,
+    )
+    record_clock(
+        root / 'quick',
+        30,
+        (2, 1.5),
+        {IMG + 'head': (48, 80), IMG + 'hand': (32, 32)},
+        6,
+        10,
+        'fold it',
+        3,
+        fast,
+    )
     return root
 
 
-MIXTURE = Mixture('three', (
-    DatasetSpec('slow', {'primary': IMG + 'image_0'}, .6, ActionSpace('ee', 'delta', 'euler', 'open_high')),
-    DatasetSpec('mid', {'primary': IMG + 'image', 'wrist': IMG + 'eye'}, .3, ActionSpace('ee', 'delta', 'axis_angle', 'open_low', (-1., 1.)), action_norm='mean_std'),
-    DatasetSpec('quick', {'primary': IMG + 'head', 'wrist': IMG + 'hand'}, .1, ActionSpace('joint', 'absolute'), action_norm='min_max')), balance='none')
+MIXTURE = Mixture(
+    'three',
+    (
+        DatasetSpec(
+            'slow',
+            {'primary': IMG + 'image_0'},
+            0.6,
+            ActionSpace('ee', 'delta', 'euler', 'open_high'),
+        ),
+        DatasetSpec(
+            'mid',
+            {'primary': IMG + 'image', 'wrist': IMG + 'eye'},
+            0.3,
+            ActionSpace('ee', 'delta', 'axis_angle', 'open_low', (-1.0, 1.0)),
+            action_norm='mean_std',
+        ),
+        DatasetSpec(
+            'quick',
+            {'primary': IMG + 'head', 'wrist': IMG + 'hand'},
+            0.1,
+            ActionSpace('joint', 'absolute'),
+            action_norm='min_max',
+        ),
+    ),
+    balance='none',
+)
 
 
 @pytest.fixture(scope='module')
-def data(root): return MixtureDataset(MIXTURE, CFG, root, seed=1, progress=False)
+def data(root):
+    return MixtureDataset(MIXTURE, CFG, root, seed=1, progress=False)
 
 
-def ready(pre, batch): return pre({k: v for k, v in batch.items() if k not in ('dataset_index', 'episode_index', 'frame_index')})
+def ready(pre, batch):
+    return pre(
+        {
+            k: v
+            for k, v in batch.items()
+            if k not in ('dataset_index', 'episode_index', 'frame_index')
+        }
+    )
 
 
 @pytest.mark.parametrize('current', ['view', 'view_and_video'])
 def test_padding_has_no_gradient(root, current):
     data = MixtureDataset(MIXTURE, CFG.but(sampling__current=current), root, progress=False)
-    torch.manual_seed(0); policy, pre, _ = make_mixture_policy(data, n_action_steps=4, device='cpu')
+    torch.manual_seed(0)
+    policy, pre, _ = make_mixture_policy(data, n_action_steps=4, device='cpu')
     sampler, seen = data.sampler(8), set()
     for _ in range(4):
         b = ready(pre, data.batch(next(sampler)))
-        pad, noise, t = b['action_is_pad'], torch.randn(8, CFG.chunk, CFG.max_action_dim), torch.rand(8)
+        pad, noise, t = (
+            b['action_is_pad'],
+            torch.randn(8, CFG.chunk, CFG.max_action_dim),
+            torch.rand(8),
+        )
         b['action'] = b['action'].clone().requires_grad_()
-        loss, _ = policy(b, noise=noise, time=t); loss.backward()
+        loss, _ = policy(b, noise=noise, time=t)
+        loss.backward()
         assert (b['action'].grad[pad] == 0).all() and (b['action'].grad[~pad] != 0).all()
-        for rubbish in (1e6, -7.): assert torch.equal(policy({**b, 'action': torch.where(pad, rubbish, b['action'].detach())}, noise=noise, time=t)[0], loss)
+        for rubbish in (1e6, -7.0):
+            assert torch.equal(
+                policy(
+                    {**b, 'action': torch.where(pad, rubbish, b['action'].detach())},
+                    noise=noise,
+                    time=t,
+                )[0],
+                loss,
+            )
         seen |= set(pad.flatten(1).sum(1).tolist())
-    assert len(seen) >= 3                                                  # different sizes of padding were met
-    policy.zero_grad(); mixture_loss(policy, pre, data.batch([(0, 3, 0), (1, 4, 1)]), data.names)[0].backward()
-    out = [p for n, p in policy.model.heads.named_parameters() if p.shape[:1] == (CFG.max_action_dim,) and p.grad is not None]
-    assert out and all((p.grad[7:] == 0).all() and (p.grad[:7] != 0).any() for p in out)       # no robot here has dimensions 7, 8, 9
+    assert len(seen) >= 3  # different sizes of padding were met
+    policy.zero_grad()
+    mixture_loss(policy, pre, data.batch([(0, 3, 0), (1, 4, 1)]), data.names)[0].backward()
+    out = [
+        p
+        for n, p in policy.model.heads.named_parameters()
+        if p.shape[:1] == (CFG.max_action_dim,) and p.grad is not None
+    ]
+    # no robot here has dimensions 7, 8, 9
+    assert out and all((p.grad[7:] == 0).all() and (p.grad[:7] != 0).any() for p in out)
 
 
 def test_alone_and_beside_others(data):
-    torch.manual_seed(0); policy, pre, _ = make_mixture_policy(data, n_action_steps=4, device='cpu'); policy.eval()
-    picks, noise, t = [(0, 20, 0), (1, 30, 1), (2, 50, 2), (1, 5, 3)], torch.randn(4, CFG.chunk, CFG.max_action_dim), torch.rand(4)
+    torch.manual_seed(0)
+    policy, pre, _ = make_mixture_policy(data, n_action_steps=4, device='cpu')
+    policy.eval()
+    picks, noise, t = (
+        [(0, 20, 0), (1, 30, 1), (2, 50, 2), (1, 5, 3)],
+        torch.randn(4, CFG.chunk, CFG.max_action_dim),
+        torch.rand(4),
+    )
     with torch.no_grad():
         together = policy(ready(pre, data.batch(picks)), 'none', noise.clone(), t)[0]
-        alone = torch.cat([policy(ready(pre, data.batch([p])), 'none', noise[i:i + 1].clone(), t[i:i + 1])[0] for i, p in enumerate(picks)])
+        alone = torch.cat(
+            [
+                policy(
+                    ready(pre, data.batch([p])),
+                    'none',
+                    noise[i : i + 1].clone(),
+                    t[i : i + 1],
+                )[0]
+                for i, p in enumerate(picks)
+            ]
+        )
     assert torch.allclose(together, alone, atol=1e-4)
 
 
 @pytest.mark.parametrize('hop', [0, 2, 4])
 def test_histories_equal_one_dataset(root, hop):
     cfg = CFG.but(sampling__history_hop=hop)
-    one = HistoryDataset(root/'mid', cfg, MIXTURE.datasets[1].roles, root/'one', progress=False)
+    one = HistoryDataset(
+        root / 'mid', cfg, MIXTURE.datasets[1].roles, root / 'one', progress=False
+    )
     many = Member(MIXTURE.datasets[1], cfg, root=root, progress=False)
     want, got = one.batch(range(75)), many.history(np.arange(75))
-    assert torch.equal(want['observation.history'], got[0]) and torch.equal(want['observation.history_mask'], got[1])
+    assert torch.equal(want['observation.history'], got[0]) and torch.equal(
+        want['observation.history_mask'], got[1]
+    )
 
 
 def test_numbers(data):
-    b = data.batch([(0, 22, 0), (2, 104, 1)])                              # three frames before an episode's end; the last frame
+    # three frames before an episode's end; the last frame
+    b = data.batch([(0, 22, 0), (2, 104, 1)])
     assert (~b['action_is_pad']).sum((1, 2)).tolist() == [3 * 7, 1 * 10]
     m = data.members[0]
-    raw = to_robot(b['action'][0, 0, :7].numpy() * (m.stats['action']['q99'] - m.stats['action']['q01']) / 2 + (m.stats['action']['q99'] + m.stats['action']['q01']) / 2, m.spec.action_space)
+    raw = to_robot(
+        b['action'][0, 0, :7].numpy()
+        * (m.stats['action']['q99'] - m.stats['action']['q01'])
+        / 2
+        + (m.stats['action']['q99'] + m.stats['action']['q01']) / 2,
+        m.spec.action_space,
+    )
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
-    assert np.abs(raw - LeRobotDataset('local/slow', m.meta.root)[22]['action'].numpy()).max() < 1e-5
-    assert b['observation.state'][0, 5:].abs().sum() == 0 and data.members[1].stats['action']['max'][6] == 1
+
+    assert (
+        np.abs(raw - LeRobotDataset('local/slow', m.meta.root)[22]['action'].numpy()).max()
+        < 1e-5
+    )
+    assert (
+        b['observation.state'][0, 5:].abs().sum() == 0
+        and data.members[1].stats['action']['max'][6] == 1
+    )
 
 
-@pytest.mark.parametrize('weights', [[1., 1, 1], [.97, .02, .01], [.2, .3, .5], [5, 1e-1, 3]])
-@pytest.mark.parametrize('seed', [0, 1, 2 ** 40])
+@pytest.mark.parametrize(
+    'weights', [[1.0, 1, 1], [0.97, 0.02, 0.01], [0.2, 0.3, 0.5], [5, 1e-1, 3]]
+)
+@pytest.mark.parametrize('seed', [0, 1, 2**40])
 def test_proportions(weights, seed):
     s = MixtureSampler([45, 75, 105], weights, 400, seed)
-    share = np.bincount(np.array([p for k in range(50) for p in s.picks(k)])[:, 0], minlength=3) / 20_000
-    assert np.abs(share / s.weights - 1).max() < .02
-    far = dataset_of(np.arange(10 ** 12, 10 ** 12 + 20_000), s.weights, s.offset)      # as even after a million million draws
-    assert np.abs(np.bincount(far, minlength=3) / 20_000 / s.weights - 1).max() < .02
-    for r in range(4):                                                     # every process has the mixture's proportions
+    share = (
+        np.bincount(np.array([p for k in range(50) for p in s.picks(k)])[:, 0], minlength=3)
+        / 20_000
+    )
+    assert np.abs(share / s.weights - 1).max() < 0.02
+    # as even after a million million draws
+    far = dataset_of(np.arange(10**12, 10**12 + 20_000), s.weights, s.offset)
+    assert np.abs(np.bincount(far, minlength=3) / 20_000 / s.weights - 1).max() < 0.02
+    for r in range(4):  # every process has the mixture's proportions
         rank = MixtureSampler([45, 75, 105], weights, 400, seed, r, 4)
-        mine = np.bincount(np.array([p for _ in range(50) for p in next(rank)])[:, 0], minlength=3) / 5000
-        assert np.abs(mine - s.weights).max() < .01
+        mine = (
+            np.bincount(
+                np.array([p for _ in range(50) for p in next(rank)])[:, 0], minlength=3
+            )
+            / 5000
+        )
+        assert np.abs(mine - s.weights).max() < 0.01
 
 
 def test_resume_anywhere():
-    s = MixtureSampler([45, 75, 105], [.6, .3, .1], 12, 5); all_ = [next(s) for _ in range(60)]
+    s = MixtureSampler([45, 75, 105], [0.6, 0.3, 0.1], 12, 5)
+    all_ = [next(s) for _ in range(60)]
     for step in (0, 1, 17, 59):
-        t = MixtureSampler([45, 75, 105], [.6, .3, .1], 12, 5); t.load_state_dict(json.loads(json.dumps(s.state_dict(step))))
+        t = MixtureSampler([45, 75, 105], [0.6, 0.3, 0.1], 12, 5)
+        t.load_state_dict(json.loads(json.dumps(s.state_dict(step))))
         assert [next(t) for _ in range(60 - step)] == all_[step:]
-    for change, word in ((dict(batch=6), 'batch=6'), (dict(weights=[1, 1, 1]), 'weights'), (dict(lengths=[45, 75]), 'lengths')):
-        with pytest.raises(ValueError, match=word): s.load_state_dict(s.state_dict() | change)
+    for change, word in (
+        (dict(batch=6), 'batch=6'),
+        (dict(weights=[1, 1, 1]), 'weights'),
+        (dict(lengths=[45, 75]), 'lengths'),
+    ):
+        with pytest.raises(ValueError, match=word):
+            s.load_state_dict(s.state_dict() | change)
 
 
 CHILD = '''
@@ -130,12 +301,20 @@ for b, _ in zip(mixture_loader(data, s, workers=2), range(out)):
 def test_processes(root):
     "Two processes with two workers each, started in the middle, see what one process sees."
     code = CHILD.format(tests=str(Path(__file__).parent), root=str(root))
+
     def run(rank, world, step, n):
-        p = subprocess.Popen([sys.executable, '-c', code, *map(str, (rank, world, step, n))], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        p = subprocess.Popen(
+            [sys.executable, '-c', code, *map(str, (rank, world, step, n))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         return [json.loads(l) for l in p.communicate(timeout=300)[0].splitlines()]
+
     whole, parts = run(0, 1, 0, 6), [run(r, 2, 3, 3) for r in range(2)]
     assert len(whole) == 6 and [len(p) for p in parts] == [3, 3]
-    for k in range(3): assert whole[3 + k][0::2] == parts[0][k] and whole[3 + k][1::2] == parts[1][k]
+    for k in range(3):
+        assert whole[3 + k][0::2] == parts[0][k] and whole[3 + k][1::2] == parts[1][k]
 
 
 @pytest.mark.slow
@@ -144,39 +323,76 @@ def test_store_survives_sigkill(root, tmp_path):
         import time, halo.data as d
         write = d.write_episode
         d.write_episode = lambda *a: (write(*a), time.sleep(.5))
-        d.FrameStore.build({str(root/'mid')!r}, {{'{IMG}image': 28, '{IMG}eye': 28}}, {str(tmp_path/'s')!r}, workers=1, progress=False)
+        d.FrameStore.build({str(root / 'mid')!r}, {{'{IMG}image': 28, '{IMG}eye': 28}}, {str(tmp_path / 's')!r}, workers=1, progress=False)
     """
-    log, tries = tmp_path/'s.partial/done.txt', []
-    for want in (1, 2):                                                    # killed twice, later each time
-        child = subprocess.Popen([sys.executable, '-c', textwrap.dedent(code)], stderr=subprocess.DEVNULL, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    log, tries = tmp_path / 's.partial/done.txt', []
+    for want in (1, 2):  # killed twice, later each time
+        child = subprocess.Popen(
+            [sys.executable, '-c', textwrap.dedent(code)],
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {'OMP_NUM_THREADS': '1'},
+        )
         end = time.time() + 120
-        while not (log.exists() and log.read_text().count('\n') >= want) and time.time() < end: time.sleep(.02)
-        child.send_signal(signal.SIGKILL); assert child.wait() == -9
-        tries.append(log.read_text().count('\n')); assert not (tmp_path/'s').exists()
+        while (
+            not (log.exists() and log.read_text().count('\n') >= want) and time.time() < end
+        ):
+            time.sleep(0.02)
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -9
+        tries.append(log.read_text().count('\n'))
+        assert not (tmp_path / 's').exists()
     assert tries[0] < tries[1] < 4
     sizes = {IMG + 'image': 28, IMG + 'eye': 28}
-    a, b = FrameStore.build(root/'mid', sizes, tmp_path/'s', progress=False), FrameStore.build(root/'mid', sizes, tmp_path/'t', progress=False)
+    a, b = (
+        FrameStore.build(root / 'mid', sizes, tmp_path / 's', progress=False),
+        FrameStore.build(root / 'mid', sizes, tmp_path / 't', progress=False),
+    )
     assert all(np.array_equal(a.maps[c], b.maps[c]) for c in sizes)
 
 
 def test_statistics_on_disk(root, tmp_path, data):
-    folder = root/'mid.statistics'; file = next(folder.glob('*.json')); old = file.read_text()
-    wrong = json.loads(old); wrong['action']['mean'][0] = 9.
+    folder = root / 'mid.statistics'
+    file = next(folder.glob('*.json'))
+    old = file.read_text()
+    wrong = json.loads(old)
+    wrong['action']['mean'][0] = 9.0
     try:
         file.write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match=r'action in dataset mid: dimension 0 has mean=9.* standard deviations away; recompute'): Member(MIXTURE.datasets[1], CFG, root=root, progress=False)
+        with pytest.raises(
+            ValueError,
+            match=(
+                r'action in dataset mid: dimension 0 has mean=9.* standard deviations away;'
+                r' recompute'
+            ),
+        ):
+            Member(MIXTURE.datasets[1], CFG, root=root, progress=False)
         Member(MIXTURE.datasets[1], CFG, root=root, recompute=True, progress=False)
         assert json.loads(file.read_text()) == json.loads(old)
         file.write_text('{')
-        with pytest.raises(ValueError, match='delete it, it is computed again'): Member(MIXTURE.datasets[1], CFG, root=root, progress=False)
-    finally: file.write_text(old)
+        with pytest.raises(ValueError, match='delete it, it is computed again'):
+            Member(MIXTURE.datasets[1], CFG, root=root, progress=False)
+    finally:
+        file.write_text(old)
 
 
 def test_too_large_for_the_policy(root):
-    with pytest.raises(ValueError, match='action of dataset quick has 10 dimensions, the policy takes 8; raise max_action_dim'):
+    with pytest.raises(
+        ValueError,
+        match=(
+            'action of dataset quick has 10 dimensions, the policy takes 8; raise'
+            ' max_action_dim'
+        ),
+    ):
         MixtureDataset(MIXTURE, CFG.but(max_action_dim=8), root, progress=False)
-    with pytest.raises(ValueError, match='cannot be added up over time; set rotation: axis_angle'):
-        MixtureDataset(replace(MIXTURE, rotation='rot6d', actions='resampled'), CFG, root, progress=False)
+    with pytest.raises(
+        ValueError, match='cannot be added up over time; set rotation: axis_angle'
+    ):
+        MixtureDataset(
+            replace(MIXTURE, rotation='rot6d', actions='resampled'),
+            CFG,
+            root,
+            progress=False,
+        )
 
 
 def test_every_rotation_form_trains(root):
@@ -184,7 +400,10 @@ def test_every_rotation_form_trains(root):
         data = MixtureDataset(replace(MIXTURE, rotation=form), CFG, root, progress=False)
         b = data.batch([(0, 3, 0), (1, 3, 1)])
         width = {'axis_angle': 7, 'rot6d': 10, 'quaternion': 8}[form]
-        assert (~b['action_is_pad'][:, 0]).sum(1).tolist() == [width, width] and torch.isfinite(b['action']).all()
+        assert (~b['action_is_pad'][:, 0]).sum(1).tolist() == [
+            width,
+            width,
+        ] and torch.isfinite(b['action']).all()
 
 
 @pytest.mark.parametrize('file', CONFIGS, ids=lambda f: f.stem)
@@ -195,62 +414,178 @@ def test_configurations(file):
 
 
 def test_oxe_weights_are_the_published_ones():
-    published = dict(fractal20220817_data=1.0, kuka=0.8341046294, bridge_orig=1.0, taco_play=2.0, jaco_play=1.0, berkeley_cable_routing=1.0, roboturk=2.0, viola=2.0, berkeley_autolab_ur5=2.0, toto=1.0,
-                     stanford_hydra_dataset=2.0, austin_buds_dataset=1.0, nyu_franka_play_dataset=3.0, furniture_bench_dataset=0.1, ucsd_kitchen_dataset=2.0, austin_sailor_dataset=1.0, austin_sirius_dataset=1.0,
-                     dlr_edan_shared_control=1.0, iamlab_cmu_pickup_insert=1.0, utaustin_mutex=1.0, berkeley_fanuc_manipulation=2.0, cmu_stretch=1.0, bc_z=0.2, fmb_dataset=1.0, dobbe=0.2)
-    assert {d.name.removesuffix('_lerobot'): d.weight for d in Mixture.load('oxe').datasets} == published
+    published = dict(
+        fractal20220817_data=1.0,
+        kuka=0.8341046294,
+        bridge_orig=1.0,
+        taco_play=2.0,
+        jaco_play=1.0,
+        berkeley_cable_routing=1.0,
+        roboturk=2.0,
+        viola=2.0,
+        berkeley_autolab_ur5=2.0,
+        toto=1.0,
+        stanford_hydra_dataset=2.0,
+        austin_buds_dataset=1.0,
+        nyu_franka_play_dataset=3.0,
+        furniture_bench_dataset=0.1,
+        ucsd_kitchen_dataset=2.0,
+        austin_sailor_dataset=1.0,
+        austin_sirius_dataset=1.0,
+        dlr_edan_shared_control=1.0,
+        iamlab_cmu_pickup_insert=1.0,
+        utaustin_mutex=1.0,
+        berkeley_fanuc_manipulation=2.0,
+        cmu_stretch=1.0,
+        bc_z=0.2,
+        fmb_dataset=1.0,
+        dobbe=0.2,
+    )
+    assert {
+        d.name.removesuffix('_lerobot'): d.weight for d in Mixture.load('oxe').datasets
+    } == published
 
 
 @pytest.mark.parametrize('name', ['oxe', 'agibot', 'libero', 'calvin', 'bridge', 'fractal'])
 def test_shipped_declarations_say_where_they_are_from(name, capsys):
     m = Mixture.load(name)
     assert m.sources and all('https://' in s for s in m.sources.values())
-    for d in m.datasets: assert d.note or set(needed(d)) <= set(d.verified), f'{d.name} says nothing of what is not verified'
+    for d in m.datasets:
+        assert d.note or set(needed(d)) <= set(d.verified), (
+            f'{d.name} says nothing of what is not verified'
+        )
     assert main(['show', name]) == 0
     shown = capsys.readouterr().out
-    for d in m.datasets: assert d.id in shown and (not d.note or d.note in shown)
-    for k, s in m.sources.items(): assert f'{k}: {s}' in shown
+    for d in m.datasets:
+        assert d.id in shown and (not d.note or d.note in shown)
+    for k, s in m.sources.items():
+        assert f'{k}: {s}' in shown
 
 
-@pytest.mark.parametrize('verified, words', [('{colour: hub}', ['colour', 'cameras']), ('{gripper: hub card}', ['card', 'hub']), ('hub', ['verified', 'map', '{primary: observation.images.front}'])])
+@pytest.mark.parametrize(
+    'verified, words',
+    [
+        ('{colour: hub}', ['colour', 'cameras']),
+        ('{gripper: hub card}', ['card', 'hub']),
+        ('hub', ['verified', 'map', '{primary: observation.images.front}']),
+    ],
+)
 def test_verified_is_checked(tmp_path, verified, words):
-    (tmp_path/'m.yaml').write_text(f'name: m\nsources: {{hub: "A page, https://example.org"}}\ndatasets:\n  - id: a\n    cameras: {{primary: observation.images.front}}\n    verified: {verified}\n')
-    with pytest.raises(ValueError) as e: Mixture.load(tmp_path/'m.yaml')
+    (tmp_path / 'm.yaml').write_text(
+        'name: m\nsources: {hub: "A page, https://example.org"}\ndatasets:\n  - id: a\n '
+        f'   cameras: {{primary: observation.images.front}}\n    verified: {verified}\n'
+    )
+    with pytest.raises(ValueError) as e:
+        Mixture.load(tmp_path / 'm.yaml')
     assert all(w in str(e.value) for w in words), e.value
 
 
 def test_check_of_what_is_not_there_is_one_line(tmp_path, capsys):
-    assert main(['check', 'libero', '--root', str(tmp_path), '--quiet', '--preset', 'tiny']) == 1
+    assert (
+        main(['check', 'libero', '--root', str(tmp_path), '--quiet', '--preset', 'tiny'])
+        == 1
+    )
     out = ''.join(capsys.readouterr()).strip().splitlines()
     assert len(out) == 1 and Mixture.load('libero').datasets[0].id in out[0], out
 
 
 def test_template_is_short():
-    lines = [l for l in next(f for f in CONFIGS if f.stem == 'own_robot').read_text().splitlines() if l.split('#')[0].strip()]
+    lines = [
+        l
+        for l in next(f for f in CONFIGS if f.stem == 'own_robot').read_text().splitlines()
+        if l.split('#')[0].strip()
+    ]
     assert len(lines) <= 10
 
 
-@pytest.mark.parametrize('slots', [('primary',), ('primary', 'wrist'), ('primary', 'secondary', 'wrist_left'), ('primary', 'wrist', 'wrist_2'), ('wrist', 'secondary', 'primary')])
+@pytest.mark.parametrize(
+    'slots',
+    [
+        ('primary',),
+        ('primary', 'wrist'),
+        ('primary', 'secondary', 'wrist_left'),
+        ('primary', 'wrist', 'wrist_2'),
+        ('wrist', 'secondary', 'primary'),
+    ],
+)
 def test_the_robots_policy_reads_the_mixtures_sizes(tmp_path, slots):
-    "Whatever a camera is called, its slot is its role: in the mixture's store, in its policy, and in the policy of one robot made from it."
+    """Whatever a camera is called, its slot is its role: in the mixture's store, in its
+    policy, and in the policy of one robot made from it.
+    """
     from lerobot.configs.video import RGBEncoderConfig
+
     from halo.mixture import robot_policy
-    names = [IMG + n for n in ('wrist_front', 'front_wrist', 'primary_hand')][:len(slots)]
-    rng, fast = np.random.default_rng(0), RGBEncoderConfig(vcodec='h264', preset='ultrafast')
-    record_clock(tmp_path/'d', 10, (2.,), {c: (60, 84) for c in names}, 3, np.concatenate([.02 * rng.standard_normal((20, 6)), rng.choice([0, 1], (20, 1))], 1), 'fold it', 0, fast)
-    spec = DatasetSpec(str(tmp_path/'d'), dict(zip(slots, names)), action_space=ActionSpace('ee', 'delta', 'euler', 'open_high'), state_norm='mean_std', action_norm='mean_std')
+
+    names = [IMG + n for n in ('wrist_front', 'front_wrist', 'primary_hand')][: len(slots)]
+    rng, fast = (
+        np.random.default_rng(0),
+        RGBEncoderConfig(vcodec='h264', preset='ultrafast'),
+    )
+    record_clock(
+        tmp_path / 'd',
+        10,
+        (2.0,),
+        {c: (60, 84) for c in names},
+        3,
+        np.concatenate(
+            [0.02 * rng.standard_normal((20, 6)), rng.choice([0, 1], (20, 1))], 1
+        ),
+        'fold it',
+        0,
+        fast,
+    )
+    spec = DatasetSpec(
+        str(tmp_path / 'd'),
+        dict(zip(slots, names)),
+        action_space=ActionSpace('ee', 'delta', 'euler', 'open_high'),
+        state_norm='mean_std',
+        action_norm='mean_std',
+    )
     data = MixtureDataset(Mixture('one', (spec,)), CFG, progress=False)
-    with torch.device('meta'): policy, pre, _ = make_mixture_policy(data, n_action_steps=4, device='cpu')
-    robot, pre_robot, _ = robot_policy(policy, data.members[0], data.slots, n_action_steps=4, device='cpu')
-    assert robot.config.roles == spec.roles == {spec.cameras[s]: s.split('_')[0] for s in data.slots} and list(spec.roles.values())[0] == 'primary'
+    with torch.device('meta'):
+        policy, pre, _ = make_mixture_policy(data, n_action_steps=4, device='cpu')
+    robot, pre_robot, _ = robot_policy(
+        policy, data.members[0], data.slots, n_action_steps=4, device='cpu'
+    )
+    assert (
+        robot.config.roles
+        == spec.roles
+        == {spec.cameras[s]: s.split('_')[0] for s in data.slots}
+        and list(spec.roles.values())[0] == 'primary'
+    )
     mixed = policy.observation(ready(pre, data.batch([(0, 15, 0)])))
-    one = HistoryDataset(tmp_path/'d', CFG.but(sampling__fps=10.), robot.config.roles, tmp_path/'one', progress=False).batch([15])
-    alone = robot.observation(pre_robot({k: v for k, v in one.items() if k not in ('episode_index', 'frame_index')}))
-    assert len(mixed.views) == len(slots) and all(torch.equal(a, b) for a, b in zip(mixed.views, alone.views)) and torch.equal(mixed.history, alone.history)
-    assert [max(v.shape[-2:]) for v in mixed.views] == [28 if s.startswith('wrist') else 56 for s in data.slots]
+    one = HistoryDataset(
+        tmp_path / 'd',
+        CFG.but(sampling__fps=10.0),
+        robot.config.roles,
+        tmp_path / 'one',
+        progress=False,
+    ).batch([15])
+    alone = robot.observation(
+        pre_robot(
+            {k: v for k, v in one.items() if k not in ('episode_index', 'frame_index')}
+        )
+    )
+    assert (
+        len(mixed.views) == len(slots)
+        and all(torch.equal(a, b) for a, b in zip(mixed.views, alone.views))
+        and torch.equal(mixed.history, alone.history)
+    )
+    assert [max(v.shape[-2:]) for v in mixed.views] == [
+        28 if s.startswith('wrist') else 56 for s in data.slots
+    ]
 
 
-@pytest.mark.parametrize('cameras, words', [({'primary': 'a', 'primary_2': 'b'}, "camera slot 'primary_2' would be a second primary view; call it 'secondary_2'"),
-                                            ({'primary': 'a', 'wrist': 'a'}, "camera 'a' stands in 2 slots; give it one")])
+@pytest.mark.parametrize(
+    'cameras, words',
+    [
+        (
+            {'primary': 'a', 'primary_2': 'b'},
+            "camera slot 'primary_2' would be a second primary view; call it 'secondary_2'",
+        ),
+        ({'primary': 'a', 'wrist': 'a'}, "camera 'a' stands in 2 slots; give it one"),
+    ],
+)
 def test_slots_that_cannot_be_roles(cameras, words):
-    with pytest.raises(ValueError, match=words): DatasetSpec('d', cameras)
+    with pytest.raises(ValueError, match=words):
+        DatasetSpec('d', cameras)

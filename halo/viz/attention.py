@@ -4,20 +4,36 @@
 
 # %% ../../nbs/16_attention.ipynb #98315a38
 from __future__ import annotations
+
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+
 from ..evaluate import observation_at
 from ..model import HaloModel, Prefix
 from ..stream import Denoiser
-from .explorer import CATEGORIES, INK, LINE, MAGNITUDE, fading, Bars, Control, Explorer, Heat, Lines, Picture, Words
+from halo.viz.explorer import (
+    CATEGORIES,
+    INK,
+    MAGNITUDE,
+    Bars,
+    Control,
+    Explorer,
+    Heat,
+    Lines,
+    Picture,
+    Words,
+    fading,
+)
 from .masks import StateProbe, action_paths
 from .recording import Recording, shipped, shipped_folder
-from ..vlm import Context, Observation, Packed, frame_pairs, get_tokenizer, pack
+from ..vlm import Context, Observation, Packed, get_tokenizer, pack
 
 # %% auto #0
 __all__ = ['PALE', 'HEAT', 'watched_attention', 'watched_expert', 'watch_attention', 'Attention', 'attend', 'TokenBox', 'grids',
@@ -25,91 +41,170 @@ __all__ = ['PALE', 'HEAT', 'watched_attention', 'watched_expert', 'watch_attenti
            'AttentionFilm', 'AttentionPanels', 'attention_explorer']
 
 # %% ../../nbs/16_attention.ipynb #eb0bce06
-_SEEN: dict[int, list] = {}   # id of an attention module -> weights of its calls
+_SEEN: dict[int, list] = {}  # id of an attention module -> weights of its calls
 
-def watched_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    "Attention in transformers' form: query (b, heads, q, h), key and value (b, j, l, h) -> output (b, q, heads, h) and weights (b, heads, q, l), which are kept."
+
+def watched_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs
+):
+    """Attention in transformers' form: query (b, heads, q, h), key and value (b, j, l, h)
+    -> output (b, q, heads, h) and weights (b, heads, q, l), which are kept.
+    """
     k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    score = (query @ k.mT).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is None: attention_mask = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril(score.shape[-1] - score.shape[-2])
-    score = score.masked_fill(~attention_mask, -torch.inf) if attention_mask.dtype == torch.bool else score + attention_mask
-    w = score.softmax(-1).nan_to_num()          # a padded token sees nothing
-    if id(module) in _SEEN: _SEEN[id(module)].append(w.detach())
+    score = (query @ k.mT).float() * (
+        query.shape[-1] ** -0.5 if scaling is None else scaling
+    )
+    if attention_mask is None:
+        attention_mask = torch.ones(
+            score.shape[-2:], dtype=torch.bool, device=score.device
+        ).tril(score.shape[-1] - score.shape[-2])
+    score = (
+        score.masked_fill(~attention_mask, -torch.inf)
+        if attention_mask.dtype == torch.bool
+        else score + attention_mask
+    )
+    w = score.softmax(-1).nan_to_num()  # a padded token sees nothing
+    if id(module) in _SEEN:
+        _SEEN[id(module)].append(w.detach())
     return (w.to(v.dtype) @ v).transpose(1, 2).contiguous(), w
 
+# %% ../../nbs/16_attention.ipynb #722f20c2
 def watched_expert(module, query, key, value, attention_mask, **kwargs):
-    "`watched_attention` for the expert, where no mask means that all see all (`halo.expert.grouped_attention`)."
-    if attention_mask is None: attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    """`watched_attention` for the expert, where no mask means that all see all
+    (`halo.expert.grouped_attention`).
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones(
+            query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
+        )
     return watched_attention(module, query, key, value, attention_mask, **kwargs)
 
+
 AttentionInterface.register('halo_watched', watched_attention)
+
+
 AttentionInterface.register('halo_watched_expert', watched_expert)
+
+
 AttentionMaskInterface.register('halo_watched', sdpa_mask)
 
 # %% ../../nbs/16_attention.ipynb #304e3656
 @contextmanager
 def watch_attention(model: HaloModel):
-    "Within the block, attention weights of the VLM's layers (all but the last, which only gives K and V) and of the expert's are kept: yields (vlm, expert), lists per layer of (b, heads, q, l), one per call."
-    parts = [[b.vlm.layer.self_attn for b in model.blocks if hasattr(b.vlm, 'layer')], [b.expert.layer.self_attn for b in model.blocks]]
+    """Within the block, attention weights of the VLM's layers (all but the last, which only
+    gives K and V) and of the expert's are kept: yields (vlm, expert), lists per layer of
+    (b, heads, q, l), one per call.
+    """
+    parts = [
+        [b.vlm.layer.self_attn for b in model.blocks if hasattr(b.vlm, 'layer')],
+        [b.expert.layer.self_attn for b in model.blocks],
+    ]
     every = [a for p in parts for a in p]
     before = [a.config._attn_implementation for a in every]
     _SEEN.update({id(a): [] for a in every})
     try:
         for p, name in zip(parts, ('halo_watched', 'halo_watched_expert')):
-            for a in p: a.config._attn_implementation = name
+            for a in p:
+                a.config._attn_implementation = name
         yield tuple([_SEEN[id(a)] for a in p] for p in parts)
     finally:
-        for a, name in zip(every, before): a.config._attn_implementation = name; _SEEN.pop(id(a), None)
+        for a, name in zip(every, before):
+            a.config._attn_implementation = name
+            _SEEN.pop(id(a), None)
 
 # %% ../../nbs/16_attention.ipynb #d9e1fd06
 @dataclass
 class Attention:
     "What one model call (b = 1) looked at."
-    expert: np.ndarray        # (steps, layers, heads, q, l + q), q = state token (if any) and s actions
-    vlm: np.ndarray           # (layers - 1, heads, l, l)
-    chunk: np.ndarray         # (s, d), robot's units
+
+    # (steps, layers, heads, q, l + q), q = state token (if any) and s actions
+    expert: np.ndarray
+    vlm: np.ndarray  # (layers - 1, heads, l, l)
+    chunk: np.ndarray  # (s, d), robot's units
     packed: Packed
     obs: Observation
     state_token: bool
 
     @property
-    def tokens(self) -> int: return self.vlm.shape[-1]
+    def tokens(self) -> int:
+        return self.vlm.shape[-1]
 
+# %% ../../nbs/16_attention.ipynb #8d2529b2
 @torch.no_grad()
 def attend(policy, post, obs: Observation, noise: Tensor | None = None) -> Attention:
-    "Run the policy on one observation and keep its attention. Raises `ValueError` for a batch of several."
-    if len(obs) != 1: raise ValueError(f"attention is kept for one observation at a time, this batch holds {len(obs)}; take a row")
-    m = policy.model; x, dims = policy._noise(obs, noise)
+    """Run the policy on one observation and keep its attention.
+
+    Raises `ValueError` for a batch of several.
+    """
+    if len(obs) != 1:
+        raise ValueError(
+            f"attention is kept for one observation at a time, this batch holds {len(obs)};"
+            " take a row"
+        )
+    m = policy.model
+    x, dims = policy._noise(obs, noise)
     with watch_attention(m) as (vlm, expert):
         prefix = m.encode(obs)
         out = m.integrate(lambda y, t: m.velocity(prefix, y, t) * dims, x)
     weights = torch.stack([torch.stack([w[0] for w in layer]) for layer in expert], 1)
-    inner = torch.stack([w[0][0] for w in vlm]) if vlm else torch.zeros(0, 1, prefix.ctx.valid.shape[1], prefix.ctx.valid.shape[1])
-    return Attention(weights.cpu().numpy(), inner.cpu().numpy(), post(out[..., :policy.config.action_feature.shape[0]])[0].cpu().numpy(), pack(obs, m.cfg), obs, m.cfg.expert.state_token)
+    inner = (
+        torch.stack([w[0][0] for w in vlm])
+        if vlm
+        else torch.zeros(0, 1, prefix.ctx.valid.shape[1], prefix.ctx.valid.shape[1])
+    )
+    return Attention(
+        weights.cpu().numpy(),
+        inner.cpu().numpy(),
+        post(out[..., : policy.config.action_feature.shape[0]])[0].cpu().numpy(),
+        pack(obs, m.cfg),
+        obs,
+        m.cfg.expert.state_token,
+    )
 
 # %% ../../nbs/16_attention.ipynb #2a1e5d54
 @dataclass(frozen=True)
 class TokenBox:
-    "Where an image token comes from: `picture` 'history' (of `frames`, indices from the oldest existing one) or 'view0', ...; box as fractions of the frame."
+    """Where an image token comes from: `picture` 'history' (of `frames`, indices from the
+    oldest existing one) or 'view0', ...; box as fractions of the frame.
+    """
+
     token: int
     picture: str
     frames: tuple[int, ...]
-    box: tuple[float, float, float, float]   # top, bottom, left, right
+    box: tuple[float, float, float, float]  # top, bottom, left, right
+
 
 def grids(att: Attention | Packed, merge: int = 2) -> dict[str, tuple[int, int, int]]:
     "Token grids of the one row: name -> (t, h, w)."
     p = att.packed if isinstance(att, Attention) else att
-    found = [('history', g) for g in p.grid_video.tolist()] + [(n, g) for n, g in zip((n for n in p.groups[0] if n.startswith('view')), p.grid_image.tolist())]
+    found = [('history', g) for g in p.grid_video.tolist()] + [
+        (n, g)
+        for n, g in zip(
+            (n for n in p.groups[0] if n.startswith('view')), p.grid_image.tolist()
+        )
+    ]
     return {n: (t, h // merge, w // merge) for n, (t, h, w) in found}
 
+# %% ../../nbs/16_attention.ipynb #929a3c60
 def token_boxes(packed: Packed, frames: int, merge: int = 2) -> list[TokenBox]:
     "Every image token of a row that has `frames` history frames."
     out = []
     for name, (t, h, w) in grids(packed, merge).items():
         for k in range(t * h * w):
             p, y, x = k // (h * w), k // w % h, k % w
-            both = tuple(sorted({min(2 * p, frames - 1), min(2 * p + 1, frames - 1)})) if name == 'history' else ()
-            out.append(TokenBox(packed.groups[0][name].start + k, name, both, (y / h, (y + 1) / h, x / w, (x + 1) / w)))
+            both = (
+                tuple(sorted({min(2 * p, frames - 1), min(2 * p + 1, frames - 1)}))
+                if name == 'history'
+                else ()
+            )
+            out.append(
+                TokenBox(
+                    packed.groups[0][name].start + k,
+                    name,
+                    both,
+                    (y / h, (y + 1) / h, x / w, (x + 1) / w),
+                )
+            )
     return out
 
 # %% ../../nbs/16_attention.ipynb #419c9058
@@ -119,8 +214,10 @@ def groups_of(att: Attention) -> dict[str, np.ndarray]:
     out = {n: np.arange(s.start, s.stop) for n, s in att.packed.groups[0].items()}
     taken = np.concatenate(list(out.values()))
     out['marks'] = np.setdiff1d(np.arange(l), taken)
-    if att.state_token: out['state'] = np.array([l])
+    if att.state_token:
+        out['state'] = np.array([l])
     return out | {'actions': np.arange(l + att.state_token, l + q)}
+
 
 def masses(att: Attention, row: np.ndarray) -> dict[str, float]:
     "Attention mass per group of a row (l + q,)."
@@ -128,52 +225,85 @@ def masses(att: Attention, row: np.ndarray) -> dict[str, float]:
 
 # %% ../../nbs/16_attention.ipynb #055882bd
 def rollout(att: Attention, step: int) -> np.ndarray:
-    "Rollout attention (layers, q, l + q) of the expert's tokens after each layer, over input tokens, at one denoising step."
+    """Rollout attention (layers, q, l + q) of the expert's tokens after each layer, over
+    input tokens, at one denoising step.
+    """
     l, q = att.tokens, att.expert.shape[-2]
     R, E, out = np.eye(l), np.concatenate([np.zeros((q, l)), np.eye(q)], 1), []
     for m, w in enumerate(att.expert[step].mean(1)):
         read = np.concatenate([w[:, :l] @ R, np.zeros((q, q))], 1) + w[:, l:] @ E
         E = 0.5 * E + 0.5 * read
         out.append(E)
-        if m < len(att.vlm): R = 0.5 * (R + att.vlm[m].mean(0) @ R)
+        if m < len(att.vlm):
+            R = 0.5 * (R + att.vlm[m].mean(0) @ R)
     return np.stack(out)
 
 # %% ../../nbs/16_attention.ipynb #4a570120
 def image_heat(att: Attention, row: np.ndarray) -> dict[str, np.ndarray]:
-    "Weights of image tokens in their grids: 'history' (pairs, h, w), 'view0' (1, h, w), ..."
+    """Weights of image tokens in their grids: 'history' (pairs, h, w), 'view0' (1, h, w),
+    ...
+    """
     return {n: row[att.packed.groups[0][n]].reshape(g) for n, g in grids(att).items()}
 
 # %% ../../nbs/16_attention.ipynb #6ab908eb
 def droppable(att: Attention) -> dict[str, np.ndarray | None]:
-    "What can be dropped from an observation: name -> its tokens among the prefix (None: the state)."
+    """What can be dropped from an observation: name -> its tokens among the prefix (None:
+    the state).
+    """
     g, out = att.packed.groups[0], {}
-    for n, s in g.items(): out['instruction' if n == 'text' else n] = np.arange(s.start, s.stop)
+    for n, s in g.items():
+        out['instruction' if n == 'text' else n] = np.arange(s.start, s.stop)
     if 'history' in g:
         t, h, w = grids(att)['history']
-        for p in range(t): out[f'frame pair {t - p}'] = np.arange(g['history'].start + p * h * w, g['history'].start + (p + 1) * h * w)
+        for p in range(t):
+            out[f'frame pair {t - p}'] = np.arange(
+                g['history'].start + p * h * w, g['history'].start + (p + 1) * h * w
+            )
     return out | {'state': None}
 
+# %% ../../nbs/16_attention.ipynb #3e4542d5
 def without(obs: Observation, name: str, pairs: int) -> Observation:
     "An observation (b = 1) in which `name` was never there."
     if name == 'history' or name.startswith('frame pair'):
         frames = obs.history[0][obs.history_mask[0]]
-        if name != 'history': lost = 2 * (pairs - int(name.split()[-1])); frames = torch.cat([frames[:lost], frames[lost + 2:]])
+        if name != 'history':
+            lost = 2 * (pairs - int(name.split()[-1]))
+            frames = torch.cat([frames[:lost], frames[lost + 2 :]])
         n, k = obs.history.shape[1], 0 if name == 'history' else len(frames)
         history, mask = torch.zeros_like(obs.history), torch.zeros_like(obs.history_mask)
-        if k: history[0, n - k:], mask[0, n - k:] = frames, True
+        if k:
+            history[0, n - k :], mask[0, n - k :] = frames, True
         return replace(obs, history=history, history_mask=mask)
-    if name.startswith('view'): mask = obs.view_mask.clone(); mask[0, int(name[4:])] = False; return replace(obs, view_mask=mask)
-    if name == 'instruction': mask = obs.text_mask.clone().bool(); mask[0, int(mask[0].nonzero()[0]) + 1:] = False; return replace(obs, text_mask=mask)
+    if name.startswith('view'):
+        mask = obs.view_mask.clone()
+        mask[0, int(name[4:])] = False
+        return replace(obs, view_mask=mask)
+    if name == 'instruction':
+        mask = obs.text_mask.clone().bool()
+        mask[0, int(mask[0].nonzero()[0]) + 1 :] = False
+        return replace(obs, text_mask=mask)
     return replace(obs, state=torch.zeros_like(obs.state))
 
 # %% ../../nbs/16_attention.ipynb #e390a8d6
 class Ablation:
     "Chunks of one observation with something dropped, for `draws` draws of noise."
+
     def __init__(self, policy, post, att: Attention, draws: int = 4, seed: int = 0):
         m = policy.config.model
         self.policy, self.post, self.att, self.items = policy, post, att, droppable(att)
-        noise = torch.from_numpy(np.random.default_rng(seed).standard_normal((draws, m.chunk, m.max_action_dim), np.float32)).to(att.obs.state.device)
-        self.noise, self.dims = noise * (torch.arange(m.max_action_dim, device=noise.device) < policy.config.action_feature.shape[0]), draws
+        noise = torch.from_numpy(
+            np.random.default_rng(seed).standard_normal(
+                (draws, m.chunk, m.max_action_dim), np.float32
+            )
+        ).to(att.obs.state.device)
+        self.noise, self.dims = (
+            noise
+            * (
+                torch.arange(m.max_action_dim, device=noise.device)
+                < policy.config.action_feature.shape[0]
+            ),
+            draws,
+        )
         self.d = policy.config.action_feature.shape[0]
 
     @torch.inference_mode()
@@ -181,13 +311,29 @@ class Ablation:
         "Normalised chunks (rows, draws, s, d) of a prefix of several rows."
         r, rows = len(self.noise), len(prefix.state)
         wide = lambda x: x.repeat_interleave(r, 0)
-        p = Prefix([(wide(k), wide(v)) for k, v in prefix.cache], wide(prefix.state), Context(None, None, wide(prefix.ctx.valid), wide(prefix.ctx.next_position), wide(prefix.ctx.positions)))
-        velocity, real = Denoiser(self.policy.model, p), torch.arange(self.noise.shape[-1]) < self.d
-        out = self.policy.model.integrate(lambda x, t: velocity(x, t) * real.to(x.device), self.noise.repeat(rows, 1, 1))
-        return out[..., :self.d].unflatten(0, (rows, r))
+        p = Prefix(
+            [(wide(k), wide(v)) for k, v in prefix.cache],
+            wide(prefix.state),
+            Context(
+                None,
+                None,
+                wide(prefix.ctx.valid),
+                wide(prefix.ctx.next_position),
+                wide(prefix.ctx.positions),
+            ),
+        )
+        velocity, real = (
+            Denoiser(self.policy.model, p),
+            torch.arange(self.noise.shape[-1]) < self.d,
+        )
+        out = self.policy.model.integrate(
+            lambda x, t: velocity(x, t) * real.to(x.device), self.noise.repeat(rows, 1, 1)
+        )
+        return out[..., : self.d].unflatten(0, (rows, r))
 
 # %% ../../nbs/16_attention.ipynb #089a9fc2
 from fastcore.basics import patch
+
 
 @patch
 @torch.inference_mode()
@@ -198,50 +344,144 @@ def hidden(self: Ablation) -> Tensor:
     here, mean = probe.represent(state), probe.represent(torch.zeros_like(state))
     valid = probe.ctx.valid.repeat(n, 1)
     for r, tokens in enumerate(self.items.values(), 1):
-        if tokens is not None: valid[r, tokens] = False
-    pick = lambda a, b: torch.cat([b if r and t is None else a for r, t in enumerate([0, *self.items.values()])])
+        if tokens is not None:
+            valid[r, tokens] = False
+    pick = lambda a, b: torch.cat(
+        [b if r and t is None else a for r, t in enumerate([0, *self.items.values()])]
+    )
     cache = [tuple(pick(a, b) for a, b in zip(x, y)) for x, y in zip(here, mean)]
-    return self.chunks(Prefix(cache, pick(state, torch.zeros_like(state)), Context(None, None, valid, probe.ctx.next_position.repeat(n), probe.ctx.positions.repeat(n, 1))))
+    return self.chunks(
+        Prefix(
+            cache,
+            pick(state, torch.zeros_like(state)),
+            Context(
+                None,
+                None,
+                valid,
+                probe.ctx.next_position.repeat(n),
+                probe.ctx.positions.repeat(n, 1),
+            ),
+        )
+    )
 
+# %% ../../nbs/16_attention.ipynb #c645da71
 @patch
 @torch.inference_mode()
 def removed(self: Ablation) -> Tensor:
-    "Chunks (1 + items, draws, s, d): the whole observation, then each item taken out of the input."
+    """Chunks (1 + items, draws, s, d): the whole observation, then each item taken out of
+    the input.
+    """
     pairs = grids(self.att).get('history', (0,))[0]
     rows = [self.att.obs] + [without(self.att.obs, n, pairs) for n in self.items]
     join = lambda name: torch.cat([getattr(o, name) for o in rows])
     views = [torch.cat([o.views[k] for o in rows]) for k in range(len(rows[0].views))]
-    return self.chunks(self.policy.model.encode(Observation(join('history'), join('history_mask'), views, join('view_mask'), join('text'), join('text_mask'), join('state'))))
+    return self.chunks(
+        self.policy.model.encode(
+            Observation(
+                join('history'),
+                join('history_mask'),
+                views,
+                join('view_mask'),
+                join('text'),
+                join('text_mask'),
+                join('state'),
+            )
+        )
+    )
 
+# %% ../../nbs/16_attention.ipynb #7fe927e2
 @patch
 def both(self: Ablation) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    "name -> effect (2,) in standard deviations (hidden, removed), and the mean chunks (2, s, d) in the robot's units; 'nothing' first."
+    """name -> effect (2,) in standard deviations (hidden, removed), and the mean chunks (2,
+    s, d) in the robot's units; 'nothing' first.
+    """
     units = lambda x: self.post(x.mean(1)).cpu().numpy()
     ways = [self.hidden(), self.removed()]
-    far = np.stack([((x - x[:1]) ** 2).mean((1, 2, 3)).sqrt().cpu().numpy() for x in ways], 1)
+    far = np.stack(
+        [((x - x[:1]) ** 2).mean((1, 2, 3)).sqrt().cpu().numpy() for x in ways], 1
+    )
     plans = np.stack([units(x) for x in ways], 1)
     return {n: (far[r], plans[r]) for r, n in enumerate(['nothing', *self.items])}
 
 # %% ../../nbs/16_attention.ipynb #cc3535d4
 class AttentionFilm:
-    "Attention and ablations of a policy along a recording, at its model calls (or `ticks`)."
+    """Attention and ablations of a policy along a recording, at its model calls (or
+    `ticks`).
+    """
+
     def __init__(self, policy, pre, post, rec: Recording, ticks=None, seed: int = 0):
-        self.policy, self.pre, self.post, self.rec, m = policy, pre, post, rec, policy.config.model
+        self.policy, self.pre, self.post, self.rec, m = (
+            policy,
+            pre,
+            post,
+            rec,
+            policy.config.model,
+        )
         calls = rec.record.get('chunk_ticks')
-        self.ticks = tuple(int(t) for t in (ticks if ticks is not None else calls if calls is not None else range(0, len(rec), max(1, len(rec) // 18))))
-        self.noise = torch.from_numpy(np.random.default_rng(seed).standard_normal((1, m.chunk, m.max_action_dim), np.float32))
-        self.at = lru_cache(None)(self._at); self.ablation = lru_cache(None)(self._ablation); self.rolled = lru_cache(None)(self._rolled)
-        self.groups = [n for n in ('history', *(f'view{k}' for k in range(len(policy.cameras))), 'text', 'marks', 'state', 'actions') if n != 'state' or m.expert.state_token]
+        self.ticks = tuple(
+            int(t)
+            for t in (
+                ticks
+                if ticks is not None
+                else (
+                    calls
+                    if calls is not None
+                    else range(0, len(rec), max(1, len(rec) // 18))
+                )
+            )
+        )
+        self.noise = torch.from_numpy(
+            np.random.default_rng(seed).standard_normal(
+                (1, m.chunk, m.max_action_dim), np.float32
+            )
+        )
+        self.at = lru_cache(None)(self._at)
+        self.ablation = lru_cache(None)(self._ablation)
+        self.rolled = lru_cache(None)(self._rolled)
+        self.groups = [
+            n
+            for n in (
+                'history',
+                *(f'view{k}' for k in range(len(policy.cameras))),
+                'text',
+                'marks',
+                'state',
+                'actions',
+            )
+            if n != 'state' or m.expert.state_token
+        ]
 
-    def _at(self, tick: int) -> Attention: return attend(self.policy, self.post, observation_at(self.policy, self.pre, self.rec.record, self.rec.task, tick), self.noise)
-    def _ablation(self, tick: int) -> dict: return Ablation(self.policy, self.post, self.at(tick)).both()
-    def _rolled(self, tick: int, step: int) -> np.ndarray: return rollout(self.at(tick), step)
+    def _at(self, tick: int) -> Attention:
+        return attend(
+            self.policy,
+            self.post,
+            observation_at(self.policy, self.pre, self.rec.record, self.rec.task, tick),
+            self.noise,
+        )
 
-    def row(self, tick: int, kind: str, layer: int, head: int, step: int, action: int) -> np.ndarray:
-        "Weights (l + q,) of an action token (-1: mean over the chunk); head -1: mean over heads. Rollout has no heads."
+    def _ablation(self, tick: int) -> dict:
+        return Ablation(self.policy, self.post, self.at(tick)).both()
+
+    def _rolled(self, tick: int, step: int) -> np.ndarray:
+        return rollout(self.at(tick), step)
+
+    def row(
+        self, tick: int, kind: str, layer: int, head: int, step: int, action: int
+    ) -> np.ndarray:
+        """Weights (l + q,) of an action token (-1: mean over the chunk); head -1: mean over
+        heads. Rollout has no heads.
+        """
         att = self.at(tick)
-        w = self.rolled(tick, step)[layer] if kind == 'rollout' else att.expert[step, layer].mean(0) if head < 0 else att.expert[step, layer, head]
-        w = w[att.state_token:]
+        w = (
+            self.rolled(tick, step)[layer]
+            if kind == 'rollout'
+            else (
+                att.expert[step, layer].mean(0)
+                if head < 0
+                else att.expert[step, layer, head]
+            )
+        )
+        w = w[att.state_token :]
         return w.mean(0) if action < 0 else w[action]
 
     def over_time(self, *how) -> np.ndarray:
@@ -250,30 +490,51 @@ class AttentionFilm:
         return np.array([[m.get(g, 0.0) for m in rows] for g in self.groups])
 
 # %% ../../nbs/16_attention.ipynb #0eb38582
-PALE = 245   # grey of a picture that is not there
+PALE = 245  # grey of a picture that is not there
 HEAT = fading('inferno', 0.75, 1.6)
+
 
 class AttentionPanels:
     "Layout and data of `attention_explorer`."
+
     def __init__(self, film: AttentionFilm):
         self.film, self.rec, m = film, film.rec, film.policy.config.model
         self.m, self.views = m, [k.split('.')[-1] for k in film.policy.cameras]
         att = film.at(film.ticks[-1])
-        self.side, self.grid = m.sampling.history_size // m.vision.factor, {n: g[1:] for n, g in grids(att).items() if n != 'history'}
-        self.words = [w.strip() or '·' for w in get_tokenizer(m.tokenizer).batch_decode([[i] for i in att.packed.input_ids[0, att.packed.groups[0]['text']].tolist()])]
-        self.items = list(dict.fromkeys(n for t in film.ticks for n in droppable(film.at(t))))
+        self.side, self.grid = (
+            m.sampling.history_size // m.vision.factor,
+            {n: g[1:] for n, g in grids(att).items() if n != 'history'},
+        )
+        self.words = [
+            w.strip() or '·'
+            for w in get_tokenizer(m.tokenizer).batch_decode(
+                [
+                    [i]
+                    for i in att.packed.input_ids[0, att.packed.groups[0]['text']].tolist()
+                ]
+            )
+        ]
+        self.items = list(
+            dict.fromkeys(n for t in film.ticks for n in droppable(film.at(t)))
+        )
         effects = [film.ablation(t) for t in film.ticks]
         self.far = max(float(e[n][0].max()) for e in effects for n in e) or 1.0
         self.times = np.array([self.rec.seconds(t) for t in film.ticks])
         self.over_time = lru_cache(4096)(film.over_time)
-        self.acts = self.rec.meta.get('action', [f'action {k}' for k in range(film.policy.config.action_feature.shape[0])])
+        self.acts = self.rec.meta.get(
+            'action',
+            [f'action {k}' for k in range(film.policy.config.action_feature.shape[0])],
+        )
 
     def frames(self, tick: int) -> list[tuple[np.ndarray, str] | None]:
         "History frames as recorded, with their age; None where there is none."
         from halo.sampling import history_ticks
+
         s, film = self.m.sampling, self.rec.record[f'frames.{self.views[0]}']
         past = history_ticks(tick, s.history_frames, s.history_stride, s.history_hop)
-        return [None] * (s.history_frames - len(past)) + [(film[t], f'−{(tick - t) / s.fps:.1f} s') for t in past]
+        return [None] * (s.history_frames - len(past)) + [
+            (film[t], f'−{(tick - t) / s.fps:.1f} s') for t in past
+        ]
 
 # %% ../../nbs/16_attention.ipynb #cbd98666
 @patch
@@ -282,62 +543,180 @@ def layout(self: AttentionPanels, fig) -> dict:
     past, now, below = fig.subfigures(3, 1, height_ratios=(1.25, 2.1, 2.0))
     size = self.rec.record[f'frames.{self.views[0]}'].shape[1:3]
     for k, ax in enumerate(np.atleast_1d(past.subplots(1, n, squeeze=True)) if n else []):
-        out[f'past{k}'] = Picture(ax, size); out[f'heat{k}'] = Heat(ax, (self.side, self.side), 0, 1, HEAT, extent=(-0.5, size[1] - 0.5, size[0] - 0.5, -0.5), aspect='equal'); out[f'age{k}'] = Words(ax, (0.02, 1.02), 8)
-    cells = now.subplots(1, len(self.views) + 2, width_ratios=[1] * len(self.views) + [0.75, 1.5])
+        out[f'past{k}'] = Picture(ax, size)
+        out[f'heat{k}'] = Heat(
+            ax,
+            (self.side, self.side),
+            0,
+            1,
+            HEAT,
+            extent=(-0.5, size[1] - 0.5, size[0] - 0.5, -0.5),
+            aspect='equal',
+        )
+        out[f'age{k}'] = Words(ax, (0.02, 1.02), 8)
+    cells = now.subplots(
+        1, len(self.views) + 2, width_ratios=[1] * len(self.views) + [0.75, 1.5]
+    )
     for k, (ax, view) in enumerate(zip(cells, self.views)):
-        hw = self.rec.record[f'frames.{view}'].shape[1:3]; ax.set_title(f'{view}, now')
-        out[f'view{k}'] = Picture(ax, hw); out[f'now{k}'] = Heat(ax, self.grid[f'view{k}'], 0, 1, HEAT, extent=(-0.5, hw[1] - 0.5, hw[0] - 0.5, -0.5), aspect='equal')
-    out['now0'].colorbar('share of the brightest image token', ax=list(cells[:len(self.views)]), location='bottom', shrink=0.7, aspect=40)
-    g = self.film.groups; a, b = cells[-2:]
-    a.set(yticks=range(len(g)), yticklabels=g, xlim=(0, 1), ylim=(len(g) - 0.4, -0.6), xlabel='mass now'); a.grid(axis='y', visible=False)
-    out['mass'] = Bars(a, len(g), CATEGORIES[:len(g)], across=True)
-    b.set(xlim=(self.times[0], self.times[-1]), ylim=(0, 1), xlabel='time in the episode / s', ylabel='mass', title=' ')
-    out['time'] = Lines(b, [dict(color=c) for c in CATEGORIES[:len(g)]] + [dict(color=INK, width=1, dash=True)]); out['said'] = Words(b, (-0.9, 1.03), 8.5)
+        hw = self.rec.record[f'frames.{view}'].shape[1:3]
+        ax.set_title(f'{view}, now')
+        out[f'view{k}'] = Picture(ax, hw)
+        out[f'now{k}'] = Heat(
+            ax,
+            self.grid[f'view{k}'],
+            0,
+            1,
+            HEAT,
+            extent=(-0.5, hw[1] - 0.5, hw[0] - 0.5, -0.5),
+            aspect='equal',
+        )
+    out['now0'].colorbar(
+        'share of the brightest image token',
+        ax=list(cells[: len(self.views)]),
+        location='bottom',
+        shrink=0.7,
+        aspect=40,
+    )
+    g = self.film.groups
+    a, b = cells[-2:]
+    a.set(
+        yticks=range(len(g)),
+        yticklabels=g,
+        xlim=(0, 1),
+        ylim=(len(g) - 0.4, -0.6),
+        xlabel='mass now',
+    )
+    a.grid(axis='y', visible=False)
+    out['mass'] = Bars(a, len(g), CATEGORIES[: len(g)], across=True)
+    b.set(
+        xlim=(self.times[0], self.times[-1]),
+        ylim=(0, 1),
+        xlabel='time in the episode / s',
+        ylabel='mass',
+        title=' ',
+    )
+    out['time'] = Lines(
+        b,
+        [dict(color=c) for c in CATEGORIES[: len(g)]]
+        + [dict(color=INK, width=1, dash=True)],
+    )
+    out['said'] = Words(b, (-0.9, 1.03), 8.5)
     return out | self.lower(below)
 
+# %% ../../nbs/16_attention.ipynb #27ab4c8d
 @patch
 def lower(self: AttentionPanels, fig) -> dict:
     "Instruction, dropped items, actions."
     d, out = len(self.acts), {}
     up, down = fig.subfigures(1, 2, width_ratios=(1.15, 1.6))
     a, b = up.subplots(1, 2, sharey=True)
-    for ax, title in ((a, 'hidden from\nthe expert'), (b, 'not in\nthe input')): ax.set(xlim=(0, 1.05 * self.far), xlabel='change of the plan / sd', title=title, ylim=(len(self.items) - 0.4, -0.6)); ax.grid(axis='y', visible=False)
+    for ax, title in ((a, 'hidden from\nthe expert'), (b, 'not in\nthe input')):
+        ax.set(
+            xlim=(0, 1.05 * self.far),
+            xlabel='change of the plan / sd',
+            title=title,
+            ylim=(len(self.items) - 0.4, -0.6),
+        )
+        ax.grid(axis='y', visible=False)
     a.set(yticks=range(len(self.items)), yticklabels=self.items)
-    out['hidden'], out['removed'] = (Bars(ax, len(self.items), ['#4477AA'] * len(self.items), across=True) for ax in (a, b))
-    rows = down.subfigures(2, 1, height_ratios=(0.6, 1)); t = rows[0].subplots()
-    t.set(xticks=range(len(self.words)), xticklabels=self.words, yticks=[], title='instruction'); t.tick_params(axis='x', labelrotation=35, labelsize=8)
+    out['hidden'], out['removed'] = (
+        Bars(ax, len(self.items), ['#4477AA'] * len(self.items), across=True)
+        for ax in (a, b)
+    )
+    rows = down.subfigures(2, 1, height_ratios=(0.6, 1))
+    t = rows[0].subplots()
+    t.set(
+        xticks=range(len(self.words)),
+        xticklabels=self.words,
+        yticks=[],
+        title='instruction',
+    )
+    t.tick_params(axis='x', labelrotation=35, labelsize=8)
     out['text'] = Heat(t, (1, len(self.words)), 0, 1, MAGNITUDE)
     for k, (ax, name) in enumerate(zip(rows[1].subplots(1, d), self.acts)):
         ax.set(xlim=(-0.5, self.m.chunk - 0.5), ylim=(-1.6, 1.6), title=name, xlabel='step')
-        out[f'act{k}'] = Lines(ax, [dict(color=INK, width=1.2, dash=True), dict(color=CATEGORIES[1], width=2), dict(color=CATEGORIES[0], width=0, marker=5)])
+        out[f'act{k}'] = Lines(
+            ax,
+            [
+                dict(color=INK, width=1.2, dash=True),
+                dict(color=CATEGORIES[1], width=2),
+                dict(color=CATEGORIES[0], width=0, marker=5),
+            ],
+        )
     return out
 
 # %% ../../nbs/16_attention.ipynb #dcd0d8ff
 @patch
-def data(self: AttentionPanels, tick: int, kind: str, layer: int, head: int, step: int, action: int, drop: str) -> dict:
+def data(
+    self: AttentionPanels,
+    tick: int,
+    kind: str,
+    layer: int,
+    head: int,
+    step: int,
+    action: int,
+    drop: str,
+) -> dict:
     "Everything drawn for one setting."
     film, how = self.film, (kind, layer, -1 if kind == 'rollout' else head, step, action)
     att, row = film.at(tick), film.row(tick, *how)
-    heat = image_heat(att, row); top = max((h.max() for h in heat.values()), default=1) or 1
+    heat = image_heat(att, row)
+    top = max((h.max() for h in heat.values()), default=1) or 1
     out, shown, mass = {}, self.frames(tick), masses(att, row)
-    missing, k0 = np.full((*self.rec.record[f'frames.{self.views[0]}'].shape[1:3], 3), PALE, np.uint8), sum(f is None for f in shown)
+    missing, k0 = (
+        np.full(
+            (*self.rec.record[f'frames.{self.views[0]}'].shape[1:3], 3), PALE, np.uint8
+        ),
+        sum(f is None for f in shown),
+    )
     for k, f in enumerate(shown):
         out[f'past{k}'], out[f'age{k}'] = (missing, '') if f is None else f
-        out[f'heat{k}'] = np.full((self.side, self.side), np.nan) if f is None else heat['history'][(k - k0) // 2] / top
-    for k, view in enumerate(self.views): out[f'view{k}'], out[f'now{k}'] = self.rec.record[f'frames.{view}'][tick], heat[f'view{k}'][0] / top
+        out[f'heat{k}'] = (
+            np.full((self.side, self.side), np.nan)
+            if f is None
+            else heat['history'][(k - k0) // 2] / top
+        )
+    for k, view in enumerate(self.views):
+        out[f'view{k}'], out[f'now{k}'] = (
+            self.rec.record[f'frames.{view}'][tick],
+            heat[f'view{k}'][0] / top,
+        )
     over, now = self.over_time(*how), self.rec.seconds(tick)
-    out['mass'], out['time'] = [mass.get(g, 0.0) for g in film.groups], [np.stack([self.times, y], 1) for y in over] + [np.array([[now, 0], [now, 1]])]
-    text = row[att.packed.groups[0]['text']]; out['text'] = text[None] / max(text.max(), 1e-12)
-    return out | self.effects(tick, drop, action) | dict(said=f"tick {tick} ({now:.1f} s); brightest image token {100 * top:.1f} %, images together {100 * sum(float(h.sum()) for h in heat.values()):.0f} %, brightest word {100 * text.max():.1f} %")
+    out['mass'], out['time'] = (
+        [mass.get(g, 0.0) for g in film.groups],
+        [np.stack([self.times, y], 1) for y in over] + [np.array([[now, 0], [now, 1]])],
+    )
+    text = row[att.packed.groups[0]['text']]
+    out['text'] = text[None] / max(text.max(), 1e-12)
+    return (
+        out
+        | self.effects(tick, drop, action)
+        | dict(
+            said=(
+                f"tick {tick} ({now:.1f} s); brightest image token {100 * top:.1f} %,"
+                f" images together {100 * sum(float(h.sum()) for h in heat.values()):.0f}"
+                f" %, brightest word {100 * text.max():.1f} %"
+            )
+        )
+    )
 
+# %% ../../nbs/16_attention.ipynb #e975e92d
 @patch
 def effects(self: AttentionPanels, tick: int, drop: str, action: int) -> dict:
     "Effects of all items, and the plan with and without the one that is dropped."
-    found = self.film.ablation(tick); name, way = (drop.split(': ')[1], 0 if drop.startswith('hide') else 1) if ': ' in drop else ('nothing', 0)
+    found = self.film.ablation(tick)
+    name, way = (
+        (drop.split(': ')[1], 0 if drop.startswith('hide') else 1)
+        if ': ' in drop
+        else ('nothing', 0)
+    )
     far = np.array([found[n][0] if n in found else (np.nan, np.nan) for n in self.items])
     before, after = found['nothing'][1][way], found.get(name, found['nothing'])[1][way]
     pick = [] if action < 0 else [action]
-    return dict(hidden=np.nan_to_num(far[:, 0]), removed=np.nan_to_num(far[:, 1])) | {f'act{k}': [a, b, b[pick]] for k, (a, b) in enumerate(zip(action_paths(before), action_paths(after)))}
+    return dict(hidden=np.nan_to_num(far[:, 0]), removed=np.nan_to_num(far[:, 1])) | {
+        f'act{k}': [a, b, b[pick]]
+        for k, (a, b) in enumerate(zip(action_paths(before), action_paths(after)))
+    }
 
 # %% ../../nbs/16_attention.ipynb #e9f3c3e8
 def attention_explorer(film: AttentionFilm) -> Explorer:
@@ -345,9 +724,45 @@ def attention_explorer(film: AttentionFilm) -> Explorer:
     p, f = AttentionPanels(film), film.policy.config.model
     heads, steps = f.expert.heads, f.flow.steps * (2 if f.flow.method == 'heun' else 1)
     ts = [1 - k / steps for k in range(steps)]
-    drops = ('nothing', *(f'hide: {n}' for n in p.items), *(f'remove: {n}' for n in p.items))
-    controls = [Control('tick', 'time', film.ticks, tuple(f'{film.rec.seconds(t):.1f} s' for t in film.ticks), start=len(film.ticks) // 2, play=True), Control('kind', 'attention', ('raw', 'rollout'), kind='choice'),
-                Control('layer', 'layer', tuple(range(f.text.layers)), start=f.text.layers // 2), Control('head', 'head', (-1, *range(heads)), ('mean', *map(str, range(heads))), kind='choice', alone='detail'),
-                Control('step', 'flow time', tuple(range(steps)), tuple(f't = {t:.1f}' for t in ts), start=steps - 1, alone='detail'),
-                Control('action', 'action step', (-1, *range(f.chunk)), ('all', *map(str, range(f.chunk))), alone='detail'), Control('drop', 'drop', drops, kind='choice', alone='detail')]
+    drops = (
+        'nothing',
+        *(f'hide: {n}' for n in p.items),
+        *(f'remove: {n}' for n in p.items),
+    )
+    controls = [
+        Control(
+            'tick',
+            'time',
+            film.ticks,
+            tuple(f'{film.rec.seconds(t):.1f} s' for t in film.ticks),
+            start=len(film.ticks) // 2,
+            play=True,
+        ),
+        Control('kind', 'attention', ('raw', 'rollout'), kind='choice'),
+        Control('layer', 'layer', tuple(range(f.text.layers)), start=f.text.layers // 2),
+        Control(
+            'head',
+            'head',
+            (-1, *range(heads)),
+            ('mean', *map(str, range(heads))),
+            kind='choice',
+            alone='detail',
+        ),
+        Control(
+            'step',
+            'flow time',
+            tuple(range(steps)),
+            tuple(f't = {t:.1f}' for t in ts),
+            start=steps - 1,
+            alone='detail',
+        ),
+        Control(
+            'action',
+            'action step',
+            (-1, *range(f.chunk)),
+            ('all', *map(str, range(f.chunk))),
+            alone='detail',
+        ),
+        Control('drop', 'drop', drops, kind='choice', alone='detail'),
+    ]
     return Explorer('Where the expert looks', controls, p.layout, p.data, size=(11, 7.4))

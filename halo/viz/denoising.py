@@ -4,14 +4,18 @@
 
 # %% ../../nbs/17_denoising.ipynb #c5c3021f
 from __future__ import annotations
+
 from functools import lru_cache
-import numpy as np, torch
+
+import numpy as np
+import torch
+
 from ..envs import FlashPlaceSpec
 from ..evaluate import observation_at
 from ..flow import integrate
 from ..model import Prefix
 from ..stream import Denoiser
-from .explorer import CATEGORIES, INK, LINE, Control, Explorer, Lines, Picture, Words
+from .explorer import CATEGORIES, INK, Control, Explorer, Lines, Picture, Words
 from .recording import Recording, project, shipped, shipped_folder
 
 # %% auto #0
@@ -19,43 +23,105 @@ __all__ = ['REACH', 'GRIP', 'REFERENCE', 'STEPS', 'CURVE', 'GRID', 'hand_paths',
            'DenoisingPanels', 'arrows', 'denoising_explorer']
 
 # %% ../../nbs/17_denoising.ipynb #855546bf
-REACH = FlashPlaceSpec().move_steps * 0.01   # metres per unit of action and tick
-GRIP = np.array([0, 0, -0.048])              # from the hand to the point between its fingers, metres
+REACH = FlashPlaceSpec().move_steps * 0.01  # metres per unit of action and tick
+GRIP = np.array([0, 0, -0.048])  # from the hand to the point between its fingers, metres
+
 
 def hand_paths(start: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    "Paths (..., s + 1, 3) in metres of the point between the fingers, from hand position `start` (3,) along actions (..., s, d)."
+    """Paths (..., s + 1, 3) in metres of the point between the fingers, from hand position
+    `start` (3,) along actions (..., s, d).
+    """
     moves = np.clip(actions[..., :3], -1, 1) * REACH
-    return start + GRIP + np.concatenate([np.zeros_like(moves[..., :1, :]), moves.cumsum(-2)], -2)
+    return (
+        start
+        + GRIP
+        + np.concatenate([np.zeros_like(moves[..., :1, :]), moves.cumsum(-2)], -2)
+    )
+
 
 def pad_outline(pad: int, n: int = 60) -> np.ndarray:
     "World points (n, 3) around a pad."
     s, a = FlashPlaceSpec(), np.linspace(0, 2 * np.pi, n)
-    return np.stack([s.pads[pad][0] + s.pad_radius * np.cos(a), s.pads[pad][1] + s.pad_radius * np.sin(a), np.full(n, 0.001)], -1)
+    return np.stack(
+        [
+            s.pads[pad][0] + s.pad_radius * np.cos(a),
+            s.pads[pad][1] + s.pad_radius * np.sin(a),
+            np.full(n, 0.001),
+        ],
+        -1,
+    )
 
 # %% ../../nbs/17_denoising.ipynb #2cf7d920
 class DenoisingProbe:
-    "Denoising of `n` noise draws on one recorded observation of a policy; errors are measured on the first `few` of them."
-    def __init__(self, policy, pre, post, record: dict, task: str, tick: int, n: int = 16, seed: int = 0, few: int = 4):
-        m, self.policy, self.post, self.n, self.d, self.few = policy.config.model, policy, post, n, policy.config.action_feature.shape[0], min(few, n)
+    """Denoising of `n` noise draws on one recorded observation of a policy; errors are
+    measured on the first `few` of them.
+    """
+
+    def __init__(
+        self,
+        policy,
+        pre,
+        post,
+        record: dict,
+        task: str,
+        tick: int,
+        n: int = 16,
+        seed: int = 0,
+        few: int = 4,
+    ):
+        m, self.policy, self.post, self.n, self.d, self.few = (
+            policy.config.model,
+            policy,
+            post,
+            n,
+            policy.config.action_feature.shape[0],
+            min(few, n),
+        )
         obs = observation_at(policy, pre, record, task, tick)
-        noise = torch.from_numpy(np.random.default_rng(seed).standard_normal((n, m.chunk, m.max_action_dim), np.float32)).to(obs.state.device)
+        noise = torch.from_numpy(
+            np.random.default_rng(seed).standard_normal(
+                (n, m.chunk, m.max_action_dim), np.float32
+            )
+        ).to(obs.state.device)
         with torch.inference_mode():
             self.noise, self.dims = policy._noise(obs, noise)
             self.prefix = policy.model.encode(obs)
-        self.velocities, self.path = lru_cache(8)(self._velocities), lru_cache(None)(self._path)
+        self.velocities, self.path = (
+            lru_cache(8)(self._velocities),
+            lru_cache(None)(self._path),
+        )
 
     def _velocities(self, rows: int) -> Denoiser:
         "The velocity function for `rows` noisy chunks at once."
         wide = lambda x: x.repeat_interleave(rows, 0)
         p = self.prefix
-        c = type(p.ctx)(None, None, wide(p.ctx.valid), wide(p.ctx.next_position), wide(p.ctx.positions))
-        with torch.inference_mode(): return Denoiser(self.policy.model, Prefix([(wide(k), wide(v)) for k, v in p.cache], wide(p.state), c))
+        c = type(p.ctx)(
+            None, None, wide(p.ctx.valid), wide(p.ctx.next_position), wide(p.ctx.positions)
+        )
+        with torch.inference_mode():
+            return Denoiser(
+                self.policy.model,
+                Prefix([(wide(k), wide(v)) for k, v in p.cache], wide(p.state), c),
+            )
 
     @torch.inference_mode()
     def _path(self, method: str, steps: int, few: bool = False) -> np.ndarray:
-        "Normalised chunks (steps + 1, n, s, d), from noise to action; only the first `few` draws if asked."
-        n = self.few if few else self.n; v = self.velocities(n)
-        return integrate(lambda x, t: v(x, t) * self.dims, self.noise[:n], steps, method, return_path=True)[..., :self.d].cpu().numpy()
+        """Normalised chunks (steps + 1, n, s, d), from noise to action; only the first
+        `few` draws if asked.
+        """
+        n = self.few if few else self.n
+        v = self.velocities(n)
+        return (
+            integrate(
+                lambda x, t: v(x, t) * self.dims,
+                self.noise[:n],
+                steps,
+                method,
+                return_path=True,
+            )[..., : self.d]
+            .cpu()
+            .numpy()
+        )
 
     def units(self, chunks: np.ndarray) -> np.ndarray:
         "Normalised chunks (..., d) in the robot's units."
@@ -64,26 +130,57 @@ class DenoisingProbe:
 # %% ../../nbs/17_denoising.ipynb #178ad56a
 from fastcore.basics import patch
 
-REFERENCE = ('heun', 200)   # method and steps that stand for the exact solution
+REFERENCE = ('heun', 200)  # method and steps that stand for the exact solution
+
 
 @patch
 def error(self: DenoisingProbe, method: str, steps: int) -> float:
-    "Root mean square distance of the chunks from those of 200 Heun steps, in standard deviations of the training actions."
-    return float(np.sqrt(((self.path(method, steps, True)[-1] - self.path(*REFERENCE, True)[-1]) ** 2).mean()))
+    """Root mean square distance of the chunks from those of 200 Heun steps, in standard
+    deviations of the training actions.
+    """
+    return float(
+        np.sqrt(
+            (
+                (self.path(method, steps, True)[-1] - self.path(*REFERENCE, True)[-1]) ** 2
+            ).mean()
+        )
+    )
 
+# %% ../../nbs/17_denoising.ipynb #90ee7d01
 @patch
 @torch.inference_mode()
-def field(self: DenoisingProbe, t: float, action: int, pair: tuple[int, int], axis: np.ndarray, draw: int = 0) -> np.ndarray:
-    "Motion -v (g, g, 2) of two dimensions of one action on a grid of normalised values, everything else as in the exact path of `draw` at flow time `t`."
+def field(
+    self: DenoisingProbe,
+    t: float,
+    action: int,
+    pair: tuple[int, int],
+    axis: np.ndarray,
+    draw: int = 0,
+) -> np.ndarray:
+    """Motion -v (g, g, 2) of two dimensions of one action on a grid of normalised values,
+    everything else as in the exact path of `draw` at flow time `t`.
+    """
     path, g = self.path(*REFERENCE, True), len(axis)
-    x = np.zeros((g * g, *self.noise.shape[1:]), np.float32); x[..., :self.d] = path[round((1 - t) * (len(path) - 1)), draw]
-    x[:, action, pair[0]], x[:, action, pair[1]] = (a.ravel() for a in np.meshgrid(axis, axis))
-    v = self.velocities(g * g)(torch.from_numpy(x).to(self.noise.device), torch.full((g * g,), t, device=self.noise.device)).cpu().numpy()
+    x = np.zeros((g * g, *self.noise.shape[1:]), np.float32)
+    x[..., : self.d] = path[round((1 - t) * (len(path) - 1)), draw]
+    x[:, action, pair[0]], x[:, action, pair[1]] = (
+        a.ravel() for a in np.meshgrid(axis, axis)
+    )
+    v = (
+        self.velocities(g * g)(
+            torch.from_numpy(x).to(self.noise.device),
+            torch.full((g * g,), t, device=self.noise.device),
+        )
+        .cpu()
+        .numpy()
+    )
     return -v[:, action, list(pair)].reshape(g, g, 2)
 
 # %% ../../nbs/17_denoising.ipynb #05086e6e
 def decisive_tick(record: dict) -> int:
-    "The first model call after the puck was grasped (the chunk that carries it somewhere); the middle call if it never was."
+    """The first model call after the puck was grasped (the chunk that carries it
+    somewhere); the middle call if it never was.
+    """
     held = np.flatnonzero(record.get('info.grasped', np.zeros(1)))
     calls = record['chunk_ticks']
     after = calls[calls > held[0]] if len(held) else calls[:0]
@@ -93,85 +190,260 @@ def decisive_tick(record: dict) -> int:
 STEPS, CURVE = tuple(range(1, 21)), (1, 2, 3, 5, 8, 12, 20)
 GRID = np.linspace(-2.4, 2.4, 9)
 
+
 class DenoisingPanels:
     "Layout and data of `denoising_explorer`."
-    def __init__(self, policies: dict[str, tuple], rec: Recording, ticks: tuple[int, ...], view: str, n: int, paths=hand_paths):
+
+    def __init__(
+        self,
+        policies: dict[str, tuple],
+        rec: Recording,
+        ticks: tuple[int, ...],
+        view: str,
+        n: int,
+        paths=hand_paths,
+    ):
         first = next(iter(policies.values()))[0]
-        self.policies, self.rec, self.view, self.n, self.paths, self.camera = policies, rec, view, n, paths, rec.record.get(f'camera.{view}')
+        self.policies, self.rec, self.view, self.n, self.paths, self.camera = (
+            policies,
+            rec,
+            view,
+            n,
+            paths,
+            rec.record.get(f'camera.{view}'),
+        )
         self.chunk, self.d = first.config.model.chunk, first.config.action_feature.shape[0]
         self.acts = rec.meta.get('action', [f'action {k}' for k in range(self.d)])
-        self.probe = lru_cache(None)(lambda policy, tick: DenoisingProbe(*policies[policy], rec.record, rec.task, tick, n))
-        self.errors = lru_cache(None)(lambda policy, tick: [np.array([[k, self.probe(policy, tick).error(m, k)] for k in CURVE]) for m in ('euler', 'heun')])
-        self.field = lru_cache(4096)(lambda policy, tick, t, action, pair: self.probe(policy, tick).field(t, action, pair, GRID))
+        self.probe = lru_cache(None)(
+            lambda policy, tick: DenoisingProbe(
+                *policies[policy], rec.record, rec.task, tick, n
+            )
+        )
+        self.errors = lru_cache(None)(
+            lambda policy, tick: [
+                np.array([[k, self.probe(policy, tick).error(m, k)] for k in CURVE])
+                for m in ('euler', 'heun')
+            ]
+        )
+        self.field = lru_cache(4096)(
+            lambda policy, tick, t, action, pair: self.probe(policy, tick).field(
+                t, action, pair, GRID
+            )
+        )
 
     def truth(self, tick: int) -> np.ndarray:
         "The recorded actions from `tick` on, at most a chunk of them (k, d)."
-        return self.rec.record['action'][tick:tick + self.chunk]
+        return self.rec.record['action'][tick : tick + self.chunk]
 
     def normal(self, tick: int, policy: str) -> np.ndarray:
-        "The truth, normalised as the policy's outputs are (k, d): the inverse of its postprocessor, which is affine."
-        zero, one = (self.probe(policy, tick).units(np.full((1, self.d), x, np.float32))[0] for x in (0.0, 1.0))
+        """The truth, normalised as the policy's outputs are (k, d): the inverse of its
+        postprocessor, which is affine.
+        """
+        zero, one = (
+            self.probe(policy, tick).units(np.full((1, self.d), x, np.float32))[0]
+            for x in (0.0, 1.0)
+        )
         return (self.truth(tick) - zero) / (one - zero)
 
 # %% ../../nbs/17_denoising.ipynb #40e7bb39
 @patch
 def layout(self: DenoisingPanels, fig) -> dict:
-    up, down = fig.subfigures(2, 1, height_ratios=(1.6, 1)); out = {}
+    up, down = fig.subfigures(2, 1, height_ratios=(1.6, 1))
+    out = {}
     a, b, c = up.subplots(1, 3, width_ratios=(1, 1, 0.9))
     size = self.rec.record[f'frames.{self.view}'].shape[1:3]
-    out['scene'] = Picture(a, size); a.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
-    if self.camera is not None: out['paths'] = Lines(a, [dict(color='white', width=2.2, alpha=0.6)] * self.n + [dict(color=CATEGORIES[0], width=1, alpha=0.9)] * self.n + [dict(color=INK, width=1.5, dash=True)])
-    b.set(xlim=(-2.9, 2.9), ylim=(-2.9, 2.9), xlabel='first dimension / sd', ylabel='second dimension / sd', aspect='equal', title=' ')
-    out['field'] = Lines(b, [dict(color='#9aa3ad', width=0.9), dict(color='#9aa3ad', width=0, marker=2.2)])
-    out['trails'] = Lines(b, [dict(color=CATEGORIES[0], width=0.7, alpha=0.5)] * self.n + [dict(color=CATEGORIES[0], width=0, marker=4.5), dict(color=CATEGORIES[1], width=0, marker=6), dict(color=INK, width=0, marker=7)])
+    out['scene'] = Picture(a, size)
+    a.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
+    if self.camera is not None:
+        out['paths'] = Lines(
+            a,
+            [dict(color='white', width=2.2, alpha=0.6)] * self.n
+            + [dict(color=CATEGORIES[0], width=1, alpha=0.9)] * self.n
+            + [dict(color=INK, width=1.5, dash=True)],
+        )
+    b.set(
+        xlim=(-2.9, 2.9),
+        ylim=(-2.9, 2.9),
+        xlabel='first dimension / sd',
+        ylabel='second dimension / sd',
+        aspect='equal',
+        title=' ',
+    )
+    out['field'] = Lines(
+        b, [dict(color='#9aa3ad', width=0.9), dict(color='#9aa3ad', width=0, marker=2.2)]
+    )
+    out['trails'] = Lines(
+        b,
+        [dict(color=CATEGORIES[0], width=0.7, alpha=0.5)] * self.n
+        + [
+            dict(color=CATEGORIES[0], width=0, marker=4.5),
+            dict(color=CATEGORIES[1], width=0, marker=6),
+            dict(color=INK, width=0, marker=7),
+        ],
+    )
     out['dims'] = Words(b, (0, 1.02), 8.5)
-    c.set(xscale='log', yscale='log', xlim=(0.9, 22), ylim=(1e-3, 3), xlabel='steps', title='distance from 200 Heun steps / sd', xticks=[1, 2, 5, 10, 20], xticklabels=['1', '2', '5', '10', '20']); c.minorticks_off()
-    out['errors'] = Lines(c, [dict(color=CATEGORIES[1], marker=3), dict(color=CATEGORIES[2], marker=3), dict(color=INK, width=0, marker=8)])
-    c.annotate('Euler', (0.97, 0.93), xycoords='axes fraction', ha='right', color=CATEGORIES[1]); c.annotate('Heun', (0.97, 0.85), xycoords='axes fraction', ha='right', color=CATEGORIES[2])
+    c.set(
+        xscale='log',
+        yscale='log',
+        xlim=(0.9, 22),
+        ylim=(1e-3, 3),
+        xlabel='steps',
+        title='distance from 200 Heun steps / sd',
+        xticks=[1, 2, 5, 10, 20],
+        xticklabels=['1', '2', '5', '10', '20'],
+    )
+    c.minorticks_off()
+    out['errors'] = Lines(
+        c,
+        [
+            dict(color=CATEGORIES[1], marker=3),
+            dict(color=CATEGORIES[2], marker=3),
+            dict(color=INK, width=0, marker=8),
+        ],
+    )
+    c.annotate(
+        'Euler', (0.97, 0.93), xycoords='axes fraction', ha='right', color=CATEGORIES[1]
+    )
+    c.annotate(
+        'Heun', (0.97, 0.85), xycoords='axes fraction', ha='right', color=CATEGORIES[2]
+    )
     out['said'] = Words(a, (0, 1.02), 9)
     for k, (ax, name) in enumerate(zip(down.subplots(1, self.d), self.acts)):
-        ax.set(xlim=(-0.5, self.chunk - 0.5), ylim=(-2.2, 2.2), title=name, xlabel='step of the chunk')
-        out[f'act{k}'] = Lines(ax, [dict(color=CATEGORIES[0], width=0.9, alpha=0.6)] * self.n + [dict(color=INK, width=1.5, dash=True)])
+        ax.set(
+            xlim=(-0.5, self.chunk - 0.5),
+            ylim=(-2.2, 2.2),
+            title=name,
+            xlabel='step of the chunk',
+        )
+        out[f'act{k}'] = Lines(
+            ax,
+            [dict(color=CATEGORIES[0], width=0.9, alpha=0.6)] * self.n
+            + [dict(color=INK, width=1.5, dash=True)],
+        )
     return out
 
 # %% ../../nbs/17_denoising.ipynb #0341efdf
 def arrows(axis: np.ndarray, motion: np.ndarray, longest: float) -> list[np.ndarray]:
-    "A field (g, g, 2) as one broken line with a dot at the tail of each stroke; the longest stroke spans `longest`."
-    x, y = np.meshgrid(axis, axis); tail = np.stack([x, y], -1)
+    """A field (g, g, 2) as one broken line with a dot at the tail of each stroke; the
+    longest stroke spans `longest`.
+    """
+    x, y = np.meshgrid(axis, axis)
+    tail = np.stack([x, y], -1)
     tip = tail + motion * (longest / max(np.linalg.norm(motion, axis=-1).max(), 1e-9))
     gap = np.full_like(tail, np.nan)
     return [np.stack([tail, tip, gap], 2).reshape(-1, 2), tail.reshape(-1, 2)]
 
+# %% ../../nbs/17_denoising.ipynb #200e3c6b
 @patch
-def data(self: DenoisingPanels, tick: int, policy: str, method: str, steps: int, stage: float, action: int, pair: tuple[int, int]) -> dict:
-    "Everything drawn for one setting; `stage` in [0, 1], the share of the way that is done."
-    p = self.probe(policy, tick); path = p.path(method, steps); k = round(stage * steps); t = 1 - k / steps
+def data(
+    self: DenoisingPanels,
+    tick: int,
+    policy: str,
+    method: str,
+    steps: int,
+    stage: float,
+    action: int,
+    pair: tuple[int, int],
+) -> dict:
+    """Everything drawn for one setting; `stage` in [0, 1], the share of the way that is
+    done.
+    """
+    p = self.probe(policy, tick)
+    path = p.path(method, steps)
+    k = round(stage * steps)
+    t = 1 - k / steps
     chunks, truth, (a, b) = p.units(path[k]), self.truth(tick), pair
-    out = dict(scene=self.rec.record[f'frames.{self.view}'][tick], errors=[*self.errors(policy, tick), np.array([[steps, p.error(method, steps)]])])
+    out = dict(
+        scene=self.rec.record[f'frames.{self.view}'][tick],
+        errors=[*self.errors(policy, tick), np.array([[steps, p.error(method, steps)]])],
+    )
     if self.camera is not None:
-        start, size = self.rec.record['state'][tick][:3].astype(float), self.rec.record[f'frames.{self.view}'].shape[1:3]
+        start, size = (
+            self.rec.record['state'][tick][:3].astype(float),
+            self.rec.record[f'frames.{self.view}'].shape[1:3],
+        )
         drawn = list(project(self.paths(start, chunks), self.camera, size) - 0.5)
-        out['paths'] = drawn + drawn + [project(self.paths(start, truth.astype(float)), self.camera, size) - 0.5]
+        out['paths'] = (
+            drawn
+            + drawn
+            + [project(self.paths(start, truth.astype(float)), self.camera, size) - 0.5]
+        )
     here, real = path[k, :, action][:, [a, b]], self.normal(tick, policy)
     out['field'] = arrows(GRID, self.field(policy, tick, round(t, 3), action, pair), 0.55)
-    out['trails'] = [path[:k + 1, i, action][:, [a, b]] for i in range(self.n)] + [here, here[:1], real[action:action + 1, [a, b]]]
-    for d in range(self.d): out[f'act{d}'] = [np.stack([np.arange(self.chunk), c], 1) for c in chunks[..., d]] + [np.stack([np.arange(len(truth)), truth[:, d]], 1)]
-    far = np.sqrt(((chunks[:, :len(truth)] - truth) ** 2).mean())
-    return out | dict(dims=f'{self.acts[b]} over {self.acts[a]}, action {action}', said=f'{policy}, {self.rec.seconds(tick):.1f} s, t = {t:.2f}; from the demonstration {far:.2f}')
+    out['trails'] = [path[: k + 1, i, action][:, [a, b]] for i in range(self.n)] + [
+        here,
+        here[:1],
+        real[action : action + 1, [a, b]],
+    ]
+    for d in range(self.d):
+        out[f'act{d}'] = [
+            np.stack([np.arange(self.chunk), c], 1) for c in chunks[..., d]
+        ] + [np.stack([np.arange(len(truth)), truth[:, d]], 1)]
+    far = np.sqrt(((chunks[:, : len(truth)] - truth) ** 2).mean())
+    return out | dict(
+        dims=f'{self.acts[b]} over {self.acts[a]}, action {action}',
+        said=(
+            f'{policy}, {self.rec.seconds(tick):.1f} s, t = {t:.2f}; from the demonstration'
+            f' {far:.2f}'
+        ),
+    )
 
 # %% ../../nbs/17_denoising.ipynb #ecc9036a
-def denoising_explorer(policies: dict[str, tuple], rec: Recording, ticks: tuple[int, ...] = (), view: str = 'primary', n: int = 16, paths=hand_paths) -> Explorer:
-    """Explorer of denoising on recorded observations; `policies`: name -> (policy, pre, post). The recorded actions are drawn as the truth.
+def denoising_explorer(
+    policies: dict[str, tuple],
+    rec: Recording,
+    ticks: tuple[int, ...] = (),
+    view: str = 'primary',
+    n: int = 16,
+    paths=hand_paths,
+) -> Explorer:
+    """Explorer of denoising on recorded observations; `policies`: name -> (policy, pre,
+    post). The recorded actions are drawn as the truth.
 
-    `paths(start (3,), actions (..., s, d)) -> (..., s + 1, 3)` turns chunks into points in metres; it is used where the recording knows the camera.
+    `paths(start (3,), actions (..., s, d)) -> (..., s + 1, 3)` turns chunks into points in
+    metres; it is used where the recording knows the camera.
     """
-    if f'frames.{view}' not in rec.record: raise ValueError(f"the recording has no camera {view!r}; it has {rec.cameras}")
-    ticks = tuple(ticks) or tuple(int(t) for t in np.linspace(0, max(len(rec) - 2, 0), 6).round())
+    if f'frames.{view}' not in rec.record:
+        raise ValueError(f"the recording has no camera {view!r}; it has {rec.cameras}")
+    ticks = tuple(ticks) or tuple(
+        int(t) for t in np.linspace(0, max(len(rec) - 2, 0), 6).round()
+    )
     p = DenoisingPanels(policies, rec, ticks, view, n, paths)
     pairs = [(i, j) for i in range(p.d) for j in range(i + 1, p.d)]
     stages = tuple(np.linspace(0, 1, 11).round(2).tolist())
-    controls = [Control('tick', 'time', ticks, tuple(f'{rec.seconds(t):.1f} s' for t in ticks), start=len(ticks) // 2), Control('policy', 'policy', tuple(policies), kind='choice'),
-                Control('stage', 'way done', stages, tuple(f'{100 * s:.0f} %' for s in stages), start=len(stages) - 1, play=True), Control('method', 'method', ('euler', 'heun'), kind='choice'),
-                Control('steps', 'steps', STEPS, start=STEPS.index(10)), Control('action', 'action step', tuple(range(p.chunk)), start=min(3, p.chunk - 1), alone='detail'),
-                Control('pair', 'dimensions', tuple(pairs), tuple(f'{p.acts[i]}, {p.acts[j]}' for i, j in pairs), kind='choice', alone='detail')]
+    controls = [
+        Control(
+            'tick',
+            'time',
+            ticks,
+            tuple(f'{rec.seconds(t):.1f} s' for t in ticks),
+            start=len(ticks) // 2,
+        ),
+        Control('policy', 'policy', tuple(policies), kind='choice'),
+        Control(
+            'stage',
+            'way done',
+            stages,
+            tuple(f'{100 * s:.0f} %' for s in stages),
+            start=len(stages) - 1,
+            play=True,
+        ),
+        Control('method', 'method', ('euler', 'heun'), kind='choice'),
+        Control('steps', 'steps', STEPS, start=STEPS.index(10)),
+        Control(
+            'action',
+            'action step',
+            tuple(range(p.chunk)),
+            start=min(3, p.chunk - 1),
+            alone='detail',
+        ),
+        Control(
+            'pair',
+            'dimensions',
+            tuple(pairs),
+            tuple(f'{p.acts[i]}, {p.acts[j]}' for i, j in pairs),
+            kind='choice',
+            alone='detail',
+        ),
+    ]
     return Explorer('From noise to a plan', controls, p.layout, p.data, size=(11, 5.8))

@@ -4,10 +4,20 @@
 
 # %% ../../nbs/14_explorer.ipynb #2cd893f6
 from __future__ import annotations
-import base64, gzip, html, io, itertools, json, time
+
+import base64
+import gzip
+import html
+import io
+import itertools
+import json
+import time
 from dataclasses import dataclass, field
 from typing import Any, Callable
-import matplotlib as mpl, matplotlib.ticker, numpy as np
+
+import matplotlib as mpl
+import matplotlib.ticker
+import numpy as np
 from cmcrameri import cm as crameri
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, ListedColormap
@@ -23,10 +33,34 @@ __all__ = ['INK', 'LINE', 'MAGNITUDE', 'SIGNED', 'CATEGORIES', 'STYLE', 'HEAT', 
 INK, LINE = '#1b1f24', '#c8ccd1'
 MAGNITUDE, SIGNED = mpl.colormaps['viridis'], crameri.vik
 CATEGORIES = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#999999')
-STYLE = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'axes.axisbelow': True, 'grid.color': LINE,
-         'grid.linewidth': 0.6, 'text.color': INK, 'axes.labelcolor': INK, 'axes.edgecolor': INK, 'axes.titlecolor': INK, 'xtick.color': INK, 'ytick.color': INK, 'legend.frameon': False, 'lines.linewidth': 1.6,
-         'figure.facecolor': 'white', 'axes.facecolor': 'none', 'savefig.dpi': 150, 'figure.dpi': 100, 'svg.fonttype': 'none', 'legend.fontsize': 8, 'image.interpolation': 'nearest',
-         'axes.prop_cycle': mpl.cycler(color=CATEGORIES)}
+STYLE = {
+    'font.size': 9,
+    'axes.titlesize': 9,
+    'axes.labelsize': 9,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.grid': True,
+    'axes.axisbelow': True,
+    'grid.color': LINE,
+    'grid.linewidth': 0.6,
+    'text.color': INK,
+    'axes.labelcolor': INK,
+    'axes.edgecolor': INK,
+    'axes.titlecolor': INK,
+    'xtick.color': INK,
+    'ytick.color': INK,
+    'legend.frameon': False,
+    'lines.linewidth': 1.6,
+    'figure.facecolor': 'white',
+    'axes.facecolor': 'none',
+    'savefig.dpi': 150,
+    'figure.dpi': 100,
+    'svg.fonttype': 'none',
+    'legend.fontsize': 8,
+    'image.interpolation': 'nearest',
+    'axes.prop_cycle': mpl.cycler(color=CATEGORIES),
+}
+
 
 def symmetric(x: np.ndarray) -> tuple[float, float]:
     "Limits (-m, m) for signed values, m the largest magnitude (at least 1e-6)."
@@ -34,190 +68,484 @@ def symmetric(x: np.ndarray) -> tuple[float, float]:
     return -top, top
 
 # %% ../../nbs/14_explorer.ipynb #18280783
-def fading(cmap: str | Colormap = 'inferno', strongest: float = 0.85, power: float = 0.6) -> Colormap:
-    "A colour map for heat over a picture: opacity grows with the value, from 0 to `strongest`."
+def fading(
+    cmap: str | Colormap = 'inferno', strongest: float = 0.85, power: float = 0.6
+) -> Colormap:
+    """A colour map for heat over a picture: opacity grows with the value, from 0 to
+    `strongest`.
+    """
     rgba = mpl.colormaps.get_cmap(cmap)(np.linspace(0.25, 1, 256))
     rgba[:, 3] = strongest * np.linspace(0, 1, 256) ** power
     return ListedColormap(rgba, name='fading')
+
 
 HEAT = fading()
 
 # %% ../../nbs/14_explorer.ipynb #a8ee41f4
 @dataclass(frozen=True)
 class Control:
-    "Something a reader may change. The data function receives one of `values`, or in the live form of a `continuous` control any number between its ends."
+    """Something a reader may change.
+
+    The data function receives one of `values`, or in the live form of a `continuous`
+    control any number between its ends.
+    """
+
     name: str
     label: str
-    values: tuple                       # what the data function receives
-    texts: tuple[str, ...] = ()         # how the values read; by default str(value) and the unit
+    values: tuple  # what the data function receives
+    texts: tuple[str, ...] = ()  # how the values read; by default str(value) and the unit
     unit: str = ''
-    kind: str = 'slider'                # 'slider', 'choice' (a list to pick from) or 'toggle' (two values: off, on)
-    start: int = 0                      # index of the value at first
-    play: bool = False                  # a button that steps through the values
-    continuous: bool = False            # live form: a slider over [values[0], values[-1]]
-    alone: str = ''                     # controls of one `alone` group leave their start only one at a time in the static twin
+    # 'slider', 'choice' (a list to pick from) or 'toggle' (two values: off, on)
+    kind: str = 'slider'
+    start: int = 0  # index of the value at first
+    play: bool = False  # a button that steps through the values
+    continuous: bool = False  # live form: a slider over [values[0], values[-1]]
+    # controls of one `alone` group leave their start only one at a time in the static twin
+    alone: str = ''
 
     def __post_init__(self):
-        if not self.values or not 0 <= self.start < len(self.values): raise ValueError(f"control {self.name!r} has {len(self.values)} values and starts at {self.start}; give at least one value and a start among them")
-        if self.kind not in ('slider', 'choice', 'toggle'): raise ValueError(f"control {self.name!r} is a {self.kind!r}; choose slider, choice or toggle")
-        if self.kind == 'toggle' and len(self.values) != 2: raise ValueError(f"toggle {self.name!r} has {len(self.values)} values; give two, off and on")
-        if not self.texts: object.__setattr__(self, 'texts', tuple(f"{v:g}{' ' if self.unit else ''}{self.unit}" if isinstance(v, float) else f"{v}{' ' if self.unit else ''}{self.unit}" for v in self.values))
+        if not self.values or not 0 <= self.start < len(self.values):
+            raise ValueError(
+                f"control {self.name!r} has {len(self.values)} values and starts at"
+                f" {self.start}; give at least one value and a start among them"
+            )
+        if self.kind not in ('slider', 'choice', 'toggle'):
+            raise ValueError(
+                f"control {self.name!r} is a {self.kind!r}; choose slider, choice or toggle"
+            )
+        if self.kind == 'toggle' and len(self.values) != 2:
+            raise ValueError(
+                f"toggle {self.name!r} has {len(self.values)} values; give two, off and on"
+            )
+        if not self.texts:
+            object.__setattr__(
+                self,
+                'texts',
+                tuple(
+                    (
+                        f"{v:g}{' ' if self.unit else ''}{self.unit}"
+                        if isinstance(v, float)
+                        else f"{v}{' ' if self.unit else ''}{self.unit}"
+                    )
+                    for v in self.values
+                ),
+            )
 
     def text(self, value) -> str:
         "How `value` reads."
-        return self.texts[self.values.index(value)] if value in self.values else f"{value:.3g}{' ' if self.unit else ''}{self.unit}"
+        return (
+            self.texts[self.values.index(value)]
+            if value in self.values
+            else f"{value:.3g}{' ' if self.unit else ''}{self.unit}"
+        )
 
 # %% ../../nbs/14_explorer.ipynb #2e928cf5
 class Panel:
-    "Something that moves inside `ax`. Subclasses: `make` the artists, `paint` data on them, `pack` data into bytes, `spec` for the script of the twin."
-    def __init__(self, ax): self.ax, self.artists = ax, []
+    """Something that moves inside `ax`.
+
+    Subclasses: `make` the artists, `paint` data on them, `pack` data into bytes, `spec` for
+    the script of the twin.
+    """
+
+    def __init__(self, ax):
+        self.ax, self.artists = ax, []
+
     def box(self) -> dict:
-        "Where the axes lie, in fractions of the figure from its top left, and their limits."
-        b = self.ax.get_window_extent(); w, h = self.ax.get_figure(root=True).bbox.size
-        return dict(box=[round(b.x0 / w, 5), round(1 - b.y1 / h, 5), round(b.width / w, 5), round(b.height / h, 5)])
+        """Where the axes lie, in fractions of the figure from its top left, and their
+        limits.
+        """
+        b = self.ax.get_window_extent()
+        w, h = self.ax.get_figure(root=True).bbox.size
+        return dict(
+            box=[
+                round(b.x0 / w, 5),
+                round(1 - b.y1 / h, 5),
+                round(b.width / w, 5),
+                round(b.height / h, 5),
+            ]
+        )
+
     def unit(self, xy: np.ndarray) -> np.ndarray:
-        "Data coordinates (..., 2) to fractions of the axes, y upwards; respects limits, direction and scale."
+        """Data coordinates (..., 2) to fractions of the axes, y upwards; respects limits,
+        direction and scale.
+        """
         xy = np.asarray(xy, float)
-        return self.ax.transAxes.inverted().transform(self.ax.transData.transform(xy.reshape(-1, 2))).reshape(xy.shape)
+        return (
+            self.ax.transAxes.inverted()
+            .transform(self.ax.transData.transform(xy.reshape(-1, 2)))
+            .reshape(xy.shape)
+        )
 
 # %% ../../nbs/14_explorer.ipynb #8fa6fa0c
-SMALL = np.iinfo(np.int16).min   # stands for "not there" among int16 positions
+SMALL = np.iinfo(np.int16).min  # stands for "not there" among int16 positions
+
 
 def small_ints(fractions: np.ndarray) -> bytes:
     "Fractions of the axes as int16 ten-thousandths; not a number becomes `SMALL`."
     x = np.asarray(fractions, float) * 1e4
-    return np.where(np.isfinite(x), np.clip(x, -32000, 32000), SMALL).astype('<i2').tobytes()
+    return (
+        np.where(np.isfinite(x), np.clip(x, -32000, 32000), SMALL).astype('<i2').tobytes()
+    )
 
 # %% ../../nbs/14_explorer.ipynb #63d663e5
 class Heat(Panel):
-    "An array (rows, cols) through a colour map, one flat rectangle per entry; `extent` as in imshow (data coordinates), default one unit per entry. Values that are not numbers stay clear."
-    def __init__(self, ax, shape: tuple[int, int], vmin: float, vmax: float, cmap: str | Colormap = MAGNITUDE, extent=None, aspect='auto', smooth: bool = False):
+    """An array (rows, cols) through a colour map, one flat rectangle per entry; `extent` as
+    in imshow (data coordinates), default one unit per entry. Values that are not numbers
+    stay clear.
+    """
+
+    def __init__(
+        self,
+        ax,
+        shape: tuple[int, int],
+        vmin: float,
+        vmax: float,
+        cmap: str | Colormap = MAGNITUDE,
+        extent=None,
+        aspect='auto',
+        smooth: bool = False,
+    ):
         super().__init__(ax)
-        self.shape, self.vmin, self.vmax, self.smooth = tuple(shape), float(vmin), float(vmax), smooth
-        self.table = (mpl.colormaps.get_cmap(cmap)(np.arange(256)) * 255).round().astype(np.uint8) if isinstance(cmap, str) else (cmap(np.arange(256) / 255) * 255).round().astype(np.uint8)
+        self.shape, self.vmin, self.vmax, self.smooth = (
+            tuple(shape),
+            float(vmin),
+            float(vmax),
+            smooth,
+        )
+        self.table = (
+            (mpl.colormaps.get_cmap(cmap)(np.arange(256)) * 255).round().astype(np.uint8)
+            if isinstance(cmap, str)
+            else (cmap(np.arange(256) / 255) * 255).round().astype(np.uint8)
+        )
         self.cmap = cmap if not isinstance(cmap, str) else mpl.colormaps.get_cmap(cmap)
         e = extent or (-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5)
-        self.image = ax.imshow(np.zeros((*shape, 4), np.uint8), extent=e, aspect=aspect, interpolation='bilinear' if smooth else 'nearest'); ax.grid(False)
+        self.image = ax.imshow(
+            np.zeros((*shape, 4), np.uint8),
+            extent=e,
+            aspect=aspect,
+            interpolation='bilinear' if smooth else 'nearest',
+        )
+        ax.grid(False)
         self.artists, self.corners = [self.image], [(e[0], e[2]), (e[1], e[3])]
 
     def index(self, x) -> np.ndarray:
-        "Entries of the colour table (rows, cols) uint8, 1...255; 0 for what is no number. Raises `ValueError` for another shape."
+        """Entries of the colour table (rows, cols) uint8, 1...255; 0 for what is no number.
+
+        Raises `ValueError` for another shape.
+        """
         x = np.asarray(x, float)
-        if x.shape != self.shape: raise ValueError(f"the heat map holds {self.shape}, the data are {x.shape}; give an array of that shape")
+        if x.shape != self.shape:
+            raise ValueError(
+                f"the heat map holds {self.shape}, the data are {x.shape}; give an array of"
+                " that shape"
+            )
         scaled = (x - self.vmin) / ((self.vmax - self.vmin) or 1)
-        return np.where(np.isfinite(scaled), np.clip(np.round(np.nan_to_num(scaled) * 254), 0, 254) + 1, 0).astype(np.uint8)
+        return np.where(
+            np.isfinite(scaled),
+            np.clip(np.round(np.nan_to_num(scaled) * 254), 0, 254) + 1,
+            0,
+        ).astype(np.uint8)
 
     def colours(self, x) -> np.ndarray:
         "What is painted for data (rows, cols): RGBA uint8."
-        i = self.index(x); rgba = self.table[i]
+        i = self.index(x)
+        rgba = self.table[i]
         rgba[i == 0] = 0
         return rgba
-    def paint(self, x) -> None: self.image.set_data(self.colours(x))
-    def pack(self, x) -> bytes: return self.index(x).tobytes()
+
+    def paint(self, x) -> None:
+        self.image.set_data(self.colours(x))
+
+    def pack(self, x) -> bytes:
+        return self.index(x).tobytes()
+
     def spec(self) -> dict:
         (x0, y1), (x1, y0) = self.unit(np.array(self.corners))
-        return dict(kind='heat', rows=self.shape[0], cols=self.shape[1], at=[x0, y0, x1, y1], smooth=self.smooth, table=base64.b64encode(self.table.tobytes()).decode(), vmin=self.vmin, vmax=self.vmax) | self.box()
+        return (
+            dict(
+                kind='heat',
+                rows=self.shape[0],
+                cols=self.shape[1],
+                at=[x0, y0, x1, y1],
+                smooth=self.smooth,
+                table=base64.b64encode(self.table.tobytes()).decode(),
+                vmin=self.vmin,
+                vmax=self.vmax,
+            )
+            | self.box()
+        )
 
     def colorbar(self, label: str, ax=None, **kw):
         "A colour bar that says what the colours mean."
         m = mpl.cm.ScalarMappable(mpl.colors.Normalize(self.vmin, self.vmax), self.cmap)
-        bar = self.ax.figure.colorbar(m, ax=ax if ax is not None else self.ax, **({'shrink': 0.85, 'pad': 0.02} | kw)); bar.set_label(label); bar.outline.set_visible(False); bar.locator = mpl.ticker.MaxNLocator(5); bar.update_ticks()
+        bar = self.ax.figure.colorbar(
+            m, ax=ax if ax is not None else self.ax, **({'shrink': 0.85, 'pad': 0.02} | kw)
+        )
+        bar.set_label(label)
+        bar.outline.set_visible(False)
+        bar.locator = mpl.ticker.MaxNLocator(5)
+        bar.update_ticks()
         return bar
 
 # %% ../../nbs/14_explorer.ipynb #ed42603e
 class Picture(Panel):
-    "A camera image (height, width, 3) uint8 that fills the axes; `size` (height, width) is the axes' coordinate system in pixels."
+    """A camera image (height, width, 3) uint8 that fills the axes; `size` (height, width)
+    is the axes' coordinate system in pixels.
+    """
+
     def __init__(self, ax, size: tuple[int, int], quality: int = 80, frame: bool = False):
         super().__init__(ax)
-        h, w = size; self.size, self.quality, self.packed = (h, w), quality, {}
-        self.image = ax.imshow(np.zeros((h, w, 3), np.uint8), extent=(-0.5, w - 0.5, h - 0.5, -0.5), aspect='equal', interpolation='antialiased'); ax.grid(False)
-        if not frame: ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+        h, w = size
+        self.size, self.quality, self.packed = (h, w), quality, {}
+        self.image = ax.imshow(
+            np.zeros((h, w, 3), np.uint8),
+            extent=(-0.5, w - 0.5, h - 0.5, -0.5),
+            aspect='equal',
+            interpolation='antialiased',
+        )
+        ax.grid(False)
+        if not frame:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
         self.artists = [self.image]
 
-    def paint(self, x) -> None: self.image.set_data(x)
+    def paint(self, x) -> None:
+        self.image.set_data(x)
+
     def pack(self, x) -> bytes:
-        x = np.ascontiguousarray(x); key = x.tobytes()
+        x = np.ascontiguousarray(x)
+        key = x.tobytes()
         if key not in self.packed:
-            out = io.BytesIO(); Image.fromarray(x).save(out, 'WEBP', quality=self.quality, method=4)
+            out = io.BytesIO()
+            Image.fromarray(x).save(out, 'WEBP', quality=self.quality, method=4)
             self.packed[key] = out.getvalue()
         return self.packed[key]
-    def spec(self) -> dict: return dict(kind='picture') | self.box()
+
+    def spec(self) -> dict:
+        return dict(kind='picture') | self.box()
 
 # %% ../../nbs/14_explorer.ipynb #1e030391
 class Lines(Panel):
-    "`len(styles)` polylines, each data (n, 2) in data coordinates, nan breaks a line. A style: color, width, alpha, dash (bool), marker (diameter in points, 0: none), fill (marker colour)."
+    """`len(styles)` polylines, each data (n, 2) in data coordinates, nan breaks a line.
+
+    A style: color, width, alpha, dash (bool), marker (diameter in points, 0: none), fill
+    (marker colour).
+    """
+
     def __init__(self, ax, styles: list[dict]):
         super().__init__(ax)
-        self.styles = [dict(color=CATEGORIES[i % len(CATEGORIES)], width=1.6, alpha=1.0, dash=False, marker=0.0) | s for i, s in enumerate(styles)]
+        self.styles = [
+            dict(
+                color=CATEGORIES[i % len(CATEGORIES)],
+                width=1.6,
+                alpha=1.0,
+                dash=False,
+                marker=0.0,
+            )
+            | s
+            for i, s in enumerate(styles)
+        ]
         for s in self.styles:
-            line, = ax.plot([], [], color=s['color'], lw=s['width'], alpha=s['alpha'], ls='--' if s['dash'] else '-', marker='o' if s['marker'] else '', ms=s['marker'], mew=0, scalex=False, scaley=False)
-            if s['width'] == 0: line.set_linestyle('')
+            (line,) = ax.plot(
+                [],
+                [],
+                color=s['color'],
+                lw=s['width'],
+                alpha=s['alpha'],
+                ls='--' if s['dash'] else '-',
+                marker='o' if s['marker'] else '',
+                ms=s['marker'],
+                mew=0,
+                scalex=False,
+                scaley=False,
+            )
+            if s['width'] == 0:
+                line.set_linestyle('')
             self.artists.append(line)
 
     def paint(self, lines) -> None:
-        if len(lines) != len(self.styles): raise ValueError(f"{len(lines)} lines for {len(self.styles)} styles; give one array (n, 2) per style")
-        for a, xy in zip(self.artists, lines): a.set_data(*(np.asarray(xy, float).reshape(-1, 2).T))
+        if len(lines) != len(self.styles):
+            raise ValueError(
+                f"{len(lines)} lines for {len(self.styles)} styles; give one array (n, 2)"
+                " per style"
+            )
+        for a, xy in zip(self.artists, lines):
+            a.set_data(*(np.asarray(xy, float).reshape(-1, 2).T))
+
     def pack(self, lines) -> bytes:
-        if len(lines) != len(self.styles): raise ValueError(f"{len(lines)} lines for {len(self.styles)} styles; give one array (n, 2) per style")
+        if len(lines) != len(self.styles):
+            raise ValueError(
+                f"{len(lines)} lines for {len(self.styles)} styles; give one array (n, 2)"
+                " per style"
+            )
         parts = [np.asarray(xy, float).reshape(-1, 2) for xy in lines]
-        return np.array([len(p) for p in parts], '<i2').tobytes() + b''.join(small_ints(self.unit(p)) for p in parts if len(p))
+        return np.array([len(p) for p in parts], '<i2').tobytes() + b''.join(
+            small_ints(self.unit(p)) for p in parts if len(p)
+        )
+
     def spec(self) -> dict:
         hexed = [s | dict(color=mpl.colors.to_hex(s['color'])) for s in self.styles]
-        return dict(kind='lines', styles=hexed, points=round(float(self.ax.get_figure(root=True).bbox.width) / self.ax.get_figure(root=True).dpi * 72, 2)) | self.box()
+        return (
+            dict(
+                kind='lines',
+                styles=hexed,
+                points=round(
+                    float(self.ax.get_figure(root=True).bbox.width)
+                    / self.ax.get_figure(root=True).dpi
+                    * 72,
+                    2,
+                ),
+            )
+            | self.box()
+        )
 
 # %% ../../nbs/14_explorer.ipynb #0dd3524d
 class Bars(Panel):
-    "`n` bars from zero, data (n,), upright at x = 0...n-1 or (`across`) lying at y = 0...n-1, in `colors`."
-    def __init__(self, ax, n: int, colors=None, thickness: float = 0.7, across: bool = False):
+    """`n` bars from zero, data (n,), upright at x = 0...n-1 or (`across`) lying at y =
+    0...n-1, in `colors`.
+    """
+
+    def __init__(
+        self, ax, n: int, colors=None, thickness: float = 0.7, across: bool = False
+    ):
         super().__init__(ax)
         self.n, self.across, self.thickness = n, across, thickness
-        self.colors = [mpl.colors.to_hex(c) for c in (colors if colors is not None else [CATEGORIES[0]] * n)]
-        bars = (ax.barh if across else ax.bar)(range(n), np.zeros(n), thickness, color=self.colors)
+        self.colors = [
+            mpl.colors.to_hex(c)
+            for c in (colors if colors is not None else [CATEGORIES[0]] * n)
+        ]
+        bars = (ax.barh if across else ax.bar)(
+            range(n), np.zeros(n), thickness, color=self.colors
+        )
         self.artists = list(bars)
 
     def values(self, x) -> np.ndarray:
         x = np.asarray(x, float)
-        if x.shape != (self.n,): raise ValueError(f"{self.n} bars, data of shape {x.shape}; give one number per bar")
+        if x.shape != (self.n,):
+            raise ValueError(
+                f"{self.n} bars, data of shape {x.shape}; give one number per bar"
+            )
         return x
+
     def paint(self, x) -> None:
-        for a, v in zip(self.artists, self.values(x)): (a.set_width if self.across else a.set_height)(v)
+        for a, v in zip(self.artists, self.values(x)):
+            (a.set_width if self.across else a.set_height)(v)
+
     def corners(self, x) -> np.ndarray:
         "Two opposite corners of every bar (n, 2, 2) in data coordinates."
         at, half, zero = np.arange(self.n), self.thickness / 2, np.zeros(self.n)
         a, b = np.stack([at - half, zero], 1), np.stack([at + half, self.values(x)], 1)
         return np.stack([a[:, ::-1], b[:, ::-1]] if self.across else [a, b], 1)
-    def pack(self, x) -> bytes: return small_ints(self.unit(self.corners(x)))
-    def spec(self) -> dict: return dict(kind='bars', colors=self.colors) | self.box()
+
+    def pack(self, x) -> bytes:
+        return small_ints(self.unit(self.corners(x)))
+
+    def spec(self) -> dict:
+        return dict(kind='bars', colors=self.colors) | self.box()
 
 # %% ../../nbs/14_explorer.ipynb #536d1af8
 class Words(Panel):
     "A text at `at` (fractions of the axes, y upwards) that the data set."
-    def __init__(self, ax, at=(0.0, 1.02), size: float = 9, align: str = 'left', color: str = INK, weight: str = 'normal'):
+
+    def __init__(
+        self,
+        ax,
+        at=(0.0, 1.02),
+        size: float = 9,
+        align: str = 'left',
+        color: str = INK,
+        weight: str = 'normal',
+    ):
         super().__init__(ax)
-        if at[1] >= 1 and not ax.get_title(): ax.set_title(' ', fontsize=size)   # keeps room
-        self.at, self.size, self.align, self.color, self.weight = at, size, align, color, weight
-        self.artists = [ax.text(*at, '', transform=ax.transAxes, ha=align, va='bottom', fontsize=size, color=color, fontweight=weight, clip_on=False)]
+        # keeps room
+        if at[1] >= 1 and not ax.get_title():
+            ax.set_title(' ', fontsize=size)
+        self.at, self.size, self.align, self.color, self.weight = (
+            at,
+            size,
+            align,
+            color,
+            weight,
+        )
+        self.artists = [
+            ax.text(
+                *at,
+                '',
+                transform=ax.transAxes,
+                ha=align,
+                va='bottom',
+                fontsize=size,
+                color=color,
+                fontweight=weight,
+                clip_on=False,
+            )
+        ]
         self.artists[0].set_in_layout(False)
-    def paint(self, x) -> None: self.artists[0].set_text(str(x))
-    def pack(self, x) -> bytes: return str(x).encode()
-    def spec(self) -> dict: return dict(kind='words', at=list(self.at), size=self.size / 72 / (self.ax.get_figure(root=True).bbox.width / self.ax.get_figure(root=True).dpi), align=self.align, color=mpl.colors.to_hex(self.color), weight=self.weight) | self.box()
+
+    def paint(self, x) -> None:
+        self.artists[0].set_text(str(x))
+
+    def pack(self, x) -> bytes:
+        return str(x).encode()
+
+    def spec(self) -> dict:
+        return (
+            dict(
+                kind='words',
+                at=list(self.at),
+                size=self.size
+                / 72
+                / (
+                    self.ax.get_figure(root=True).bbox.width
+                    / self.ax.get_figure(root=True).dpi
+                ),
+                align=self.align,
+                color=mpl.colors.to_hex(self.color),
+                weight=self.weight,
+            )
+            | self.box()
+        )
 
 # %% ../../nbs/14_explorer.ipynb #99f38703
 class Explorer:
-    "Controls, panels and the function between them. `layout(fig)` makes axes and returns {name: Panel}; `data(**values)` returns {name: data of that panel}."
-    def __init__(self, title: str, controls: list[Control], layout: Callable[[Figure], dict[str, Panel]], data: Callable[..., dict[str, Any]], size: tuple[float, float] = (9, 4), dpi: int = 100):
-        self.title, self.controls, self.data, self.size, self.dpi = title, {c.name: c for c in controls}, data, size, dpi
+    """Controls, panels and the function between them.
+
+    `layout(fig)` makes axes and returns {name: Panel}; `data(**values)` returns {name: data
+    of that panel}.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        controls: list[Control],
+        layout: Callable[[Figure], dict[str, Panel]],
+        data: Callable[..., dict[str, Any]],
+        size: tuple[float, float] = (9, 4),
+        dpi: int = 100,
+    ):
+        self.title, self.controls, self.data, self.size, self.dpi = (
+            title,
+            {c.name: c for c in controls},
+            data,
+            size,
+            dpi,
+        )
         with mpl.rc_context(STYLE):
-            self.fig = Figure(figsize=size, dpi=dpi, layout='constrained'); self.canvas = FigureCanvasAgg(self.fig)
+            self.fig = Figure(figsize=size, dpi=dpi, layout='constrained')
+            self.canvas = FigureCanvasAgg(self.fig)
             self.panels = layout(self.fig)
             self.background = self._draw_background()
 
-    def _artists(self): return [a for p in self.panels.values() for a in p.artists]
+    def _artists(self):
+        return [a for p in self.panels.values() for a in p.artists]
+
     def _draw_background(self):
-        for a in self._artists(): a.set_visible(False)
+        for a in self._artists():
+            a.set_visible(False)
         self.canvas.draw()
-        self.fig.set_layout_engine('none')   # what lies where is settled
-        for a in self._artists(): a.set_visible(True)
+        self.fig.set_layout_engine('none')  # what lies where is settled
+        for a in self._artists():
+            a.set_visible(True)
         return self.canvas.copy_from_bbox(self.fig.bbox)
 
     @property
@@ -228,22 +556,38 @@ class Explorer:
 # %% ../../nbs/14_explorer.ipynb #ec4ea399
 from fastcore.basics import patch
 
-@patch
-def ask(self: Explorer, **values) -> dict[str, Any]:
-    "Data of every panel at `values` (others at their start). Raises `ValueError` for a control that is not there or a panel without data."
-    if unknown := set(values) - set(self.controls): raise ValueError(f"there is no control {', '.join(sorted(unknown))}; there are {', '.join(self.controls)}")
-    found = self.data(**(self.start | values))
-    if set(found) != set(self.panels): raise ValueError(f"the data function gave {sorted(found)}, the panels are {sorted(self.panels)}; give data for each panel")
-    return found
 
 @patch
+def ask(self: Explorer, **values) -> dict[str, Any]:
+    """Data of every panel at `values` (others at their start).
+
+    Raises `ValueError` for a control that is not there or a panel without data.
+    """
+    if unknown := set(values) - set(self.controls):
+        raise ValueError(
+            f"there is no control {', '.join(sorted(unknown))}; there are"
+            f" {', '.join(self.controls)}"
+        )
+    found = self.data(**(self.start | values))
+    if set(found) != set(self.panels):
+        raise ValueError(
+            f"the data function gave {sorted(found)}, the panels are {sorted(self.panels)};"
+            " give data for each panel"
+        )
+    return found
+
+# %% ../../nbs/14_explorer.ipynb #2fbffe70
+@patch
 def picture(self: Explorer, **values) -> np.ndarray:
-    "The explorer at `values` as an image (height, width, 3) uint8: the background and the panels painted over it."
+    """The explorer at `values` as an image (height, width, 3) uint8: the background and the
+    panels painted over it.
+    """
     found = self.ask(**values)
     self.canvas.restore_region(self.background)
     for name, panel in self.panels.items():
         panel.paint(found[name])
-        for a in panel.artists: panel.ax.draw_artist(a)
+        for a in panel.artists:
+            panel.ax.draw_artist(a)
     return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
 
 # %% ../../nbs/14_explorer.ipynb #d8cd83d3
@@ -255,43 +599,93 @@ def still(self: Explorer, **values) -> Image.Image:
 # %% ../../nbs/14_explorer.ipynb #d6ece194
 def png(image: np.ndarray) -> bytes:
     "An image (height, width, 3) as PNG, packed for speed."
-    out = io.BytesIO(); Image.fromarray(image).save(out, 'PNG', compress_level=1)
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, 'PNG', compress_level=1)
     return out.getvalue()
 
+# %% ../../nbs/14_explorer.ipynb #77cd421b
 @patch
 def widget(self: Control):
     "The ipywidget of a control; its `value` is what the data function receives."
     import ipywidgets as w
-    style = dict(description=self.label, style={'description_width': 'initial'}, layout=w.Layout(width='auto', min_width='260px'))
-    if self.continuous: return w.FloatSlider(value=self.values[self.start], min=min(self.values), max=max(self.values), step=(max(self.values) - min(self.values)) / 200, readout_format='.3f', **style | dict(description=self.label + (f' / {self.unit}' if self.unit else '')))
-    if self.kind == 'toggle': return w.Checkbox(value=bool(self.start), indent=False, **style)
+
+    style = dict(
+        description=self.label,
+        style={'description_width': 'initial'},
+        layout=w.Layout(width='auto', min_width='260px'),
+    )
+    if self.continuous:
+        return w.FloatSlider(
+            value=self.values[self.start],
+            min=min(self.values),
+            max=max(self.values),
+            step=(max(self.values) - min(self.values)) / 200,
+            readout_format='.3f',
+            **style
+            | dict(description=self.label + (f' / {self.unit}' if self.unit else '')),
+        )
+    if self.kind == 'toggle':
+        return w.Checkbox(value=bool(self.start), indent=False, **style)
     options = list(zip(self.texts, self.values))
-    return (w.Dropdown if self.kind == 'choice' else w.SelectionSlider)(options=options, value=self.values[self.start], **style)
+    return (w.Dropdown if self.kind == 'choice' else w.SelectionSlider)(
+        options=options, value=self.values[self.start], **style
+    )
 
 # %% ../../nbs/14_explorer.ipynb #110dea00
 @patch
 def live(self: Explorer):
-    "The explorer as ipywidgets: every move asks the data function again. The returned box has `controls` (by name), `image` and `said`."
+    """The explorer as ipywidgets: every move asks the data function again.
+
+    The returned box has `controls` (by name), `image` and `said`.
+    """
     import ipywidgets as w
+
     made = {n: c.widget() for n, c in self.controls.items()}
     image, said = w.Image(format='png', width=int(self.size[0] * self.dpi)), w.HTML()
-    def values(): return {n: c.values[int(made[n].value)] if c.kind == 'toggle' else made[n].value for n, c in self.controls.items()}
+
+    def values():
+        return {
+            n: c.values[int(made[n].value)] if c.kind == 'toggle' else made[n].value
+            for n, c in self.controls.items()
+        }
+
     def redraw(_=None):
-        began = time.perf_counter(); image.value = png(self.picture(**values())); took = time.perf_counter() - began
-        self.milliseconds = 1e3 * took; said.value = f'<small>drawn in {self.milliseconds:.0f} ms</small>'
-    for m in made.values(): m.observe(redraw, 'value')
+        began = time.perf_counter()
+        image.value = png(self.picture(**values()))
+        took = time.perf_counter() - began
+        self.milliseconds = 1e3 * took
+        said.value = f'<small>drawn in {self.milliseconds:.0f} ms</small>'
+
+    for m in made.values():
+        m.observe(redraw, 'value')
     redraw()
-    players = [self._player(c, made[c.name]) for c in self.controls.values() if c.play and not c.continuous]
-    box = w.VBox([w.HTML(f'<b>{html.escape(self.title)}</b>'), w.HBox([*players, *made.values()], layout=w.Layout(flex_flow='row wrap')), image, said])
-    box.add_class('halo-live'); box.controls, box.image, box.said = made, image, said
+    players = [
+        self._player(c, made[c.name])
+        for c in self.controls.values()
+        if c.play and not c.continuous
+    ]
+    box = w.VBox(
+        [
+            w.HTML(f'<b>{html.escape(self.title)}</b>'),
+            w.HBox([*players, *made.values()], layout=w.Layout(flex_flow='row wrap')),
+            image,
+            said,
+        ]
+    )
+    box.add_class('halo-live')
+    box.controls, box.image, box.said = made, image, said
     return box
 
+# %% ../../nbs/14_explorer.ipynb #80f4895e
 @patch
 def _player(self: Explorer, control: Control, slider):
     "A play button that steps `slider` through its values."
     import ipywidgets as w
+
     play = w.Play(min=0, max=len(control.values) - 1, interval=150, show_repeat=False)
-    play.observe(lambda change: setattr(slider, 'value', control.values[change['new']]), 'value')
+    play.observe(
+        lambda change: setattr(slider, 'value', control.values[change['new']]), 'value'
+    )
     return play
 
 # %% ../../nbs/14_explorer.ipynb #e613c9f8
@@ -301,40 +695,88 @@ def states(self: Explorer, keep: dict[str, list[int]]) -> list[tuple[int, ...]]:
     names = list(self.controls)
     axes = [keep.get(n, list(range(len(self.controls[n].values)))) for n in names]
     for n, ax in zip(names, axes):
-        if self.controls[n].start not in ax: raise ValueError(f"the values kept of {n!r} leave out its start, index {self.controls[n].start}; keep it too")
+        if self.controls[n].start not in ax:
+            raise ValueError(
+                f"the values kept of {n!r} leave out its start, index"
+                f" {self.controls[n].start}; keep it too"
+            )
+
     def allowed(s):
-        moved = [self.controls[n].alone for n, i in zip(names, s) if self.controls[n].alone and i != self.controls[n].start]
+        moved = [
+            self.controls[n].alone
+            for n, i in zip(names, s)
+            if self.controls[n].alone and i != self.controls[n].start
+        ]
         return len(moved) == len(set(moved))
+
     return [s for s in itertools.product(*axes) if allowed(s)]
 
 # %% ../../nbs/14_explorer.ipynb #7708dbe1
 @patch
 def pack(self: Explorer, keep: dict[str, list[int]] | None = None) -> dict:
-    "All the static twin needs, JSON-able: controls, panels, for every state the pieces it is made of, and the pieces, gzipped, as base64."
+    """All the static twin needs, JSON-able: controls, panels, for every state the pieces it
+    is made of, and the pieces, gzipped, as base64.
+    """
     keep, found, pieces, place = keep or {}, [], bytearray(), {}
     every = self.states(keep)
     for s in every:
-        data, row = self.ask(**{n: c.values[i] for (n, c), i in zip(self.controls.items(), s)}), []
+        data, row = (
+            self.ask(**{n: c.values[i] for (n, c), i in zip(self.controls.items(), s)}),
+            [],
+        )
         for name, panel in self.panels.items():
             b = panel.pack(data[name])
-            if b not in place: place[b] = (len(place), len(pieces), len(b)); pieces += b
+            if b not in place:
+                place[b] = (len(place), len(pieces), len(b))
+                pieces += b
             row.append(place[b][0])
         found.append(row)
-    controls = [dict(name=c.name, label=c.label, texts=[c.texts[i] for i in keep.get(n, range(len(c.values)))], index=list(keep.get(n, range(len(c.values)))), kind=c.kind, start=list(keep.get(n, range(len(c.values)))).index(c.start), play=c.play, alone=c.alone) for n, c in self.controls.items()]
-    return dict(title=self.title, controls=controls, panels=[dict(name=n) | p.spec() for n, p in self.panels.items()], states={','.join(map(str, s)): row for s, row in zip(every, found)},
-                pieces=[[at, size] for _, at, size in place.values()], blob=base64.b64encode(gzip.compress(bytes(pieces), 9, mtime=0)).decode(), ratio=self.size[1] / self.size[0], width=self.size[0] * self.dpi)
+    controls = [
+        dict(
+            name=c.name,
+            label=c.label,
+            texts=[c.texts[i] for i in keep.get(n, range(len(c.values)))],
+            index=list(keep.get(n, range(len(c.values)))),
+            kind=c.kind,
+            start=list(keep.get(n, range(len(c.values)))).index(c.start),
+            play=c.play,
+            alone=c.alone,
+        )
+        for n, c in self.controls.items()
+    ]
+    return dict(
+        title=self.title,
+        controls=controls,
+        panels=[dict(name=n) | p.spec() for n, p in self.panels.items()],
+        states={','.join(map(str, s)): row for s, row in zip(every, found)},
+        pieces=[[at, size] for _, at, size in place.values()],
+        blob=base64.b64encode(gzip.compress(bytes(pieces), 9, mtime=0)).decode(),
+        ratio=self.size[1] / self.size[0],
+        width=self.size[0] * self.dpi,
+    )
 
 # %% ../../nbs/14_explorer.ipynb #3c88aca4
 @patch
 def axes_svg(self: Explorer) -> str:
     "The background as SVG markup that scales with its box."
     out = io.StringIO()
-    for a in self._artists(): a.set_visible(False)
-    with mpl.rc_context(STYLE): self.fig.savefig(out, format='svg', metadata={'Date': None, 'Creator': None}, dpi=self.dpi)
-    for a in self._artists(): a.set_visible(True)
-    self.canvas = FigureCanvasAgg(self.fig); self.fig.set_canvas(self.canvas); self.canvas.draw()
-    s = out.getvalue(); s = s[s.index('<svg'):]
-    for part in ('width', 'height'): s = s.replace(f' {part}="{s.split(f" {part}=" + chr(34), 1)[1].split(chr(34), 1)[0]}"', '', 1)
+    for a in self._artists():
+        a.set_visible(False)
+    with mpl.rc_context(STYLE):
+        self.fig.savefig(
+            out, format='svg', metadata={'Date': None, 'Creator': None}, dpi=self.dpi
+        )
+    for a in self._artists():
+        a.set_visible(True)
+    self.canvas = FigureCanvasAgg(self.fig)
+    self.fig.set_canvas(self.canvas)
+    self.canvas.draw()
+    s = out.getvalue()
+    s = s[s.index('<svg') :]
+    for part in ('width', 'height'):
+        s = s.replace(
+            f' {part}="{s.split(f" {part}=" + chr(34), 1)[1].split(chr(34), 1)[0]}"', '', 1
+        )
     return s.replace('DejaVu Sans', 'DejaVu Sans, Verdana, sans-serif')
 
 # %% ../../nbs/14_explorer.ipynb #e5ae45d8
@@ -440,38 +882,84 @@ CSS = '''
 output { min-width: 5.5em; font-variant-numeric: tabular-nums; } button { width: 26px; height: 24px; padding: 0; border: 1px solid #c8ccd1; border-radius: 4px; background: #f5f6f7; cursor: pointer; } select { font: inherit; max-width: 22em; }
 '''
 
+
 def control_markup(i: int, c: dict) -> str:
     "The HTML of one control of the twin."
     label, last = html.escape(c['label']), len(c['texts']) - 1
-    if c['kind'] == 'toggle': return f'<label><input type="checkbox" id="c{i}" name="{c["name"]}"> {label}</label>'
+    if c['kind'] == 'toggle':
+        return (
+            f'<label><input type="checkbox" id="c{i}" name="{c["name"]}"> {label}</label>'
+        )
     if c['kind'] == 'choice':
-        options = ''.join(f'<option value="{k}">{html.escape(t)}</option>' for k, t in enumerate(c['texts']))
-        return f'<label>{label} <select id="c{i}" name="{c["name"]}">{options}</select></label>'
-    play = f'<button id="p{i}" type="button" aria-label="play {label}">▶</button>' if c['play'] else ''
-    return f'<label>{play}{label} <input type="range" id="c{i}" name="{c["name"]}" min="0" max="{last}" value="{c["start"]}"><output id="o{i}"></output></label>'
+        options = ''.join(
+            f'<option value="{k}">{html.escape(t)}</option>'
+            for k, t in enumerate(c['texts'])
+        )
+        return (
+            f'<label>{label} <select id="c{i}"'
+            f' name="{c["name"]}">{options}</select></label>'
+        )
+    play = (
+        f'<button id="p{i}" type="button" aria-label="play {label}">▶</button>'
+        if c['play']
+        else ''
+    )
+    return (
+        f'<label>{play}{label} <input type="range" id="c{i}" name="{c["name"]}" min="0"'
+        f' max="{last}" value="{c["start"]}"><output id="o{i}"></output></label>'
+    )
 
 # %% ../../nbs/14_explorer.ipynb #5739febf
 @patch
 def page(self: Explorer, keep: dict[str, list[int]] | None = None) -> str:
-    "The static twin as one HTML page: no kernel, no network. `keep` limits controls to some of their values (indices)."
+    """The static twin as one HTML page: no kernel, no network.
+
+    `keep` limits controls to some of their values (indices).
+    """
     packed = self.pack(keep)
-    text = json.dumps(packed, separators=(',', ':'), ensure_ascii=False).replace('</', '<\\/')
-    controls = ''.join(control_markup(i, c) for i, c in enumerate(packed['controls']) if len(c['texts']) > 1 or c['kind'] == 'toggle')
-    hidden = ''.join(f'<input type="hidden" id="c{i}">' for i, c in enumerate(packed['controls']) if len(c['texts']) == 1 and c['kind'] != 'toggle')
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(self.title)}</title><style>{CSS}</style></head><body><div id="all">'
-            f'<h1>{html.escape(self.title)}</h1><div id="controls">{controls}{hidden}</div><div id="frame" role="img" aria-label="{html.escape(self.title)}">{self.axes_svg()}<canvas id="canvas"></canvas></div></div>'
-            f'<script type="application/json" id="spec">{text}</script><script>{SCRIPT}</script></body></html>')
+    text = json.dumps(packed, separators=(',', ':'), ensure_ascii=False).replace(
+        '</', '<\\/'
+    )
+    controls = ''.join(
+        control_markup(i, c)
+        for i, c in enumerate(packed['controls'])
+        if len(c['texts']) > 1 or c['kind'] == 'toggle'
+    )
+    hidden = ''.join(
+        f'<input type="hidden" id="c{i}">'
+        for i, c in enumerate(packed['controls'])
+        if len(c['texts']) == 1 and c['kind'] != 'toggle'
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
+        f' content="width=device-width"><title>{html.escape(self.title)}</title><style>{CSS}</style></head><body><div'
+        f' id="all"><h1>{html.escape(self.title)}</h1><div'
+        f' id="controls">{controls}{hidden}</div><div id="frame" role="img"'
+        f' aria-label="{html.escape(self.title)}">{self.axes_svg()}<canvas'
+        ' id="canvas"></canvas></div></div><script type="application/json"'
+        f' id="spec">{text}</script><script>{SCRIPT}</script></body></html>'
+    )
 
 # %% ../../nbs/14_explorer.ipynb #bc3b910a
 @dataclass
 class Twin:
     "A static twin as a notebook's output: a page in a frame of its own."
+
     title: str
     page: str = field(repr=False)
     height: int = 400
+
     def _repr_html_(self) -> str:
-        return f'<iframe class="halo-twin" title="{html.escape(self.title)}" srcdoc="{html.escape(self.page)}" style="width:100%;max-width:1100px;height:{self.height}px;border:1px solid {LINE};border-radius:6px;background:#fff" loading="lazy"></iframe>'
-    def __repr__(self) -> str: return f'{self.title}: a static page of {len(self.page) / 1e3:.0f} kB'
+        return (
+            f'<iframe class="halo-twin" title="{html.escape(self.title)}"'
+            f' srcdoc="{html.escape(self.page)}"'
+            f' style="width:100%;max-width:1100px;height:{self.height}px;border:1px solid'
+            f' {LINE};border-radius:6px;background:#fff" loading="lazy"></iframe>'
+        )
+
+    def __repr__(self) -> str:
+        return f'{self.title}: a static page of {len(self.page) / 1e3:.0f} kB'
+
 
 @patch
 def static(self: Explorer, keep: dict[str, list[int]] | None = None) -> Twin:

@@ -4,16 +4,33 @@
 
 # %% ../../nbs/15_masks.ipynb #26bc247d
 from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
+
 from ..evaluate import load_policy, observation_at
-from ..stream import Denoiser
 from ..model import Prefix
-from .explorer import CATEGORIES, INK, LINE, MAGNITUDE, SIGNED, Bars, Control, Explorer, Heat, Lines, Words, symmetric
+from ..stream import Denoiser
+from halo.viz.explorer import (
+    CATEGORIES,
+    INK,
+    LINE,
+    MAGNITUDE,
+    SIGNED,
+    Bars,
+    Control,
+    Explorer,
+    Heat,
+    Lines,
+    Words,
+)
 from .recording import Recording, shipped, shipped_folder
-from ..vlm import Observation, encode as vlm_cache, pack
+from ..vlm import Observation, pack
+from ..vlm import encode as vlm_cache
 
 # %% auto #0
 __all__ = ['MaskFilm', 'mask_film', 'mask_change', 'kept', 'channel_axes', 'extreme', 'histogram', 'mask_explorer', 'mark_axes',
@@ -23,20 +40,44 @@ __all__ = ['MaskFilm', 'mask_film', 'mask_change', 'kept', 'channel_axes', 'extr
 # %% ../../nbs/15_masks.ipynb #44e52f65
 @dataclass
 class MaskFilm:
-    "Masks along training: `step` (n,), `k` and `v` (n, layers, i, j, h); `start`, the value at which every entry began."
+    """Masks along training: `step` (n,), `k` and `v` (n, layers, i, j, h); `start`, the
+    value at which every entry began.
+    """
+
     step: np.ndarray
     k: np.ndarray
     v: np.ndarray
     start: float = 1.0
 
+# %% ../../nbs/15_masks.ipynb #99a8b6a5
 def mask_film(folder: str | Path, policy=None) -> MaskFilm:
-    "Masks along training of a policy folder, or those of `policy` now. Raises `ValueError` if there are none."
+    """Masks along training of a policy folder, or those of `policy` now.
+
+    Raises `ValueError` if there are none.
+    """
     from safetensors.numpy import load_file
+
     f = Path(folder) / 'masks.safetensors'
-    if f.exists(): return MaskFilm(**{k: v for k, v in load_file(f).items()})
-    maps = [b.rerep for b in policy.model.blocks if hasattr(getattr(b.rerep, 'k', None), 'gate')] if policy is not None else []
-    if not maps: raise ValueError(f"{folder} holds no masks.safetensors and the policy no SALR masks; train with salr.enabled=true")
-    k, v = (np.stack([getattr(m, x).gate().detach().float().cpu().numpy() for m in maps])[None] for x in 'kv')
+    if f.exists():
+        return MaskFilm(**{k: v for k, v in load_file(f).items()})
+    maps = (
+        [
+            b.rerep
+            for b in policy.model.blocks
+            if hasattr(getattr(b.rerep, 'k', None), 'gate')
+        ]
+        if policy is not None
+        else []
+    )
+    if not maps:
+        raise ValueError(
+            f"{folder} holds no masks.safetensors and the policy no SALR masks; train with"
+            " salr.enabled=true"
+        )
+    k, v = (
+        np.stack([getattr(m, x).gate().detach().float().cpu().numpy() for m in maps])[None]
+        for x in 'kv'
+    )
     return MaskFilm(np.zeros(1, int), k, v, float(maps[0].k.mask_init))
 
 # %% ../../nbs/15_masks.ipynb #7f2c435f
@@ -44,21 +85,36 @@ def mask_change(m: np.ndarray, start: float) -> np.ndarray:
     "Root mean square of M - start over channels: (..., i, j, h) -> (..., i, j)."
     return np.sqrt(((m - start) ** 2).mean(-1))
 
+
 def kept(m: np.ndarray, start: float, band: float) -> np.ndarray:
-    "Shares of entries of `m` that are suppressed (below start - band), retained and amplified, in percent: (3,)."
+    """Shares of entries of `m` that are suppressed (below start - band), retained and
+    amplified, in percent: (3,).
+    """
     low, high = float((m < start - band).mean()), float((m > start + band).mean())
     return 100 * np.array([low, 1 - low - high, high])
 
+
 def channel_axes(section: tuple[int, ...]) -> list[tuple[str, slice]]:
-    "Which channels turn with which axis of position: [('time', slice), ('height', ...), ('width', ...)] of the first half; the second half repeats it."
+    """Which channels turn with which axis of position: [('time', slice), ('height', ...),
+    ('width', ...)] of the first half; the second half repeats it.
+    """
     ends = np.cumsum(section)
-    return [(n, slice(int(e - s), int(e))) for n, e, s in zip(('time', 'height', 'width'), ends, section)]
+    return [
+        (n, slice(int(e - s), int(e)))
+        for n, e, s in zip(('time', 'height', 'width'), ends, section)
+    ]
 
 # %% ../../nbs/15_masks.ipynb #94e594cf
 def extreme(m: np.ndarray, start: float) -> str:
     "The entries of (i, j, h) that moved most, in words."
-    at = lambda n: 'state head {}, KV head {}, channel {}'.format(*np.unravel_index(n, m.shape))
-    return f"most suppressed {m.min():.3f}: {at(m.argmin())}\nmost amplified {m.max():.3f}: {at(m.argmax())}"
+    at = lambda n: 'state head {}, KV head {}, channel {}'.format(
+        *np.unravel_index(n, m.shape)
+    )
+    return (
+        f"most suppressed {m.min():.3f}: {at(m.argmin())}\nmost amplified {m.max():.3f}:"
+        f" {at(m.argmax())}"
+    )
+
 
 def histogram(m: np.ndarray, edges: np.ndarray) -> np.ndarray:
     "Outline (2 * bins, 2) of the share of entries per bin, in percent."
@@ -66,38 +122,113 @@ def histogram(m: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return np.stack([np.repeat(edges, 2)[1:-1], np.repeat(n, 2)], 1)
 
 # %% ../../nbs/15_masks.ipynb #7e89b0ed
-def mask_explorer(film: MaskFilm, section: tuple[int, ...] | None = None, fps_note: str = '') -> Explorer:
-    "Explorer of masks along training: which (K or V), layer, training step. `section`: `mrope_section`, to mark the channels' axes."
+def mask_explorer(
+    film: MaskFilm, section: tuple[int, ...] | None = None, fps_note: str = ''
+) -> Explorer:
+    """Explorer of masks along training: which (K or V), layer, training step.
+
+    `section`: `mrope_section`, to mark the channels' axes.
+    """
     n, layers, i, j, h = film.k.shape
     both = {'K': film.k, 'V': film.v}
     top = max(float(np.abs(m - film.start).max()) for m in both.values()) or 1e-6
     strongest = max(float(mask_change(m, film.start).max()) for m in both.values()) or 1e-6
     band, edges = top / 10, np.linspace(film.start - top, film.start + top, 62)
-    tallest = max(histogram(m[-1, l], edges)[:, 1].max() for m in both.values() for l in range(layers))
+    tallest = max(
+        histogram(m[-1, l], edges)[:, 1].max() for m in both.values() for l in range(layers)
+    )
 
     def layout(fig):
         left, mid, right = fig.subfigures(1, 3, width_ratios=(0.9, 1.5, 1))
-        a = left.subplots(); a.set(xlabel='state head · KV head', ylabel='layer', yticks=range(layers), xticks=range(0, i * j, j), xticklabels=[f'{k}·0' for k in range(i)], title='RMS of M − start, all layers')
-        over = Heat(a, (layers, i * j), 0, strongest, MAGNITUDE); over.colorbar('RMS over channels', location='bottom', shrink=0.9)
+        a = left.subplots()
+        a.set(
+            xlabel='state head · KV head',
+            ylabel='layer',
+            yticks=range(layers),
+            xticks=range(0, i * j, j),
+            xticklabels=[f'{k}·0' for k in range(i)],
+            title='RMS of M − start, all layers',
+        )
+        over = Heat(a, (layers, i * j), 0, strongest, MAGNITUDE)
+        over.colorbar('RMS over channels', location='bottom', shrink=0.9)
         here = Lines(a, [dict(color='white', width=2)])
-        b = mid.subplots(); b.set(ylabel='state head · KV head', xlabel='channel', yticks=range(0, i * j, j), yticklabels=[f'{k}·0' for k in range(i)])
-        one = Heat(b, (i * j, h), -top, top, SIGNED); one.colorbar('M − start', location='bottom', shrink=0.9)
-        b.set_title('\n' * (3 if section else 2) + ' ', fontsize=8.5)   # room for the words
-        if section: mark_axes(b, section, h)
+        b = mid.subplots()
+        b.set(
+            ylabel='state head · KV head',
+            xlabel='channel',
+            yticks=range(0, i * j, j),
+            yticklabels=[f'{k}·0' for k in range(i)],
+        )
+        one = Heat(b, (i * j, h), -top, top, SIGNED)
+        one.colorbar('M − start', location='bottom', shrink=0.9)
+        b.set_title('\n' * (3 if section else 2) + ' ', fontsize=8.5)  # room for the words
+        if section:
+            mark_axes(b, section, h)
         c, d = right.subplots(2, 1, height_ratios=(1.6, 1))
-        c.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.15 * tallest), xlabel='mask entry', ylabel='entries / %'); c.axvline(film.start, color=INK, lw=0.8, ls='--')
+        c.set(
+            xlim=(edges[0], edges[-1]),
+            ylim=(0, 1.15 * tallest),
+            xlabel='mask entry',
+            ylabel='entries / %',
+        )
+        c.axvline(film.start, color=INK, lw=0.8, ls='--')
         dist = Lines(c, [dict(color=LINE, width=1)] * layers + [dict(color=CATEGORIES[0])])
-        d.set(xlim=(0, 100), yticks=range(3), yticklabels=[f'< {film.start - band:.2f}', 'retained', f'> {film.start + band:.2f}'], xlabel='entries / %', ylim=(2.6, -0.6)); d.grid(axis='y', visible=False)
-        return dict(overview=over, here=here, mask=one, distribution=dist, kept=Bars(d, 3, [SIGNED(0.15), '#999999', SIGNED(0.85)], across=True), said=Words(b, (0, 1.06 if section else 1.02), 8.5))
+        d.set(
+            xlim=(0, 100),
+            yticks=range(3),
+            yticklabels=[
+                f'< {film.start - band:.2f}',
+                'retained',
+                f'> {film.start + band:.2f}',
+            ],
+            xlabel='entries / %',
+            ylim=(2.6, -0.6),
+        )
+        d.grid(axis='y', visible=False)
+        return dict(
+            overview=over,
+            here=here,
+            mask=one,
+            distribution=dist,
+            kept=Bars(d, 3, [SIGNED(0.15), '#999999', SIGNED(0.85)], across=True),
+            said=Words(b, (0, 1.06 if section else 1.02), 8.5),
+        )
 
     def data(which, layer, step):
         m = both[which][step]
-        box = np.array([[-0.5, layer - 0.5], [i * j - 0.5, layer - 0.5], [i * j - 0.5, layer + 0.5], [-0.5, layer + 0.5], [-0.5, layer - 0.5]])
-        return dict(overview=mask_change(m, film.start).reshape(layers, i * j), here=[box], mask=(m[layer] - film.start).reshape(i * j, h), kept=kept(m[layer], film.start, band),
-                    distribution=[histogram(x, edges) for x in m] + [histogram(m[layer], edges)], said=f'M_{which.lower()} of layer {layer} after {film.step[step]} steps{fps_note}\n{extreme(m[layer], film.start)}')
+        box = np.array(
+            [
+                [-0.5, layer - 0.5],
+                [i * j - 0.5, layer - 0.5],
+                [i * j - 0.5, layer + 0.5],
+                [-0.5, layer + 0.5],
+                [-0.5, layer - 0.5],
+            ]
+        )
+        return dict(
+            overview=mask_change(m, film.start).reshape(layers, i * j),
+            here=[box],
+            mask=(m[layer] - film.start).reshape(i * j, h),
+            kept=kept(m[layer], film.start, band),
+            distribution=[histogram(x, edges) for x in m] + [histogram(m[layer], edges)],
+            said=(
+                f'M_{which.lower()} of layer {layer} after {film.step[step]}'
+                f' steps{fps_note}\n{extreme(m[layer], film.start)}'
+            ),
+        )
 
-    controls = [Control('which', 'masks of', ('K', 'V'), kind='choice'), Control('layer', 'layer', tuple(range(layers)), start=layers // 2),
-                Control('step', 'training step', tuple(range(n)), tuple(str(s) for s in film.step), start=n - 1, play=True)]
+    controls = [
+        Control('which', 'masks of', ('K', 'V'), kind='choice'),
+        Control('layer', 'layer', tuple(range(layers)), start=layers // 2),
+        Control(
+            'step',
+            'training step',
+            tuple(range(n)),
+            tuple(str(s) for s in film.step),
+            start=n - 1,
+            play=True,
+        ),
+    ]
     return Explorer('Masks along training', controls, layout, data, size=(11, 4.3))
 
 # %% ../../nbs/15_masks.ipynb #804765d4
@@ -106,17 +237,35 @@ def mark_axes(ax, section: tuple[int, ...], h: int) -> None:
     for name, s in channel_axes(section):
         for shift in (0, h // 2):
             ax.axvline(s.stop + shift - 0.5, color=INK, lw=0.5, alpha=0.4)
-            ax.annotate(name, ((s.start + s.stop) / 2 + shift - 0.5, 1), xycoords=('data', 'axes fraction'), xytext=(0, 2), textcoords='offset points', ha='center', fontsize=7, color=INK)
+            ax.annotate(
+                name,
+                ((s.start + s.stop) / 2 + shift - 0.5, 1),
+                xycoords=('data', 'axes fraction'),
+                xytext=(0, 2),
+                textcoords='offset points',
+                ha='center',
+                fontsize=7,
+                color=INK,
+            )
 
 # %% ../../nbs/15_masks.ipynb #fc6864d8
 def normalized_state(pre, task: str, values: np.ndarray, d: int) -> torch.Tensor:
-    "A state (d',) in the robot's units, as the policy's preprocessor normalises it, padded to (1, d)."
-    out = pre({'observation.state': torch.as_tensor(np.asarray(values, np.float32))[None], 'task': [task]})['observation.state'].float()
+    """A state (d',) in the robot's units, as the policy's preprocessor normalises it,
+    padded to (1, d).
+    """
+    out = pre(
+        {
+            'observation.state': torch.as_tensor(np.asarray(values, np.float32))[None],
+            'task': [task],
+        }
+    )['observation.state'].float()
     return torch.nn.functional.pad(out, (0, d - out.shape[-1]))
 
+# %% ../../nbs/15_masks.ipynb #70b0a0b9
 @dataclass
 class StateProbe:
     "One observation whose VLM part is computed; SALR and expert answer for any state."
+
     policy: object
     post: object
     obs: Observation
@@ -126,37 +275,55 @@ class StateProbe:
         m = self.policy.model
         with torch.inference_mode():
             self.packed = pack(self.obs, m.cfg)
-            self.cache, self.ctx = vlm_cache(m.embed, [b.vlm for b in m.blocks], self.packed)
+            self.cache, self.ctx = vlm_cache(
+                m.embed, [b.vlm for b in m.blocks], self.packed
+            )
             self.noise, self.dims = self.policy._noise(self.obs, self.noise)
 
 # %% ../../nbs/15_masks.ipynb #3f560067
 from fastcore.basics import patch
 
+
 @patch
-def represent(self: StateProbe, state: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def represent(
+    self: StateProbe, state: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     "K_u, V_u (1, o, l, h) of every layer for a normalised state (1, d)."
     m, x = self.policy.model, self.cache[0][0]
     ectx, out = m.heads.context(self.ctx, 1, x), []
-    if m.state_tokens is not None: state = m.state_tokens(state)
+    if m.state_tokens is not None:
+        state = m.state_tokens(state)
     for block, (k, v) in zip(m.blocks, self.cache):
         state, k, v = block.represent(k, v, state, self.ctx, ectx)
         out.append((k, v))
     return out
 
+
 @patch
 def chunk(self: StateProbe, cache: list, token: torch.Tensor) -> np.ndarray:
-    "The action chunk (s, d) in the robot's units from a re-represented cache and the state token's state (1, d)."
+    """The action chunk (s, d) in the robot's units from a re-represented cache and the
+    state token's state (1, d).
+    """
     velocity = Denoiser(self.policy.model, Prefix(cache, token, self.ctx))
     x = self.policy.model.integrate(lambda x, t: velocity(x, t) * self.dims, self.noise)
-    return self.post(x[..., :self.policy.config.action_feature.shape[0]])[0].cpu().numpy()
+    return self.post(x[..., : self.policy.config.action_feature.shape[0]])[0].cpu().numpy()
 
 # %% ../../nbs/15_masks.ipynb #7fa0f928
 def state_range(pre, d: int) -> tuple[np.ndarray, np.ndarray]:
-    "Mean and standard deviation (d,) of the training data's states in the robot's units, from the preprocessor. Raises `ValueError` if it has none."
+    """Mean and standard deviation (d,) of the training data's states in the robot's units,
+    from the preprocessor. Raises `ValueError` if it has none.
+    """
     for s in pre.steps:
         stats = (getattr(s, 'stats', None) or {}).get('observation.state', {})
-        if {'mean', 'std'} <= set(stats): return tuple(np.asarray(stats[k], float).reshape(-1)[:d] for k in ('mean', 'std'))
-    raise ValueError("the preprocessor has no mean and standard deviation of 'observation.state'; give `mean` and `std` of the sliders yourself")
+        if {'mean', 'std'} <= set(stats):
+            return tuple(
+                np.asarray(stats[k], float).reshape(-1)[:d] for k in ('mean', 'std')
+            )
+    raise ValueError(
+        "the preprocessor has no mean and standard deviation of 'observation.state'; give"
+        " `mean` and `std` of the sliders yourself"
+    )
+
 
 def token_groups(packed, layout=None) -> list[tuple[str, slice]]:
     "Groups of tokens of the one row in order: history, views, instruction."
@@ -164,16 +331,34 @@ def token_groups(packed, layout=None) -> list[tuple[str, slice]]:
 
 # %% ../../nbs/15_masks.ipynb #a92046cf
 def relative_change(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
-    "Length of b - a over the length of a, per token: (1, o, l, h) -> (l,), in percent. Exactly 0 where nothing changed."
-    flat = lambda x: x[0].transpose(0, 1).flatten(1)
-    return (100 * flat(b - a).norm(dim=1) / flat(a).norm(dim=1).clamp_min(1e-12)).cpu().numpy()
+    """Length of b - a over the length of a, per token: (1, o, l, h) -> (l,), in percent.
 
+    Exactly 0 where nothing changed.
+    """
+    flat = lambda x: x[0].transpose(0, 1).flatten(1)
+    return (
+        (100 * flat(b - a).norm(dim=1) / flat(a).norm(dim=1).clamp_min(1e-12)).cpu().numpy()
+    )
+
+# %% ../../nbs/15_masks.ipynb #754de3c0
 def block_change(block, which: str, a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
-    "Frobenius norm of A(b) - A(a) per pair of output and KV head, over that of A(a): (o, j), in percent."
+    """Frobenius norm of A(b) - A(a) per pair of output and KV head, over that of A(a): (o,
+    j), in percent.
+    """
     m = getattr(block.rerep, which)
-    if block.state is not None: raise ValueError("the state map of a state transformer depends on its tokens; the explorer shows the projection encoder")
+    if block.state is not None:
+        raise ValueError(
+            "the state map of a state transformer depends on its tokens; the explorer shows"
+            " the projection encoder"
+        )
     heads = block.rerep.state_heads
-    x, y = (m.state_map(heads(s))[0].unflatten(1, (m.mask.shape[1], -1)).unflatten(0, (-1, m.mask.shape[2])) for s in (a, b))   # (o, h, j, h)
+    # (o, h, j, h)
+    x, y = (
+        m.state_map(heads(s))[0]
+        .unflatten(1, (m.mask.shape[1], -1))
+        .unflatten(0, (-1, m.mask.shape[2]))
+        for s in (a, b)
+    )
     return (100 * (y - x).norm(dim=(1, 3)) / x.norm(dim=(1, 3))).detach().cpu().numpy()
 
 # %% ../../nbs/15_masks.ipynb #5452f994
@@ -181,64 +366,195 @@ def action_paths(chunk: np.ndarray) -> list[np.ndarray]:
     "One line (s, 2) per action dimension: step within the chunk, value."
     return [np.stack([np.arange(len(chunk)), c], 1) for c in chunk.T]
 
-def state_explorer(policy, pre, post, rec: Recording, tick: int, values: int = 9, reach: float = 2.0) -> Explorer:
-    "Explorer of what moving the state changes in the cache and in the plan, for one recorded observation. Raises `ValueError` for a policy without SALR."
-    if not policy.config.model.salr.enabled: raise ValueError("this policy has no SALR: its cache does not depend on the state")
+# %% ../../nbs/15_masks.ipynb #ea1c94bb
+def state_explorer(
+    policy, pre, post, rec: Recording, tick: int, values: int = 9, reach: float = 2.0
+) -> Explorer:
+    """Explorer of what moving the state changes in the cache and in the plan, for one
+    recorded observation. Raises `ValueError` for a policy without SALR.
+    """
+    if not policy.config.model.salr.enabled:
+        raise ValueError("this policy has no SALR: its cache does not depend on the state")
     obs, cfg = observation_at(policy, pre, rec.record, rec.task, tick), policy.config.model
-    probe = StateProbe(policy, post, obs, torch.from_numpy(np.random.default_rng(0).standard_normal((1, cfg.chunk, cfg.max_action_dim), np.float32)))
-    here = rec.record['state'][tick].astype(float); d = len(here)
+    probe = StateProbe(
+        policy,
+        post,
+        obs,
+        torch.from_numpy(
+            np.random.default_rng(0).standard_normal(
+                (1, cfg.chunk, cfg.max_action_dim), np.float32
+            )
+        ),
+    )
+    here = rec.record['state'][tick].astype(float)
+    d = len(here)
     mean, std = state_range(pre, d)
-    names, acts = rec.meta.get('state', [f'state {k}' for k in range(d)]), rec.meta.get('action', [f'action {k}' for k in range(policy.config.action_feature.shape[0])])
-    sliders = [Control(f's{k}', name.split(' / ')[0], tuple(sorted({*np.linspace(mean[k] - reach * std[k], mean[k] + reach * std[k], values - 1).tolist(), float(here[k])})), unit=name.split(' / ')[1] if ' / ' in name else '', continuous=True, alone='state') for k, name in enumerate(names)]
-    sliders = [Control(**{**vars(c), 'texts': tuple(f'{v:.3f}' + (f' {c.unit}' if c.unit else '') for v in c.values), 'start': c.values.index(float(here[k]))}) for k, c in enumerate(sliders)]
+    names, acts = (
+        rec.meta.get('state', [f'state {k}' for k in range(d)]),
+        rec.meta.get(
+            'action', [f'action {k}' for k in range(policy.config.action_feature.shape[0])]
+        ),
+    )
+    sliders = [
+        Control(
+            f's{k}',
+            name.split(' / ')[0],
+            tuple(
+                sorted(
+                    {
+                        *np.linspace(
+                            mean[k] - reach * std[k], mean[k] + reach * std[k], values - 1
+                        ).tolist(),
+                        float(here[k]),
+                    }
+                )
+            ),
+            unit=name.split(' / ')[1] if ' / ' in name else '',
+            continuous=True,
+            alone='state',
+        )
+        for k, name in enumerate(names)
+    ]
+    sliders = [
+        Control(
+            **{
+                **vars(c),
+                'texts': tuple(
+                    f'{v:.3f}' + (f' {c.unit}' if c.unit else '') for v in c.values
+                ),
+                'start': c.values.index(float(here[k])),
+            }
+        )
+        for k, c in enumerate(sliders)
+    ]
     return StatePanels(probe, pre, rec, tick, sliders, acts).explorer()
 
 # %% ../../nbs/15_masks.ipynb #86d89fdc
 class StatePanels:
     "Layout and data of `state_explorer`."
-    def __init__(self, probe: StateProbe, pre, rec: Recording, tick: int, sliders: list[Control], acts: list[str]):
-        self.probe, self.pre, self.rec, self.tick, self.sliders, self.acts = probe, pre, rec, tick, sliders, acts
+
+    def __init__(
+        self,
+        probe: StateProbe,
+        pre,
+        rec: Recording,
+        tick: int,
+        sliders: list[Control],
+        acts: list[str],
+    ):
+        self.probe, self.pre, self.rec, self.tick, self.sliders, self.acts = (
+            probe,
+            pre,
+            rec,
+            tick,
+            sliders,
+            acts,
+        )
         self.cfg, self.groups = probe.policy.config.model, token_groups(probe.packed)
-        self.tokens, self.layers = probe.packed.input_ids.shape[1], probe.policy.config.model.text.layers
+        self.tokens, self.layers = (
+            probe.packed.input_ids.shape[1],
+            probe.policy.config.model.text.layers,
+        )
         self.state = lru_cache(4096)(self._state)
         self.base = self.state(tuple(c.values[c.start] for c in sliders))
-        moved = [self.cached(self.base, self.state(tuple(c.values[c.start] if k != n else v for k, c in enumerate(sliders)))) for n in range(len(sliders)) for v in (sliders[n].values[0], sliders[n].values[-1])]
+        moved = [
+            self.cached(
+                self.base,
+                self.state(
+                    tuple(c.values[c.start] if k != n else v for k, c in enumerate(sliders))
+                ),
+            )
+            for n in range(len(sliders))
+            for v in (sliders[n].values[0], sliders[n].values[-1])
+        ]
         self.top = max(float(x.max()) for x in moved) or 1.0
 
     @torch.inference_mode()
     def _state(self, values: tuple) -> tuple:
         "Normalised state and its cache."
-        s = normalized_state(self.pre, self.rec.task, np.array(values), self.cfg.max_state_dim)
+        s = normalized_state(
+            self.pre, self.rec.task, np.array(values), self.cfg.max_state_dim
+        )
         return s, self.probe.represent(s)
 
     def cached(self, a, b) -> np.ndarray:
         "Change of K_u and V_u of all layers, per token: (2 * layers, l), K_u above."
-        return np.stack([relative_change(x[w], y[w]) for w in (0, 1) for x, y in zip(a[1], b[1])])
+        return np.stack(
+            [relative_change(x[w], y[w]) for w in (0, 1) for x, y in zip(a[1], b[1])]
+        )
 
 # %% ../../nbs/15_masks.ipynb #5612f4a4
 @patch
 def layout(self: StatePanels, fig) -> dict:
     up, down = fig.subfigures(2, 1, height_ratios=(1.15, 1))
-    a = up.subplots(); L = self.layers; a.set_title('\n ', fontsize=9)   # room for the words
-    a.set(ylabel='layer', yticks=range(2 * L), yticklabels=[f'K {l}' for l in range(L)] + [f'V {l}' for l in range(L)], xlabel='token')
-    heat = Heat(a, (2 * L, self.tokens), 0, self.top, MAGNITUDE); heat.colorbar('change of the cache / %')
-    self.edges = [np.array([[x - 0.5, -0.5], [x - 0.5, 2 * L - 0.5]]) for x in sorted({e for _, s in self.groups for e in (s.start, s.stop)})] + [np.array([[-0.5, L - 0.5], [self.tokens - 0.5, L - 0.5]])]
+    # room for the words
+    a = up.subplots()
+    L = self.layers
+    a.set_title('\n ', fontsize=9)
+    a.set(
+        ylabel='layer',
+        yticks=range(2 * L),
+        yticklabels=[f'K {l}' for l in range(L)] + [f'V {l}' for l in range(L)],
+        xlabel='token',
+    )
+    heat = Heat(a, (2 * L, self.tokens), 0, self.top, MAGNITUDE)
+    heat.colorbar('change of the cache / %')
+    self.edges = [
+        np.array([[x - 0.5, -0.5], [x - 0.5, 2 * L - 0.5]])
+        for x in sorted({e for _, s in self.groups for e in (s.start, s.stop)})
+    ] + [np.array([[-0.5, L - 0.5], [self.tokens - 0.5, L - 0.5]])]
     for name, s in self.groups:
-        a.annotate(name, ((s.start + s.stop - 1) / 2, 1), xycoords=('data', 'axes fraction'), xytext=(0, 2), textcoords='offset points', ha='center', fontsize=8)
+        a.annotate(
+            name,
+            ((s.start + s.stop - 1) / 2, 1),
+            xycoords=('data', 'axes fraction'),
+            xytext=(0, 2),
+            textcoords='offset points',
+            ha='center',
+            fontsize=8,
+        )
     o, j, n = self.cfg.expert.kv_heads, self.cfg.text.kv_heads, len(self.acts)
-    axes = down.subplots(1, n + 1, width_ratios=[1.5] + [1] * n); b = axes[0]
-    b.set(xlabel='output head · KV head', yticks=range(2 * L), yticklabels=[f'K {l}' for l in range(L)] + [f'V {l}' for l in range(L)], xticks=range(o * j), xticklabels=[f'{x}·{y}' for x in range(o) for y in range(j)], title='change of A(s)'); b.tick_params(axis='x', labelsize=7)
-    maps = Heat(b, (2 * L, o * j), 0, self.top_map(), MAGNITUDE); maps.colorbar('%')
-    out = dict(cache=heat, edges=Lines(a, [dict(color='white', width=1)] * len(self.edges)), map=maps, said=Words(a, (0, 1.09), 9))
+    axes = down.subplots(1, n + 1, width_ratios=[1.5] + [1] * n)
+    b = axes[0]
+    b.set(
+        xlabel='output head · KV head',
+        yticks=range(2 * L),
+        yticklabels=[f'K {l}' for l in range(L)] + [f'V {l}' for l in range(L)],
+        xticks=range(o * j),
+        xticklabels=[f'{x}·{y}' for x in range(o) for y in range(j)],
+        title='change of A(s)',
+    )
+    b.tick_params(axis='x', labelsize=7)
+    maps = Heat(b, (2 * L, o * j), 0, self.top_map(), MAGNITUDE)
+    maps.colorbar('%')
+    out = dict(
+        cache=heat,
+        edges=Lines(a, [dict(color='white', width=1)] * len(self.edges)),
+        map=maps,
+        said=Words(a, (0, 1.09), 9),
+    )
     for k, (ax, name) in enumerate(zip(axes[1:], self.acts)):
-        ax.set(xlim=(-0.5, self.cfg.chunk - 0.5), ylim=(-1.6, 1.6), title=name, xlabel='step of the chunk')
-        out[f'act{k}'] = Lines(ax, [dict(color=INK, width=1.2, dash=True), dict(color=CATEGORIES[0], width=2)])
+        ax.set(
+            xlim=(-0.5, self.cfg.chunk - 0.5),
+            ylim=(-1.6, 1.6),
+            title=name,
+            xlabel='step of the chunk',
+        )
+        out[f'act{k}'] = Lines(
+            ax, [dict(color=INK, width=1.2, dash=True), dict(color=CATEGORIES[0], width=2)]
+        )
     return out
 
+# %% ../../nbs/15_masks.ipynb #fedc6875
 @patch
 def top_map(self: StatePanels) -> float:
     "The largest change of A(s) at the ends of the sliders, in percent."
-    v = [c.values[c.start] for c in self.sliders]; ends = [[*v[:k], c.values[e], *v[k + 1:]] for k, c in enumerate(self.sliders) for e in (0, -1)]
+    v = [c.values[c.start] for c in self.sliders]
+    ends = [
+        [*v[:k], c.values[e], *v[k + 1 :]]
+        for k, c in enumerate(self.sliders)
+        for e in (0, -1)
+    ]
     return max(float(self.maps(self.state(tuple(e))[0]).max()) for e in ends)
 
 # %% ../../nbs/15_masks.ipynb #b4a5ba98
@@ -246,8 +562,15 @@ def top_map(self: StatePanels) -> float:
 @torch.inference_mode()
 def maps(self: StatePanels, state: torch.Tensor) -> np.ndarray:
     "Change of A(s) per layer and head pair: (2 * layers, o * j)."
-    return np.stack([block_change(b, w, self.base[0], state).ravel() for w in 'kv' for b in self.probe.policy.model.blocks])
+    return np.stack(
+        [
+            block_change(b, w, self.base[0], state).ravel()
+            for w in 'kv'
+            for b in self.probe.policy.model.blocks
+        ]
+    )
 
+# %% ../../nbs/15_masks.ipynb #773545f1
 @patch
 @torch.inference_mode()
 def data(self: StatePanels, through: str, **values) -> dict:
@@ -258,17 +581,46 @@ def data(self: StatePanels, through: str, **values) -> dict:
     before, after = self.plan(self.base[1], self.base[0]), self.plan(cache[1], token)
     change = self.cached(self.base, cache)
     far = np.abs(after - before).max()
-    return dict(cache=change, edges=self.edges, map=self.maps(cache[0]), said=f"tick {self.tick} ({self.rec.seconds(self.tick):.1f} s), moved through {through}: cache by {change.mean():.2f} % on average, plan by at most {far:.3f}",
-                **{f'act{k}': [a, b] for k, (a, b) in enumerate(zip(action_paths(before), action_paths(after)))})
+    return dict(
+        cache=change,
+        edges=self.edges,
+        map=self.maps(cache[0]),
+        said=(
+            f"tick {self.tick} ({self.rec.seconds(self.tick):.1f} s), moved through"
+            f" {through}: cache by {change.mean():.2f} % on average, plan by at most"
+            f" {far:.3f}"
+        ),
+        **{
+            f'act{k}': [a, b]
+            for k, (a, b) in enumerate(zip(action_paths(before), action_paths(after)))
+        },
+    )
 
+# %% ../../nbs/15_masks.ipynb #31ec5701
 @patch
 def plan(self: StatePanels, cache, state) -> np.ndarray:
-    "The chunk of a cache and a token's state, remembered for the one the explorer starts from."
-    if cache is not self.base[1] or state is not self.base[0]: return self.probe.chunk(cache, state)
-    if not hasattr(self, '_first'): self._first = self.probe.chunk(cache, state)
+    """The chunk of a cache and a token's state, remembered for the one the explorer starts
+    from.
+    """
+    if cache is not self.base[1] or state is not self.base[0]:
+        return self.probe.chunk(cache, state)
+    if not hasattr(self, '_first'):
+        self._first = self.probe.chunk(cache, state)
     return self._first
+
 
 @patch
 def explorer(self: StatePanels) -> Explorer:
-    through = Control('through', 'through', ('SALR and the state token', 'SALR', 'the state token'), kind='choice')
-    return Explorer('What the state changes', [*self.sliders, through], self.layout, self.data, size=(11, 5.2))
+    through = Control(
+        'through',
+        'through',
+        ('SALR and the state token', 'SALR', 'the state token'),
+        kind='choice',
+    )
+    return Explorer(
+        'What the state changes',
+        [*self.sliders, through],
+        self.layout,
+        self.data,
+        size=(11, 5.2),
+    )

@@ -4,11 +4,18 @@
 
 # %% ../../nbs/14b_recording.ipynb #1edda9f1
 from __future__ import annotations
-import argparse, io, json, sys, tempfile
+
+import argparse
+import io
+import json
+import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import numpy as np
 from PIL import Image
+
 from .. import files
 from ..evaluate import write_whole
 
@@ -18,33 +25,69 @@ __all__ = ['NAMES', 'pack_frames', 'unpack_frames', 'project', 'pinhole', 'Recor
 
 # %% ../../nbs/14b_recording.ipynb #b6a9322c
 def pack_frames(frames: np.ndarray, quality: int | None = None) -> np.ndarray:
-    "Frames (T, H, W, 3) uint8 -> bytes (n,) uint8 of an animated WebP; lossless unless `quality` (0 ... 100) is given."
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8: raise ValueError(f"frames have shape {frames.shape} and type {frames.dtype}; give (T, H, W, 3) uint8")
+    """Frames (T, H, W, 3) uint8 -> bytes (n,) uint8 of an animated WebP; lossless unless
+    `quality` (0 ... 100) is given.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        raise ValueError(
+            f"frames have shape {frames.shape} and type {frames.dtype}; give (T, H, W, 3)"
+            " uint8"
+        )
     out, images = io.BytesIO(), [Image.fromarray(np.ascontiguousarray(f)) for f in frames]
-    how = dict(lossless=True, quality=60, method=4, exact=True) if quality is None else dict(quality=quality, method=4)
-    images[0].save(out, 'WEBP', save_all=True, append_images=images[1:], duration=100, minimize_size=quality is None, **how)
+    how = (
+        dict(lossless=True, quality=60, method=4, exact=True)
+        if quality is None
+        else dict(quality=quality, method=4)
+    )
+    images[0].save(
+        out,
+        'WEBP',
+        save_all=True,
+        append_images=images[1:],
+        duration=100,
+        minimize_size=quality is None,
+        **how,
+    )
     return np.frombuffer(out.getvalue(), np.uint8)
 
+# %% ../../nbs/14b_recording.ipynb #e9213df5
 def unpack_frames(data: np.ndarray, n: int) -> np.ndarray:
-    "Bytes of `pack_frames` -> `n` frames (n, H, W, 3) uint8; a last frame that equals its predecessors may have been folded into them."
+    """Bytes of `pack_frames` -> `n` frames (n, H, W, 3) uint8; a last frame that equals its
+    predecessors may have been folded into them.
+    """
     with Image.open(io.BytesIO(data.tobytes())) as film:
         shown, times = [], []
         for k in range(getattr(film, 'n_frames', 1)):
-            film.seek(k); shown.append(np.array(film.convert('RGB'))); times.append(round(film.info.get('duration', 100) / 100))
-    if len(shown) == 1: times = [n]                             # a still picture has no durations
+            film.seek(k)
+            shown.append(np.array(film.convert('RGB')))
+            times.append(round(film.info.get('duration', 100) / 100))
+    # a still picture has no durations
+    if len(shown) == 1:
+        times = [n]
     out = np.repeat(np.stack(shown), times, 0) if len(shown) < n else np.stack(shown)
-    if len(out) != n: raise ValueError(f"the film holds {len(out)} frames, the recording says {n}; record it again")
+    if len(out) != n:
+        raise ValueError(
+            f"the film holds {len(out)} frames, the recording says {n}; record it again"
+        )
     return out
 
 # %% ../../nbs/14b_recording.ipynb #eccea73b
 def project(points: np.ndarray, camera: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    "World points (..., 3) in metres -> pixels (..., 2) as (column, row) in a picture of `size` (height, width), by `camera` (3, 4). Points behind the camera are nan."
-    p = np.concatenate([points, np.ones_like(points[..., :1])], -1) @ np.asarray(camera, float).T
+    """World points (..., 3) in metres -> pixels (..., 2) as (column, row) in a picture of
+    `size` (height, width), by `camera` (3, 4). Points behind the camera are nan.
+    """
+    p = (
+        np.concatenate([points, np.ones_like(points[..., :1])], -1)
+        @ np.asarray(camera, float).T
+    )
     w = np.where(p[..., 2:] > 0, p[..., 2:], np.nan)
     return p[..., :2] / w * np.array([size[1], size[0]])
 
+
 def pinhole(position: np.ndarray, rotation: np.ndarray, fovy: float) -> np.ndarray:
-    "Matrix (3, 4) of a MuJoCo camera at `position` (3,) with axes `rotation` (3, 3: right, up, backward as columns) and vertical opening `fovy` in degrees; square pictures."
+    """Matrix (3, 4) of a MuJoCo camera at `position` (3,) with axes `rotation` (3, 3:
+    right, up, backward as columns) and vertical opening `fovy` in degrees; square pictures.
+    """
     f = 0.5 / np.tan(np.deg2rad(fovy) / 2)
     k = np.array([[f, 0, -0.5], [0, -f, -0.5], [0, 0, -1]])
     return k @ np.concatenate([rotation.T, -rotation.T @ position[:, None]], 1)
@@ -52,127 +95,281 @@ def pinhole(position: np.ndarray, rotation: np.ndarray, fovy: float) -> np.ndarr
 # %% ../../nbs/14b_recording.ipynb #24f01aa5
 @dataclass
 class Recording:
-    """One episode: `record` holds `frames.CAMERA` (T, H, W, 3) uint8, `scene` (T, H, W, 3) uint8, `state` (T, d), `action` (T, d), `chunks` (calls, s, d) and `chunk_ticks` (calls,),
+    """One episode: `record` holds `frames.CAMERA` (T, H, W, 3) uint8, `scene` (T, H, W, 3)
+    uint8, `state` (T, d), `action` (T, d), `chunks` (calls, s, d) and `chunk_ticks`
+    (calls,),
     `info.KEY` (T, ...) and `camera.CAMERA` (3, 4)."""
+
     record: dict[str, np.ndarray] = field(repr=False)
-    task: str                            # the instruction
-    fps: float                           # control ticks per second
-    policy: str = ''                     # who acted
+    task: str  # the instruction
+    fps: float  # control ticks per second
+    policy: str = ''  # who acted
     seed: int = -1
     success: bool | None = None
-    meta: dict = field(default_factory=dict)   # names of states and actions, units, weights' SHA-256
+    # names of states and actions, units, weights' SHA-256
+    meta: dict = field(default_factory=dict)
 
-    def __len__(self) -> int: return len(self.record['state'])
+    def __len__(self) -> int:
+        return len(self.record['state'])
 
     @property
-    def cameras(self) -> list[str]: return [k.split('.', 1)[1] for k in self.record if k.startswith('frames.')]
+    def cameras(self) -> list[str]:
+        return [k.split('.', 1)[1] for k in self.record if k.startswith('frames.')]
 
-    def seconds(self, tick: int) -> float: return tick / self.fps
+    def seconds(self, tick: int) -> float:
+        return tick / self.fps
 
 # %% ../../nbs/14b_recording.ipynb #5670f2df
 from fastcore.basics import patch
+
 
 @patch
 def save(self: Recording, path: str | Path) -> Path:
     "Write one safetensors file; camera frames without loss, the scene at quality 80."
     from safetensors.numpy import save
+
     arrays, films = {}, {}
     for k, v in self.record.items():
         film = k == 'scene' or k.startswith('frames.')
-        if film: films[k] = len(v)
-        arrays[k] = pack_frames(v, 80 if k == 'scene' else None) if film else np.ascontiguousarray(v)
-    about = dict(task=self.task, fps=self.fps, policy=self.policy, seed=int(self.seed), success=self.success, meta=self.meta, films=films)
+        if film:
+            films[k] = len(v)
+        arrays[k] = (
+            pack_frames(v, 80 if k == 'scene' else None)
+            if film
+            else np.ascontiguousarray(v)
+        )
+    about = dict(
+        task=self.task,
+        fps=self.fps,
+        policy=self.policy,
+        seed=int(self.seed),
+        success=self.success,
+        meta=self.meta,
+        films=films,
+    )
     return write_whole(path, save(arrays, {'recording': json.dumps(about)}))
 
+# %% ../../nbs/14b_recording.ipynb #4e7d64f4
 @patch(cls_method=True)
 def load(cls: Recording, path: str | Path) -> Recording:
     "Read what `save` wrote. Raises `ValueError` for another kind of file."
     from safetensors import safe_open
-    if not Path(path).exists(): raise ValueError(f"there is no recording {path}; make the shipped ones with `python -m halo.viz.recording`")
+
+    if not Path(path).exists():
+        raise ValueError(
+            f"there is no recording {path}; make the shipped ones with `python -m"
+            " halo.viz.recording`"
+        )
     with safe_open(str(path), 'numpy') as f:
-        if 'recording' not in (f.metadata() or {}): raise ValueError(f"{path} is no recording: its header lacks 'recording'; give a file written by Recording.save")
-        about, arrays = json.loads(f.metadata()['recording']), {k: f.get_tensor(k) for k in f.keys()}
+        if 'recording' not in (f.metadata() or {}):
+            raise ValueError(
+                f"{path} is no recording: its header lacks 'recording'; give a file written"
+                " by Recording.save"
+            )
+        about, arrays = (
+            json.loads(f.metadata()['recording']),
+            {k: f.get_tensor(k) for k in f.keys()},
+        )
     films = about.pop('films')
-    return cls({k: unpack_frames(v, films[k]) if k in films else v for k, v in arrays.items()}, **about)
+    return cls(
+        {k: unpack_frames(v, films[k]) if k in films else v for k, v in arrays.items()},
+        **about,
+    )
 
 # %% ../../nbs/14b_recording.ipynb #cfe1a1ee
 @patch(cls_method=True)
 def from_dataset(cls: Recording, dataset, episode: int, **about) -> Recording:
-    "Episode `episode` of a `LeRobotDataset`: its frames as decoded, states and actions. Raises `ValueError` for an episode that is not there."
-    if not 0 <= episode < dataset.meta.total_episodes: raise ValueError(f"episode {episode} of a dataset with {dataset.meta.total_episodes} episodes; count from 0")
+    """Episode `episode` of a `LeRobotDataset`: its frames as decoded, states and actions.
+
+    Raises `ValueError` for an episode that is not there.
+    """
+    if not 0 <= episode < dataset.meta.total_episodes:
+        raise ValueError(
+            f"episode {episode} of a dataset with {dataset.meta.total_episodes} episodes;"
+            " count from 0"
+        )
     row = dataset.meta.episodes[episode]
     items = [dataset[i] for i in range(row['dataset_from_index'], row['dataset_to_index'])]
-    film = lambda k: np.stack([(x[k] * 255).round().byte().permute(1, 2, 0).numpy() for x in items])
+    film = lambda k: np.stack(
+        [(x[k] * 255).round().byte().permute(1, 2, 0).numpy() for x in items]
+    )
     record = {f"frames.{k.split('.')[-1]}": film(k) for k in dataset.meta.camera_keys}
-    record |= {k: np.stack([x[f].numpy() for x in items]) for k, f in (('state', 'observation.state'), ('action', 'action'))}
-    return cls(record, items[0]['task'], float(dataset.fps), **({'policy': 'dataset', 'meta': names_of(dataset)} | about))
+    record |= {
+        k: np.stack([x[f].numpy() for x in items])
+        for k, f in (('state', 'observation.state'), ('action', 'action'))
+    }
+    return cls(
+        record,
+        items[0]['task'],
+        float(dataset.fps),
+        **({'policy': 'dataset', 'meta': names_of(dataset)} | about),
+    )
 
 # %% ../../nbs/14b_recording.ipynb #26cf0bf8
 def names_of(dataset) -> dict:
     "Names of the states' and actions' dimensions in a `LeRobotDataset`."
     features = dataset.meta.features
-    return {k: list(features[f]['names']) if isinstance(features[f].get('names'), list) else [str(i) for i in range(features[f]['shape'][0])] for k, f in (('state', 'observation.state'), ('action', 'action'))}
+    return {
+        k: (
+            list(features[f]['names'])
+            if isinstance(features[f].get('names'), list)
+            else [str(i) for i in range(features[f]['shape'][0])]
+        )
+        for k, f in (('state', 'observation.state'), ('action', 'action'))
+    }
 
 # %% ../../nbs/14b_recording.ipynb #b6df1fa6
-NAMES = dict(state=['hand x / m', 'hand y / m', 'hand z / m', 'gripper opening'], action=['hand Δx', 'hand Δy', 'hand Δz', 'gripper'])
+NAMES = dict(
+    state=['hand x / m', 'hand y / m', 'hand z / m', 'gripper opening'],
+    action=['hand Δx', 'hand Δy', 'hand Δz', 'gripper'],
+)
+
 
 def telling_seed(checkpoints: str | Path) -> int:
-    "The first evaluation seed on which `full` succeeds and `no_history` chose a wrong pad. Raises `ValueError` if there is none."
-    rows = {n: json.loads(files.locatefiles.locate(Path(checkpoints) / n / 'evaluation.json').read_text())['episodes'] for n in ('full', 'no_history')}
+    """The first evaluation seed on which `full` succeeds and `no_history` chose a wrong
+    pad. Raises `ValueError` if there is none.
+    """
+    rows = {
+        n: json.loads(
+            files.locatefiles.locate(Path(checkpoints) / n / 'evaluation.json').read_text()
+        )['episodes']
+        for n in ('full', 'no_history')
+    }
     for a, b in zip(rows['full'], rows['no_history']):
-        if a['success'] and not b['success'] and b['placed'] >= 0 and a['seed'] == b['seed']: return a['seed']
-    raise ValueError(f"no seed of {checkpoints} tells full and no_history apart; name one with --seed")
+        if (
+            a['success']
+            and not b['success']
+            and b['placed'] >= 0
+            and a['seed'] == b['seed']
+        ):
+            return a['seed']
+    raise ValueError(
+        f"no seed of {checkpoints} tells full and no_history apart; name one with --seed"
+    )
 
+# %% ../../nbs/14b_recording.ipynb #2f4166b9
 def fixed_cameras(names=('primary',)) -> dict[str, np.ndarray]:
     "Matrices (3, 4) of flash_place's cameras that do not move."
     from halo.envs import FlashPlaceEnv
+
     env = FlashPlaceEnv()
     try:
-        env.reset(seed=0); s = env.scene
-        return {f'camera.{n}': pinhole(s.data.camera(n).xpos, s.data.camera(n).xmat.reshape(3, 3), float(s.model.camera(n).fovy[0])) for n in names}
-    finally: env.close()
+        env.reset(seed=0)
+        s = env.scene
+        return {
+            f'camera.{n}': pinhole(
+                s.data.camera(n).xpos,
+                s.data.camera(n).xmat.reshape(3, 3),
+                float(s.model.camera(n).fovy[0]),
+            )
+            for n in names
+        }
+    finally:
+        env.close()
 
 # %% ../../nbs/14b_recording.ipynb #2852ccb0
 def record_policy(checkpoint: str | Path, seed: int) -> Recording:
     "Roll out a checkpoint on one evaluation seed of flash_place."
-    import halo.envs   # registers flash_place
     from lerobot.envs.factory import make_env_config
-    from halo.evaluate import evaluate, load_policy
-    r = evaluate(*load_policy(checkpoint), make_env_config('flash_place'), [seed], 1, record=[seed], progress=False)
-    e, sha = r.episodes[0], r.conventions['policy']['checkpoint_sha256']
-    return Recording(r.records[seed] | fixed_cameras(), e['task'], float(r.conventions['fps']), Path(checkpoint).name, seed, e['success'], NAMES | dict(checkpoint_sha256=sha))
 
+    from halo.evaluate import evaluate, load_policy
+
+    r = evaluate(
+        *load_policy(checkpoint),
+        make_env_config('flash_place'),
+        [seed],
+        1,
+        record=[seed],
+        progress=False,
+    )
+    e, sha = r.episodes[0], r.conventions['policy']['checkpoint_sha256']
+    return Recording(
+        r.records[seed] | fixed_cameras(),
+        e['task'],
+        float(r.conventions['fps']),
+        Path(checkpoint).name,
+        seed,
+        e['success'],
+        NAMES | dict(checkpoint_sha256=sha),
+    )
+
+# %% ../../nbs/14b_recording.ipynb #1481f01a
 def record_expert(seed: int) -> Recording:
-    "The scripted expert on the same seed, undisturbed: its actions are what the policies were taught."
+    """The scripted expert on the same seed, undisturbed: its actions are what the policies
+    were taught.
+    """
     from halo.envs import FlashPlaceEnv, demonstrate
+
     env = FlashPlaceEnv()
-    try: r = demonstrate(env, seed)
-    finally: env.close()
-    record = {f'frames.{k}': np.stack([o['pixels'][k] for o in r['frames']]) for k in r['frames'][0]['pixels']}
-    record |= dict(state=np.stack([o['agent_pos'] for o in r['frames']]), action=r['actions'].astype(np.float32))
-    return Recording(record | fixed_cameras(), r['task'], float(env.rules.fps), 'expert', seed, bool(r['success']), dict(NAMES))
+    try:
+        r = demonstrate(env, seed)
+    finally:
+        env.close()
+    record = {
+        f'frames.{k}': np.stack([o['pixels'][k] for o in r['frames']])
+        for k in r['frames'][0]['pixels']
+    }
+    record |= dict(
+        state=np.stack([o['agent_pos'] for o in r['frames']]),
+        action=r['actions'].astype(np.float32),
+    )
+    return Recording(
+        record | fixed_cameras(),
+        r['task'],
+        float(env.rules.fps),
+        'expert',
+        seed,
+        bool(r['success']),
+        dict(NAMES),
+    )
 
 # %% ../../nbs/14b_recording.ipynb #cfd1ca65
 def main(argv: list[str] | None = None) -> int:
-    "The command `python -m halo.viz.recording`: writes the recordings that the explorers use."
-    p = argparse.ArgumentParser(prog='python -m halo.viz.recording', description='Record one evaluation seed under every shipped policy and the expert.')
-    p.add_argument('--checkpoints', type=Path, default=files.place('checkpoints/flash_place')); p.add_argument('--seed', type=int); p.add_argument('--out', type=Path)
+    """The command `python -m halo.viz.recording`: writes the recordings that the explorers
+    use.
+    """
+    p = argparse.ArgumentParser(
+        prog='python -m halo.viz.recording',
+        description='Record one evaluation seed under every shipped policy and the expert.',
+    )
+    p.add_argument(
+        '--checkpoints', type=Path, default=files.place('checkpoints/flash_place')
+    )
+    p.add_argument('--seed', type=int)
+    p.add_argument('--out', type=Path)
     a = p.parse_args(argv)
     try:
-        seed, out = telling_seed(a.checkpoints) if a.seed is None else a.seed, a.out or a.checkpoints / 'recordings'
+        seed, out = (
+            (telling_seed(a.checkpoints) if a.seed is None else a.seed),
+            a.out or a.checkpoints / 'recordings',
+        )
         for name in ('full', 'no_history', 'no_salr', 'expert'):
-            r = record_expert(seed) if name == 'expert' else record_policy(files.locate(a.checkpoints / name), seed)
+            r = (
+                record_expert(seed)
+                if name == 'expert'
+                else record_policy(files.locate(a.checkpoints / name), seed)
+            )
             f = r.save(out / f'{name}.safetensors')
-            print(f"{name:10} seed {seed}, {len(r)} ticks, {'success' if r.success else 'failure'}, {f.stat().st_size / 1e3:.0f} kB in {f}")
-    except (ValueError, OSError) as e: print(e, file=sys.stderr); return 1
+            print(
+                f"{name:10} seed {seed}, {len(r)} ticks,"
+                f" {'success' if r.success else 'failure'}, {f.stat().st_size / 1e3:.0f} kB"
+                f" in {f}"
+            )
+    except (ValueError, OSError) as e:
+        print(e, file=sys.stderr)
+        return 1
     return 0
 
-if __name__ == '__main__' and globals().get('__spec__') is not None: sys.exit(main())   # python -m, but not a notebook
+# %% ../../nbs/14b_recording.ipynb #a914f769
+# python -m, but not a notebook
+if __name__ == '__main__' and globals().get('__spec__') is not None:
+    sys.exit(main())
 
 # %% ../../nbs/14b_recording.ipynb #e334c574
 def shipped(name: str = 'full') -> Recording:
     "A recording that comes with HALO: 'full', 'no_history', 'no_salr' or 'expert'."
     return Recording.load(shipped_folder() / 'recordings' / f'{name}.safetensors')
+
 
 def shipped_folder() -> Path:
     "`checkpoints/flash_place` as it comes with HALO."

@@ -4,14 +4,27 @@
 
 # %% ../../nbs/18_rollouts.ipynb #54983cc6
 from __future__ import annotations
-from functools import lru_cache
+
 import io
+from functools import lru_cache
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from PIL import Image
+
 from .attention import AttentionFilm, grids, image_heat, watch_attention
 from .denoising import REACH, hand_paths
-from .explorer import CATEGORIES, INK, LINE, Control, Explorer, Lines, Picture, Words, fading
+from halo.viz.explorer import (
+    CATEGORIES,
+    INK,
+    Control,
+    Explorer,
+    Lines,
+    Picture,
+    Words,
+    fading,
+)
 from .recording import Recording, project, shipped, shipped_folder
 from ..vlm import pack
 
@@ -21,16 +34,38 @@ __all__ = ['events', 'calls', 'plan_at', 'carried_out', 'RolloutPanels', 'rollou
 
 # %% ../../nbs/18_rollouts.ipynb #274a55aa
 def events(rec: Recording) -> list[tuple[int, str]]:
-    "(tick, what) of every change of `info.grasped`, `info.placed` and `info.is_success`, in order; the infos of tick t are those after its action."
+    """(tick, what) of every change of `info.grasped`, `info.placed` and `info.is_success`,
+    in order; the infos of tick t are those after its action.
+    """
     info, out = {k[5:]: v for k, v in rec.record.items() if k.startswith('info.')}, []
-    for key, said in (('grasped', ('puck lost or released', 'puck grasped')), ('is_success', ('', 'success'))):
-        if key in info: out += [(int(t) + 1, said[int(info[key][t + 1])]) for t in np.flatnonzero(np.diff(info[key].astype(int)))]
-    if 'placed' in info: out += [(int(t) + 1, f"puck at rest on pad {info['placed'][t + 1]}" if info['placed'][t + 1] >= 0 else 'puck off its pad') for t in np.flatnonzero(np.diff(info['placed']))]
+    for key, said in (
+        ('grasped', ('puck lost or released', 'puck grasped')),
+        ('is_success', ('', 'success')),
+    ):
+        if key in info:
+            out += [
+                (int(t) + 1, said[int(info[key][t + 1])])
+                for t in np.flatnonzero(np.diff(info[key].astype(int)))
+            ]
+    if 'placed' in info:
+        out += [
+            (
+                int(t) + 1,
+                (
+                    f"puck at rest on pad {info['placed'][t + 1]}"
+                    if info['placed'][t + 1] >= 0
+                    else 'puck off its pad'
+                ),
+            )
+            for t in np.flatnonzero(np.diff(info['placed']))
+        ]
     return sorted((t, s) for t, s in out if s)
 
+# %% ../../nbs/18_rollouts.ipynb #c285060a
 def calls(rec: Recording) -> np.ndarray:
     "Ticks at which a new chunk was predicted."
     return rec.record.get('chunk_ticks', np.zeros(0, int))
+
 
 def plan_at(rec: Recording, tick: int) -> tuple[int, np.ndarray] | None:
     "The chunk in force at `tick`: the tick it was made at, and its actions (s, d)."
@@ -39,31 +74,86 @@ def plan_at(rec: Recording, tick: int) -> tuple[int, np.ndarray] | None:
 
 # %% ../../nbs/18_rollouts.ipynb #4b713ba1
 def carried_out(rec: Recording) -> np.ndarray:
-    "Displacement of the hand in units of action (T - 1, 3), from one recorded state to the next."
+    """Displacement of the hand in units of action (T - 1, 3), from one recorded state to
+    the next.
+    """
     return np.diff(rec.record['state'][:, :3], axis=0) / REACH
 
 # %% ../../nbs/18_rollouts.ipynb #6de1d8a7
 class RolloutPanels:
     "Layout and data of `rollout_explorer`."
-    def __init__(self, recordings: dict[str, Recording], films: dict[str, AttentionFilm], executed, paths):
-        self.recordings, self.films, self.executed, self.paths = recordings, films, executed, paths
-        self.any = next(iter(recordings.values())); self.length = max(map(len, recordings.values()))
-        self.d, self.n = self.any.record['action'].shape[1], self.any.record['state'].shape[1]
-        self.acts, self.states = (self.any.meta.get(k, [f'{k} {i}' for i in range(n)]) for k, n in (('action', self.d), ('state', self.n)))
+
+    def __init__(
+        self,
+        recordings: dict[str, Recording],
+        films: dict[str, AttentionFilm],
+        executed,
+        paths,
+    ):
+        self.recordings, self.films, self.executed, self.paths = (
+            recordings,
+            films,
+            executed,
+            paths,
+        )
+        self.any = next(iter(recordings.values()))
+        self.length = max(map(len, recordings.values()))
+        self.d, self.n = (
+            self.any.record['action'].shape[1],
+            self.any.record['state'].shape[1],
+        )
+        self.acts, self.states = (
+            self.any.meta.get(k, [f'{k} {i}' for i in range(n)])
+            for k, n in (('action', self.d), ('state', self.n))
+        )
         self.groups = list(dict.fromkeys(g for f in films.values() for g in f.groups))
-        self.mass = lru_cache(None)(lambda name: (np.array(films[name].ticks) / recordings[name].fps, {g: m for g, m in zip(films[name].groups, films[name].over_time('raw', films[name].policy.config.model.text.layers // 2, -1, films[name].policy.config.model.flow.steps - 1, -1))}))
+        self.mass = lru_cache(None)(
+            lambda name: (
+                np.array(films[name].ticks) / recordings[name].fps,
+                {
+                    g: m
+                    for g, m in zip(
+                        films[name].groups,
+                        films[name].over_time(
+                            'raw',
+                            films[name].policy.config.model.text.layers // 2,
+                            -1,
+                            films[name].policy.config.model.flow.steps - 1,
+                            -1,
+                        ),
+                    )
+                },
+            )
+        )
         self.still = lru_cache(None)(self._still)
 
     def _still(self, name: str) -> dict:
         "What does not move with time: lines of one recording."
-        r = self.recordings[name]; t = np.arange(len(r)) / r.fps
-        line = lambda y: np.stack([t[:len(y)], y], 1)
+        r = self.recordings[name]
+        t = np.arange(len(r)) / r.fps
+        line = lambda y: np.stack([t[: len(y)], y], 1)
         done = self.executed(r) if self.executed else np.zeros((0, 0))
         low, high = self.limits()
-        at = np.stack([calls(r) / r.fps, np.full(len(calls(r)), -1.55)], 1) if len(calls(r)) else np.zeros((0, 2))
+        at = (
+            np.stack([calls(r) / r.fps, np.full(len(calls(r)), -1.55)], 1)
+            if len(calls(r))
+            else np.zeros((0, 2))
+        )
         times, mass = self.mass(name) if name in self.films else (np.zeros(0), {})
-        return dict(action=[line(y) for y in r.record['action'].T] + [np.stack([t[1:1 + len(done)], y], 1) for y in done.T] + [np.zeros((0, 2))] * (self.d - done.shape[1]) + [at],
-                    state=[line((y - low[k]) / (high[k] - low[k])) for k, y in enumerate(r.record['state'].T)], mass=[np.stack([times, mass[g]], 1) if g in mass else np.zeros((0, 2)) for g in self.groups])
+        return dict(
+            action=[line(y) for y in r.record['action'].T]
+            + [np.stack([t[1 : 1 + len(done)], y], 1) for y in done.T]
+            + [np.zeros((0, 2))] * (self.d - done.shape[1])
+            + [at],
+            state=[
+                line((y - low[k]) / (high[k] - low[k]))
+                for k, y in enumerate(r.record['state'].T)
+            ],
+            mass=[
+                np.stack([times, mass[g]], 1) if g in mass else np.zeros((0, 2))
+                for g in self.groups
+            ],
+        )
 
     def limits(self) -> tuple[np.ndarray, np.ndarray]:
         "Smallest and largest state of all recordings, per dimension."
@@ -73,34 +163,86 @@ class RolloutPanels:
 # %% ../../nbs/18_rollouts.ipynb #9a15ea80
 from fastcore.basics import patch
 
+
 @patch
 def layout(self: RolloutPanels, fig) -> dict:
     out, sides = {}, fig.subfigures(1, 2)
-    for side, sub in zip('ab', sides): out |= self.side(side, sub)
+    for side, sub in zip('ab', sides):
+        out |= self.side(side, sub)
     return out
 
+# %% ../../nbs/18_rollouts.ipynb #f1ecb910
 @patch
 def side(self: RolloutPanels, side: str, fig) -> dict:
-    up, down = fig.subfigures(2, 1, height_ratios=(1.25, 2)); big = 'scene' if 'scene' in self.any.record else f'frames.{self.any.cameras[0]}'
+    up, down = fig.subfigures(2, 1, height_ratios=(1.25, 2))
+    big = 'scene' if 'scene' in self.any.record else f'frames.{self.any.cameras[0]}'
     film, out = self.any.record[big], {}
-    cells = up.subplots(1, 1 + len(self.any.cameras), width_ratios=[1.8] + [1] * len(self.any.cameras))
-    out[f'scene_{side}'] = Picture(cells[0], film.shape[1:3]); cells[0].set(xlim=(-0.5, film.shape[2] - 0.5), ylim=(film.shape[1] - 0.5, -0.5), title=' ')
-    out[f'plan_{side}'] = Lines(cells[0], [dict(color='white', width=3, alpha=0.7), dict(color=CATEGORIES[0], width=1.6)])
+    cells = up.subplots(
+        1, 1 + len(self.any.cameras), width_ratios=[1.8] + [1] * len(self.any.cameras)
+    )
+    out[f'scene_{side}'] = Picture(cells[0], film.shape[1:3])
+    cells[0].set(
+        xlim=(-0.5, film.shape[2] - 0.5), ylim=(film.shape[1] - 0.5, -0.5), title=' '
+    )
+    out[f'plan_{side}'] = Lines(
+        cells[0],
+        [dict(color='white', width=3, alpha=0.7), dict(color=CATEGORIES[0], width=1.6)],
+    )
     out[f'said_{side}'] = Words(cells[0], (0, 1.02), 9)
-    for ax, c in zip(cells[1:], self.any.cameras): ax.set_title(c); out[f'{c}_{side}'] = Picture(ax, self.any.record[f'frames.{c}'].shape[1:3])
-    rows = down.subplots(3 if self.groups else 2, 1, sharex=True, height_ratios=[1.5, 1, 1][:3 if self.groups else 2])
-    end = (self.length - 1) / self.any.fps; colors = CATEGORIES
-    rows[0].set(xlim=(0, end), ylim=(-1.75, 1.75), ylabel='action'); rows[1].set(ylim=(-0.05, 1.3), ylabel='state / range'); rows[-1].set_xlabel('time / s')
+    for ax, c in zip(cells[1:], self.any.cameras):
+        ax.set_title(c)
+        out[f'{c}_{side}'] = Picture(ax, self.any.record[f'frames.{c}'].shape[1:3])
+    rows = down.subplots(
+        3 if self.groups else 2,
+        1,
+        sharex=True,
+        height_ratios=[1.5, 1, 1][: 3 if self.groups else 2],
+    )
+    end = (self.length - 1) / self.any.fps
+    colors = CATEGORIES
+    rows[0].set(xlim=(0, end), ylim=(-1.75, 1.75), ylabel='action')
+    rows[1].set(ylim=(-0.05, 1.3), ylabel='state / range')
+    rows[-1].set_xlabel('time / s')
     cursor = dict(color=INK, width=1)
-    out[f'action_{side}'] = Lines(rows[0], [dict(color=colors[k]) for k in range(self.d)] + [dict(color=colors[k], width=0, marker=3) for k in range(self.d)] + [dict(color=INK, width=0, marker=2.5)])
-    out[f'ahead_{side}'] = Lines(rows[0], [dict(color=colors[k], dash=True, width=1.2) for k in range(self.d)] + [cursor])
-    out[f'state_{side}'] = Lines(rows[1], [dict(color=colors[k]) for k in range(self.n)] + [cursor])
+    out[f'action_{side}'] = Lines(
+        rows[0],
+        [dict(color=colors[k]) for k in range(self.d)]
+        + [dict(color=colors[k], width=0, marker=3) for k in range(self.d)]
+        + [dict(color=INK, width=0, marker=2.5)],
+    )
+    out[f'ahead_{side}'] = Lines(
+        rows[0],
+        [dict(color=colors[k], dash=True, width=1.2) for k in range(self.d)] + [cursor],
+    )
+    out[f'state_{side}'] = Lines(
+        rows[1], [dict(color=colors[k]) for k in range(self.n)] + [cursor]
+    )
     for ax, names in ((rows[0], self.acts), (rows[1], self.states)):
-        for k, n in enumerate(names): ax.annotate(n.split(' / ')[0], (0.01 + 0.25 * k, 0.985), xycoords='axes fraction', va='top', color=colors[k], fontsize=7.5)
+        for k, n in enumerate(names):
+            ax.annotate(
+                n.split(' / ')[0],
+                (0.01 + 0.25 * k, 0.985),
+                xycoords='axes fraction',
+                va='top',
+                color=colors[k],
+                fontsize=7.5,
+            )
     if self.groups:
         rows[2].set(ylim=(0, 1.2), ylabel='mass')
-        for k, g in enumerate(self.groups): rows[2].annotate(g, (0.01 + 0.14 * k, 0.98), xycoords='axes fraction', va='top', color=colors[k % len(colors)], fontsize=7.5)
-        out[f'mass_{side}'] = Lines(rows[2], [dict(color=colors[k % len(colors)]) for k in range(len(self.groups))] + [cursor])
+        for k, g in enumerate(self.groups):
+            rows[2].annotate(
+                g,
+                (0.01 + 0.14 * k, 0.98),
+                xycoords='axes fraction',
+                va='top',
+                color=colors[k % len(colors)],
+                fontsize=7.5,
+            )
+        out[f'mass_{side}'] = Lines(
+            rows[2],
+            [dict(color=colors[k % len(colors)]) for k in range(len(self.groups))]
+            + [cursor],
+        )
     return out
 
 # %% ../../nbs/18_rollouts.ipynb #93da6bec
@@ -108,88 +250,215 @@ def side(self: RolloutPanels, side: str, fig) -> dict:
 def data(self: RolloutPanels, tick: int, left: str, right: str) -> dict:
     return self.one('a', tick, left) | self.one('b', tick, right)
 
+# %% ../../nbs/18_rollouts.ipynb #1a112507
 @patch
 def one(self: RolloutPanels, side: str, tick: int, name: str) -> dict:
     "Data of one side; after the end of an episode its last tick stays."
-    r = self.recordings[name]; t = min(tick, len(r) - 1); now, still = r.seconds(t), self.still(name)
-    big = r.record['scene' if 'scene' in self.any.record else f'frames.{r.cameras[0]}'] if 'scene' in r.record else self.enlarge(r.record[f'frames.{r.cameras[0]}'])
+    r = self.recordings[name]
+    t = min(tick, len(r) - 1)
+    now, still = r.seconds(t), self.still(name)
+    big = (
+        r.record['scene' if 'scene' in self.any.record else f'frames.{r.cameras[0]}']
+        if 'scene' in r.record
+        else self.enlarge(r.record[f'frames.{r.cameras[0]}'])
+    )
     plan, shape = plan_at(r, t), big.shape[1:3]
-    ahead = [np.zeros((0, 2))] * self.d if plan is None else [np.stack([(plan[0] + np.arange(len(plan[1]))) / r.fps, y], 1) for y in plan[1].T]
+    ahead = (
+        [np.zeros((0, 2))] * self.d
+        if plan is None
+        else [
+            np.stack([(plan[0] + np.arange(len(plan[1]))) / r.fps, y], 1) for y in plan[1].T
+        ]
+    )
     way = np.zeros((0, 2))
-    if plan is not None and f'camera.{r.cameras[0]}' in r.record and self.paths: way = project(self.paths(r.record['state'][plan[0]][:3].astype(float), plan[1].astype(float)), r.record[f'camera.{r.cameras[0]}'], shape) - 0.5
+    if plan is not None and f'camera.{r.cameras[0]}' in r.record and self.paths:
+        way = (
+            project(
+                self.paths(
+                    r.record['state'][plan[0]][:3].astype(float), plan[1].astype(float)
+                ),
+                r.record[f'camera.{r.cameras[0]}'],
+                shape,
+            )
+            - 0.5
+        )
     past = [f'{r.seconds(k):.1f} s {what}' for k, what in events(r) if k <= t]
     over = ' (over)' if tick >= len(r) else ''
-    out = {f'scene_{side}': big[t], f'plan_{side}': [way, way], f'said_{side}': f'{name}, {now:.1f} s{over}' + (f'; {past[-1]}' if past else ''), f'action_{side}': still['action']}
+    out = {
+        f'scene_{side}': big[t],
+        f'plan_{side}': [way, way],
+        f'said_{side}': f'{name}, {now:.1f} s{over}' + (f'; {past[-1]}' if past else ''),
+        f'action_{side}': still['action'],
+    }
     out |= {f'{c}_{side}': r.record[f'frames.{c}'][t] for c in r.cameras}
     cursor = lambda low, high: np.array([[now, low], [now, high]])
-    out |= {f'ahead_{side}': [*ahead, cursor(-2, 2)], f'state_{side}': [*still['state'], cursor(-1, 2)]}
+    out |= {
+        f'ahead_{side}': [*ahead, cursor(-2, 2)],
+        f'state_{side}': [*still['state'], cursor(-1, 2)],
+    }
     return out | ({f'mass_{side}': [*still['mass'], cursor(-1, 2)]} if self.groups else {})
 
+# %% ../../nbs/18_rollouts.ipynb #0c7daf86
 @patch
 def enlarge(self: RolloutPanels, film: np.ndarray) -> np.ndarray:
     "Frames at the size of the scene's, for a recording without a scene."
-    if 'scene' not in self.any.record: return film
+    if 'scene' not in self.any.record:
+        return film
     k = self.any.record['scene'].shape[1] // film.shape[1]
     return film.repeat(k, 1).repeat(k, 2)
 
 # %% ../../nbs/18_rollouts.ipynb #169e3cb8
-def rollout_explorer(recordings: dict[str, Recording], films: dict[str, AttentionFilm] | None = None, executed=carried_out, paths=hand_paths) -> Explorer:
-    """A player of recordings of one episode under several policies. `films`: attention along some of them, by the same names.
+def rollout_explorer(
+    recordings: dict[str, Recording],
+    films: dict[str, AttentionFilm] | None = None,
+    executed=carried_out,
+    paths=hand_paths,
+) -> Explorer:
+    """A player of recordings of one episode under several policies. `films`: attention
+    along some of them, by the same names.
 
-    `executed(recording) -> (T - 1, k)`: what came of the first k action dimensions, or None; `paths`: see `halo.viz.denoising`. Raises `ValueError` without recordings or for such of different cameras.
+    `executed(recording) -> (T - 1, k)`: what came of the first k action dimensions, or
+    None; `paths`: see `halo.viz.denoising`. Raises `ValueError` without recordings or for
+    such of different cameras.
     """
-    if not recordings: raise ValueError("there is no recording to play; give {name: Recording}")
-    if len({tuple(r.cameras) for r in recordings.values()}) > 1: raise ValueError(f"the recordings have different cameras: { {n: r.cameras for n, r in recordings.items()} }; play them apart")
+    if not recordings:
+        raise ValueError("there is no recording to play; give {name: Recording}")
+    if len({tuple(r.cameras) for r in recordings.values()}) > 1:
+        raise ValueError(
+            "the recordings have different cameras:"
+            f" { {n: r.cameras for n, r in recordings.items()} }; play them apart"
+        )
     p, names = RolloutPanels(recordings, films or {}, executed, paths), tuple(recordings)
-    controls = [Control('tick', 'time', tuple(range(p.length)), tuple(f'{t / p.any.fps:.1f} s' for t in range(p.length)), play=True),
-                Control('left', 'left', names, kind='choice'), Control('right', 'right', names, kind='choice', start=min(1, len(names) - 1))]
+    controls = [
+        Control(
+            'tick',
+            'time',
+            tuple(range(p.length)),
+            tuple(f'{t / p.any.fps:.1f} s' for t in range(p.length)),
+            play=True,
+        ),
+        Control('left', 'left', names, kind='choice'),
+        Control('right', 'right', names, kind='choice', start=min(1, len(names) - 1)),
+    ]
     return Explorer('Rollouts side by side', controls, p.layout, p.data, size=(11, 6.4))
 
 # %% ../../nbs/18_rollouts.ipynb #663e3f87
 def _png(image: np.ndarray) -> bytes:
-    out = io.BytesIO(); Image.fromarray(image).save(out, 'PNG', compress_level=6)
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, 'PNG', compress_level=6)
     return out.getvalue()
+
 
 def need_rerun():
     "The Rerun SDK. Raises `ImportError` with the way to get it."
-    try: import rerun
-    except ImportError as e: raise ImportError("the Rerun export needs rerun-sdk: pip install 'lerobot_policy_halo[viz]'") from e
+    try:
+        import rerun
+    except ImportError as e:
+        raise ImportError(
+            "the Rerun export needs rerun-sdk: pip install 'lerobot_policy_halo[viz]'"
+        ) from e
     return rerun
 
-def to_rerun(rec: Recording, path: str | Path, film: AttentionFilm | None = None, paths=hand_paths) -> Path:
-    "Write a recording as a Rerun file (.rrd): cameras without loss, states, actions, plans, events and, with `film`, attention. Open it with `rerun FILE`."
-    rr = need_rerun(); path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    stream, part = rr.RecordingStream('halo', recording_id=f'{rec.policy}-{rec.seed}'), path.with_name(path.name + '.part')
+# %% ../../nbs/18_rollouts.ipynb #e842863d
+def to_rerun(
+    rec: Recording, path: str | Path, film: AttentionFilm | None = None, paths=hand_paths
+) -> Path:
+    """Write a recording as a Rerun file (.rrd): cameras without loss, states, actions,
+    plans, events and, with `film`, attention. Open it with `rerun FILE`.
+    """
+    rr = need_rerun()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream, part = (
+        rr.RecordingStream('halo', recording_id=f'{rec.policy}-{rec.seed}'),
+        path.with_name(path.name + '.part'),
+    )
     stream.save(str(part))
-    stream.log('task', rr.TextDocument(f'{rec.task}\n\npolicy {rec.policy}, seed {rec.seed}, ' + {True: 'success', False: 'failure', None: 'no verdict'}[rec.success]), static=True)
-    for entity, key in (('observation.state', 'state'), ('action', 'action')): stream.log(entity, rr.SeriesLines(names=rec.meta.get(key, [])), static=True)
-    for tick in range(len(rec)): log_tick(rr, stream, rec, tick, film, paths)
-    stream.send_blueprint(blueprint(rec, film)); stream.flush(); stream.disconnect()
+    stream.log(
+        'task',
+        rr.TextDocument(
+            f'{rec.task}\n\npolicy {rec.policy}, seed {rec.seed}, '
+            + {True: 'success', False: 'failure', None: 'no verdict'}[rec.success]
+        ),
+        static=True,
+    )
+    for entity, key in (('observation.state', 'state'), ('action', 'action')):
+        stream.log(entity, rr.SeriesLines(names=rec.meta.get(key, [])), static=True)
+    for tick in range(len(rec)):
+        log_tick(rr, stream, rec, tick, film, paths)
+    stream.send_blueprint(blueprint(rec, film))
+    stream.flush()
+    stream.disconnect()
     part.replace(path)
     return path
 
 # %% ../../nbs/18_rollouts.ipynb #a9895bef
-def log_tick(rr, stream, rec: Recording, tick: int, film: AttentionFilm | None, paths) -> None:
+def log_tick(
+    rr, stream, rec: Recording, tick: int, film: AttentionFilm | None, paths
+) -> None:
     "One control tick of a recording."
-    stream.set_time('tick', sequence=tick); stream.set_time('time', duration=rec.seconds(tick))
-    for c in rec.cameras: stream.log(f'observation.images.{c}', rr.EncodedImage(contents=_png(rec.record[f'frames.{c}'][tick]), media_type='image/png'))
-    if 'scene' in rec.record: stream.log('scene', rr.Image(rec.record['scene'][tick]).compress(jpeg_quality=85))
-    stream.log('observation.state', rr.Scalars(rec.record['state'][tick].astype(float))); stream.log('action', rr.Scalars(rec.record['action'][tick].astype(float)))
+    stream.set_time('tick', sequence=tick)
+    stream.set_time('time', duration=rec.seconds(tick))
+    for c in rec.cameras:
+        stream.log(
+            f'observation.images.{c}',
+            rr.EncodedImage(
+                contents=_png(rec.record[f'frames.{c}'][tick]), media_type='image/png'
+            ),
+        )
+    if 'scene' in rec.record:
+        stream.log('scene', rr.Image(rec.record['scene'][tick]).compress(jpeg_quality=85))
+    stream.log('observation.state', rr.Scalars(rec.record['state'][tick].astype(float)))
+    stream.log('action', rr.Scalars(rec.record['action'][tick].astype(float)))
     for t, what in events(rec):
-        if t == tick: stream.log('events', rr.TextLog(what))
+        if t == tick:
+            stream.log('events', rr.TextLog(what))
     plan, c = plan_at(rec, tick), rec.cameras[0]
     if plan is not None and plan[0] == tick and f'camera.{c}' in rec.record and paths:
-        way = project(paths(rec.record['state'][tick][:3].astype(float), plan[1].astype(float)), rec.record[f'camera.{c}'], rec.record[f'frames.{c}'].shape[1:3])
-        stream.log(f'observation.images.{c}/plan', rr.LineStrips2D([way[np.isfinite(way).all(1)]], colors=[[0, 114, 178]]))
+        way = project(
+            paths(rec.record['state'][tick][:3].astype(float), plan[1].astype(float)),
+            rec.record[f'camera.{c}'],
+            rec.record[f'frames.{c}'].shape[1:3],
+        )
+        stream.log(
+            f'observation.images.{c}/plan',
+            rr.LineStrips2D([way[np.isfinite(way).all(1)]], colors=[[0, 114, 178]]),
+        )
     if film is not None and tick in film.ticks:
-        rows = film.row(tick, 'raw', film.policy.config.model.text.layers // 2, -1, film.policy.config.model.flow.steps - 1, -1); att = film.at(tick)
-        for k, cam in enumerate(rec.cameras): stream.log(f'observation.images.{cam}/attention', rr.Image(heat_rgba(image_heat(att, rows)[f'view{k}'][0], rec.record[f'frames.{cam}'].shape[1:3])))
+        rows = film.row(
+            tick,
+            'raw',
+            film.policy.config.model.text.layers // 2,
+            -1,
+            film.policy.config.model.flow.steps - 1,
+            -1,
+        )
+        att = film.at(tick)
+        for k, cam in enumerate(rec.cameras):
+            stream.log(
+                f'observation.images.{cam}/attention',
+                rr.Image(
+                    heat_rgba(
+                        image_heat(att, rows)[f'view{k}'][0],
+                        rec.record[f'frames.{cam}'].shape[1:3],
+                    )
+                ),
+            )
         from halo.viz.attention import masses
-        for g, m in masses(att, rows).items(): stream.log(f'attention/{g}', rr.Scalars(m))
 
+        for g, m in masses(att, rows).items():
+            stream.log(f'attention/{g}', rr.Scalars(m))
+
+# %% ../../nbs/18_rollouts.ipynb #0037f585
 def heat_rgba(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    "Weights (h, w) as a picture (H, W, 4) uint8 to lay over a frame, each token a flat rectangle, opacity by its share of the brightest."
-    rgba = (fading('inferno', 0.75, 1.6)(heat / max(heat.max(), 1e-12)) * 255).round().astype(np.uint8)
+    """Weights (h, w) as a picture (H, W, 4) uint8 to lay over a frame, each token a flat
+    rectangle, opacity by its share of the brightest.
+    """
+    rgba = (
+        (fading('inferno', 0.75, 1.6)(heat / max(heat.max(), 1e-12)) * 255)
+        .round()
+        .astype(np.uint8)
+    )
     rows, cols = (np.arange(n) * g // n for n, g in zip(size, heat.shape))
     return rgba[rows][:, cols]
 
@@ -197,52 +466,123 @@ def heat_rgba(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def blueprint(rec: Recording, film) -> object:
     "How Rerun lays the recording out: pictures above, lines below."
     import rerun.blueprint as rrb
-    pictures = [rrb.Spatial2DView(origin=e, name=e.split('.')[-1]) for e in (['scene'] if 'scene' in rec.record else []) + [f'observation.images.{c}' for c in rec.cameras]]
-    lines = [rrb.TimeSeriesView(origin=e, name=e) for e in ('action', 'observation.state') + (('attention',) if film is not None else ())]
-    return rrb.Blueprint(rrb.Vertical(rrb.Horizontal(*pictures), rrb.Horizontal(*lines), rrb.Horizontal(rrb.TextDocumentView(origin='task'), rrb.TextLogView(origin='events')), row_shares=[3, 2, 1]), collapse_panels=True)
+
+    pictures = [
+        rrb.Spatial2DView(origin=e, name=e.split('.')[-1])
+        for e in (['scene'] if 'scene' in rec.record else [])
+        + [f'observation.images.{c}' for c in rec.cameras]
+    ]
+    lines = [
+        rrb.TimeSeriesView(origin=e, name=e)
+        for e in ('action', 'observation.state')
+        + (('attention',) if film is not None else ())
+    ]
+    return rrb.Blueprint(
+        rrb.Vertical(
+            rrb.Horizontal(*pictures),
+            rrb.Horizontal(*lines),
+            rrb.Horizontal(
+                rrb.TextDocumentView(origin='task'), rrb.TextLogView(origin='events')
+            ),
+            row_shares=[3, 2, 1],
+        ),
+        collapse_panels=True,
+    )
 
 # %% ../../nbs/18_rollouts.ipynb #eaaf00c1
 class AttentionOverlay:
-    """Within `with AttentionOverlay(policy) as viz:`, each model call of the policy keeps its attention; `viz.log_overlay(obs)` then streams to Rerun.
+    """Within `with AttentionOverlay(policy) as viz:`, each model call of the policy keeps
+    its attention; `viz.log_overlay(obs)` then streams to Rerun.
 
-    `layer`: which expert layer (None: the middle one); weights are means over heads, action steps and denoising steps.
+    `layer`: which expert layer (None: the middle one); weights are means over heads, action
+    steps and denoising steps.
     """
+
     def __init__(self, policy, layer: int | None = None):
-        self.policy, self.layer, self.heat = policy, policy.config.model.text.layers // 2 if layer is None else layer, {}
+        self.policy, self.layer, self.heat = (
+            policy,
+            policy.config.model.text.layers // 2 if layer is None else layer,
+            {},
+        )
 
     def __enter__(self):
-        self._watch = watch_attention(self.policy.model); self._seen = self._watch.__enter__()
+        self._watch = watch_attention(self.policy.model)
+        self._seen = self._watch.__enter__()
         original = type(self.policy).denoise
+
         def denoise(obs, *args, **kwargs):
             for layers in self._seen:
-                for calls in layers: calls.clear()
+                for calls in layers:
+                    calls.clear()
             out = original(self.policy, obs, *args, **kwargs)
             self._keep(obs)
             return out
+
         self.policy.denoise = denoise
         return self
 
-    def __exit__(self, *error): del self.policy.denoise; return self._watch.__exit__(*error)
+    def __exit__(self, *error):
+        del self.policy.denoise
+        return self._watch.__exit__(*error)
 
     def _keep(self, obs) -> None:
         "Heat of the first row's image tokens: name -> (t, h, w)."
-        cfg = self.policy.config.model; packed = pack(obs, cfg)
-        seen = self._seen[1][self.layer]; keys = max(x.shape[3] for x in seen)        # the state token's own pass sees no actions
-        w = torch.stack([x[0, :, -cfg.chunk:] for x in seen if x.shape[3] == keys]).mean((0, 1, 2)).cpu().numpy()
-        row = packed.groups[0]; one = pack(type(obs)(*(([v[:1] for v in x] if isinstance(x, list) else x[:1]) for x in vars(obs).values())), cfg) if len(obs) > 1 else packed
+        cfg = self.policy.config.model
+        packed = pack(obs, cfg)
+        # the state token's own pass sees no actions
+        seen = self._seen[1][self.layer]
+        keys = max(x.shape[3] for x in seen)
+        w = (
+            torch.stack([x[0, :, -cfg.chunk :] for x in seen if x.shape[3] == keys])
+            .mean((0, 1, 2))
+            .cpu()
+            .numpy()
+        )
+        row = packed.groups[0]
+        one = (
+            pack(
+                type(obs)(
+                    *(
+                        ([v[:1] for v in x] if isinstance(x, list) else x[:1])
+                        for x in vars(obs).values()
+                    )
+                ),
+                cfg,
+            )
+            if len(obs) > 1
+            else packed
+        )
         self.heat = {n: w[row[n]].reshape(g) for n, g in grids(one).items()}
 
 # %% ../../nbs/18_rollouts.ipynb #ca660adc
 @patch
-def log_overlay(self: AttentionOverlay, obs: dict, prefix: str = 'attention', recording=None) -> int:
-    "Stream `prefix/CAMERA/image`, `/attention` and `/overlay` for the cameras found in `obs` (name -> (H, W, 3) uint8) since the last model call; returns how many. Nothing to do: 0."
+def log_overlay(
+    self: AttentionOverlay, obs: dict, prefix: str = 'attention', recording=None
+) -> int:
+    """Stream `prefix/CAMERA/image`, `/attention` and `/overlay` for the cameras found in
+    `obs` (name -> (H, W, 3) uint8) since the last model call; returns how many. Nothing to
+    do: 0.
+    """
     rr, done = need_rerun(), 0
     for k, camera in enumerate(self.policy.cameras):
-        name = camera.split('.')[-1]; image = obs.get(name, obs.get(camera)); heat = self.heat.get(f'view{k}')
-        if heat is None or image is None: continue
-        if image.dtype != np.uint8 or image.ndim != 3: raise ValueError(f"image {name!r} has shape {image.shape} and type {image.dtype}; give (H, W, 3) uint8")
-        rgba = heat_rgba(heat[0], image.shape[:2]); a = rgba[..., 3:] / 255
-        for what, picture in (('image', image), ('attention', rgba), ('overlay', (image * (1 - a) + rgba[..., :3] * a).round().astype(np.uint8))): rr.log(f'{prefix}/{name}/{what}', rr.Image(picture), recording=recording)
+        name = camera.split('.')[-1]
+        image = obs.get(name, obs.get(camera))
+        heat = self.heat.get(f'view{k}')
+        if heat is None or image is None:
+            continue
+        if image.dtype != np.uint8 or image.ndim != 3:
+            raise ValueError(
+                f"image {name!r} has shape {image.shape} and type {image.dtype}; give (H,"
+                " W, 3) uint8"
+            )
+        rgba = heat_rgba(heat[0], image.shape[:2])
+        a = rgba[..., 3:] / 255
+        for what, picture in (
+            ('image', image),
+            ('attention', rgba),
+            ('overlay', (image * (1 - a) + rgba[..., :3] * a).round().astype(np.uint8)),
+        ):
+            rr.log(f'{prefix}/{name}/{what}', rr.Image(picture), recording=recording)
         done += 1
     self.heat = {}
     return done

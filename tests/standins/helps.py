@@ -1,4 +1,7 @@
-"Run commands that print their help, each in a fork of one process that has imported what most of them import."
+"""Run commands that print their help, each in a fork of one process that has imported what
+most of them import.
+"""
+
 import io
 import os
 import runpy
@@ -21,6 +24,7 @@ def carry_out(words):
     program, *rest = words
     if program == 'halo':
         from halo.cli import main
+
         sys.argv = words
         sys.exit(main())
     if program != 'python':

@@ -1,4 +1,5 @@
 "In the place of Hydra and CALVIN: the table's shapes, in which nothing ever succeeds."
+
 import contextlib
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import numpy as np
 
 class Table:
     "What halo.calvin asks of calvin_env's environment."
+
     def reset(self, robot_obs, scene_obs):
         self.ticks, self.rng = 0, np.random.default_rng(0)
         return self.seen()
@@ -27,6 +29,7 @@ class Table:
 
 class Tasks:
     "No instruction is ever carried out."
+
     def get_task_info_for_set(self, before, now, tasks):
         return set()
 

@@ -3,6 +3,7 @@ from halo.serve import PolicyClient
 
 class WebsocketClientPolicy:
     "The interface of openpi's client."
+
     def __init__(self, host, port, api_key=None):
         address = f'{host}:{port}' if '://' in host else f'ws://{host}:{port}'
         self.client = PolicyClient(address, api_key)

@@ -1,4 +1,5 @@
 "In the place of MIKASA-Robo: its shapes, in an episode of three ticks."
+
 import gymnasium as gym
 import numpy as np
 import torch
