@@ -8,7 +8,7 @@ RUN := scripts/env.sh
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 FLAGS ?=
 ARGS ?=
-# What is tested, all by default: make test NB=nbs/04_flow.ipynb TESTS="tests/test_salr.py -k fused"
+# What is tested, all by default: make test NB=nbs/method/04_flow.ipynb TESTS="tests/test_salr.py -k fused"
 NB ?=
 TESTS ?=
 
@@ -26,10 +26,10 @@ system: $(STAMP) ## find or install a library that renders MuJoCo without a scre
 	@$(PY) scripts/system.py
 
 demo: system ## record, evaluate and report the demonstration task (ARGS="..." is passed on)
-	@$(OFFLINE) $(RUN) python -m halo.demo $(ARGS)
+	@$(OFFLINE) $(RUN) python -m halo.studies.demo $(ARGS)
 
 demo-train: system ## the demonstration with a policy trained from nothing
-	@$(OFFLINE) $(RUN) python -m halo.demo --train-from-scratch $(ARGS)
+	@$(OFFLINE) $(RUN) python -m halo.studies.demo --train-from-scratch $(ARGS)
 
 test: system ## every gate, notebook and test that needs neither a GPU nor patience
 	@$(PY) scripts/gates.py

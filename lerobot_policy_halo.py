@@ -5,7 +5,7 @@ LeRobot imports this module because the distribution has the same name; the impo
 of the chapter on your own robot, so that its commands need no further flag.
 """
 
-import halo.configuration_halo  # noqa: F401
-import halo.envs  # noqa: F401
-import halo.processor_halo  # noqa: F401
-import halo.twoarms  # noqa: F401
+import halo.deploy.twoarms  # noqa: F401
+import halo.policy.configuration_halo  # noqa: F401
+import halo.policy.processor_halo  # noqa: F401
+import halo.sim.flash_place  # noqa: F401

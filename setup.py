@@ -2,7 +2,7 @@
 settings.ini.
 
 A wheel has no repository around it: what HALO reads besides its modules
-(`halo.files.SHIPS`) is
+(`halo.data.files.SHIPS`) is
 copied into halo/shipped while it is built. An editable installation reads the repository
 itself.
 """
@@ -17,7 +17,7 @@ from setuptools.command.build_py import build_py
 
 root = Path(__file__).resolve().parent
 sys.path.insert(0, str(root))
-from halo.files import SHIPS  # noqa: E402 - the standard library only
+from halo.data.files import SHIPS  # noqa: E402 - the standard library only
 
 ini = ConfigParser(delimiters=['='])
 ini.read(root / 'settings.ini', encoding='utf-8')

@@ -15,7 +15,7 @@ sys.path[0] = str(home)  # for a moment, in place of this folder
 
 # what lies beside halo (a wheel's site-packages) is not for this interpreter
 del sys.path[0]
-from halo.memory import main  # noqa: E402 - imports numpy and the standard library only
+from halo.benchmarks.memory import main  # noqa: E402 - imports numpy and the standard library only
 
 if __name__ == '__main__':
     main()

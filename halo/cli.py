@@ -27,24 +27,24 @@ class Command:
 # %% ../nbs/25_cli.ipynb #76a84da1
 COMMANDS = {
     'plan': Command(
-        'halo.plan', 'memory, time and days of a training run, and the rate of inference'
+        'halo.train.plan', 'memory, time and days of a training run, and the rate of inference'
     ),
     'check': Command(
-        'halo.check', 'what is wrong with a dataset, and the command to train on it'
+        'halo.train.check', 'what is wrong with a dataset, and the command to train on it'
     ),
-    'train': Command('halo.scale', 'pretrain or fine-tune, on one process or many'),
+    'train': Command('halo.train.scale', 'pretrain or fine-tune, on one process or many'),
     'mixture': Command(
-        'halo.mixture', 'check a mixture of data sets, compute its statistics'
+        'halo.data.mixture', 'check a mixture of data sets, compute its statistics'
     ),
-    'serve': Command('halo.serve', 'serve a policy to robots and simulators'),
-    'evaluate': Command('halo.benchmarks', 'success rates on simulated benchmarks', 'sim'),
-    'reproduce': Command('halo.tables', "the paper's tables beside our own numbers"),
-    'bench': Command('halo.bench', 'speed: every performance claim is one of its commands'),
+    'serve': Command('halo.deploy.serve', 'serve a policy to robots and simulators'),
+    'evaluate': Command('halo.benchmarks.suite', 'success rates on simulated benchmarks', 'sim'),
+    'reproduce': Command('halo.benchmarks.tables', "the paper's tables beside our own numbers"),
+    'bench': Command('halo.studies.bench', 'speed: every performance claim is one of its commands'),
     'files': Command(
-        'halo.files', 'what comes with HALO: configurations, policies, clients, and where'
+        'halo.data.files', 'what comes with HALO: configurations, policies, clients, and where'
     ),
     'demo': Command(
-        'halo.demo', 'the demonstration: train, run and see a small HALO', 'sim'
+        'halo.studies.demo', 'the demonstration: train, run and see a small HALO', 'sim'
     ),
 }
 

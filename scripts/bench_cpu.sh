@@ -2,7 +2,7 @@
 # Every bench on a CPU, into a JSON file; about an hour and a half on one core (OMP_NUM_THREADS says how many are used); int8 needs `pip install -e ".[int8]"`: scripts/bench_cpu.sh bench/cpu.json
 set -eu
 out=${1:?usage: scripts/bench_cpu.sh FILE.json}
-bench() { echo "== $*"; python -m halo.bench "$@" --device cpu --out "$out"; }
+bench() { echo "== $*"; python -m halo.studies.bench "$@" --device cpu --out "$out"; }
 bench salr --rounds 20
 bench tick --preset small --ticks 24
 bench share --preset small --rounds 20

@@ -40,7 +40,7 @@ def main():
         parser.error(f"{', '.join(unknown)}: choose from {', '.join(RUNS)}")
     import torch
 
-    from halo import bench
+    from halo.studies import bench
 
     failed = []
     for name in args.names or RUNS:

@@ -336,7 +336,7 @@ class Clone:
         shutil.copytree(self.shared / 'little', self.root / 'data/little')
 
     def make_demonstrations(self):
-        self.do('python -m halo.envs --root data/flash_place --episodes 1')
+        self.do('python -m halo.sim.flash_place --root data/flash_place --episodes 1')
 
     def make_run(self):
         self.need('data')
@@ -377,7 +377,7 @@ class Clone:
         )
         self.served, log = free_port(), self.top / 'served.log'
         process = self.start(
-            f'exec >"{log}" 2>&1\nexec python -m halo.serve --policy outputs/calvin_policy'
+            f'exec >"{log}" 2>&1\nexec python -m halo.deploy.serve --policy outputs/calvin_policy'
             f' --untrained --resize --port {self.served}'
         )
         self.servers.append(process)
@@ -395,7 +395,7 @@ class Clone:
         "A finished evaluation under the folders' names of LIBERO's."
         for name in ('libero', 'libero_pro'):
             self.do(
-                'python -m halo.benchmarks --benchmark flash_place --policy random:tiny'
+                'python -m halo.benchmarks.suite --benchmark flash_place --policy random:tiny'
                 f' --episodes 1 --out outputs/benchmarks/{name}'
             )
 
@@ -405,7 +405,7 @@ class Clone:
         sheet = dict(policies=dict(A='checkpoints/flash_place/full'), share=0.05)
         (self.root / 'sheet.json').write_text(json.dumps(sheet))
         self.python(
-            "import json\nfrom halo.robot import Sheet, sheet_key\nsheet ="
+            "import json\nfrom halo.benchmarks.robot import Sheet, sheet_key\nsheet ="
             " Sheet(**json.load(open('sheet.json')))\nscores = {'0': dict(steps=[False],"
             " seconds=3, note='dropped')}\njson.dump(dict(key=sheet_key(sheet),"
             " scores=scores), open('outputs/answers.json', 'w'))"

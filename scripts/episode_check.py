@@ -64,7 +64,7 @@ class Client:
     "Plays episodes over one connection and keeps what the server says about them."
 
     def __init__(self, address, run):
-        from halo.serve import PolicyClient
+        from halo.deploy.serve import PolicyClient
 
         self.run, self.connection = run, PolicyClient(address)
         self.warnings, self.begun, self.sent = [], [], 0
@@ -176,8 +176,8 @@ def main():
     args = p.parse_args()
     import torch
 
-    from halo.envs import EVAL_SEED, FlashPlaceEnv
-    from halo.evaluate import write_whole
+    from halo.sim.evaluate import write_whole
+    from halo.sim.flash_place import EVAL_SEED, FlashPlaceEnv
 
     torch.set_num_threads(1)
     execute = json.loads((root / args.policy / 'config.json').read_text())['n_action_steps']

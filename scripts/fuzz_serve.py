@@ -30,7 +30,7 @@ from websockets.sync.client import connect
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
-from halo.serve import PolicyClient, packb
+from halo.deploy.serve import PolicyClient, packb
 
 # MB that the server may hold more after the attack, and at most during it
 GROWTH, PEAK = 64, 256
@@ -493,7 +493,7 @@ def start_server(args):
     command = [
         sys.executable,
         '-m',
-        'halo.serve',
+        'halo.deploy.serve',
         '--policy',
         args.policy,
         '--port',

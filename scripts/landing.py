@@ -20,19 +20,19 @@ POLICIES = {
     'no_salr': 'HALO without SALR',
 }
 LOOKS = {
-    '15_masks': (
+    'viz/03_masks': (
         'Masks',
         'what SALR lets the expert read, layer by layer, and what the state changes',
     ),
-    '16_attention': (
+    'viz/04_attention': (
         'Attention',
         'where the expert looks, in the present views and into the past',
     ),
-    '17_denoising': (
+    'viz/05_denoising': (
         'Denoising',
         'sixteen noises on their way to a plan, and the error of each solver',
     ),
-    '18_rollouts': ('Rollouts', 'episodes of two policies, side by side on one time line'),
+    'viz/06_rollouts': ('Rollouts', 'episodes of two policies, side by side on one time line'),
 }
 
 
@@ -71,7 +71,7 @@ def panel(rec, name, label, tick, font, small):
     import numpy as np
     from PIL import Image, ImageDraw
 
-    from halo.sampling import history_ticks
+    from halo.method.sampling import history_ticks
     from halo.viz.denoising import hand_paths
     from halo.viz.recording import project
     from halo.viz.rollouts import plan_at

@@ -1,7 +1,7 @@
 """Drive HALO with the stock `openpi-client` from a virtual environment of its own through
 episodes of the demonstration task, and compare with the same episodes in-process.
 
-Three processes: the policy server (`python -m halo.serve`), the stock client (an
+Three processes: the policy server (`python -m halo.deploy.serve`), the stock client (an
 environment with numpy < 2; it relays what it gets over a pipe), and this one, which runs
 the simulator and the comparison.
 Exit status 1 unless success and every executed action are equal.
@@ -74,7 +74,7 @@ def served(policy, *more):
         [
             sys.executable,
             '-m',
-            'halo.serve',
+            'halo.deploy.serve',
             '--policy',
             str(policy),
             '--port',
@@ -93,7 +93,7 @@ def served(policy, *more):
         found = re.search(r'ws://([\d.]+):(\d+)', line)
         if not found:
             raise SystemExit(
-                f'the server did not start: {line or "no output"} (python -m halo.serve'
+                f'the server did not start: {line or "no output"} (python -m halo.deploy.serve'
                 f' --policy {policy})'
             )
         yield found.groups()
@@ -106,7 +106,7 @@ class Stock:
     "The stock client at the other end of a pipe."
 
     def __init__(self, python, host, port):
-        from halo.serve import packb, unpackb
+        from halo.deploy.serve import packb, unpackb
 
         self.pack, self.unpack = packb, unpackb
         self.process = subprocess.Popen(
@@ -224,8 +224,8 @@ def main():
     import numpy as np
     import torch
 
-    from halo.envs import EVAL_SEED, FlashPlaceEnv, FlashPlaceEnvConfig
-    from halo.evaluate import evaluate, load_policy, write_whole
+    from halo.sim.evaluate import evaluate, load_policy, write_whole
+    from halo.sim.flash_place import EVAL_SEED, FlashPlaceEnv, FlashPlaceEnvConfig
 
     torch.set_num_threads(1)
     seeds, parts = (

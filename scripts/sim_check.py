@@ -1,7 +1,7 @@
 """Play a simulator that lives in an environment of its own through the policy server, with
 an untrained HALO of that robot's shapes: a check of the machinery, never a result.
 
-Two processes: `python -m halo.serve --untrained`, and the simulator's client under the
+Two processes: `python -m halo.deploy.serve --untrained`, and the simulator's client under the
 interpreter of its own environment (configs/requirements/). What follows `--` goes to the
 client.
 Exit status 1 unless the client ends well, plays every episode, and names the random weights
@@ -34,7 +34,7 @@ SHAPES = {
 
 def make_policy(folder, client, preset):
     "Write an untrained HALO with a client's shapes to `folder`, as training would."
-    from halo.benchmarks import random_policy
+    from halo.benchmarks.suite import random_policy
 
     s = SHAPES[client]
     robot = SimpleNamespace(
@@ -69,7 +69,7 @@ def keep(path, client, out):
     """Put episodes and conventions of a client's result file into the file `path` of all
     simulators, under the client's name.
     """
-    from halo.evaluate import write_whole
+    from halo.sim.evaluate import write_whole
 
     kept, d = (
         json.loads(path.read_text()) if path.exists() else {},

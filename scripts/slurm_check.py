@@ -253,7 +253,7 @@ def check(place: Path, steps: int = 24, time_limit: bool = False) -> dict:
     from safetensors.torch import load_file
     from test_scale import quiet, record, torchrun
 
-    from halo.scale import read_rows
+    from halo.train.scale import read_rows
 
     record(place / 'data', (20, 24))
     # only a warning saves before the end

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from halo import baselines as B
-from halo.config import preset
-from halo.data import HistoryDataset
-from halo.envs import dataset_features
-from halo.train import TrainConfig
+from halo.data.history import HistoryDataset
+from halo.method.config import preset
+from halo.sim.flash_place import dataset_features
+from halo.studies import baselines as B
+from halo.train.loop import TrainConfig
 
 needs = {'diffusion': 'diffusers', 'smolvla': 'num2words'}
 NAMES = [

@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from halo.benchmarks import (
+from halo.benchmarks.suite import (
     Benchmark,
     Journal,
     Plan,
@@ -32,7 +32,7 @@ from halo.benchmarks import (
     run_plan,
     write_video,
 )
-from halo.evaluate import sha256
+from halo.sim.evaluate import sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_libero = pytest.mark.skipif(
@@ -248,7 +248,7 @@ class Behind:
         import torch
         from lerobot.envs.utils import preprocess_observation
 
-        from halo.benchmarks import batch_noise, batched
+        from halo.benchmarks.suite import batch_noise, batched
 
         p = self.player
         batch = preprocess_observation(
@@ -327,7 +327,7 @@ def test_killed_at_random_points_resumes_to_the_same_bytes(tmp_path):
     command = lambda out: [
         sys.executable,
         '-m',
-        'halo.benchmarks',
+        'halo.benchmarks.suite',
         '--policy',
         str(ROOT / 'checkpoints/flash_place/full'),
         '--episodes',
@@ -405,7 +405,7 @@ def test_libero_is_what_lerobot_shows():
     from lerobot.envs.factory import make_env_pre_post_processors
     from lerobot.envs.utils import preprocess_observation
 
-    from halo.benchmarks import batched
+    from halo.benchmarks.suite import batched
 
     bench = open_benchmark('libero', size=64, quality='plain')
     assert len(bench.tasks) == 40
@@ -434,7 +434,7 @@ def test_libero_is_what_lerobot_shows():
     ],
 )
 def test_libero_success_fires_with_its_goal_only(task):
-    from halo.benchmarks import prove_success
+    from halo.benchmarks.suite import prove_success
 
     r = prove_success(open_benchmark('libero', size=32, quality='plain'), task)
     assert r['reported'] == [False, True] and not r['near_miss']

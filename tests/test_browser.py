@@ -10,7 +10,7 @@ import torch
 from browser import Lab, Live, Watched, chromium, root, run_all
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
-from halo.evaluate import load_policy, observation_at
+from halo.sim.evaluate import load_policy, observation_at
 from halo.viz.attention import AttentionFilm, attention_explorer, groups_of
 from halo.viz.denoising import denoising_explorer
 from halo.viz.explorer import CATEGORIES, SIGNED
@@ -59,7 +59,7 @@ def opened(browser, tmp_path_factory):
     lab, pages = (
         Lab(
             tmp_path_factory.mktemp('lab'),
-            [f'{n}.ipynb' for n in ('15_masks', '16_attention', '17_denoising')],
+            [f'{n}.ipynb' for n in ('viz/03_masks', 'viz/04_attention', 'viz/05_denoising')],
             leave_out=('.static(',),
         ),
         {},
@@ -97,7 +97,7 @@ def pixel(panel, xy, image):
 
 
 def test_masks_in_jupyterlab(opened):
-    page = opened('15_masks.ipynb')
+    page = opened('viz/03_masks.ipynb')
     p, pre, post = policy('full')
     explorer, live = (
         mask_explorer(mask_film(shipped / 'full'), p.config.model.text.mrope_section),
@@ -140,7 +140,7 @@ def test_masks_in_jupyterlab(opened):
 
 
 def test_state_in_jupyterlab(opened):
-    page = opened('15_masks.ipynb')
+    page = opened('viz/03_masks.ipynb')
     p, pre, post = policy('full')
     rec = recording('full')
     explorer, live = (
@@ -210,7 +210,7 @@ def attention_by_hand(p, obs, noise, layer):
 
 
 def test_attention_in_jupyterlab(opened):
-    page = opened('16_attention.ipynb')
+    page = opened('viz/04_attention.ipynb')
     p, pre, post = policy('full')
     rec = recording('full')
     film = AttentionFilm(p, pre, post, rec)
@@ -260,7 +260,7 @@ def test_attention_in_jupyterlab(opened):
 
 
 def test_denoising_in_jupyterlab(opened):
-    page = opened('17_denoising.ipynb')
+    page = opened('viz/05_denoising.ipynb')
     rec = recording('expert')
     policies = {n: policy(n) for n in ('full', 'no_history')}
     explorer, live = denoising_explorer(policies, rec), Live(page, 'From noise to a plan')

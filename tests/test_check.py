@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from halo import check, cli
-from halo.check import Case, examine
+from halo import cli
+from halo.train.check import Case, examine
+from halo.train import check
 
 FRONT, WRIST = 'observation.images.front', 'observation.images.wrist'
 DATA, EPISODES = (f'{k}/chunk-000/file-000.parquet' for k in ('data', 'meta/episodes'))
@@ -26,7 +27,7 @@ TASKS = 'meta/tasks.parquet'
 def record(root, seconds=(2.4, 2.0, 2.8), fps=10, state=6, action=6):
     from lerobot.configs.video import RGBEncoderConfig
 
-    from halo.mixture import record_clock, silent
+    from halo.data.mixture import record_clock, silent
 
     with silent():
         record_clock(
@@ -672,7 +673,7 @@ def test_healthy_data(base, fast, tmp_path, capsys):
 
 @pytest.mark.sim
 def test_nothing_in_the_demonstration_data(tmp_path, capsys):
-    from halo.envs import main
+    from halo.sim.flash_place import main
 
     main(['--root', str(tmp_path / 'demo'), '--episodes', '3'])
     for more in ((), ('--deep',)):
@@ -733,7 +734,7 @@ def test_stamps_as_filmed(base, tmp_path):
     """
     from fractions import Fraction
 
-    from halo.data import check_dataset
+    from halo.data.history import check_dataset
 
     root, late = (
         shutil.copytree(base, tmp_path / 'd'),
@@ -784,7 +785,7 @@ def test_the_size_of_a_view_is_a_field_too(base, tmp_path, capsys):
 
 
 def test_nowhere_to_write(base, monkeypatch):
-    monkeypatch.setattr('halo.data.writable', lambda folder: False)
+    monkeypatch.setattr('halo.data.history.writable', lambda folder: False)
     status, found = halo_check(base)
     assert (
         status == 1 and bad(found) == {'disk'} and 'HALO_CACHE' in found['disk'][0]['fix']
@@ -976,7 +977,7 @@ def test_random_damage_is_never_a_traceback(seed, base, tmp_path):
 def test_as_a_program(base, tmp_path):
     "The module as a script: report on stdout, nothing else on stderr."
     done = subprocess.run(
-        [sys.executable, '-m', 'halo.check', base],
+        [sys.executable, '-m', 'halo.train.check', base],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -994,7 +995,7 @@ def test_the_printed_commands_run(fast, tmp_path):
     """
     import shlex
 
-    from halo import scale
+    from halo.train import scale
 
     root = shutil.copytree(fast, tmp_path / 'd')
     widen('observation.state', 14)(root)

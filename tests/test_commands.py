@@ -22,7 +22,7 @@ RUNS = [commands.plan(c) for c in commands.collect()]
 # ---- the collector
 
 PAGE = '''# A page
-Call `make demo`, or `halo plan` of `halo.plan`; `lerobot-train` is a name, `make` a command.
+Call `make demo`, or `halo plan` of `halo.train.plan`; `lerobot-train` is a name, `make` a command.
 
 ```sh
 make demo   # the demonstration "as it is"

@@ -20,8 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from halo.config import preset
-from halo.data import (
+from halo.data.history import (
     EpisodeSampler,
     FrameStore,
     HistoryDataset,
@@ -33,7 +32,8 @@ from halo.data import (
     partial_root,
     split_episodes,
 )
-from halo.sampling import downsample, history_ticks, resize_view
+from halo.method.config import preset
+from halo.method.sampling import downsample, history_ticks, resize_view
 
 TOP, HAND = 'observation.images.top', 'observation.images.wrist_cam'
 ROLES = {TOP: 'primary', HAND: 'wrist'}
@@ -189,8 +189,8 @@ def test_workers(tmp_path, videos):
 @pytest.mark.slow
 def test_killed_build_continues(tmp_path, videos):
     code = f'''
-        import os, halo.data as d
-        from halo.data import *
+        import os, halo.data.history as d
+        from halo.data.history import *
         calls, write = [], d.write_episode
         def die(*args):
             calls.append(1)
@@ -384,9 +384,9 @@ def test_training_sees_what_a_rollout_sees(unlike, tmp_path, roles):
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
     from lerobot.utils.feature_utils import dataset_to_policy_features
 
-    from halo.configuration_halo import HaloConfig
-    from halo.modeling_halo import HaloPolicy
-    from halo.processor_halo import make_halo_pre_post_processors
+    from halo.policy.configuration_halo import HaloConfig
+    from halo.policy.modeling_halo import HaloPolicy
+    from halo.policy.processor_halo import make_halo_pre_post_processors
 
     feats = {
         k: f
@@ -458,8 +458,8 @@ def test_training_sees_what_a_rollout_sees(unlike, tmp_path, roles):
 
 
 def one_step(dataset, out, **more):
-    "Train one step of two samples through halo.train; the policy's folder."
-    from halo.train import TrainConfig, train
+    "Train one step of two samples through halo.train.loop; the policy's folder."
+    from halo.train.loop import TrainConfig, train
 
     return train(
         dataset,
@@ -472,7 +472,7 @@ def one_step(dataset, out, **more):
 
 
 def run_file(folder, dataset, **data):
-    "A file for halo.scale that trains one step on `dataset`."
+    "A file for halo.train.scale that trains one step on `dataset`."
     import yaml
 
     policy = {k: v for k, v in SMALL.items() if k != 'device'}
@@ -503,7 +503,7 @@ def test_depth_is_left_out_by_name(tmp_path, caplog, depth, flagged, as_video):
     """Row h: a depth map is no camera; the sentence names it before the first step, and the
     policy does not ask for it.
     """
-    from halo.scale import dry_run
+    from halo.train.scale import dry_run
 
     dataset = robot(
         tmp_path / 'd',
@@ -516,7 +516,7 @@ def test_depth_is_left_out_by_name(tmp_path, caplog, depth, flagged, as_video):
         not flagged or dataset.meta.depth_keys == [IMG + 'front_depth']
     )
     folder = one_step(dataset, tmp_path / 'out')
-    said = [r.message for r in caplog.records if r.name == 'halo.data']
+    said = [r.message for r in caplog.records if r.name == 'halo.data.history']
     assert said == [
         "camera 'observation.images.front_depth' of dataset halo/robot is a depth map (60 x"
         " 84 x 1): HALO reads colour pictures and leaves it out"
@@ -572,9 +572,9 @@ def test_the_datasets_tolerance_counts(unlike, tmp_path, capsys):
     """Row j: stamps off by up to 4 ms train under tolerance_s=0.01 in every path, to the
     very pixels of exact stamps; beyond it the sentence says how far off.
     """
-    from halo.mixture import DatasetSpec, Member
-    from halo.mixture import main as mixture_main
-    from halo.scale import dry_run, main
+    from halo.data.mixture import DatasetSpec, Member
+    from halo.data.mixture import main as mixture_main
+    from halo.train.scale import dry_run, main
 
     shutil.copytree(unlike.root, tmp_path / 'd')
     opened = jitter(tmp_path / 'd', 0.004)
@@ -683,8 +683,8 @@ def test_episodes_of_one_frame_train(tmp_path, caplog, capsys):
     """Row k: a short episode is padded, masked and said, in both training paths and the dry
     run; `allow_short=False` refuses it in each.
     """
-    from halo.mixture import DatasetSpec, Member
-    from halo.scale import dry_run, main
+    from halo.data.mixture import DatasetSpec, Member
+    from halo.train.scale import dry_run, main
 
     dataset = robot(tmp_path / 'd', {IMG + 'front': (56, 56)}, lengths=(1, 1, 8))
     said = (
@@ -698,7 +698,7 @@ def test_episodes_of_one_frame_train(tmp_path, caplog, capsys):
         r' allow_short=True to pad it with masked steps'
     )
     folder = one_step(dataset, tmp_path / 'out')
-    assert [r.message for r in caplog.records if r.name == 'halo.data'] == [said] and (
+    assert [r.message for r in caplog.records if r.name == 'halo.data.history'] == [said] and (
         folder / 'model.safetensors'
     ).is_file()
     with pytest.raises(ValueError, match=why):
@@ -740,8 +740,8 @@ def test_episodes_of_one_frame_train(tmp_path, caplog, capsys):
 
 def test_only_episodes_of_one_frame_train(tmp_path):
     "Every sample has one real step, and the loss is that step's alone."
-    from halo.scale import flow_draws, value_losses
-    from halo.train import make_policy, preprocess
+    from halo.train.loop import make_policy, preprocess
+    from halo.train.scale import flow_draws, value_losses
 
     dataset = robot(tmp_path / 'd', {IMG + 'front': (56, 56)}, lengths=(1, 1))
     policy, pre, _ = make_policy(dataset, **SMALL)
@@ -807,7 +807,7 @@ def test_a_dataset_on_a_read_only_disk(unlike, shelf, monkeypatch, caplog):
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    from halo.mixture import DatasetSpec, Member
+    from halo.data.mixture import DatasetSpec, Member
 
     model = CFG.but(chunk=6, sampling__fps=10.0)
     disk, cache = shelf / 'disk', shelf / 'cache'
@@ -831,7 +831,7 @@ def test_a_dataset_on_a_read_only_disk(unlike, shelf, monkeypatch, caplog):
             spec.action_space, frame='joint', rotation='none', gripper='none'
         ),
     )
-    monkeypatch.setattr('halo.mixture.open_dataset', lambda *a: dataset)
+    monkeypatch.setattr('halo.data.mixture.open_dataset', lambda *a: dataset)
     with read_only(disk):
         data = HistoryDataset(dataset, model, roles, progress=False)
         assert (
@@ -849,7 +849,7 @@ def test_a_dataset_on_a_read_only_disk(unlike, shelf, monkeypatch, caplog):
     said = [
         r.message
         for r in caplog.records
-        if r.name == 'halo.data' and 'written' in r.message
+        if r.name == 'halo.data.history' and 'written' in r.message
     ]
     assert (
         said[0]
@@ -880,7 +880,7 @@ def test_a_dataset_on_a_read_only_disk(unlike, shelf, monkeypatch, caplog):
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
-    from halo.data import cache_folder
+    from halo.data.history import cache_folder
 
     monkeypatch.setenv('HALO_CACHE', str(tmp_path / 'own'))
     assert cache_folder() == tmp_path / 'own'

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from halo import demo
-from halo.evaluate import EvalResult
+from halo.sim.evaluate import EvalResult
+from halo.studies import demo
 
 
 def options(*argv):
@@ -13,7 +13,7 @@ def options(*argv):
 
 
 def test_variants_differ_in_one_field():
-    from halo.configuration_halo import HaloConfig
+    from halo.policy.configuration_halo import HaloConfig
 
     full = HaloConfig(device='cpu', **demo.VARIANTS['full']).model
     assert full.salr.enabled and full.sampling.history_frames > 0

@@ -87,7 +87,7 @@ def test_the_site_is_whole(site):
 
 
 def test_no_notebook_vanishes_from_the_sidebar(site):
-    made = check_site.Page((site / 'nbs/03_salr.html').read_text())
+    made = check_site.Page((site / 'nbs/method/03_salr.html').read_text())
     for p in root.glob('nbs/*.ipynb'):
         if not p.name.startswith('_'):
             assert any(l.split('/')[-1] == f'{p.stem}.html' for l in made.links), p.name
@@ -95,7 +95,7 @@ def test_no_notebook_vanishes_from_the_sidebar(site):
         root / 'nbs' / n
         for n in (
             'index.ipynb',
-            '03_salr.ipynb',
+            'method/03_salr.ipynb',
             '06d_later.ipynb',
             '25_last.ipynb',
             '77_beyond.ipynb',
@@ -104,7 +104,7 @@ def test_no_notebook_vanishes_from_the_sidebar(site):
     ]
     found = {s['section']: s['contents'] for s in docs.sidebar(new)[1:]}
     assert found == {
-        'The model': ['nbs/03_salr.ipynb', 'nbs/06d_later.ipynb'],
+        'The model': ['nbs/method/03_salr.ipynb', 'nbs/06d_later.ipynb'],
         'Benchmarks': ['nbs/25_last.ipynb'],
         'Further': ['nbs/77_beyond.ipynb', 'nbs/named.ipynb'],
     }
@@ -129,14 +129,14 @@ def test_first_page_reads_its_figures(site):
 
 
 def test_exported_code_says_where_it_goes(site):
-    page = (site / 'nbs/04_flow.html').read_text()
-    assert 'halo/flow.py</summary>' in page.replace('<span>', '').replace(
+    page = (site / 'nbs/method/04_flow.html').read_text()
+    assert 'halo/method/flow.py</summary>' in page.replace('<span>', '').replace(
         '</span>', ''
     ) and re.search(r'<details open', page)
     assert (
-        'forward' not in check_site.Page((site / 'nbs/06_model.html').read_text()).ids
+        'forward' not in check_site.Page((site / 'nbs/method/06_model.html').read_text()).ids
         and 'halomodel.velocity'
-        in check_site.Page((site / 'nbs/06_model.html').read_text()).ids
+        in check_site.Page((site / 'nbs/method/06_model.html').read_text()).ids
     )
 
 
@@ -187,21 +187,21 @@ def test_the_check_finds(fault, tmp_path):
 def test_the_check_finds_faults_in_the_site(site, tmp_path):
     copy = tmp_path / '_docs'
     shutil.copytree(site, copy)
-    page = copy / 'nbs/03_salr.html'
+    page = copy / 'nbs/method/03_salr.html'
     page.write_text(
         page.read_text().replace(
             '</main>',
-            '<a href="04_flow.html#nobody">x</a><script'
+            '<a href="method/04_flow.html#nobody">x</a><script'
             ' src="https://cdn.example.org/k.js"></script></main>',
             1,
         )
     )
-    (copy / 'nbs/05_expert.html').unlink()
+    (copy / 'nbs/method/05_expert.html').unlink()
     found = check_site.check(copy)
     assert (
-        any('03_salr.html: dead anchor 04_flow.html#nobody' in f for f in found)
-        and any('03_salr.html: asks another machine for https://cdn' in f for f in found)
-        and sum('dead link 05_expert.html' in f for f in found) > 20
+        any('method/03_salr.html: dead anchor method/04_flow.html#nobody' in f for f in found)
+        and any('method/03_salr.html: asks another machine for https://cdn' in f for f in found)
+        and sum('dead link method/05_expert.html' in f for f in found) > 20
     )
 
 
@@ -502,11 +502,11 @@ PAGES = [p.stem for p in sorted(root.glob('nbs/[!_]*.ipynb')) if twins(p)]
 @browses
 def test_the_pages_with_explorers_are_known():
     assert {
-        '14_explorer',
-        '15_masks',
-        '16_attention',
-        '17_denoising',
-        '18_rollouts',
+        'viz/01_explorer',
+        'viz/03_masks',
+        'viz/04_attention',
+        'viz/05_denoising',
+        'viz/06_rollouts',
     } <= set(PAGES)
 
 
@@ -567,7 +567,7 @@ def test_a_twin_that_is_half_read_is_left_alone(served):
     b, url, _ = served
     watched = Watched(b, viewport=dict(width=1280, height=900))
     page = watched.page
-    page.goto(f'{url}/nbs/15_masks.html')
+    page.goto(f'{url}/nbs/viz/03_masks.html')
     page.wait_for_load_state('load')
     page.evaluate(
         '''() => {
@@ -620,7 +620,7 @@ def test_dark_mode_search_and_the_film(served):
     )
     assert light() < 150
     # remembered
-    page.goto(f'{url}/nbs/15_masks.html')
+    page.goto(f'{url}/nbs/viz/03_masks.html')
     assert light() < 150
     frame = page.locator('iframe.halo-twin').first
     frame.scroll_into_view_if_needed()

@@ -15,7 +15,7 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.envs.factory import make_env, make_env_config
 from lerobot.envs.utils import env_to_policy_features
 
-from halo import envs as E
+from halo.sim import flash_place as E
 
 sim = pytest.mark.sim
 
@@ -45,7 +45,7 @@ def same(a, b):
 
 def test_import_needs_no_simulator():
     code = (
-        "import sys, halo.envs as E; E.FlashPlaceEnv().task_description; sys.exit('mujoco'"
+        "import sys, halo.sim.flash_place as E; E.FlashPlaceEnv().task_description; sys.exit('mujoco'"
         " in sys.modules or 'metaworld' in sys.modules)"
     )
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
@@ -367,7 +367,7 @@ def test_an_interrupted_recording_loads_and_goes_on(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_killed_recording_goes_on_from_its_checkpoint(tmp_path):
     root = tmp_path / 'set'
-    code = f"""import os, halo.envs as E
+    code = f"""import os, halo.sim.flash_place as E
 E.CHECKPOINT, real = 2, E.demonstrate
 E.demonstrate = lambda env, seed, noise: os._exit(9) if seed == 3 else real(env, seed, noise)
 E.record_demonstrations({str(root)!r}, 4, image_size=32)"""
@@ -394,7 +394,7 @@ def test_two_recordings_into_one_folder(tmp_path):
     first is not disturbed; a finished one is only read.
     """
     root = tmp_path / 'set'
-    code = """import sys, time, pathlib, halo.envs as E
+    code = """import sys, time, pathlib, halo.sim.flash_place as E
 while len(sys.argv) > 7 and not pathlib.Path(sys.argv[7]).exists(): time.sleep(0.02)
 E.main(sys.argv[1:7])"""
 
@@ -418,7 +418,7 @@ E.main(sys.argv[1:7])"""
     second, first = start(str(root / E.LOG)), start()
     said = second.communicate(timeout=300)[1]
     assert second.returncode == 1 and said.strip().splitlines() == [
-        f'halo.envs: another recording into {root} is under way: wait for it, or choose'
+        f'halo.sim.flash_place: another recording into {root} is under way: wait for it, or choose'
         ' another folder'
     ], said
     assert 'Traceback' not in first.communicate(timeout=300)[1] and first.returncode == 0

@@ -13,9 +13,11 @@ from lerobot.envs.factory import make_env, make_env_config, make_env_pre_post_pr
 from lerobot.envs.utils import FreezeAfterEpisodeEnd
 from lerobot.scripts.lerobot_eval import rollout
 
-import halo.envs
-from halo.configuration_halo import HaloConfig
-from halo.evaluate import (
+import halo.sim.flash_place
+from halo.policy.configuration_halo import HaloConfig
+from halo.policy.modeling_halo import HaloPolicy
+from halo.policy.processor_halo import make_halo_pre_post_processors
+from halo.sim.evaluate import (
     EvalResult,
     compare,
     episode_noise,
@@ -25,8 +27,6 @@ from halo.evaluate import (
     split_seeds,
     wilson,
 )
-from halo.modeling_halo import HaloPolicy
-from halo.processor_halo import make_halo_pre_post_processors
 
 
 class Follow(gym.Env):
@@ -132,7 +132,7 @@ def same_as_lerobot(policy, pre, post, env_cfg, seeds, monkeypatch):
     """
     m = policy.config.model
     monkeypatch.setattr(
-        'halo.evaluate.batch_noise',
+        'halo.sim.evaluate.batch_noise',
         lambda policy, seeds, tick: torch.ones(len(seeds), m.chunk, m.max_action_dim),
     )
     ours = evaluate(
@@ -171,7 +171,7 @@ def test_same_as_lerobot(parts, monkeypatch):
 
 @pytest.mark.sim
 def test_same_as_lerobot_in_the_simulator(monkeypatch):
-    seeds = [halo.envs.EVAL_SEED, halo.envs.EVAL_SEED + 1]
+    seeds = [halo.sim.flash_place.EVAL_SEED, halo.sim.flash_place.EVAL_SEED + 1]
     same_as_lerobot(
         *make_policy((('primary', 112), ('wrist', 112)), 4),
         make_env_config('flash_place'),

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from halo.bench import build, episode, peak_bytes
-from halo.config import SALRConfig, preset
-from halo.graph import GraphStreamer
-from halo.salr import SALR, fp32_parameter_names
-from halo.stream import Streamer
+from halo.method.config import SALRConfig, preset
+from halo.method.salr import SALR, fp32_parameter_names
+from halo.realtime.graph import GraphStreamer
+from halo.realtime.stream import Streamer
+from halo.studies.bench import build, episode, peak_bytes
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,7 +146,7 @@ def test_a_bf16_policy_learns_and_its_masks_stay_fp32():
 
 def test_the_shipped_policy_acts_as_on_a_cpu():
     "Its own recorded observations, FP32, eager and replayed."
-    from halo.evaluate import load_policy, observation_at
+    from halo.sim.evaluate import load_policy, observation_at
     from halo.viz.recording import Recording
 
     shipped = ROOT / 'checkpoints/flash_place/full'

@@ -43,7 +43,7 @@ def work(tmp_path_factory):
     lerobot-train.
     """
     d = tmp_path_factory.mktemp('lerobot')
-    run(sys.executable, '-m', 'halo.envs', '--root', d / 'data', '--episodes', 2, cwd=d)
+    run(sys.executable, '-m', 'halo.sim.flash_place', '--root', d / 'data', '--episodes', 2, cwd=d)
     run(
         bin_dir / 'lerobot-train',
         '--policy.type=halo',
@@ -83,7 +83,7 @@ def test_the_recording_opens_in_lerobot(work):
 def test_train_writes_a_policy_that_loads(work):
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
-    import halo.configuration_halo  # noqa: F401 - as the plug-in does
+    import halo.policy.configuration_halo  # noqa: F401 - as the plug-in does
 
     folder = work / 'out/checkpoints/000002/pretrained_model'
     policy = get_policy_class('halo').from_pretrained(folder)
@@ -139,7 +139,7 @@ def test_another_control_rate_is_refused(work):
     from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
     from lerobot.policies.factory import make_policy
 
-    from halo.configuration_halo import HaloConfig
+    from halo.policy.configuration_halo import HaloConfig
 
     meta = LeRobotDatasetMetadata('halo/flash_place', root=work / 'data')
     with pytest.raises(ValueError, match=r'10 fps, the policy at 30; set --policy.fps=10'):

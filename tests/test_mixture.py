@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from halo.config import preset
-from halo.data import FrameStore, HistoryDataset
-from halo.mixture import (
+from halo.data.history import FrameStore, HistoryDataset
+from halo.data.mixture import (
     ActionSpace,
     DatasetSpec,
     Member,
@@ -33,6 +32,7 @@ from halo.mixture import (
     record_clock,
     to_robot,
 )
+from halo.method.config import preset
 
 IMG = 'observation.images.'
 CONFIGS = sorted((Path(__file__).parent.parent / 'configs/mixtures').glob('*.yaml'))
@@ -320,7 +320,7 @@ def test_processes(root):
 @pytest.mark.slow
 def test_store_survives_sigkill(root, tmp_path):
     code = f"""
-        import time, halo.data as d
+        import time, halo.data.history as d
         write = d.write_episode
         d.write_episode = lambda *a: (write(*a), time.sleep(.5))
         d.FrameStore.build({str(root / 'mid')!r}, {{'{IMG}image': 28, '{IMG}eye': 28}}, {str(tmp_path / 's')!r}, workers=1, progress=False)
@@ -514,7 +514,7 @@ def test_the_robots_policy_reads_the_mixtures_sizes(tmp_path, slots):
     """
     from lerobot.configs.video import RGBEncoderConfig
 
-    from halo.mixture import robot_policy
+    from halo.data.mixture import robot_policy
 
     names = [IMG + n for n in ('wrist_front', 'front_wrist', 'primary_hand')][: len(slots)]
     rng, fast = (

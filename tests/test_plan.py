@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from halo import cli
-from halo.config import preset
-from halo.plan import (
+from halo.method.config import preset
+from halo.train.plan import (
     GPUS,
     Run,
     advise,

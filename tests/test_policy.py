@@ -14,11 +14,11 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-import halo.configuration_halo as C
-import halo.modeling_halo as M
-import halo.processor_halo as P
-from halo.config import preset
-from halo.train import TrainConfig, make_policy, train
+import halo.policy.configuration_halo as C
+import halo.policy.modeling_halo as M
+import halo.policy.processor_halo as P
+from halo.method.config import preset
+from halo.train.loop import TrainConfig, make_policy, train
 
 root = Path(__file__).resolve().parent.parent
 IMG = 'observation.images.'
@@ -123,7 +123,7 @@ def loaded(folder):
 
 
 def made(folder, **kw):
-    "A policy for the dataset in `folder` that has trained for one step with halo.train."
+    "A policy for the dataset in `folder` that has trained for one step with halo.train.loop."
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     ds = LeRobotDataset('me/robot', folder)
@@ -174,7 +174,7 @@ def no_reading(monkeypatch):
 @pytest.fixture(scope='module')
 def with_vlm(tmp_path_factory):
     """A policy whose VLM came from a folder that has been deleted since, trained for two
-    steps by halo.train.
+    steps by halo.train.loop.
     """
     d = tmp_path_factory.mktemp('with_vlm')
     shutil.copytree(root / 'checkpoints/flash_place/vlm', d / 'vlm')
@@ -203,7 +203,7 @@ def test_a_policy_folder_needs_nothing_else(with_vlm, monkeypatch, tmp_path):
 
 
 def test_continuing_reads_no_vlm(with_vlm, monkeypatch, tmp_path):
-    "halo.train with init_from and resumed, and LeRobot's --policy.path and resume."
+    "halo.train.loop with init_from and resumed, and LeRobot's --policy.path and resume."
     ds, folder, d = with_vlm
     no_reading(monkeypatch)
     tc = TrainConfig(steps=2, batch=2, warmup=1, log_every=1, save_every=1)
@@ -232,7 +232,7 @@ def test_continuing_reads_no_vlm(with_vlm, monkeypatch, tmp_path):
 
 
 def test_a_scaled_run_is_resumed_and_exported_without_the_vlm(tmp_path, monkeypatch):
-    import halo.scale as S
+    import halo.train.scale as S
 
     shutil.copytree(root / 'checkpoints/flash_place/vlm', tmp_path / 'vlm')
     record(tmp_path / 'data')
@@ -274,7 +274,7 @@ def test_a_policy_carries_its_tokenizer(tmp_path, monkeypatch):
     """The tokenizer came from a folder; policy and processors move, the folder is gone;
     training goes on from them.
     """
-    from halo.vlm import tiny_tokenizer
+    from halo.method.vlm import tiny_tokenizer
 
     tiny_tokenizer().save_pretrained(tmp_path / 'words')
     ds = record(tmp_path / 'data')
@@ -534,9 +534,9 @@ def test_bad_observations_give_one_sentence_and_no_action(base, change, says):
 
 
 def test_lora_through_lerobot(base, tmp_path, monkeypatch):
-    from halo.benchmarks import load_any
-    from halo.evaluate import load_policy
-    from halo.serve import open_policy
+    from halo.benchmarks.suite import load_any
+    from halo.deploy.serve import open_policy
+    from halo.sim.evaluate import load_policy
 
     here = tmp_path / 'project'
     shutil.copytree(base, here / 'base')
@@ -630,7 +630,7 @@ def test_averaged_weights_are_written_whatever_lerobot_does(base, tmp_path, monk
     """
     from lerobot.policies.pretrained import PreTrainedPolicy
 
-    import halo.scale as S
+    import halo.train.scale as S
 
     policy, pre, post = loaded(base)
     ema = S.EMA(policy.model, 0.5)
@@ -790,7 +790,7 @@ def test_lerobots_signatures_are_those_we_know():
 
 
 def test_a_run_that_cannot_begin_is_one_line(tmp_path, capsys):
-    import halo.scale as S
+    import halo.train.scale as S
 
     record(tmp_path / 'data', state=14, action=14)
     run = tmp_path / 'run.yaml'
@@ -832,7 +832,7 @@ def test_three_numbers_are_no_moments_of_a_one_number_state(tmp_path):
 
 
 def test_a_run_file_that_is_no_yaml_is_named(tmp_path):
-    import halo.scale as S
+    import halo.train.scale as S
 
     (tmp_path / 'broken.yaml').write_text('data: {root: [')
     with pytest.raises(ValueError, match='broken.yaml is not YAML'):

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from halo.evaluate import EvalResult, wilson
-from halo.report import (
+from halo.sim.evaluate import EvalResult, wilson
+from halo.studies.report import (
     INK,
     OUTCOMES,
     figure_denoising,

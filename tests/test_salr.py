@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from halo.salr import (
+from halo.method.salr import (
     SALR,
     HeadConverter,
     KeepFP32,

@@ -25,8 +25,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from halo.config import preset
-from halo.scale import (
+from halo.method.config import preset
+from halo.train.loop import make_policy, preprocess
+from halo.train.scale import (
     OneDataset,
     ScaleConfig,
     allocator_peak,
@@ -44,7 +45,6 @@ from halo.scale import (
     scale_train,
     set_checkpointing,
 )
-from halo.train import make_policy, preprocess
 
 ROOT = Path(__file__).resolve().parent.parent
 LITTLE = dict(
@@ -279,8 +279,8 @@ def little_small(depth, checkpointing):
     """`small` with `depth` layers, a full observation, and a step's forward and backward
     pass with gradients allocated before.
     """
-    from halo.model import HaloModel
-    from halo.vlm import Observation
+    from halo.method.model import HaloModel
+    from halo.method.vlm import Observation
 
     cfg = preset('small', text__layers=depth, checkpointing=checkpointing)
     torch.manual_seed(0)
@@ -476,7 +476,7 @@ def torchrun(n, file, *args):
         '--nproc-per-node',
         str(n),
         '-m',
-        'halo.scale',
+        'halo.train.scale',
         str(file),
         '--device',
         'cpu',
@@ -590,7 +590,7 @@ def record_robots(root):
     """Three datasets: 5, 10 and 30 fps; one, two and three cameras; states of 5, 8 and 6
     numbers, actions of 7, 6 and 8.
     """
-    from halo.mixture import RGBEncoderConfig, record_clock
+    from halo.data.mixture import RGBEncoderConfig, record_clock
 
     fast, cam, rng = (
         RGBEncoderConfig(vcodec='h264', preset='ultrafast'),
@@ -665,7 +665,7 @@ def chunks_for(folder, data):
     """
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
-    from halo.mixture import robot_policy
+    from halo.data.mixture import robot_policy
 
     policy = get_policy_class('halo').from_pretrained(folder).eval()
     pre, post = make_pre_post_processors(policy.config, pretrained_path=str(folder))
@@ -695,7 +695,7 @@ def mixture_run(root, steps=18):
     import yaml
     from safetensors.torch import load_file
 
-    from halo.mixture import Mixture, MixtureDataset
+    from halo.data.mixture import Mixture, MixtureDataset
 
     record_robots(root)
     (root / 'robots.yaml').write_text(ROBOTS)
@@ -717,7 +717,7 @@ def mixture_run(root, steps=18):
         [
             sys.executable,
             '-m',
-            'halo.scale',
+            'halo.train.scale',
             root / 'run.yaml',
             '--dry-run',
             '--launch',
@@ -790,7 +790,7 @@ def mixture_run(root, steps=18):
 
 
 def preset_of(folder):
-    from halo.modeling_halo import HaloPolicy
+    from halo.policy.modeling_halo import HaloPolicy
 
     return HaloPolicy.from_pretrained(folder).config.model
 
@@ -842,7 +842,7 @@ def finetunes(root, before, steps=6):
             and 'neither a policy folder' in bad('init_from=nowhere/at/all')[0][1]
             and 'belongs to another model' in bad('policy.preset=small')[0][1]
         )
-        quiet([sys.executable, '-m', 'halo.scale', file, '--device', 'cpu'])
+        quiet([sys.executable, '-m', 'halo.train.scale', file, '--device', 'cpu'])
         after, rows = (
             load_file(str(root / f'finetuned_{name}/policy/model.safetensors')),
             read_rows(root / f'finetuned_{name}/metrics.jsonl'),
@@ -868,7 +868,7 @@ def placed(rank, world, dataset, rc, store, q):
     "Losses, norms and where things lie, of a few steps of one process."
     from torch.distributed.tensor import DTensor
 
-    from halo.scale import EMA, live_tensors, local, spread_model
+    from halo.train.scale import EMA, live_tensors, local, spread_model
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
@@ -993,8 +993,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP, _optim_utils as optim
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 from lerobot.utils.import_utils import register_third_party_plugins
-from halo.modeling_halo import HaloPolicy
-from halo.scale import flow_draws
+from halo.policy.modeling_halo import HaloPolicy
+from halo.train.scale import flow_draws
 acc = Accelerator(step_scheduler_with_optimizer=False, cpu=True)
 before = str(acc.distributed_type)
 if os.environ.get('ACCELERATE_USE_FSDP') == 'true':
@@ -1022,7 +1022,7 @@ def lerobot_fsdp(root, steps=6):
     """
     from safetensors.torch import load_file
 
-    from halo.modeling_halo import HaloPolicy
+    from halo.policy.modeling_halo import HaloPolicy
 
     record(root / 'data', (20, 24))
     (root / 'on_cpu.py').write_text(ON_CPU)
@@ -1225,7 +1225,7 @@ def test_launch_files(file, shape):
     [('pretrain.yaml', 32), ('finetune_8gpu.yaml', 8), ('finetune_1gpu.yaml', 1)],
 )
 def test_run_files(file, world):
-    from halo.scale import global_batch, mesh_shape
+    from halo.train.scale import global_batch, mesh_shape
 
     c = read_config(ROOT / 'configs/launch' / file)
     mesh_shape(c['run'], world)
@@ -1239,7 +1239,7 @@ def test_slurm_script_parses():
 def test_lerobot_wraps_what_the_policy_names():
     import yaml
 
-    from halo.modeling_halo import HaloPolicy
+    from halo.policy.modeling_halo import HaloPolicy
 
     named = yaml.safe_load((ROOT / 'configs/launch/lerobot_fsdp_8gpu.yaml').read_text())[
         'fsdp_config'
@@ -1249,7 +1249,7 @@ def test_lerobot_wraps_what_the_policy_names():
 
 def test_tensorboard(tmp_path):
     pytest.importorskip('tensorboard')
-    from halo.scale import Log
+    from halo.train.scale import Log
 
     log = Log(tmp_path, 0, ('tensorboard',))
     log.row(step=1, loss=2.0, loss_dim={'0': 1.0})

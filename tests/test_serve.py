@@ -24,7 +24,7 @@ import torch
 pytest.importorskip('websockets'), pytest.importorskip('msgpack')
 from websockets.exceptions import ConnectionClosed
 
-from halo.serve import (
+from halo.deploy.serve import (
     HaloEngine,
     LeRobotEngine,
     Limits,
@@ -39,7 +39,7 @@ from halo.serve import (
     read_request,
     running,
 )
-from halo.serve import main as serve_command
+from halo.deploy.serve import main as serve_command
 
 root = Path(__file__).resolve().parent.parent
 checkpoint = root / 'checkpoints/flash_place/full'
@@ -390,7 +390,7 @@ def test_the_command(tmp_path):
         [
             sys.executable,
             '-m',
-            'halo.serve',
+            'halo.deploy.serve',
             '--policy',
             str(checkpoint),
             '--port',
@@ -461,7 +461,7 @@ def test_lerobots_asynchronous_robot_client(engine, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # LeRobot's client writes logs/ where it stands
     import lerobot.async_inference.robot_client as upstream
 
-    from halo.serve import async_client_class
+    from halo.deploy.serve import async_client_class
 
     monkeypatch.setattr(upstream, 'make_robot_from_config', lambda config: FakeRobot())
     watched = []
@@ -535,8 +535,8 @@ def test_the_policys_own_number_of_actions_is_the_default(engine):
 
 
 def test_our_players_execute_what_the_answer_says(engine):
-    from halo.benchmarks import ServedPolicy
-    from halo.thin import Player
+    from halo.benchmarks.suite import ServedPolicy
+    from halo.benchmarks.thin import Player
 
     m = observation(0)
     with (
@@ -593,7 +593,7 @@ def warned(answers):
 
 
 def test_a_beginning_that_nobody_told_is_noticed_once(quick, episode, caplog):
-    caplog.set_level(logging.WARNING, 'halo.serve')
+    caplog.set_level(logging.WARNING, 'halo.deploy.serve')
     n = len(episode)
     with running(PolicyServer(quick, port=0)) as address, PolicyClient(address) as c:
         answers = play(c, episode * 3)
@@ -730,9 +730,9 @@ def wide():
     "An untrained policy with four cameras of 1280×720."
     from lerobot.configs import FeatureType, PolicyFeature
 
-    from halo.configuration_halo import HaloConfig
-    from halo.modeling_halo import HaloPolicy
-    from halo.processor_halo import make_halo_pre_post_processors
+    from halo.policy.configuration_halo import HaloConfig
+    from halo.policy.modeling_halo import HaloPolicy
+    from halo.policy.processor_halo import make_halo_pre_post_processors
 
     cameras = {
         f'observation.images.{k}': PolicyFeature(FeatureType.VISUAL, (3, 720, 1280))
@@ -886,7 +886,7 @@ def test_the_command_fails_in_one_line_as_a_process():
         command = [
             sys.executable,
             '-m',
-            'halo.serve',
+            'halo.deploy.serve',
             '--policy',
             str(checkpoint),
             '--port',

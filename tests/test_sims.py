@@ -95,7 +95,7 @@ def test_initial_scenes_are_the_benchmarks():
     import ast
     import contextlib
 
-    from halo.calvin import ROBOT, fnv1, initial_scene, initial_states
+    from halo.benchmarks.calvin import ROBOT, fnv1, initial_scene, initial_states
 
     tree = ast.parse(benchmark_module('utils').read_text())
     wanted = [
@@ -117,7 +117,7 @@ def test_initial_scenes_are_the_benchmarks():
 
 @needs_clone
 def test_instructions_and_rules_are_the_benchmarks():
-    from halo.calvin import TASKS, instruction, rules
+    from halo.benchmarks.calvin import TASKS, instruction, rules
 
     lines = (
         benchmark_module('utils').parents[2]
@@ -307,7 +307,7 @@ def test_lerobot_rollout_drives_a_mock_robot(tmp_path):
 @pytest.mark.sim
 @pytest.mark.slow
 def test_lerobot_rollout_solves_the_task_on_a_mock_robot(tmp_path):
-    from halo.envs import EVAL_SEED, FlashPlaceEnv
+    from halo.sim.flash_place import EVAL_SEED, FlashPlaceEnv
 
     probe = FlashPlaceEnv(cameras=())
     probe.reset(seed=EVAL_SEED)
@@ -325,7 +325,7 @@ def test_simpler_message_round_trip(tmp_path):
     """
     from scipy.spatial.transform import Rotation
 
-    from halo.simpler import DIALECTS, Gripper, example, observe, to_simulator
+    from halo.benchmarks.simpler import DIALECTS, Gripper, example, observe, to_simulator
 
     for robot, d in DIALECTS.items():
         record = json.loads((root / f'tests/simpler_{robot}.json').read_text())
@@ -353,7 +353,7 @@ def test_the_scoring_form_in_a_browser(tmp_path):
     "Two trials entered with clicks; the download is what read_form takes."
     from playwright.sync_api import sync_playwright
 
-    from halo.robot import Sheet, read_form, schedule, write_form
+    from halo.benchmarks.robot import Sheet, read_form, schedule, write_form
 
     sheet = Sheet({'A': 'a', 'B': 'b'}, share=0.1)
     form = write_form(sheet, tmp_path / 'form.html')
@@ -386,7 +386,7 @@ def test_the_scoring_form_in_a_browser(tmp_path):
     ids=['lerobot 0.6.1', 'its successor'],
 )
 def test_robomme_whatever_its_cameras_are_called(names):
-    from halo.memory import RoboMME
+    from halo.benchmarks.memory import RoboMME
 
     env = object.__new__(RoboMME)
     env.prompt = 'press the button'

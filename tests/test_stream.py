@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from halo.bench import build, episode, parser
-from halo.config import preset
-from halo.expert import attend_few, grouped_attention
-from halo.graph import GraphStreamer, padded_mlp
-from halo.stream import Denoiser, Streamer
+from halo.method.config import preset
+from halo.method.expert import attend_few, grouped_attention
+from halo.realtime.graph import GraphStreamer, padded_mlp
+from halo.realtime.stream import Denoiser, Streamer
+from halo.studies.bench import build, episode, parser
 
 TINY = dict(sampling__history_stride=1, sampling__history_frames=8, sampling__history_hop=4)
 

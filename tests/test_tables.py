@@ -10,7 +10,7 @@ import matplotlib
 import pytest
 
 matplotlib.use('Agg')
-from halo import tables as T
+from halo.benchmarks import tables as T
 
 
 @pytest.mark.parametrize('n', T.PAPER_TABLES)
@@ -202,12 +202,12 @@ def test_policy_is_handed_to_the_benchmarks(tmp_path, monkeypatch, capsys):
         (tmp_path / 'libero' / 'result.json').write_text(json.dumps(doc))
         return 0
 
-    fake = types.ModuleType('halo.benchmarks')
+    fake = types.ModuleType('halo.benchmarks.suite')
     fake.main = run
-    fake.__spec__ = importlib.util.spec_from_loader('halo.benchmarks', None)
+    fake.__spec__ = importlib.util.spec_from_loader('halo.benchmarks.suite', None)
     import halo
 
-    monkeypatch.setitem(sys.modules, 'halo.benchmarks', fake)
+    monkeypatch.setitem(sys.modules, 'halo.benchmarks.suite', fake)
     monkeypatch.setattr(halo, 'benchmarks', fake, raising=False)
     assert (
         T.main(

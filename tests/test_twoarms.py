@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from halo.twoarms import CAMERAS, JOINTS, TICKS, Desk, expert, record
+from halo.deploy.twoarms import CAMERAS, JOINTS, TICKS, Desk, expert, record
 
 
 def test_the_demonstrator_touches_the_named_button():
@@ -24,7 +24,7 @@ def test_the_demonstrator_touches_the_named_button():
 
 @pytest.mark.slow
 def test_lerobot_rollout_drives_it(tmp_path):
-    from halo.train import make_policy
+    from halo.train.loop import make_policy
 
     data = record(tmp_path / 'data', 1)
     assert data.meta.features['observation.state']['names'] == JOINTS and data.fps == 30
@@ -74,7 +74,7 @@ def test_lerobot_rollout_drives_it(tmp_path):
 
 
 def test_another_robot_is_refused():
-    from halo.twoarms import TwoArms, TwoArmsConfig
+    from halo.deploy.twoarms import TwoArms, TwoArmsConfig
 
     robot = TwoArms(TwoArmsConfig())
     with pytest.raises(ValueError, match='the robot takes'):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from halo.config import preset
-from halo.vlm import (
+from halo.method.config import preset
+from halo.method.vlm import (
     SPECIAL,
     Observation,
     installed_positions,
@@ -162,7 +162,7 @@ def test_installed_positions_are_what_the_installed_model_computes():
     "`positions='installed'` hands the model get_rope_index's own answer, bug or not."
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-    from halo.vlm import VLMEmbedding, qwen_config
+    from halo.method.vlm import VLMEmbedding, qwen_config
 
     cfg = preset('tiny', sampling__positions='installed')
     obs = observation(tiny_tokenizer(), 4, 56, ((56, 56),), TEXTS, 3)
@@ -184,7 +184,7 @@ def test_installed_positions_are_what_the_installed_model_computes():
 def test_flash_attention_equals_sdpa():
     "The cache through flash-attn 2 and through SDPA, bfloat16, on a batch with padding."
     pytest.importorskip('flash_attn')
-    from halo.vlm import build_qwen, encode, split_qwen
+    from halo.method.vlm import build_qwen, encode, split_qwen
 
     cfg = preset('small', dtype='bfloat16', sampling__history_frames=4)
     obs, caches = (

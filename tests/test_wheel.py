@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from halo.files import SHIPS, ships
+from halo.data.files import SHIPS, ships
 
 root = Path(__file__).resolve().parent.parent
 shared = Path(sys.executable).parent  # the environment's commands
@@ -192,7 +192,7 @@ def test_no_text_names_what_a_wheel_lacks(path):
 
 
 def test_it_is_the_one_that_is_meant(door):
-    code = "import halo, halo.files as f; print(halo.__file__); print(f.CLONE)"
+    code = "import halo, halo.data.files as f; print(halo.__file__); print(f.CLONE)"
     file, clone = door(sys.executable, '-c', code)[0].splitlines()
     assert Path(file) == door.home / 'halo/__init__.py'
     assert clone == ('None' if door.packed else str(door.home))
@@ -307,7 +307,7 @@ def test_a_client_needs_no_installation(door):
 @pytest.mark.sim
 @pytest.mark.slow
 def test_the_demonstration_in_miniature(door):
-    out = door(sys.executable, '-m', 'halo.demo', '--quick')[0]
+    out = door(sys.executable, '-m', 'halo.studies.demo', '--quick')[0]
     place = door.cwd if door.packed else door.home
     assert 'The report is' in out and (place / 'outputs/quick/out/report.html').is_file()
     assert not door.packed or {p.name for p in door.cwd.iterdir()} == {'outputs'}
@@ -320,8 +320,9 @@ def test_the_demonstration_in_miniature(door):
 def test_a_record_without_weights_says_so(name, monkeypatch, tmp_path):
     from lerobot.configs import PreTrainedConfig
 
-    from halo import baselines, benchmarks
-    from halo.evaluate import config_hash, load_policy
+    from halo.benchmarks import suite as benchmarks
+    from halo.sim.evaluate import config_hash, load_policy
+    from halo.studies import baselines
 
     monkeypatch.chdir(tmp_path)  # as from anywhere
     folder = baselines.SHIPPED / name
@@ -329,7 +330,7 @@ def test_a_record_without_weights_says_so(name, monkeypatch, tmp_path):
         with pytest.raises(
             ValueError,
             match=(
-                f'baselines/{name} holds the record of a run, no weights.*halo.baselines'
+                f'baselines/{name} holds the record of a run, no weights.*halo.studies.baselines'
                 f' train {name}'
             ),
         ):

@@ -15,7 +15,7 @@
 set -uo pipefail
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-29500}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}" TOKENIZERS_PARALLELISM=false
-srun --kill-on-bad-exit=0 python -m halo.scale "$@"   # halo.scale reads Slurm's rank and size
+srun --kill-on-bad-exit=0 python -m halo.train.scale "$@"   # halo.train.scale reads Slurm's rank and size
 code=$?
 if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

@@ -121,7 +121,7 @@ class MockFlashArm(MockArm):
     config_class, name = MockFlashArmConfig, 'mock_flash_arm'
 
     def start(self):
-        from halo.envs import FlashPlaceEnv
+        from halo.sim.flash_place import FlashPlaceEnv
 
         self.env, self.success, self.over, self.ticks = FlashPlaceEnv(SIZE), False, False, 0
         self.obs, _ = self.env.reset(seed=self.config.seed)

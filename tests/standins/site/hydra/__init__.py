@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Table:
-    "What halo.calvin asks of calvin_env's environment."
+    "What halo.benchmarks.calvin asks of calvin_env's environment."
 
     def reset(self, robot_obs, scene_obs):
         self.ticks, self.rng = 0, np.random.default_rng(0)

@@ -1,1 +1,1 @@
-from halo.serve import packb, unpackb  # noqa: F401
+from halo.deploy.serve import packb, unpackb  # noqa: F401

@@ -1,4 +1,4 @@
-from halo.serve import PolicyClient
+from halo.deploy.serve import PolicyClient
 
 
 class WebsocketClientPolicy:
