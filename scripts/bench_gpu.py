@@ -56,7 +56,8 @@ def main():
                     if x
                     not in ('--preset', 'paper', '--dtype', 'bfloat16', '--device', 'cuda')
                 ]
-                + '--preset tiny --device cpu --history 8 --hop 4 --ticks 6 --rounds 2'.split()
+                + '--preset tiny --device cpu --history 8'.split()
+                + '--hop 4 --ticks 6 --rounds 2'.split()
             )
         print('==', *command, flush=True)
         began = time.monotonic()

@@ -377,8 +377,8 @@ class Clone:
         )
         self.served, log = free_port(), self.top / 'served.log'
         process = self.start(
-            f'exec >"{log}" 2>&1\nexec python -m halo.deploy.serve --policy outputs/calvin_policy'
-            f' --untrained --resize --port {self.served}'
+            f'exec >"{log}" 2>&1\nexec python -m halo.deploy.serve --policy'
+            f' outputs/calvin_policy --untrained --resize --port {self.served}'
         )
         self.servers.append(process)
         wrong = wait_for(process, log, 'ws://', 240)
@@ -395,8 +395,8 @@ class Clone:
         "A finished evaluation under the folders' names of LIBERO's."
         for name in ('libero', 'libero_pro'):
             self.do(
-                'python -m halo.benchmarks.suite --benchmark flash_place --policy random:tiny'
-                f' --episodes 1 --out outputs/benchmarks/{name}'
+                'python -m halo.benchmarks.suite --benchmark flash_place --policy'
+                f' random:tiny --episodes 1 --out outputs/benchmarks/{name}'
             )
 
     def make_sheet(self):

@@ -20,6 +20,7 @@ import ast
 import base64
 import io
 import os
+import posixpath
 import re
 import shutil
 import subprocess
@@ -45,16 +46,20 @@ from nbdev.processors import (
 from PIL import Image
 
 root = Path(__file__).resolve().parent.parent
-PARTS = (
-    ('The model', 0, 6),
-    ('In LeRobot', 7, 9),
-    ('Data and training', 10, 11),
-    ('Task and evaluation', 12, 13),
-    ('See inside', 14, 18),
-    ('Demonstration', 19, 20),
-    ('Benchmarks', 21, 29),
+# Folders of nbs/ and packages of halo/, in the order in which one may import from the next
+PARTS = dict(
+    method='The method',
+    realtime='In real time',
+    policy='A LeRobot policy',
+    data='Data',
+    sim='Simulated task',
+    train='Training',
+    viz='Seeing inside',
+    studies='Studies',
+    deploy='Deployment',
+    benchmarks='Benchmarks',
 )
-FURTHER = 'Further'  # the part of notebooks of another number, or of none
+FURTHER = 'Further'  # notebooks of no part
 MATHS = re.compile(r'https://[^"\']*/katex@[\d.]+/dist/')
 
 
@@ -173,12 +178,23 @@ def drop_empty(cell):
 
 def page_names(paths):
     "nbdev's page names (without the leading number) to the names that the site has."
+    names = (p.relative_to(root / 'nbs').with_suffix('.html') for p in paths)
     return {
-        re.sub(r'^\d+[a-zA-Z0-9]*_', '', p.name.lower()).replace('.ipynb', '.html'): (
-            p.with_suffix('.html').name
-        )
-        for p in paths
+        (
+            p.parent / re.sub(r'^\d+[a-zA-Z0-9]*_', '', p.name.lower())
+        ).as_posix(): p.as_posix()
+        for p in names
     }
+
+
+def relinked(markdown, pages, folder):
+    "nbdev's links (from the top of nbs/) as links to the site's pages from `folder`."
+
+    def link(m):
+        page = pages.get(m[1], m[1])
+        return f'](./{posixpath.relpath(page, folder.as_posix())}{m[2]})'
+
+    return re.sub(r'\]\(/+([\w/-]+\.html)(#[\w.]*)\)', link, markdown)
 
 
 def anchored(cells):
@@ -261,38 +277,30 @@ def process(path, to, pages):
             if isinstance(png := o.get('data', {}).get('image/png'), str):
                 o['data']['image/png'] = lighter(png)
         if cell.cell_type == 'markdown':
-            cell.source = re.sub(
-                r'\]\(/*([\w-]+\.html)(#[\w.]*)\)',
-                lambda m: f'](./{pages.get(m[1], m[1])}{m[2]})',
-                cell.source,
+            cell.source = relinked(
+                cell.source, pages, path.relative_to(root / 'nbs').parent
             )
     notebook.cells = anchored(list(notebook.cells))
     to.parent.mkdir(parents=True, exist_ok=True)
     write_nb(notebook, to)
 
 
-def part(path):
-    "The part of the book that a notebook's number puts it in."
-    number = re.match(r'\d+', path.name)
-    return next(
-        (name for name, low, high in PARTS if number and low <= int(number[0]) <= high),
-        FURTHER,
-    )
-
-
 def sidebar(paths):
-    "Every notebook, the overview first, then part by part."
-    books = sorted(p for p in paths if p.name != 'index.ipynb')
-    groups = [
-        (name, [f'nbs/{p.relative_to(root / "nbs")}' for p in books if part(p) == name])
-        for name in [*(p[0] for p in PARTS), FURTHER]
-    ]
-    first = (
-        [dict(text='Overview', href='nbs/index.ipynb')]
-        if any(p.name == 'index.ipynb' for p in paths)
-        else []
-    )
-    return first + [dict(section=name, contents=pages) for name, pages in groups if pages]
+    "Every notebook: the overview first, then part by part, each opened by its own page."
+    books = sorted(p.relative_to(root / 'nbs') for p in paths)
+    href = lambda p: f'nbs/{p.as_posix()}'
+    inside = lambda p: p.parts[0] if len(p.parts) > 1 else ''
+    order = lambda p: (p.name != 'index.ipynb', p)
+    first = [p for p in books if not inside(p) and p.name == 'index.ipynb']
+    made = [dict(text='Overview', href=href(p)) for p in first]
+    made += [href(p) for p in books if not inside(p) and p.name.startswith('00_')]
+    for folder, name in PARTS.items():
+        pages = sorted((p for p in books if inside(p) == folder), key=order)
+        if pages:
+            made.append(dict(section=name, contents=[href(p) for p in pages]))
+    rest = [p for p in books if href(p) not in made and p not in first]
+    rest = [href(p) for p in rest if inside(p) not in PARTS]
+    return made + ([dict(section=FURTHER, contents=rest)] if rest else [])
 
 
 def options(paths, bare=False, quarto=False):
@@ -368,7 +376,10 @@ def build(to, offline=False, bare=False):
         shutil.copytree(root / 'scripts/site', built / 'style')
         if (root / 'assets').is_dir():
             shutil.copytree(root / 'assets', built / 'assets')
-        landing.write(built, live={p.stem for p in paths})
+        landing.write(
+            built,
+            live={p.relative_to(root / 'nbs').with_suffix('').as_posix() for p in paths},
+        )
         quarto = shutil.which('quarto')
         made = options(paths, bare, bool(quarto))
         (built / '_quarto.yml').write_text(

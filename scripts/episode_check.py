@@ -135,7 +135,6 @@ def summary(run, episodes, client):
 
 def judge(found):
     "Which bars hold, by name."
-    by = {r['name']: r for r in found}
     told, frames, one, untold, begun, begun_frames = found
     n = untold['episodes']
     rate = lambda r: r['successes'] / r['episodes']

@@ -96,6 +96,18 @@ def differences(folder, was, now, pattern):
         yield f'{folder}/{name}', name in a, name in b, [line[:160] for line in lines[2:10]]
 
 
+def style(project):
+    "What ruff says of notebooks and scripts, by pyproject.toml's rules; '' if nothing."
+    command = [Path(sys.executable).parent / 'ruff', 'check', '--no-cache', '--quiet']
+    done = subprocess.run(
+        [*command, '--output-format', 'concise', '.'],
+        cwd=project,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout + done.stderr if done.returncode else ''
+
+
 def check(project):
     "Complaints about `project`, each one line or more of text."
     if broken := list(unreadable(project)):
@@ -127,6 +139,8 @@ def check(project):
             complaints.append(
                 '\n'.join([f'{name} {why}: {"run " + fix if there else fix}', *lines])
             )
+    if said := style(project):
+        complaints.append(said.rstrip())
     if not readme.fresh(project):
         complaints.append('README.md is not what nbs/index.ipynb gives: run make export')
     return complaints

@@ -32,7 +32,10 @@ LOOKS = {
         'Denoising',
         'sixteen noises on their way to a plan, and the error of each solver',
     ),
-    'viz/06_rollouts': ('Rollouts', 'episodes of two policies, side by side on one time line'),
+    'viz/06_rollouts': (
+        'Rollouts',
+        'episodes of two policies, side by side on one time line',
+    ),
 }
 
 
@@ -226,8 +229,8 @@ def markup(workbook='nbs', live=()):
             f'<div class="halo-rate"><span>{html.escape(name)}</span><span class="halo-bar"'
             f' role="img" aria-label="{rate:.0%}, 95 % interval {lo:.0%} to {hi:.0%}"><i'
             f' style="width:{100 * rate:.1f}%"></i><b'
-            f' style="left:{100 * lo:.1f}%;width:{100 * (hi - lo):.1f}%"></b></span><span><strong>{k}'
-            f' / {n}</strong></span></div>'
+            f' style="left:{100 * lo:.1f}%;width:{100 * (hi - lo):.1f}%"></b></span>'
+            f'<span><strong>{k} / {n}</strong></span></div>'
         )
 
     cards = ''.join(
@@ -239,22 +242,35 @@ def markup(workbook='nbs', live=()):
     return f'''<div class="halo-hero">
 <div class="halo-say">
 <h1 class="halo-h1">HALO</h1>
-<p class="halo-lead">A robot policy that remembers. It reads seconds of video history through Qwen2.5-VL, lets the robot’s state choose what to read from the VLM’s cache, and decodes its actions by flow matching.</p>
-<p>This is the first open implementation: a workbook whose notebooks are the source of a library, and a policy for LeRobot (<code>--policy.type=halo</code>).</p>
+<p class="halo-lead">A robot policy that remembers. It reads seconds of video history
+through Qwen2.5-VL, lets the robot’s state choose what to read from the VLM’s cache, and
+decodes its actions by flow matching.</p>
+<p>This is the first open implementation: a workbook whose notebooks are the source of a
+library, and a policy for LeRobot (<code>--policy.type=halo</code>).</p>
 <pre class="halo-run"><code><b>make demo</b>   <i># record, roll out, report</i>
 <b>make test</b>   <i># every notebook and test</i></code></pre>
-<p class="halo-go"><a class="btn btn-primary" href="{workbook}/index.html">Open the workbook</a> <a class="btn btn-outline-primary" href="{workbook}/18_rollouts.html">Scrub this episode</a></p>
+<p class="halo-go"><a class="btn btn-primary" href="{workbook}/index.html">Open the
+workbook</a> <a class="btn btn-outline-primary" href="{workbook}/viz/06_rollouts.html">Scrub
+this episode</a></p>
 </div>
 <figure class="halo-film">
-<picture><source media="(prefers-reduced-motion: reduce)" srcset="still.webp"><img src="film.webp" width="{2 * SIDE + GAP}" height="{HEAD + SIDE + 8 + CELL}" alt="The same episode under two policies. The one with history puts the puck on the pad that had flashed in the named colour, the one without history on another."></picture>
-<figcaption>“{html.escape(task)}”: three pads flash for 0.8 s, then all are grey. The trained <code>tiny</code> policies on seed {seed}, in real time, each with its plan in blue; below, the past that it reads.</figcaption>
+<picture><source media="(prefers-reduced-motion: reduce)" srcset="still.webp"><img
+src="film.webp" width="{2 * SIDE + GAP}" height="{HEAD + SIDE + 8 + CELL}" alt="The same
+episode under two policies. The one with history puts the puck on the pad that had flashed
+in the named colour, the one without history on another."></picture>
+<figcaption>“{html.escape(task)}”: three pads flash for 0.8 s, then all are grey. The
+trained <code>tiny</code> policies on seed {seed}, in real time, each with its plan in blue;
+below, the past that it reads.</figcaption>
 </figure>
 </div>
 <h2 class="halo-h2" id="rates">Successes on unseen seeds</h2>
 <div class="halo-rates">{''.join(bar(*r) for r in rates())}</div>
-<p class="halo-note">Thin line: Wilson’s 95 % interval. A policy without history can only guess one pad of three. SALR makes no measurable difference in this task: the state is not what is hidden.</p>
+<p class="halo-note">Thin line: Wilson’s 95 % interval. A policy without history can only
+guess one pad of three. SALR makes no measurable difference in this task: the state is not
+what is hidden.</p>
 <h2 class="halo-h2" id="inside">See inside</h2>
-<p>Each page holds an explorer that moves here, without a kernel; in JupyterLab the same explorer asks the live model.</p>
+<p>Each page holds an explorer that moves here, without a kernel; in JupyterLab the same
+explorer asks the live model.</p>
 <div class="halo-cards">{cards}</div>'''
 
 

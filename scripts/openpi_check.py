@@ -93,8 +93,8 @@ def served(policy, *more):
         found = re.search(r'ws://([\d.]+):(\d+)', line)
         if not found:
             raise SystemExit(
-                f'the server did not start: {line or "no output"} (python -m halo.deploy.serve'
-                f' --policy {policy})'
+                f'the server did not start: {line or "no output"} (python -m'
+                f' halo.deploy.serve --policy {policy})'
             )
         yield found.groups()
     finally:

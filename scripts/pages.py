@@ -1,8 +1,9 @@
-"""How the book reads: the size of its exported cells and the words of prose for a line of code, chapter by chapter.
+"""How the book reads: the size of its exported cells and the words of prose for a line of
+code, chapter by chapter.
 
-    python scripts/pages.py                 # the working tree
-      --at REVISION                         # as git holds it there
-      --json                                # for a machine
+python scripts/pages.py                 # the working tree
+  --at REVISION                         # as git holds it there
+  --json                                # for a machine
 """
 
 import argparse
@@ -23,9 +24,11 @@ def notebooks(revision=''):
             if '.ipynb_checkpoints' not in path.parts:
                 yield path.relative_to(root / 'nbs').as_posix(), path.read_text('utf-8')
         return
-    git = lambda *args: subprocess.run(
-        ['git', *args], cwd=root, check=True, capture_output=True, text=True
-    ).stdout
+    git = lambda *args: (
+        subprocess.run(
+            ['git', *args], cwd=root, check=True, capture_output=True, text=True
+        ).stdout
+    )
     for name in git('ls-tree', '-r', '--name-only', revision, 'nbs').splitlines():
         if name.endswith('.ipynb'):
             yield name.removeprefix('nbs/'), git('show', f'{revision}:{name}')
@@ -44,7 +47,9 @@ def words(source):
 
 
 def measure(text):
-    "Of one notebook: lines of its exported cells, lines of code, words, exported cells that no sentence announces."
+    """Of one notebook: lines of its exported cells, lines of code, words, exported cells
+    that no sentence announces.
+    """
     exported, lines, prose, bare, announced = [], 0, 0, 0, False
     for cell in json.loads(text)['cells']:
         source = ''.join(cell['source'])
@@ -75,13 +80,15 @@ def summary(pages):
 
 def table(pages):
     "The measures as text."
-    head = f'{"chapter":34}{"cells":>6}{"largest":>8}{"bare":>6}{"lines":>7}{"words":>7}{"words/line":>11}'
+    head = f'{"chapter":34}{"cells":>6}{"largest":>8}{"bare":>6}{"lines":>7}{"words":>7}'
+    head += f'{"words/line":>11}'
     rows = [head]
     for name, page in pages.items():
         sizes = page['exported']
+        share = page['words'] / max(page['lines'], 1)
         rows.append(
             f'{name:34}{len(sizes):6}{max(sizes, default=0):8}{page["bare"]:6}'
-            f'{page["lines"]:7}{page["words"]:7}{page["words"] / max(page["lines"], 1):11.1f}'
+            f'{page["lines"]:7}{page["words"]:7}{share:11.1f}'
         )
     s = summary(pages)
     rows.append(
@@ -93,7 +100,9 @@ def table(pages):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--at', default='', metavar='REVISION', help='as git holds it there')
+    parser.add_argument(
+        '--at', default='', metavar='REVISION', help='as git holds it there'
+    )
     parser.add_argument('--json', action='store_true', help='print JSON')
     args = parser.parse_args()
     pages = {name: measure(text) for name, text in notebooks(args.at)}

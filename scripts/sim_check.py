@@ -1,7 +1,8 @@
 """Play a simulator that lives in an environment of its own through the policy server, with
 an untrained HALO of that robot's shapes: a check of the machinery, never a result.
 
-Two processes: `python -m halo.deploy.serve --untrained`, and the simulator's client under the
+Two processes: `python -m halo.deploy.serve --untrained`, and the simulator's client under
+the
 interpreter of its own environment (configs/requirements/). What follows `--` goes to the
 client.
 Exit status 1 unless the client ends well, plays every episode, and names the random weights
@@ -134,7 +135,8 @@ def main():
         keep(args.keep, args.client, out)
     print(
         wrong
-        or f'{args.client}: {args.episodes} episodes through the server, with random weights: a check of the machinery, not a result'
+        or f'{args.client}: {args.episodes} episodes through the server, with random'
+        ' weights: a check of the machinery, not a result'
     )
     sys.exit(bool(wrong))
 

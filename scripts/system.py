@@ -17,9 +17,15 @@ libraries = {'osmesa': 'OSMesa', 'egl': 'EGL'}
 packages = ['libosmesa6', 'libegl1', 'libegl-mesa0', 'libgl1-mesa-dri', 'ffmpeg']
 probe = """
 import mujoco
-model = mujoco.MjModel.from_xml_string('<mujoco><worldbody><light pos="0 0 3"/><geom size=".1" rgba="1 0 0 1"/></worldbody></mujoco>')
-data = mujoco.MjData(model); mujoco.mj_forward(model, data)
-renderer = mujoco.Renderer(model, 16, 16); renderer.update_scene(data); frame = renderer.render(); renderer.close()
+world = '<light pos="0 0 3"/><geom size=".1" rgba="1 0 0 1"/>'
+model = mujoco.MjModel.from_xml_string(
+    f'<mujoco><worldbody>{world}</worldbody></mujoco>')
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+renderer = mujoco.Renderer(model, 16, 16)
+renderer.update_scene(data)
+frame = renderer.render()
+renderer.close()
 assert frame.max() > 0
 """
 

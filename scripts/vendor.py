@@ -143,9 +143,10 @@ def fetch(package, folder=cache, offline=False):
                 ' with a network, or add --bare for a site without it'
             )
         if not sound(package, found[0]):
+            digest = hashlib.sha512(found[0].read_bytes()).digest()
             raise Missing(
                 f'npm fetched {package.spec} with SHA-512'
-                f' {base64.b64encode(hashlib.sha512(found[0].read_bytes()).digest()).decode()},'
+                f' {base64.b64encode(digest).decode()},'
                 f' scripts/vendor.py pins {package.sha512}; do not use it'
             )
         os.replace(found[0], path)

@@ -104,6 +104,7 @@ class Lab:
             for c in book['cells']:
                 if c['cell_type'] == 'code':
                     c['outputs'], c['execution_count'] = [], None
+            (self.folder / n).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / n).write_text(json.dumps(book))
         env = os.environ | {
             'OMP_NUM_THREADS': '1',
@@ -178,8 +179,12 @@ def run_all(page, lab, name, patience=180):
     page.evaluate('() => jupyterapp.shell.currentWidget.context.sessionContext.ready')
     page.wait_for_timeout(500)
     page.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
-    done = '''() => { const cells = jupyterapp.shell.currentWidget.content.widgets.filter(c => c.model.type == 'code' && c.model.sharedModel.source.trim());
-        return cells.length && cells.every(c => c.model.executionCount !== null || c.model.sharedModel.source.includes('#| eval: false')); }'''
+    done = '''() => {
+        const code = c => c.model.type == 'code' && c.model.sharedModel.source.trim();
+        const left = c => c.model.sharedModel.source.includes('#| eval: false');
+        const cells = jupyterapp.shell.currentWidget.content.widgets.filter(code);
+        return cells.length && cells.every(c => c.model.executionCount !== null || left(c));
+    }'''
     page.wait_for_function(done, timeout=1000 * patience)
     failed = page.evaluate(
         "() => jupyterapp.shell.currentWidget.content.widgets.flatMap(c => c.model.type =="

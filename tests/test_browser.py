@@ -59,7 +59,10 @@ def opened(browser, tmp_path_factory):
     lab, pages = (
         Lab(
             tmp_path_factory.mktemp('lab'),
-            [f'{n}.ipynb' for n in ('viz/03_masks', 'viz/04_attention', 'viz/05_denoising')],
+            [
+                f'{n}.ipynb'
+                for n in ('viz/03_masks', 'viz/04_attention', 'viz/05_denoising')
+            ],
             leave_out=('.static(',),
         ),
         {},

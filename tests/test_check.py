@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from halo import cli
-from halo.train.check import Case, examine
 from halo.train import check
+from halo.train.check import Case, examine
 
 FRONT, WRIST = 'observation.images.front', 'observation.images.wrist'
 DATA, EPISODES = (f'{k}/chunk-000/file-000.parquet' for k in ('data', 'meta/episodes'))

@@ -22,7 +22,8 @@ RUNS = [commands.plan(c) for c in commands.collect()]
 # ---- the collector
 
 PAGE = '''# A page
-Call `make demo`, or `halo plan` of `halo.train.plan`; `lerobot-train` is a name, `make` a command.
+Call `make demo`, or `halo plan` of `halo.train.plan`; `lerobot-train` is a name,
+`make` a command.
 
 ```sh
 make demo   # the demonstration "as it is"
@@ -107,7 +108,7 @@ SURE = re.compile(
 
 def texts():
     "What a reader sees of every document: (name, text), one line after the other."
-    for name in ('README.md', *(f'nbs/{p.name}' for p in root.glob('nbs/[!_]*.ipynb'))):
+    for name in ('README.md', *tracked('nbs/*.ipynb')):
         if name.endswith('.ipynb'):
             cells = json.loads((root / name).read_text(encoding='utf-8'))['cells']
             yield (

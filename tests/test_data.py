@@ -197,7 +197,8 @@ def test_killed_build_continues(tmp_path, videos):
             if len(calls) > 2: os._exit(9)
             write(*args)
         d.write_episode = die
-        FrameStore.build({str(videos.root)!r}, {{'{TOP}': 28}}, {str(tmp_path / 'store')!r}, workers=1, progress=False)
+        sizes, to = {{'{TOP}': 28}}, {str(tmp_path / 'store')!r}
+        FrameStore.build({str(videos.root)!r}, sizes, to, workers=1, progress=False)
     '''
     assert (
         subprocess.run(
@@ -698,9 +699,9 @@ def test_episodes_of_one_frame_train(tmp_path, caplog, capsys):
         r' allow_short=True to pad it with masked steps'
     )
     folder = one_step(dataset, tmp_path / 'out')
-    assert [r.message for r in caplog.records if r.name == 'halo.data.history'] == [said] and (
-        folder / 'model.safetensors'
-    ).is_file()
+    assert [r.message for r in caplog.records if r.name == 'halo.data.history'] == [
+        said
+    ] and (folder / 'model.safetensors').is_file()
     with pytest.raises(ValueError, match=why):
         one_step(dataset, tmp_path / 'no', allow_short=False)
     found = {n: (ok, text) for n, ok, text in dry_run(run_file(tmp_path, dataset))}

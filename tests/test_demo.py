@@ -1,4 +1,4 @@
-"""The demonstration's command: defaults, refusals, shipping, and both modes in miniature."""
+"""The demonstration's command: defaults, refusals, shipping, both modes in miniature."""
 
 import json
 

@@ -6,6 +6,7 @@ import base64
 import gzip
 import io
 import json
+import posixpath
 import re
 import shutil
 import subprocess
@@ -67,19 +68,22 @@ def site(tmp_path_factory):
     return to
 
 
+def books():
+    "Every notebook's path below nbs/, without its ending."
+    found = sorted((root / 'nbs').rglob('*.ipynb'))
+    return [
+        p.relative_to(root / 'nbs').with_suffix('').as_posix()
+        for p in found
+        if not p.name.startswith('_') and '.ipynb_checkpoints' not in p.parts
+    ]
+
+
 def test_the_site_is_whole(site):
     assert check_site.check(site) == []
     pages = {p.relative_to(site).as_posix() for p in site.rglob('*.html')} - {
         'style/after.html'
     }
-    assert pages == {
-        'index.html',
-        *(
-            f'nbs/{p.stem}.html'
-            for p in root.glob('nbs/*.ipynb')
-            if not p.name.startswith('_')
-        ),
-    }
+    assert pages == {'index.html', *(f'nbs/{name}.html' for name in books())}
     assert (
         sum(f.stat().st_size for f in site.rglob('*') if f.is_file()) < 15e6
         and (site / 'film.webp').stat().st_size < 1.5e6
@@ -88,25 +92,25 @@ def test_the_site_is_whole(site):
 
 def test_no_notebook_vanishes_from_the_sidebar(site):
     made = check_site.Page((site / 'nbs/method/03_salr.html').read_text())
-    for p in root.glob('nbs/*.ipynb'):
-        if not p.name.startswith('_'):
-            assert any(l.split('/')[-1] == f'{p.stem}.html' for l in made.links), p.name
+    there = {posixpath.normpath(posixpath.join('nbs/method', l)) for l in made.links}
+    for name in books():
+        assert f'nbs/{name}.html' in there, name
     new = [
         root / 'nbs' / n
         for n in (
             'index.ipynb',
             'method/03_salr.ipynb',
-            '06d_later.ipynb',
-            '25_last.ipynb',
-            '77_beyond.ipynb',
+            'method/index.ipynb',
+            'benchmarks/25_last.ipynb',
+            'elsewhere/77_beyond.ipynb',
             'named.ipynb',
         )
     ]
     found = {s['section']: s['contents'] for s in docs.sidebar(new)[1:]}
     assert found == {
-        'The model': ['nbs/method/03_salr.ipynb', 'nbs/06d_later.ipynb'],
-        'Benchmarks': ['nbs/25_last.ipynb'],
-        'Further': ['nbs/77_beyond.ipynb', 'nbs/named.ipynb'],
+        'The method': ['nbs/method/index.ipynb', 'nbs/method/03_salr.ipynb'],
+        'Benchmarks': ['nbs/benchmarks/25_last.ipynb'],
+        'Further': ['nbs/elsewhere/77_beyond.ipynb', 'nbs/named.ipynb'],
     }
 
 
@@ -134,7 +138,8 @@ def test_exported_code_says_where_it_goes(site):
         '</span>', ''
     ) and re.search(r'<details open', page)
     assert (
-        'forward' not in check_site.Page((site / 'nbs/method/06_model.html').read_text()).ids
+        'forward'
+        not in check_site.Page((site / 'nbs/method/06_model.html').read_text()).ids
         and 'halomodel.velocity'
         in check_site.Page((site / 'nbs/method/06_model.html').read_text()).ids
     )
@@ -199,8 +204,13 @@ def test_the_check_finds_faults_in_the_site(site, tmp_path):
     (copy / 'nbs/method/05_expert.html').unlink()
     found = check_site.check(copy)
     assert (
-        any('method/03_salr.html: dead anchor method/04_flow.html#nobody' in f for f in found)
-        and any('method/03_salr.html: asks another machine for https://cdn' in f for f in found)
+        any(
+            'method/03_salr.html: dead anchor method/04_flow.html#nobody' in f
+            for f in found
+        )
+        and any(
+            'method/03_salr.html: asks another machine for https://cdn' in f for f in found
+        )
         and sum('dead link method/05_expert.html' in f for f in found) > 20
     )
 
@@ -496,7 +506,7 @@ def scrub(twin, rng):
     return looked
 
 
-PAGES = [p.stem for p in sorted(root.glob('nbs/[!_]*.ipynb')) if twins(p)]
+PAGES = [name for name in books() if twins(root / f'nbs/{name}.ipynb')]
 
 
 @browses
@@ -545,7 +555,7 @@ def test_every_page_opens_quietly_and_fits(served):
     b, url, site = served
     watched = Watched(b, viewport=dict(width=390, height=800))
     page = watched.page
-    for f in sorted([site / 'index.html', *site.glob('nbs/*.html')]):
+    for f in sorted([site / 'index.html', *(site / 'nbs').rglob('*.html')]):
         # the icon too, before the page is left
         page.goto(f'{url}/{f.relative_to(site).as_posix()}')
         page.wait_for_load_state('networkidle')
@@ -571,15 +581,23 @@ def test_a_twin_that_is_half_read_is_left_alone(served):
     page.wait_for_load_state('load')
     page.evaluate(
         '''() => {
-        const late = window.late = document.createElement('iframe'); late.className = 'halo-twin'; document.body.append(late);
-        late.contentDocument.open(); late.contentDocument.write('<html><body><div id="frame"></div>'); }'''
+        const late = window.late = document.createElement('iframe');
+        late.className = 'halo-twin';
+        document.body.append(late);
+        late.contentDocument.open();
+        late.contentDocument.write('<html><body><div id="frame"></div>');
+    }'''
     )
     # every twin is dressed again, this one while it is being read
     page.locator('.quarto-color-scheme-toggle').first.click()
     page.wait_for_timeout(100)
     assert not watched.wrong, watched.wrong
     page.evaluate(
-        '''() => { window.late.contentDocument.write('<script id="spec" type="application/json">{"ratio": 1}</' + 'script></body></html>'); window.late.contentDocument.close(); }'''
+        '''() => {
+        const inside = window.late.contentDocument, kind = 'type="application/json"';
+        inside.write(`<script id="spec" ${kind}>{"ratio": 1}</` + 'script></body></html>');
+        inside.close();
+    }'''
     )
     page.locator('.quarto-color-scheme-toggle').first.click()
     page.wait_for_function("() => window.late.contentDocument.getElementById('site')")

@@ -45,8 +45,8 @@ def same(a, b):
 
 def test_import_needs_no_simulator():
     code = (
-        "import sys, halo.sim.flash_place as E; E.FlashPlaceEnv().task_description; sys.exit('mujoco'"
-        " in sys.modules or 'metaworld' in sys.modules)"
+        "import sys, halo.sim.flash_place as E; E.FlashPlaceEnv().task_description;"
+        " sys.exit('mujoco' in sys.modules or 'metaworld' in sys.modules)"
     )
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
@@ -369,7 +369,9 @@ def test_a_killed_recording_goes_on_from_its_checkpoint(tmp_path):
     root = tmp_path / 'set'
     code = f"""import os, halo.sim.flash_place as E
 E.CHECKPOINT, real = 2, E.demonstrate
-E.demonstrate = lambda env, seed, noise: os._exit(9) if seed == 3 else real(env, seed, noise)
+def demonstrate(env, seed, noise):
+    return os._exit(9) if seed == 3 else real(env, seed, noise)
+E.demonstrate = demonstrate
 E.record_demonstrations({str(root)!r}, 4, image_size=32)"""
     assert subprocess.run([sys.executable, '-c', code]).returncode == 9
     assert json.loads((root / E.LOG).read_text())['open']
@@ -418,8 +420,8 @@ E.main(sys.argv[1:7])"""
     second, first = start(str(root / E.LOG)), start()
     said = second.communicate(timeout=300)[1]
     assert second.returncode == 1 and said.strip().splitlines() == [
-        f'halo.sim.flash_place: another recording into {root} is under way: wait for it, or choose'
-        ' another folder'
+        f'halo.sim.flash_place: another recording into {root} is under way: wait for it, or'
+        ' choose another folder'
     ], said
     assert 'Traceback' not in first.communicate(timeout=300)[1] and first.returncode == 0
     check(root, 6)

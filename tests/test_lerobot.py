@@ -43,7 +43,16 @@ def work(tmp_path_factory):
     lerobot-train.
     """
     d = tmp_path_factory.mktemp('lerobot')
-    run(sys.executable, '-m', 'halo.sim.flash_place', '--root', d / 'data', '--episodes', 2, cwd=d)
+    run(
+        sys.executable,
+        '-m',
+        'halo.sim.flash_place',
+        '--root',
+        d / 'data',
+        '--episodes',
+        2,
+        cwd=d,
+    )
     run(
         bin_dir / 'lerobot-train',
         '--policy.type=halo',

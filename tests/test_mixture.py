@@ -289,10 +289,15 @@ sys.path.insert(0, {tests!r})
 from test_mixture import MIXTURE, CFG, replace, Augmentation, MixtureDataset, mixture_loader
 from pathlib import Path
 rank, world, step, out = map(int, sys.argv[1:5])
-data = MixtureDataset(replace(MIXTURE, augment=Augmentation(.2, .2, .2, .2, .05)), CFG, {root!r}, seed=1, progress=False)
-s = data.sampler(8, rank, world); s.load_state_dict(s.state_dict(step))
+mixture = replace(MIXTURE, augment=Augmentation(.2, .2, .2, .2, .05))
+data = MixtureDataset(mixture, CFG, {root!r}, seed=1, progress=False)
+s = data.sampler(8, rank, world)
+s.load_state_dict(s.state_dict(step))
+keys = ('observation.history', 'observation.history_mask', 'observation.state')
+keys += ('action', 'action_is_pad')
 for b, _ in zip(mixture_loader(data, s, workers=2), range(out)):
-    rows = [hashlib.sha256(b''.join(b[k][i].numpy().tobytes() for k in ('observation.history', 'observation.history_mask', 'observation.state', 'action', 'action_is_pad'))).hexdigest() for i in range(len(b['task']))]
+    held = lambda i: b''.join(b[k][i].numpy().tobytes() for k in keys)
+    rows = [hashlib.sha256(held(i)).hexdigest() for i in range(len(b['task']))]
     print(json.dumps(rows))
 '''
 
@@ -323,7 +328,8 @@ def test_store_survives_sigkill(root, tmp_path):
         import time, halo.data.history as d
         write = d.write_episode
         d.write_episode = lambda *a: (write(*a), time.sleep(.5))
-        d.FrameStore.build({str(root / 'mid')!r}, {{'{IMG}image': 28, '{IMG}eye': 28}}, {str(tmp_path / 's')!r}, workers=1, progress=False)
+        sizes, to = {{'{IMG}image': 28, '{IMG}eye': 28}}, {str(tmp_path / 's')!r}
+        d.FrameStore.build({str(root / 'mid')!r}, sizes, to, workers=1, progress=False)
     """
     log, tries = tmp_path / 's.partial/done.txt', []
     for want in (1, 2):  # killed twice, later each time

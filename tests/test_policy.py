@@ -123,7 +123,9 @@ def loaded(folder):
 
 
 def made(folder, **kw):
-    "A policy for the dataset in `folder` that has trained for one step with halo.train.loop."
+    """A policy for the dataset in `folder` that has trained for one step with
+    halo.train.loop.
+    """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     ds = LeRobotDataset('me/robot', folder)
@@ -304,7 +306,7 @@ def test_flags_follow_a_renamed_camera(base, tmp_path, monkeypatch):
             seen.append((batch, o := original(self, batch, history))) or o
         ),
     )
-    folder = lerobot_train(
+    lerobot_train(
         monkeypatch,
         tmp_path / 'data',
         tmp_path / 'out',

@@ -204,10 +204,11 @@ def hsdp(root, kw=TINY, steps=30, bar=1e-4):
     from safetensors.torch import load_file
 
     a, b = (load_file(str(root / n / 'policy/model.safetensors')) for n in ('one', 'four'))
+    parts = checkpoints(root / 'four/checkpoints')[0].glob('shard*')
     print(
         'hsdp: final weights differ by at most'
         f' {max(float((a[k] - b[k]).abs().max()) for k in a):.1e}; files of four processes:'
-        f' {sorted(f.name for f in checkpoints(root / "four/checkpoints")[0].glob("shard*"))}'
+        f' {sorted(f.name for f in parts)}'
     )
     assert a.keys() == b.keys() and max(gap.values()) < bar
 
@@ -579,9 +580,23 @@ def cli(root):
 
 ROBOTS = """
 datasets:
-  - {id: slow, weight: 0.5, cameras: {primary: observation.images.image_0}, action_space: {frame: ee, control: delta, rotation: euler, gripper: open_high}}
-  - {id: mid, weight: 0.3, cameras: {primary: observation.images.image, wrist: observation.images.eye}, action_space: {frame: joint}, action_norm: mean_std}
-  - {id: quick, weight: 0.2, cameras: {primary: observation.images.head, secondary: observation.images.side, wrist: observation.images.hand}, action_space: {frame: joint}, action_norm: min_max}
+  - id: slow
+    weight: 0.5
+    cameras: {primary: observation.images.image_0}
+    action_space: {frame: ee, control: delta, rotation: euler, gripper: open_high}
+  - id: mid
+    weight: 0.3
+    cameras: {primary: observation.images.image, wrist: observation.images.eye}
+    action_space: {frame: joint}
+    action_norm: mean_std
+  - id: quick
+    weight: 0.2
+    cameras:
+      primary: observation.images.head
+      secondary: observation.images.side
+      wrist: observation.images.hand
+    action_space: {frame: joint}
+    action_norm: min_max
 balance: none
 """
 
@@ -743,12 +758,13 @@ def mixture_run(root, steps=18):
         n: [r['loss_dataset'][n] for r in a if n in r['loss_dataset']]
         for n in ('slow', 'mid', 'quick')
     }
+    losses = lambda row: (row['loss'], row['loss_dataset'])
+    differ = sum(losses(x) != losses(y) for x, y in zip(a, b))
     print(
         f"mixture_run: {c['run']['dtype']}, {c['run']['replicate']} copies ×"
         f" {c['run']['shard']} shards; killed at step {at}, starts at steps {starts}; loss"
         f" {a[0]['loss']:.4f} -> {a[-1]['loss']:.4f};"
-        f" {sum(x['loss'] != y['loss'] or x['loss_dataset'] != y['loss_dataset'] for x, y in zip(a, b))}"
-        f" of {len(a)} rows differ from a run that was not killed"
+        f" {differ} of {len(a)} rows differ from a run that was not killed"
     )
     print(
         'mixture_run: loss of each dataset (rows, mean of the first and last 5): '
@@ -982,8 +998,12 @@ def offload(root):
 
 
 ON_CPU = """
-# lerobot-train whose losses are noted. accelerate leaves FSDP to accelerators (AcceleratorState never makes FSDP of MULTI_CPU, and names the device cpu:0, which FSDP1 calls another one than cpu): three assignments lift that.
-# torch's FSDP1 moves what it gathers for a checkpoint "to the CPU". On a CPU that copies nothing: weights are then read from memory that was freed (SIGSEGV), and both moments are views of one buffer that is filled twice; here they are copied. The rest is theirs.
+# lerobot-train whose losses are noted. accelerate leaves FSDP to accelerators
+# (AcceleratorState never makes FSDP of MULTI_CPU, and names the device cpu:0, which FSDP1
+# calls another one than cpu): three assignments lift that.
+# torch's FSDP1 moves what it gathers for a checkpoint "to the CPU". On a CPU that copies
+# nothing: weights are then read from memory that was freed (SIGSEGV), and both moments are
+# views of one buffer that is filled twice; here they are copied. The rest is theirs.
 # Noise depends on the sample, so that one process and two draw the same.
 import json, os, sys, torch
 import lerobot.scripts.lerobot_train as t
@@ -998,20 +1018,32 @@ from halo.train.scale import flow_draws
 acc = Accelerator(step_scheduler_with_optimizer=False, cpu=True)
 before = str(acc.distributed_type)
 if os.environ.get('ACCELERATE_USE_FSDP') == 'true':
-    for s in (AcceleratorState, PartialState): s._shared_state['distributed_type'], s._shared_state['device'] = DistributedType.FSDP, torch.device('cpu')
+    for s in (AcceleratorState, PartialState):
+        s._shared_state['distributed_type'] = DistributedType.FSDP
+        s._shared_state['device'] = torch.device('cpu')
     AcceleratorState._shared_state['fsdp_plugin'] = FullyShardedDataParallelPlugin()
-forward, update, move, unflatten = HaloPolicy.forward, t.update_policy, FlatParamHandle.flat_param_to, optim._unflatten_orig_param_states
-def copied(self, *a, **k): self.flat_param.data = self.flat_param.clone(); return move(self, *a, **k)
+forward, update = HaloPolicy.forward, t.update_policy
+move, unflatten = FlatParamHandle.flat_param_to, optim._unflatten_orig_param_states
+def copied(self, *a, **k):
+    self.flat_param.data = self.flat_param.clone()
+    return move(self, *a, **k)
 def owned(info, states, name, shard, save, offload):
     unflatten(info, states, name, shard, save, offload)
     for s in states.values() if save else (): s[name] = s[name].clone()
-def draws(self, batch, reduction='mean', noise=None, time=None): return forward(self, batch, reduction, *flow_draws(self.config.model, 0, 0, batch['index'].flatten().tolist()))
+def draws(self, batch, reduction='mean', noise=None, time=None):
+    drawn = flow_draws(self.config.model, 0, 0, batch['index'].flatten().tolist())
+    return forward(self, batch, reduction, *drawn)
 def noted(metrics, policy, *a, **k):
     out = update(metrics, policy, *a, **k)
-    with open(f"{os.environ['NOTES']}-{acc.process_index}.jsonl", 'a') as f: f.write(json.dumps(dict(loss=metrics.loss.val, norm=metrics.grad_norm.val, units=sum(isinstance(m, FSDP) for m in policy.modules()), accelerate=before)) + '\\n')
+    row = dict(loss=metrics.loss.val, norm=metrics.grad_norm.val, accelerate=before)
+    row['units'] = sum(isinstance(m, FSDP) for m in policy.modules())
+    with open(f"{os.environ['NOTES']}-{acc.process_index}.jsonl", 'a') as f:
+        f.write(json.dumps(row) + '\\n')
     return out
-HaloPolicy.forward, t.update_policy, FlatParamHandle.flat_param_to, optim._unflatten_orig_param_states = draws, noted, copied, owned
-register_third_party_plugins(); t.train(accelerator=acc)
+HaloPolicy.forward, t.update_policy = draws, noted
+FlatParamHandle.flat_param_to, optim._unflatten_orig_param_states = copied, owned
+register_third_party_plugins()
+t.train(accelerator=acc)
 """
 
 
@@ -1130,7 +1162,8 @@ def lerobot_fsdp(root, steps=6):
         launch(
             'fsdp1',
             root / 'on_cpu.py',
-            f'--config_path={root}/two/checkpoints/{steps // 2:06d}/pretrained_model/train_config.json',
+            f'--config_path={root}/two/checkpoints/{steps // 2:06d}'
+            '/pretrained_model/train_config.json',
             '--resume=true',
         ),
         env=notes('again'),

@@ -328,7 +328,9 @@ def test_forked_notebooks_pass_and_fail_like_fresh_ones(project):
     code = f"""import sys; sys.path.insert(0, {str(root / 'scripts')!r})
 import test_notebooks as t, nbdev.test, os; from pathlib import Path
 t.root = Path({str(project)!r}); os.chdir(t.root); path = t.root/'nbs/00_one.ipynb'
-for flags, limit in (([], 120), (['slow'], 120), ([], 0.01)): print([passed for _, passed, *_ in t.test_all([path, path.with_name('01_two.ipynb')], flags, limit, 2)])"""
+paths = [path, path.with_name('01_two.ipynb')]
+for flags, limit in (([], 120), (['slow'], 120), ([], 0.01)):
+    print([passed for _, passed, *_ in t.test_all(paths, flags, limit, 2)])"""
     (project / 'nbs/01_two.ipynb').write_text((project / 'nbs/00_one.ipynb').read_text())
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert out.stdout.splitlines() == [

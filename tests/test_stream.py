@@ -1,4 +1,4 @@
-"""Streaming: what a caller, a mask or a compiler could break; and the benches that time it."""
+"""Streaming: what a caller, a mask or a compiler could break; the benches that time it."""
 
 import json
 import re

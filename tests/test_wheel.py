@@ -330,8 +330,8 @@ def test_a_record_without_weights_says_so(name, monkeypatch, tmp_path):
         with pytest.raises(
             ValueError,
             match=(
-                f'baselines/{name} holds the record of a run, no weights.*halo.studies.baselines'
-                f' train {name}'
+                f'baselines/{name} holds the record of a run, no'
+                f' weights.*halo.studies.baselines train {name}'
             ),
         ):
             load(f'checkpoints/baselines/{name}')
