@@ -12,6 +12,7 @@ home = next(
     d for d in Path(__file__).resolve().parents if (d / 'halo/__init__.py').exists()
 )
 sys.path[0] = str(home)  # for a moment, in place of this folder
+import halo  # noqa: E402, F401
 
 # what lies beside halo (a wheel's site-packages) is not for this interpreter
 del sys.path[0]

@@ -275,7 +275,7 @@ RULES = (
     ),
     Rule(
         r'make .*\b(test|test-slow|test-sim|test-gpu|notebooks)$',
-        ((r'$', ' NB=nbs/25_cli.ipynb'),),
+        ((r'$', ' NB=nbs/cli.ipynb'),),
         slow=True,
     ),
     Rule(
@@ -293,8 +293,8 @@ RULES = (
         ((r'$', ' TESTS="tests/test_sims.py -k scoring_form"'),),
         slow=True,
     ),
-    Rule(r'make .*\brun$', ((r'$', ' NB=nbs/25_cli.ipynb'),)),
-    Rule(r'make .*\brun\b', ((r'nbs/index.ipynb', 'nbs/25_cli.ipynb'),), slow=True),
+    Rule(r'make .*\brun$', ((r'$', ' NB=nbs/cli.ipynb'),)),
+    Rule(r'make .*\brun\b', ((r'nbs/index.ipynb', 'nbs/cli.ipynb'),), slow=True),
     Rule(r'make .*\b(export|gates|lock|system)\b', slow=True),
     Rule(r'make .*\bdocs\b', ((r'\bdocs( ARGS=\S+)?', 'docs ARGS="--bare"'),), slow=True),
     Rule(

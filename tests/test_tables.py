@@ -205,10 +205,10 @@ def test_policy_is_handed_to_the_benchmarks(tmp_path, monkeypatch, capsys):
     fake = types.ModuleType('halo.benchmarks.suite')
     fake.main = run
     fake.__spec__ = importlib.util.spec_from_loader('halo.benchmarks.suite', None)
-    import halo
+    import halo.benchmarks
 
     monkeypatch.setitem(sys.modules, 'halo.benchmarks.suite', fake)
-    monkeypatch.setattr(halo, 'benchmarks', fake, raising=False)
+    monkeypatch.setattr(halo.benchmarks, 'suite', fake, raising=False)
     assert (
         T.main(
             ['table3', '--policy', 'runs/x', '--episodes', '2', '--results', str(tmp_path)]

@@ -20,8 +20,9 @@ from .simpler import quaternion
 from .thin import Ledger, rate
 
 # %% auto #0
-__all__ = ['PRIMITIVES', 'TABLE5', 'FORM', 'Primitive', 'Sheet', 'schedule', 'rollout_commands', 'tool_pose', 'score',
-           'conventions', 'by_policy', 'ask_step', 'run_form', 'sheet_key', 'write_form', 'read_form', 'main']
+__all__ = ['PRIMITIVES', 'TABLE5', 'FORM_STYLE', 'FORM_BODY', 'FORM_KEEP', 'FORM_SHOW', 'FORM', 'Primitive', 'Sheet', 'schedule',
+           'rollout_commands', 'tool_pose', 'score', 'conventions', 'by_policy', 'ask_step', 'run_form', 'sheet_key',
+           'write_form', 'read_form', 'main']
 
 # %% ../../nbs/benchmarks/07_robot.ipynb #232710d4
 @dataclass(frozen=True)
@@ -288,24 +289,89 @@ def run_form(
     return ledger.document()
 
 # %% ../../nbs/benchmarks/07_robot.ipynb #1e98df65
-FORM = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Trials</title>
-<style>body{font:18px/1.5 system-ui;max-width:40rem;margin:2rem auto;padding:0 1rem}button{font:inherit;padding:.6rem 1.2rem;margin:.2rem}code{font-size:.75rem;word-break:break-all}</style>
-<h1 id="head"></h1><p id="place"></p><div id="commands"></div><div id="steps"></div><p><input id="note" placeholder="note" aria-label="note" style="font:inherit;width:100%"></p>
-<p><button id="back">Back</button><button id="next">Next</button><button id="save">Download results</button></p><p id="state" role="status"></p>
-<script>
-const data=__DATA__, key='halo-trials-'+data.key; let got=JSON.parse(localStorage.getItem(key)||'{}'), at=Math.min(Object.keys(got).length,data.trials.length-1), began=Date.now();
-const $=i=>document.getElementById(i), put=(tag,text,parent)=>{const e=document.createElement(tag);e.textContent=text;parent.append(e);return e};
-function show(){const t=data.trials[at],g=got[t.number]||{steps:[]};began=Date.now();$('head').textContent='Trial '+(at+1)+' of '+data.trials.length+', policy '+t.letter;
- $('place').textContent=t.steps.join(' → ')+'; object at column '+(t.cell[0]+1)+', row '+(t.cell[1]+1)+', turned '+t.turn+'°';
- $('commands').replaceChildren();t.commands.forEach(c=>put('code',c,put('p','',$('commands'))));$('steps').replaceChildren();$('note').value=g.note||'';
- t.steps.forEach((s,k)=>{const p=put('p',s+': '+data.criteria[s]+' ',$('steps'));for(const [word,value] of [['yes',true],['no',false]]){const b=put('button',word,p);
-  b.setAttribute('aria-pressed',g.steps[k]===value);if(g.steps[k]===value)b.style.fontWeight='bold';b.disabled=k>0&&g.steps[k-1]!==true;
-  b.onclick=()=>{const e=got[t.number]||{steps:[],seconds:(Date.now()-began)/1000};e.steps=[...e.steps.slice(0,k),value];got[t.number]=e;keep();show()}}});
- $('state').textContent=Object.keys(got).length+' trials entered'}
-function keep(){const t=data.trials[at];if(got[t.number])got[t.number].note=$('note').value;localStorage.setItem(key,JSON.stringify(got))}
-$('next').onclick=()=>{keep();at=Math.min(at+1,data.trials.length-1);show()};$('back').onclick=()=>{keep();at=Math.max(at-1,0);show()};
-$('save').onclick=()=>{keep();const a=document.createElement('a');a.href=URL.createObjectURL(new Blob([JSON.stringify({key:data.key,scores:got})]));a.download='trials.json';a.click()};show();
-</script>"""
+FORM_STYLE = """
+body { font: 18px/1.5 system-ui; max-width: 40rem; margin: 2rem auto; padding: 0 1rem; }
+button { font: inherit; padding: .6rem 1.2rem; margin: .2rem; }
+code { font-size: .75rem; word-break: break-all; }
+#note { font: inherit; width: 100%; }
+"""
+FORM_BODY = """<h1 id="head"></h1><p id="place"></p>
+<div id="commands"></div><div id="steps"></div>
+<p><input id="note" placeholder="note" aria-label="note"></p>
+<p><button id="back">Back</button><button id="next">Next</button>
+<button id="save">Download results</button></p>
+<p id="state" role="status"></p>
+"""
+
+# %% ../../nbs/benchmarks/07_robot.ipynb #1e98df67
+FORM_KEEP = """
+const data = __DATA__, key = 'halo-trials-' + data.key, last = data.trials.length - 1;
+const got = JSON.parse(localStorage.getItem(key) || '{}');
+let at = Math.min(Object.keys(got).length, last), began = Date.now();
+const $ = i => document.getElementById(i);
+const put = (tag, text, parent) => {
+  const e = document.createElement(tag);
+  e.textContent = text;
+  parent.append(e);
+  return e;
+};
+function keep() {
+  const t = data.trials[at];
+  if (got[t.number]) got[t.number].note = $('note').value;
+  localStorage.setItem(key, JSON.stringify(got));
+}
+const go = by => { keep(); at = Math.max(0, Math.min(at + by, last)); show(); };
+function save() {
+  keep();
+  const a = document.createElement('a'), text = JSON.stringify({key: data.key, scores: got});
+  a.href = URL.createObjectURL(new Blob([text]));
+  a.download = 'trials.json';
+  a.click();
+}
+"""
+
+# %% ../../nbs/benchmarks/07_robot.ipynb #1e98df68
+FORM_SHOW = """
+function choice(t, g, s, k) {
+  const p = put('p', s + ': ' + data.criteria[s] + ' ', $('steps'));
+  for (const [word, value] of [['yes', true], ['no', false]]) {
+    const b = put('button', word, p);
+    b.setAttribute('aria-pressed', g.steps[k] === value);
+    if (g.steps[k] === value) b.style.fontWeight = 'bold';
+    b.disabled = k > 0 && g.steps[k - 1] !== true;
+    b.onclick = () => {
+      const e = got[t.number] || {steps: [], seconds: (Date.now() - began) / 1000};
+      e.steps = [...e.steps.slice(0, k), value];
+      got[t.number] = e;
+      keep();
+      show();
+    };
+  }
+}
+function show() {
+  const t = data.trials[at], g = got[t.number] || {steps: []};
+  began = Date.now();
+  $('head').textContent =
+    'Trial ' + (at + 1) + ' of ' + data.trials.length + ', policy ' + t.letter;
+  $('place').textContent = t.steps.join(' → ') + '; object at column ' + (t.cell[0] + 1)
+    + ', row ' + (t.cell[1] + 1) + ', turned ' + t.turn + '°';
+  $('commands').replaceChildren();
+  t.commands.forEach(c => put('code', c, put('p', '', $('commands'))));
+  $('steps').replaceChildren();
+  $('note').value = g.note || '';
+  t.steps.forEach((s, k) => choice(t, g, s, k));
+  $('state').textContent = Object.keys(got).length + ' trials entered';
+}
+$('next').onclick = () => go(1);
+$('back').onclick = () => go(-1);
+$('save').onclick = save;
+show();
+"""
+FORM = (
+    '<!doctype html><meta charset="utf-8"><meta name="viewport"'
+    ' content="width=device-width"><title>Trials</title>\n'
+    f'<style>{FORM_STYLE}</style>\n{FORM_BODY}<script>{FORM_KEEP}{FORM_SHOW}</script>'
+)
 
 # %% ../../nbs/benchmarks/07_robot.ipynb #83d9d137
 def sheet_key(sheet: Sheet) -> str:
@@ -380,7 +446,9 @@ def main(arguments=None):
             ' terminal; read what the form downloaded'
         ),
     )
-    p.add_argument('sheet', type=Path, help='JSON with the fields of halo.benchmarks.robot.Sheet')
+    p.add_argument(
+        'sheet', type=Path, help='JSON with the fields of halo.benchmarks.robot.Sheet'
+    )
     p.add_argument('--out', type=Path, default=Path('result.json'))
     p.add_argument('--answers', type=Path)
     args = p.parse_args(arguments)

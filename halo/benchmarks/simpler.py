@@ -313,8 +313,8 @@ def episodes(task: str) -> list[dict]:
         return coke_grid()
     raise ValueError(
         f"the scenes of {task} are set by SIMPLER's drawer scripts (robot place,"
-        " photograph, ray tracing); run those with halo.benchmarks.simpler.SimplerModel as their"
-        " model"
+        " photograph, ray tracing); run those with halo.benchmarks.simpler.SimplerModel as"
+        " their model"
     )
 
 # %% ../../nbs/benchmarks/06_simpler.ipynb #d1d7dd0e

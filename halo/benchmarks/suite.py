@@ -766,6 +766,9 @@ def load_any(folder: str | Path, device: str | None = None):
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
+    # registers HALO
+    import halo.policy.modeling_halo  # noqa: F401
+    import halo.policy.processor_halo  # noqa: F401
 
     folder = policy_folder(folder)
     config = PreTrainedConfig.from_pretrained(folder)
@@ -1338,11 +1341,9 @@ def compare_results(a: dict, b: dict) -> dict:
             f"{len(odd)} episodes began otherwise (first: {odd[0]}); other seeds, versions"
             " or renderers: compare like with like"
         )
-    if a['conventions']['protocol'] != b['conventions']['protocol']:
-        raise ValueError(
-            "the protocols differ:"
-            f" {'; '.join(deviations(a['conventions']['protocol'], b['conventions']['protocol']))}"
-        )
+    protocols = [r['conventions']['protocol'] for r in (a, b)]
+    if protocols[0] != protocols[1]:
+        raise ValueError(f"the protocols differ: {'; '.join(deviations(*protocols))}")
     paired = [
         EvalResult(
             [

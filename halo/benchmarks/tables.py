@@ -757,8 +757,8 @@ def ablation(folder: str | Path = ABLATIONS) -> list[dict]:
     for name in ABLATION:
         if not (folder / name / 'evaluation.json').exists():
             raise FileNotFoundError(
-                f"{folder.name}/{name} holds no evaluation.json: python -m halo.studies.demo"
-                " --train-from-scratch trains and evaluates it"
+                f"{folder.name}/{name} holds no evaluation.json: python -m"
+                " halo.studies.demo --train-from-scratch trains and evaluates it"
             )
         results[name] = e = EvalResult.load(folder / name / 'evaluation.json')
         if (
@@ -867,7 +867,9 @@ def run_table(
             f" {Path(results).name}/, and run this command again without --policy"
         )
     if importlib.util.find_spec('halo.benchmarks.suite') is None:
-        raise ValueError(f"table {n} needs halo.benchmarks.suite, which this installation lacks")
+        raise ValueError(
+            f"table {n} needs halo.benchmarks.suite, which this installation lacks"
+        )
     from halo.benchmarks import suite as benchmarks
 
     for name in RUNS[n]:
@@ -882,8 +884,8 @@ def run_table(
         ]
         if status := benchmarks.main(argv):
             raise ValueError(
-                f"the evaluation ended with status {status}: python -m halo.benchmarks.suite"
-                f" {' '.join(argv)}"
+                f"the evaluation ended with status {status}: python -m"
+                f" halo.benchmarks.suite {' '.join(argv)}"
             )
 
 # %% ../../nbs/benchmarks/02_tables.ipynb #c4b47c7d
@@ -977,7 +979,9 @@ def parser() -> argparse.ArgumentParser:
 
 # %% ../../nbs/benchmarks/02_tables.ipynb #2a5f7221
 def main(argv: list[str] | None = None) -> int:
-    "The command `halo reproduce` (and `python -m halo.benchmarks.tables`); returns its exit status."
+    """The command `halo reproduce` (and `python -m halo.benchmarks.tables`); returns its
+    exit status.
+    """
     args = parser().parse_args(sys.argv[1:] if argv is None else list(argv))
     try:
         m = re.fullmatch(r'(?:table)?(\d+|all)', args.table)

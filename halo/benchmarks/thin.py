@@ -189,7 +189,8 @@ def rate(outcomes) -> dict:
 
 # %% ../../nbs/benchmarks/03_thin.ipynb #cc4b8a22
 def start_hash(images: dict, state) -> str:
-    """SHA-256 of an episode's first state and pictures, as `halo.benchmarks.suite` makes it: two
+    """SHA-256 of an episode's first state and pictures, as `halo.benchmarks.suite` makes
+    it: two
     results are comparable if their episodes began alike.
     """
     h = hashlib.sha256(np.asarray(state, np.float32).tobytes())
