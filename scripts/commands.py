@@ -318,7 +318,7 @@ RULES = (
     Rule(r'git clone', needs=('wheels', 'clones')),
     Rule(r'lavapipe\.sh', needs=('lavapipe',)),
     # recording, training, evaluation
-    Rule(r'halo\.envs ', ((r'--episodes \d+', '--episodes 1'),), slow=True),
+    Rule(r'halo\.sim\.flash_place ', ((r'--episodes \d+', '--episodes 1'),), slow=True),
     Rule(
         r'lerobot-train',
         (
@@ -379,14 +379,14 @@ RULES = (
         ('data',),
         slow=True,
     ),
-    Rule(r'halo\.pretrain', ((r'$', ' --steps 2 --batch 2'),), slow=True),
+    Rule(r'halo\.train\.eyes', ((r'$', ' --steps 2 --batch 2'),), slow=True),
     Rule(
-        r'halo\.baselines train',
+        r'halo\.studies\.baselines train',
         ((r'NAME', 'act'), (r'$', ' --steps 1')),
         ('demonstrations',),
         slow=True,
     ),
-    Rule(r'halo\.scale (?!.*--dry-run)|halo train (?!--)', needs=('run',), slow=True),
+    Rule(r'halo\.train\.scale (?!.*--dry-run)|halo train (?!--)', needs=('run',), slow=True),
     Rule(
         r'accelerate launch',
         (
@@ -395,15 +395,15 @@ RULES = (
         ),
         slow=True,
     ),
-    Rule(r'sbatch|halo\.scale', needs=('run',), slow=True),
+    Rule(r'sbatch|halo\.train\.scale', needs=('run',), slow=True),
     Rule(r'test_scale\.py', ((r'NAME', 'parts'),), slow=True),
-    Rule(r'halo\.mixture show MIXTURE', needs=('mixture',), slow=True),
+    Rule(r'halo\.data\.mixture show MIXTURE', needs=('mixture',), slow=True),
     Rule(
-        r'halo\.mixture (check|stats|store)', ((r'$', ' --quiet'),), ('mixture',), slow=True
+        r'halo\.data\.mixture (check|stats|store)', ((r'$', ' --quiet'),), ('mixture',), slow=True
     ),
-    Rule(r'halo\.mixture check oxe', ((r'check oxe', 'check LITTLE'),)),
-    Rule(r'halo\.mixture (check|stats|store)(?!.*--root)', ((r'$', ' --root data'),)),
-    Rule(r'halo\.mixture (check|stats|store)', ((r'$', ' --preset tiny'),)),
+    Rule(r'halo\.data\.mixture check oxe', ((r'check oxe', 'check LITTLE'),)),
+    Rule(r'halo\.data\.mixture (check|stats|store)(?!.*--root)', ((r'$', ' --root data'),)),
+    Rule(r'halo\.data\.mixture (check|stats|store)', ((r'$', ' --preset tiny'),)),
     Rule(
         r'convert_dataset',
         ((r'--root=DIR', '--root=data/old'), (r'--repo-id=\S+', '--repo-id=halo/old')),
@@ -412,7 +412,7 @@ RULES = (
     ),
     # serving and simulators
     Rule(
-        r'halo serve --policy|halo\.serve --untrained',
+        r'halo serve --policy|halo\.deploy\.serve --untrained',
         (
             (r'--untrained', '--untrained --policy checkpoints/flash_place/full'),
             (r'( --port \d+)?$', ' --port PORT'),
@@ -470,7 +470,7 @@ RULES = (
     ),
     # benches and checks
     Rule(
-        r'(halo|halo\.) ?bench |halo\.bench ',
+        r'(halo|halo\.) ?bench |halo\.studies\.bench ',
         ((r'( --preset \w+)?$', f' {LITTLE}'),),
         slow=True,
     ),
@@ -482,12 +482,12 @@ RULES = (
         slow=True,
     ),
     Rule(
-        r'benchmarks --keep',
+        r'benchmarks\.suite --keep',
         ((r'bench/\w+', 'outputs/kept'),),
         ('benchmark run',),
         slow=True,
     ),
-    Rule(r'halo\.benchmarks --rows|halo reproduce|halo\.viz|landing', slow=True),
+    Rule(r'halo\.benchmarks\.suite --rows|halo reproduce|halo\.viz|landing', slow=True),
     Rule(
         r'scripts/commands\.py --only', ((r'--only \S+', '--only "make help"'),), slow=True
     ),
@@ -498,7 +498,7 @@ RULES = (
     ),
     Rule(r'pytest -q', ((r'$', ' tests/test_tables.py -k sources_of_every_row'),)),
     Rule(
-        r'halo\.robot \w+ SHEET',
+        r'halo\.benchmarks\.robot \w+ SHEET',
         (
             (r'\s*…$', ''),
             (r'(form.*)$', r'\1 --out outputs/form.html'),

@@ -107,7 +107,7 @@ def test_no_part_of_the_paper_has_an_exception():
 
 
 def test_no_old_path_is_left():
-    old = r'\bhalo\.(envs|evaluate|pretrain|configuration_halo|serve|modeling_halo|twoarms)\b'
+    old = r'\bhalo\.(envs|evaluate|pretrain|configuration_halo|serve|modeling_halo)\b'
     done = subprocess.run(
         ['git', 'grep', '-nP', old, '--', '.', ':!tests/test_book.py'],
         cwd=root,

@@ -227,7 +227,7 @@ def test_commands_that_read_what_ships(door):
         ('plan', '--preset', 'tiny', '--gpu', 'rtx4090', '--batch', '8'),
     ]
     code = (
-        'import sys; from halo import baselines, cli\n'
+        'import sys; from halo import cli; from halo.studies import baselines\n'
         f'for argv in {commands}:\n'
         '    try: status = cli.main(argv)\n'
         '    except SystemExit as e: status = e.code\n'

@@ -323,7 +323,8 @@ function keep() {
 const go = by => { keep(); at = Math.max(0, Math.min(at + by, last)); show(); };
 function save() {
   keep();
-  const a = document.createElement('a'), text = JSON.stringify({key: data.key, scores: got});
+  const a = document.createElement('a');
+  const text = JSON.stringify({key: data.key, scores: got});
   a.href = URL.createObjectURL(new Blob([text]));
   a.download = 'trials.json';
   a.click();
