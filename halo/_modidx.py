@@ -863,6 +863,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'halo.method.expert._Prefix': ('method/expert.html#_prefix', 'halo/method/expert.py'),
                                     'halo.method.expert._Prefix.__init__': ('method/expert.html#_prefix.__init__', 'halo/method/expert.py'),
                                     'halo.method.expert._Prefix.update': ('method/expert.html#_prefix.update', 'halo/method/expert.py'),
+                                    'halo.method.expert._scores': ('method/expert.html#_scores', 'halo/method/expert.py'),
+                                    'halo.method.expert._shared_mask': ('method/expert.html#_shared_mask', 'halo/method/expert.py'),
                                     'halo.method.expert.attend_few': ('method/expert.html#attend_few', 'halo/method/expert.py'),
                                     'halo.method.expert.expert_config': ('method/expert.html#expert_config', 'halo/method/expert.py'),
                                     'halo.method.expert.expert_mask': ('method/expert.html#expert_mask', 'halo/method/expert.py'),
