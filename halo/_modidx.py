@@ -961,6 +961,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'halo.method.salr._choose': ('method/salr.html#_choose', 'halo/method/salr.py'),
                                   'halo.method.salr._heads': ('method/salr.html#_heads', 'halo/method/salr.py'),
                                   'halo.method.salr._positive': ('method/salr.html#_positive', 'halo/method/salr.py'),
+                                  'halo.method.salr._stored': ('method/salr.html#_stored', 'halo/method/salr.py'),
                                   'halo.method.salr._tokens': ('method/salr.html#_tokens', 'halo/method/salr.py'),
                                   'halo.method.salr._wide': ('method/salr.html#_wide', 'halo/method/salr.py'),
                                   'halo.method.salr.fp32_parameter_names': ('method/salr.html#fp32_parameter_names', 'halo/method/salr.py'),

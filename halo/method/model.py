@@ -347,7 +347,7 @@ def _count_between(m: HaloModel) -> dict[str, int]:
         'state encoder': sum(state.values()),
     }
 
-# %% ../../nbs/method/06_model.ipynb #616b7593
+# %% ../../nbs/method/06_model.ipynb #06unread
 def _count_unread(m: HaloModel) -> dict[str, int]:
     "Parameters of the published checkpoints that nothing in HALO reads."
     t, first, last = m.cfg.text, m.blocks[0].vlm, m.blocks[-1].vlm
@@ -357,7 +357,7 @@ def _count_unread(m: HaloModel) -> dict[str, int]:
         "token embedding of the expert's language model": 151936 * m.cfg.expert.width,
     }
 
-
+# %% ../../nbs/method/06_model.ipynb #616b7593
 def parameter_table(cfg: ModelConfig) -> dict[str, int]:
     """Parameters per component, of the model as kept, and of what the published checkpoints
     hold besides. Needs no memory.
