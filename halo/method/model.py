@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn as nn
+from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
@@ -30,74 +31,23 @@ from halo.method.vlm import (
 )
 
 # %% auto #0
-__all__ = ['state_config', 'StateTokens', 'StateLayer', 'HaloBlock', 'HaloModel', 'Prefix', 'parameter_table']
+__all__ = ['HaloBlock', 'HaloModel', 'Prefix', 'state_config', 'StateTokens', 'StateLayer', 'parameter_table']
 
-# %% ../../nbs/method/06_model.ipynb #6b7aaaed
-def state_config(cfg: ModelConfig) -> Qwen2Config:
-    "Layers of the state transformer."
-    n, w = cfg.salr.state_heads, cfg.salr.state_width
-    return Qwen2Config(
-        hidden_size=w,
-        intermediate_size=4 * w,
-        num_hidden_layers=cfg.text.layers,
-        num_attention_heads=n,
-        num_key_value_heads=n,
-        vocab_size=8,
-        rms_norm_eps=1e-6,
-        attn_implementation='sdpa',
-    )
+# %% ../../nbs/method/06_model.ipynb #06reprs0
+def _deep_state(cfg: ModelConfig) -> bool:
+    "Does a transformer make the state's heads?"
+    return cfg.salr.enabled and cfg.salr.state_encoder == 'transformer'
 
-# %% ../../nbs/method/06_model.ipynb #0a108902
-class StateTokens(nn.Module):
-    """State (b, d) -> one token per dimension (b, d, width): value times a learned
-    direction plus a learned place.
-    """
 
-    def __init__(self, d: int, width: int):
-        super().__init__()
-        self.scale, self.place = (
-            nn.Parameter(torch.randn(d, width)),
-            nn.Parameter(torch.randn(d, width)),
-        )
-
-    def forward(self, state: Tensor) -> Tensor:
-        return state.to(self.scale.dtype)[..., None] * self.scale + self.place
-
-# %% ../../nbs/method/06_model.ipynb #0bb2baea
-class StateLayer(nn.Module):
-    """One layer of the state transformer: tokens (b, d, width) -> next tokens, F_r (b, i,
-    h).
-    """
-
-    def __init__(self, config: Qwen2Config, index: int):
-        super().__init__()
-        layer, self.heads = Qwen2DecoderLayer(config, index), config.num_attention_heads
-        self.last = index == config.num_hidden_layers - 1
-        if self.last:
-            self.norm, self.q_proj = layer.input_layernorm, layer.self_attn.q_proj
-        else:
-            self.layer = layer
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        norm, q = (
-            (self.norm, self.q_proj)
-            if self.last
-            else (self.layer.input_layernorm, self.layer.self_attn.q_proj)
-        )
-        heads = q(norm(x)).mean(1).unflatten(-1, (self.heads, -1)).float()
-        if self.last:
-            return x, heads
-        one = x.new_ones(x.shape[0], x.shape[1], heads.shape[-1])
-        return (
-            self.layer(
-                x,
-                position_embeddings=(one, torch.zeros_like(one)),
-                attention_mask=torch.ones(
-                    x.shape[1], x.shape[1], dtype=torch.bool, device=x.device
-                )[None, None],
-            ),
-            heads,
-        )
+def _rerepresentation(cfg: ModelConfig) -> SALR | HeadConverter:
+    "What stands between a VLM layer and an expert layer."
+    s, h = cfg.salr, cfg.text.head_dim
+    j, o = cfg.text.kv_heads, cfg.expert.kv_heads
+    if not s.enabled:
+        return HeadConverter(j, o, h)
+    state_dim = None if _deep_state(cfg) else cfg.max_state_dim
+    choices = dict(compression=s.compression, mask=s.mask, fused=s.fused)
+    return SALR(state_dim, s.state_heads, j, o, h, **choices)
 
 # %% ../../nbs/method/06_model.ipynb #14e599a5
 class HaloBlock(nn.Module):
@@ -108,34 +58,13 @@ class HaloBlock(nn.Module):
 
     def __init__(self, vlm: nn.Module, cfg: ModelConfig, index: int):
         super().__init__()
-        s, n2, no, h = cfg.salr, cfg.text.kv_heads, cfg.expert.kv_heads, cfg.text.head_dim
-        deep = s.enabled and s.state_encoder == 'transformer'
-        self.vlm, self.section, self.before = (
-            vlm,
-            list(cfg.text.mrope_section),
-            s.enabled and s.keys == 'before_rope',
-        )
-        self.state = StateLayer(state_config(cfg), index) if deep else None
-        self.rerep = (
-            SALR(
-                None if deep else cfg.max_state_dim,
-                s.state_heads,
-                n2,
-                no,
-                h,
-                compression=s.compression,
-                mask=s.mask,
-                fused=s.fused,
-            )
-            if s.enabled
-            else HeadConverter(n2, no, h)
-        )
+        self.vlm, self.section = vlm, list(cfg.text.mrope_section)
+        self.before = cfg.salr.enabled and cfg.salr.keys == 'before_rope'
+        self.state = StateLayer(state_config(cfg), index) if _deep_state(cfg) else None
+        self.rerep = _rerepresentation(cfg)
         self.expert = ExpertLayer(expert_config(cfg))
 
 # %% ../../nbs/method/06_model.ipynb #b4d1df8a
-from fastcore.basics import patch
-
-
 @patch
 def represent(
     self: HaloBlock, k: Tensor, v: Tensor, state: Tensor, ctx: Context, ectx: ExpertContext
@@ -165,6 +94,11 @@ def encode(
     return x, *self.represent(k, v, state, ctx, ectx)
 
 # %% ../../nbs/method/06_model.ipynb #c7aac21f
+def _rows(x: Tensor, r: int) -> Tensor:
+    "Every row of `x` r times in a row; `x` itself for r = 1."
+    return x.repeat_interleave(r, 0) if r > 1 else x
+
+
 @patch
 def forward(
     self: HaloBlock, x: Tensor, state: Tensor, a: Tensor, ctx: Context, ectx: ExpertContext
@@ -172,9 +106,7 @@ def forward(
     "One training step of depth l; `a` (b * draws, q, width) are the expert's tokens."
     x, state, k, v = self.encode(x, state, ctx, ectx)
     r = len(a) // len(k)
-    if r > 1:
-        k, v = k.repeat_interleave(r, 0), v.repeat_interleave(r, 0)
-    return x, state, self.expert(a, k, v, ectx)
+    return x, state, self.expert(a, _rows(k, r), _rows(v, r), ectx)
 
 # %% ../../nbs/method/06_model.ipynb #0d82e301
 class HaloModel(nn.Module):
@@ -186,18 +118,16 @@ class HaloModel(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embed, layers = split_qwen(build_qwen(cfg) if qwen is None else qwen, cfg)
-        deep = cfg.salr.enabled and cfg.salr.state_encoder == 'transformer'
         self.state_tokens = (
-            StateTokens(cfg.max_state_dim, cfg.salr.state_width) if deep else None
+            StateTokens(cfg.max_state_dim, cfg.salr.state_width)
+            if _deep_state(cfg)
+            else None
         )
         self.blocks = nn.ModuleList(HaloBlock(l, cfg, i) for i, l in enumerate(layers))
         self.heads = ExpertHeads(cfg)
         if cfg.init == 'fan_in':
-            for m in (
-                self.heads,
-                *(b.expert for b in self.blocks),
-                *(b.state for b in self.blocks if b.state is not None),
-            ):
+            states = [b.state for b in self.blocks if b.state is not None]
+            for m in (self.heads, *(b.expert for b in self.blocks), *states):
                 init_fan_in(m)
         self.to(getattr(torch, cfg.dtype))  # SALR's parameters refuse and stay float32
 
@@ -215,14 +145,9 @@ def expert_start(
 ) -> tuple[Tensor, ExpertContext]:
     "The expert's tokens and context for noisy actions (b * draws, s, d)."
     r = len(x_t) // len(state)
-    rows = partial(torch.repeat_interleave, repeats=r, dim=0)
-    wide = (
-        Context(None, None, rows(ctx.valid), rows(ctx.next_position), rows(ctx.positions))
-        if r > 1
-        else ctx
-    )
-    a = self.heads.embed(rows(state) if r > 1 else state, x_t, t)
-    ectx = self.heads.context(wide, x_t.shape[1], a)
+    a = self.heads.embed(_rows(state, r), x_t, t)
+    per_row = (_rows(x, r) for x in (ctx.valid, ctx.next_position, ctx.positions))
+    ectx = self.heads.context(Context(None, None, *per_row), x_t.shape[1], a)
     if r > 1 and ectx.prefix_rope is not None:
         ectx.prefix_rope = tuple(p[::r] for p in ectx.prefix_rope)
     return a, ectx
@@ -258,17 +183,13 @@ def loss(
     `noise`, `t` may be given (b * draws rows).
     """
     r = self.cfg.flow.draws
-    rows = lambda x: x.repeat_interleave(r, 0) if r > 1 else x
-    actions, mask = rows(actions), None if mask is None else rows(mask)
+    actions, mask = _rows(actions, r), None if mask is None else _rows(mask, r)
     noise = torch.randn_like(actions) if noise is None else noise
     # padded dimensions hold no noise, in training as in sampling
     if mask is not None:
         noise = noise * (mask != 0).any(1, keepdim=True)
-    t = (
-        sample_time(len(actions), self.cfg.flow.time, device=actions.device)
-        if t is None
-        else t
-    )
+    if t is None:
+        t = sample_time(len(actions), self.cfg.flow.time, device=actions.device)
     v = self(obs, interpolate(actions, noise, t), t)
     out = flow_loss(v, velocity_target(actions, noise), mask, reduction)
     return out if reduction == 'mean' else out.unflatten(0, (-1, r)).mean(1)
@@ -334,13 +255,107 @@ def sample(
     """
     prefix = obs if isinstance(obs, Prefix) else self.encode(obs)
     if noise is None:
-        noise = torch.randn(
-            len(prefix.state),
-            self.cfg.chunk,
-            self.cfg.max_action_dim,
-            device=prefix.state.device,
-        )
+        size = len(prefix.state), self.cfg.chunk, self.cfg.max_action_dim
+        noise = torch.randn(*size, device=prefix.state.device)
     return self.integrate(partial(self.velocity, prefix), noise, steps, method, return_path)
+
+# %% ../../nbs/method/06_model.ipynb #6b7aaaed
+def state_config(cfg: ModelConfig) -> Qwen2Config:
+    "Layers of the state transformer."
+    n, w = cfg.salr.state_heads, cfg.salr.state_width
+    return Qwen2Config(
+        hidden_size=w,
+        intermediate_size=4 * w,
+        num_hidden_layers=cfg.text.layers,
+        num_attention_heads=n,
+        num_key_value_heads=n,
+        vocab_size=8,
+        rms_norm_eps=1e-6,
+        attn_implementation='sdpa',
+    )
+
+# %% ../../nbs/method/06_model.ipynb #0a108902
+class StateTokens(nn.Module):
+    """State (b, d) -> one token per dimension (b, d, width): value times a learned
+    direction plus a learned place.
+    """
+
+    def __init__(self, d: int, width: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(d, width))
+        self.place = nn.Parameter(torch.randn(d, width))
+
+    def forward(self, state: Tensor) -> Tensor:
+        return state.to(self.scale.dtype)[..., None] * self.scale + self.place
+
+# %% ../../nbs/method/06_model.ipynb #0bb2baea
+class StateLayer(nn.Module):
+    """One layer of the state transformer: tokens (b, d, width) -> next tokens, F_r (b, i,
+    h).
+    """
+
+    def __init__(self, config: Qwen2Config, index: int):
+        super().__init__()
+        layer, self.heads = Qwen2DecoderLayer(config, index), config.num_attention_heads
+        self.last = index == config.num_hidden_layers - 1
+        if self.last:
+            self.norm, self.q_proj = layer.input_layernorm, layer.self_attn.q_proj
+        else:
+            self.layer = layer
+
+    def state_heads(self, x: Tensor) -> Tensor:
+        "F_r (b, i, h): the mean of the tokens' queries."
+        norm, q = (
+            (self.norm, self.q_proj)
+            if self.last
+            else (self.layer.input_layernorm, self.layer.self_attn.q_proj)
+        )
+        return q(norm(x)).mean(1).unflatten(-1, (self.heads, -1)).float()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        heads = self.state_heads(x)
+        if self.last:
+            return x, heads
+        b, d, h = *x.shape[:2], heads.shape[-1]
+        one = x.new_ones(b, d, h)
+        all_see_all = torch.ones(1, 1, d, d, dtype=torch.bool, device=x.device)
+        rope = one, torch.zeros_like(one)
+        return self.layer(x, position_embeddings=rope, attention_mask=all_see_all), heads
+
+# %% ../../nbs/method/06_model.ipynb #06count0
+def _count(module: nn.Module) -> int:
+    "Parameters of a module."
+    return sum(p.numel() for p in module.parameters())
+
+
+def _count_between(m: HaloModel) -> dict[str, int]:
+    "Parameters of SALR and of the state's encoder, or of the converters in their place."
+    sizes = {n: p.numel() for n, p in m.named_parameters()}
+    rerep = {n: size for n, size in sizes.items() if '.rerep.' in n}
+    if not m.cfg.salr.enabled:
+        return {'head converters': sum(rerep.values())}
+    state = {
+        n: size
+        for n, size in sizes.items()
+        if '.project.' in n or '.state.' in n or n.startswith('state_tokens')
+    }
+    masks = sum(size for n, size in rerep.items() if n.endswith('.mask'))
+    projected = sum(size for n, size in rerep.items() if '.project.' in n)
+    return {
+        'SALR masks': masks,
+        'SALR compression': sum(rerep.values()) - masks - projected,
+        'state encoder': sum(state.values()),
+    }
+
+# %% ../../nbs/method/06_model.ipynb #06unread
+def _count_unread(m: HaloModel) -> dict[str, int]:
+    "Parameters of the published checkpoints that nothing in HALO reads."
+    t, first, last = m.cfg.text, m.blocks[0].vlm, m.blocks[-1].vlm
+    return {
+        'lm_head of the VLM': t.vocab * t.width,
+        'final norm and rest of the last VLM layer': _count(first) - _count(last) + t.width,
+        "token embedding of the expert's language model": 151936 * m.cfg.expert.width,
+    }
 
 # %% ../../nbs/method/06_model.ipynb #616b7593
 def parameter_table(cfg: ModelConfig) -> dict[str, int]:
@@ -349,45 +364,15 @@ def parameter_table(cfg: ModelConfig) -> dict[str, int]:
     """
     with torch.device('meta'):
         m = HaloModel(cfg.but(vlm_id='', init='normal'))
-    count = lambda mod: sum(p.numel() for p in mod.parameters())
-    t, e, b = cfg.text, cfg.expert, m.blocks
     kept = {
-        'vision tower': count(m.embed.visual),
-        'token embedding': count(m.embed.embed_tokens),
-        'VLM layers': sum(count(x.vlm) for x in b),
-        'SALR masks' if cfg.salr.enabled else 'head converters': sum(
-            p.numel()
-            for n, p in b.named_parameters()
-            if ('.rerep.' in n) and (n.endswith('.mask') or not cfg.salr.enabled)
-        ),
+        'vision tower': _count(m.embed.visual),
+        'token embedding': _count(m.embed.embed_tokens),
+        'VLM layers': sum(_count(b.vlm) for b in m.blocks),
+        **_count_between(m),
+        'expert layers': sum(_count(b.expert) for b in m.blocks),
+        'expert inputs and output': _count(m.heads),
     }
-    if cfg.salr.enabled:
-        kept['SALR compression'] = sum(
-            p.numel()
-            for n, p in b.named_parameters()
-            if n.split('.')[1] == 'rerep'
-            and '.project.' not in n
-            and not n.endswith('.mask')
-        )
-        kept['state encoder'] = sum(
-            p.numel()
-            for n, p in m.named_parameters()
-            if '.project.' in n or '.state.' in n or n.startswith('state_tokens')
-        )
-    kept |= {
-        'expert layers': sum(count(x.expert) for x in b),
-        'expert inputs and output': count(m.heads),
-    }
-    rest = count(b[0].vlm) - count(b[-1].vlm)
-    extra = {
-        'lm_head of the VLM': t.vocab * t.width,
-        'final norm and rest of the last VLM layer': rest + t.width,
-        "token embedding of the expert's language model": 151936 * e.width,
-    }
-    assert sum(kept.values()) == count(m)
-    return dict(
-        kept=kept,
-        extra=extra,
-        total_kept=sum(kept.values()),
-        total_published=sum(kept.values()) + sum(extra.values()),
-    )
+    total, extra = sum(kept.values()), _count_unread(m)
+    assert total == _count(m)
+    published = total + sum(extra.values())
+    return dict(kept=kept, extra=extra, total_kept=total, total_published=published)

@@ -10,19 +10,21 @@ __all__ = ['MASK_START', 'salr_literal', 'state_map', 'latent_rms', 'salr_fused'
 import math
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../../nbs/method/03_salr.ipynb #e31d6099
+_AXES = dict(b='batch', l='tokens', i='state heads', j='VLM KV heads', h='head_dim')
+
+
 def _check(name: str, x: Tensor, axes: str, **sizes: int) -> None:
     "Raise unless `x` has the `axes` (one letter each) and every size that `sizes` names."
+    known = {a: x.shape[axes.index(a)] for a in sizes} if x.ndim == len(axes) else None
+    if known == sizes:
+        return
     want = ', '.join(str(sizes.get(a, a)) for a in axes)
-    if x.ndim != len(axes) or any(x.shape[axes.index(a)] != n for a, n in sizes.items()):
-        known = ', '.join(
-            f'{dict(b="batch", l="tokens", i="state heads", j="VLM KV heads", h="head_dim").get(a, a)}'
-            f' {a}={n}'
-            for a, n in sizes.items()
-        )
-        raise ValueError(f'{name}: expected shape ({want}) [{known}], got {tuple(x.shape)}')
+    known = ', '.join(f'{_AXES.get(a, a)} {a}={n}' for a, n in sizes.items())
+    raise ValueError(f'{name}: expected shape ({want}) [{known}], got {tuple(x.shape)}')
 
 # %% ../../nbs/method/03_salr.ipynb #a303aa0c
 def _wide(*xs: Tensor) -> torch.dtype:
@@ -33,6 +35,16 @@ def _wide(*xs: Tensor) -> torch.dtype:
     for x in xs:
         dtype = torch.promote_types(dtype, x.dtype)
     return dtype
+
+# %% ../../nbs/method/03_salr.ipynb #453a2642
+def _tokens(x: Tensor) -> Tensor:
+    "(b, j, l, h) -> (b, l, j*h): the heads of a token side by side."
+    return x.transpose(1, 2).flatten(2)
+
+
+def _heads(y: Tensor, like: Tensor) -> Tensor:
+    "(b, l, o*h) -> (b, o, l, h), with the head dimension and dtype of `like`."
+    return y.unflatten(-1, (-1, like.shape[-1])).transpose(1, 2).to(like.dtype)
 
 # %% ../../nbs/method/03_salr.ipynb #6a944a25
 def salr_literal(
@@ -61,16 +73,6 @@ def salr_literal(
         rms = z.square().mean((-3, -2, -1), keepdim=True).add(eps).sqrt()
         hidden = _tokens(kv) + (gain.to(dtype) * z / rms).flatten(2) @ weight.to(dtype)
         return _heads(hidden @ out_weight.to(dtype), x)
-
-# %% ../../nbs/method/03_salr.ipynb #453a2642
-def _tokens(x: Tensor) -> Tensor:
-    "(b, j, l, h) -> (b, l, j*h): the heads of a token side by side."
-    return x.transpose(1, 2).flatten(2)
-
-
-def _heads(y: Tensor, like: Tensor) -> Tensor:
-    "(b, l, o*h) -> (b, o, l, h), with the head dimension and dtype of `like`."
-    return y.unflatten(-1, (-1, like.shape[-1])).transpose(1, 2).to(like.dtype)
 
 # %% ../../nbs/method/03_salr.ipynb #18fed188
 class _Folded(torch.autograd.Function):
@@ -110,13 +112,12 @@ def state_map(weight: Tensor, mask: Tensor, state_heads: Tensor) -> Tensor:
     """
     dtype = _wide(weight, mask, state_heads)
     with torch.autocast(weight.device.type, enabled=False):
-        # (b, i, j*h)
-        factors = (mask.to(dtype) * state_heads.to(dtype)[:, :, None]).flatten(2)
+        factors = mask.to(dtype) * state_heads.to(dtype)[:, :, None]
+        factors = factors.flatten(2)  # (b, i, j*h)
         rows = weight.to(dtype).unflatten(0, factors.shape[1:])  # (i, j*h, p), a view
         if weight.device.type != 'cpu' or len(factors) > 4:
-            return torch.bmm(factors.permute(2, 0, 1), rows.transpose(0, 1)).permute(
-                1, 2, 0
-            )
+            product = torch.bmm(factors.permute(2, 0, 1), rows.transpose(0, 1))
+            return product.permute(1, 2, 0)
         return _Folded.apply(factors, rows).mT
 
 # %% ../../nbs/method/03_salr.ipynb #c5c85f48
@@ -126,12 +127,10 @@ def latent_rms(x: Tensor, state_heads: Tensor, mask: Tensor, eps: float = 1e-6) 
     """
     dtype = _wide(x, state_heads, mask)
     with torch.autocast(x.device.type, enabled=False):
-        q = torch.einsum(
-            'ijh,bih->bjh', mask.to(dtype).square(), state_heads.to(dtype).square()
-        )
-        return (
-            torch.einsum('bjlh,bjh->bl', x.to(dtype).square(), q) / mask.numel() + eps
-        ).sqrt()
+        m2, s2, x2 = (y.to(dtype).square() for y in (mask, state_heads, x))
+        q = torch.einsum('ijh,bih->bjh', m2, s2)
+        total = torch.einsum('bjlh,bjh->bl', x2, q)
+        return (total / mask.numel() + eps).sqrt()
 
 # %% ../../nbs/method/03_salr.ipynb #70f41c95
 def salr_fused(
@@ -154,11 +153,9 @@ def salr_fused(
         if out_weight is None:
             return _heads(tokens @ state_map(weight, mask, state_heads).mT.to(x.dtype), x)
         branch = state_map(weight, mask * gain, state_heads).mT @ out_weight
-        rms = latent_rms(x, state_heads, mask, eps)
-        return _heads(
-            tokens @ out_weight.to(x.dtype) + tokens @ branch.to(x.dtype) / rms[..., None],
-            x,
-        )
+        rms = latent_rms(x, state_heads, mask, eps)[..., None]
+        plain = tokens @ out_weight.to(x.dtype)
+        return _heads(plain + tokens @ branch.to(x.dtype) / rms, x)
 
 # %% ../../nbs/method/03_salr.ipynb #56222109
 class KeepFP32(nn.Module):
@@ -185,9 +182,8 @@ def fp32_parameter_names(model: nn.Module) -> list[str]:
     """Names of the parameters under `KeepFP32` modules: those that must be FP32 whatever
     dtype the rest of `model` has.
     """
-    kept = {
-        id(p) for m in model.modules() if isinstance(m, KeepFP32) for p in m.parameters()
-    }
+    guards = [m for m in model.modules() if isinstance(m, KeepFP32)]
+    kept = {id(p) for m in guards for p in m.parameters()}
     return [name for name, p in model.named_parameters() if id(p) in kept]
 
 # %% ../../nbs/method/03_salr.ipynb #322f72ce
@@ -203,33 +199,27 @@ class StateProjection(KeepFP32):
         self, state_dim: int, n_heads: int, head_dim: int, state_scale: float = 0.25
     ):
         super().__init__()
-        self.state_dim, self.n_heads, self.head_dim, self.state_scale = (
-            state_dim,
-            n_heads,
-            head_dim,
-            state_scale,
-        )
+        self.state_dim, self.n_heads, self.head_dim = state_dim, n_heads, head_dim
+        self.state_scale = state_scale
         self.linear = nn.Linear(state_dim, n_heads * head_dim, dtype=torch.float32)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         "Bias 1, weights of standard deviation state_scale / sqrt(state_dim)."
         nn.init.ones_(self.linear.bias)
-        nn.init.normal_(
-            self.linear.weight, std=self.state_scale / math.sqrt(self.state_dim)
-        )
+        spread = self.state_scale / math.sqrt(self.state_dim)
+        nn.init.normal_(self.linear.weight, std=spread)
 
-    def forward(self, state: Tensor) -> Tensor:
-        "(b, state_dim) of any floating dtype -> (b, n_heads, head_dim) in FP32."
-        if state.ndim != 2 or state.shape[1] != self.state_dim:
-            raise ValueError(
-                f'state: expected shape (b, {self.state_dim}) [state_dim={self.state_dim}],'
-                f' got {tuple(state.shape)}'
-            )
-        with torch.autocast(state.device.type, enabled=False):
-            return self.linear(state.to(self.linear.weight.dtype)).unflatten(
-                -1, (self.n_heads, self.head_dim)
-            )
+# %% ../../nbs/method/03_salr.ipynb #03projct
+@patch
+def forward(self: StateProjection, state: Tensor) -> Tensor:
+    "(b, state_dim) of any floating dtype -> (b, n_heads, head_dim) in FP32."
+    if state.ndim != 2 or state.shape[1] != self.state_dim:
+        want = f'(b, {self.state_dim}) [state_dim={self.state_dim}]'
+        raise ValueError(f'state: expected shape {want}, got {tuple(state.shape)}')
+    with torch.autocast(state.device.type, enabled=False):
+        flat = self.linear(state.to(self.linear.weight.dtype))
+        return flat.unflatten(-1, (self.n_heads, self.head_dim))
 
 # %% ../../nbs/method/03_salr.ipynb #723ec602
 MASK_START = {'real': 1.0, 'sigmoid': 0.95}
@@ -240,6 +230,16 @@ def _choose(name: str, value: str, options) -> str:
     if value not in options:
         raise ValueError(f'{name}={value!r}: choose one of {sorted(options)}')
     return value
+
+
+def _stored(kind: str, start: float) -> float:
+    "What a mask of this kind stores where its gate is `start`: itself or its logit."
+    if kind == 'real':
+        return start
+    if not 0 < start < 1:
+        rule = 'a sigmoid gate starts strictly between 0 and 1'
+        raise ValueError(f'mask_init={start}: {rule}')
+    return math.log(start / (1 - start))
 
 # %% ../../nbs/method/03_salr.ipynb #2b164fb8
 class LatentMap(KeepFP32):
@@ -263,79 +263,60 @@ class LatentMap(KeepFP32):
         eps: float = 1e-6,
     ):
         super().__init__()
-        latent, narrow, out = (
-            (n_state_heads, n_vlm_heads, head_dim),
-            n_vlm_heads * head_dim,
-            n_out_heads * head_dim,
-        )
-        self.compression, self.mask_kind = (
-            _choose('compression', compression, ('linear', 'mlp_norm')),
-            _choose('mask', mask, MASK_START),
-        )
-        self.mask_init, self.branch_scale, self.eps = (
-            MASK_START[mask] if mask_init is None else mask_init,
-            branch_scale,
-            eps,
-        )
+        self.compression = _choose('compression', compression, ('linear', 'mlp_norm'))
+        self.mask_kind = _choose('mask', mask, MASK_START)
+        self.mask_init = MASK_START[mask] if mask_init is None else mask_init
+        self.branch_scale, self.eps = branch_scale, eps
+        latent, narrow = (n_state_heads, n_vlm_heads, head_dim), n_vlm_heads * head_dim
+        out, linear = n_out_heads * head_dim, compression == 'linear'
         new = lambda *shape: nn.Parameter(torch.empty(*shape, dtype=torch.float32))
-        self.mask, self.weight = (
-            new(*latent),
-            new(math.prod(latent), out if compression == 'linear' else narrow),
-        )
-        self.gain, self.out_weight = (
-            (None, None) if compression == 'linear' else (new(*latent), new(narrow, out))
-        )
+        self.mask = new(*latent)
+        self.weight = new(math.prod(latent), out if linear else narrow)
+        self.gain = None if linear else new(*latent)
+        self.out_weight = None if linear else new(narrow, out)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Mask at `mask_init`; matrices at fan-in scale, so that K_u starts with the scale
-        of K; the norm's branch at `branch_scale`.
-        """
-        if self.mask_kind == 'sigmoid' and not 0 < self.mask_init < 1:
-            raise ValueError(
-                f'mask_init={self.mask_init}: a sigmoid gate starts strictly between 0'
-                ' and 1'
-            )
-        start = (
-            self.mask_init
-            if self.mask_kind == 'real'
-            else math.log(self.mask_init / (1 - self.mask_init))
-        )
-        nn.init.constant_(self.mask, start)
-        scale = 1.0 if self.compression == 'linear' else self.branch_scale
-        nn.init.normal_(self.weight, std=scale / math.sqrt(self.weight.shape[0]))
-        if self.gain is None:
-            return
-        nn.init.ones_(self.gain)
-        nn.init.normal_(self.out_weight, std=1 / math.sqrt(self.out_weight.shape[0]))
+# %% ../../nbs/method/03_salr.ipynb #03latmp2
+@patch
+def reset_parameters(self: LatentMap) -> None:
+    """Mask at `mask_init`; matrices at fan-in scale, so that K_u starts with the scale
+    of K; the norm's branch at `branch_scale`.
+    """
+    nn.init.constant_(self.mask, _stored(self.mask_kind, self.mask_init))
+    scale = 1.0 if self.compression == 'linear' else self.branch_scale
+    nn.init.normal_(self.weight, std=scale / math.sqrt(self.weight.shape[0]))
+    if self.gain is None:
+        return
+    nn.init.ones_(self.gain)
+    nn.init.normal_(self.out_weight, std=1 / math.sqrt(self.out_weight.shape[0]))
 
-    def gate(self) -> Tensor:
-        """The factors that multiply the latent space, (i, j, h): the mask itself, or its
-        sigmoid.
-        """
-        return self.mask.sigmoid() if self.mask_kind == 'sigmoid' else self.mask
+# %% ../../nbs/method/03_salr.ipynb #03latmp4
+@patch
+def gate(self: LatentMap) -> Tensor:
+    """The factors that multiply the latent space, (i, j, h): the mask itself, or its
+    sigmoid.
+    """
+    return self.mask.sigmoid() if self.mask_kind == 'sigmoid' else self.mask
 
-    def forward(self, x: Tensor, state_heads: Tensor, fused: bool = True) -> Tensor:
-        "Re-represent `x`; the fused and the literal form give the same numbers."
-        f = salr_fused if fused else salr_literal
-        return f(
-            x, state_heads, self.gate(), self.weight, self.gain, self.out_weight, self.eps
-        )
 
-    def state_map(self, state_heads: Tensor, rms: float = 1.0) -> Tensor:
-        """A(s), (b, o*h, j*h), with K_u = A K.
+@patch
+def forward(self: LatentMap, x: Tensor, state_heads: Tensor, fused: bool = True) -> Tensor:
+    "Re-represent `x`; the fused and the literal form give the same numbers."
+    f = salr_fused if fused else salr_literal
+    return f(x, state_heads, self.gate(), self.weight, self.gain, self.out_weight, self.eps)
 
-        Under the norm A depends on the token through its latent RMS: this is A at RMS
-        `rms`.
-        """
-        if self.out_weight is None:
-            return state_map(self.weight, self.gate(), state_heads)
-        return (
-            self.out_weight.T
-            + self.out_weight.T
-            @ state_map(self.weight, self.gate() * self.gain, state_heads)
-            / rms
-        )
+# %% ../../nbs/method/03_salr.ipynb #03latmp6
+@patch
+def state_map(self: LatentMap, state_heads: Tensor, rms: float = 1.0) -> Tensor:
+    """A(s), (b, o*h, j*h), with K_u = A K.
+
+    Under the norm A depends on the token through its latent RMS: this is A at RMS
+    `rms`.
+    """
+    if self.out_weight is None:
+        return state_map(self.weight, self.gate(), state_heads)
+    branch = state_map(self.weight, self.gate() * self.gain, state_heads)
+    return self.out_weight.T + self.out_weight.T @ branch / rms
 
 # %% ../../nbs/method/03_salr.ipynb #f172608f
 def _positive(**sizes: int) -> None:
@@ -371,76 +352,63 @@ class SALR(KeepFP32):
         eps: float = 1e-6,
     ):
         super().__init__()
-        _positive(
-            n_state_heads=n_state_heads,
-            n_vlm_heads=n_vlm_heads,
-            n_out_heads=n_out_heads,
-            head_dim=head_dim,
-        )
-        self.n_state_heads, self.n_vlm_heads, self.head_dim, self.fused = (
-            n_state_heads,
-            n_vlm_heads,
-            head_dim,
-            fused,
-        )
-        self.project = (
-            None
-            if state_dim_in is None
-            else StateProjection(state_dim_in, n_state_heads, head_dim, state_scale)
-        )
-        self.k, self.v = (
-            LatentMap(
-                n_state_heads,
-                n_vlm_heads,
-                n_out_heads,
-                head_dim,
-                compression,
-                mask,
-                mask_init,
-                branch_scale,
-                eps,
-            )
-            for _ in 'kv'
-        )
+        sizes = dict(n_state_heads=n_state_heads, n_vlm_heads=n_vlm_heads)
+        sizes |= dict(n_out_heads=n_out_heads, head_dim=head_dim)
+        _positive(**sizes)
+        self.n_state_heads, self.n_vlm_heads = n_state_heads, n_vlm_heads
+        self.head_dim, self.fused, self.project = head_dim, fused, None
+        if state_dim_in is not None:
+            shape = state_dim_in, n_state_heads, head_dim
+            self.project = StateProjection(*shape, state_scale)
+        options = compression, mask, mask_init, branch_scale, eps
+        self.k, self.v = (LatentMap(*sizes.values(), *options) for _ in 'kv')
 
-    def state_heads(self, state: Tensor) -> Tensor:
-        "F_r (b, i, h): `state` itself if it has three axes, else its projection."
-        if state.ndim == 2:
-            if self.project is None:
-                raise ValueError(
-                    f'state of shape {tuple(state.shape)}: without state_dim_in, give state'
-                    f' heads (b, {self.n_state_heads}, {self.head_dim})'
-                )
-            return self.project(state)
-        _check('state_heads', state, 'bih', i=self.n_state_heads, h=self.head_dim)
-        return state
+# %% ../../nbs/method/03_salr.ipynb #03salr02
+@patch
+def state_heads(self: SALR, state: Tensor) -> Tensor:
+    "F_r (b, i, h): `state` itself if it has three axes, else its projection."
+    if state.ndim == 2:
+        if self.project is None:
+            want = f'(b, {self.n_state_heads}, {self.head_dim})'
+            got = f'state of shape {tuple(state.shape)}'
+            raise ValueError(f'{got}: without state_dim_in, give state heads {want}')
+        return self.project(state)
+    _check('state_heads', state, 'bih', i=self.n_state_heads, h=self.head_dim)
+    return state
 
-    def forward(
-        self, keys: Tensor, values: Tensor, state: Tensor, fused: bool | None = None
-    ) -> tuple[Tensor, Tensor]:
-        "(K_u, V_u). `fused` overrides the constructor's choice."
-        heads, fused = self.state_heads(state), self.fused if fused is None else fused
-        for name, x in (('keys', keys), ('values', values)):
-            _check(name, x, 'bjlh', b=len(heads), j=self.n_vlm_heads, h=self.head_dim)
-        return self.k(keys, heads, fused), self.v(values, heads, fused)
 
-    def forward_literal(
-        self, keys: Tensor, values: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        "The reference, which materialises the latent space."
-        return self(keys, values, state, fused=False)
+@patch
+def forward(
+    self: SALR, keys: Tensor, values: Tensor, state: Tensor, fused: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    "(K_u, V_u). `fused` overrides the constructor's choice."
+    heads, fused = self.state_heads(state), self.fused if fused is None else fused
+    for name, x in (('keys', keys), ('values', values)):
+        _check(name, x, 'bjlh', b=len(heads), j=self.n_vlm_heads, h=self.head_dim)
+    return self.k(keys, heads, fused), self.v(values, heads, fused)
 
-    def forward_fused(
-        self, keys: Tensor, values: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        "The form that never does."
-        return self(keys, values, state, fused=True)
+# %% ../../nbs/method/03_salr.ipynb #03salr04
+@patch
+def forward_literal(
+    self: SALR, keys: Tensor, values: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    "The reference, which materialises the latent space."
+    return self(keys, values, state, fused=False)
 
-    def state_map(self, state: Tensor, which: str = 'k', rms: float = 1.0) -> Tensor:
-        "A(s) for keys ('k') or values ('v'), (b, o*h, j*h): see `LatentMap.state_map`."
-        return getattr(self, _choose('which', which, 'kv')).state_map(
-            self.state_heads(state), rms
-        )
+
+@patch
+def forward_fused(
+    self: SALR, keys: Tensor, values: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    "The form that never does."
+    return self(keys, values, state, fused=True)
+
+
+@patch
+def state_map(self: SALR, state: Tensor, which: str = 'k', rms: float = 1.0) -> Tensor:
+    "A(s) for keys ('k') or values ('v'), (b, o*h, j*h): see `LatentMap.state_map`."
+    one = getattr(self, _choose('which', which, 'kv'))
+    return one.state_map(self.state_heads(state), rms)
 
 # %% ../../nbs/method/03_salr.ipynb #06ddf6ce
 class HeadMLP(KeepFP32):
@@ -468,9 +436,8 @@ class HeadMLP(KeepFP32):
     def forward(self, x: Tensor) -> Tensor:
         "`skip(x) + down(silu(up(x)))` for every token."
         with torch.autocast(x.device.type, enabled=False):
-            up, down, skip = (
-                m.weight.to(x.dtype).T for m in (self.up, self.down, self.skip)
-            )
+            layers = self.up, self.down, self.skip
+            up, down, skip = (m.weight.to(x.dtype).T for m in layers)
             tokens = _tokens(x)
             return _heads(tokens @ skip + nn.functional.silu(tokens @ up) @ down, x)
 
@@ -489,13 +456,10 @@ class HeadConverter(KeepFP32):
         super().__init__()
         self.n_vlm_heads, self.head_dim = n_vlm_heads, head_dim
         hidden = 2 * n_vlm_heads * head_dim if hidden is None else hidden
-        _positive(
-            n_vlm_heads=n_vlm_heads,
-            n_out_heads=n_out_heads,
-            head_dim=head_dim,
-            hidden=hidden,
-        )
-        self.k, self.v = (HeadMLP(n_vlm_heads, n_out_heads, head_dim, hidden) for _ in 'kv')
+        sizes = dict(n_vlm_heads=n_vlm_heads, n_out_heads=n_out_heads)
+        sizes |= dict(head_dim=head_dim, hidden=hidden)
+        _positive(**sizes)
+        self.k, self.v = (HeadMLP(**sizes) for _ in 'kv')
 
     def forward(
         self, keys: Tensor, values: Tensor, state: Tensor | None = None
