@@ -13,6 +13,7 @@ from typing import get_type_hints
 
 import draccus
 from draccus.parsers.decoding import decode_dataclass
+from fastcore.basics import patch
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
@@ -41,6 +42,39 @@ def infer_role(key: str) -> str:
             return role
     return 'secondary'
 
+# %% ../../nbs/policy/01_configuration.ipynb #f3a0c002
+def _said_roles(keys: list[str], primary: str | None, roles: dict[str, str]) -> dict:
+    "Roles as given, checked; `primary` among them."
+    for k, r in roles.items():
+        one_of(f'role of camera {k!r}', r, ROLES)
+        if k not in keys:
+            raise ValueError(
+                f"camera {k!r} has a role but is not in the data; its cameras are {keys}"
+            )
+    if not primary:
+        return roles
+    if primary not in keys:
+        raise ValueError(
+            f"the primary camera {primary!r} is not in the data; set"
+            f" --policy.primary_camera to one of {keys}"
+        )
+    return roles | {primary: 'primary'}
+
+# %% ../../nbs/policy/01_configuration.ipynb #f3a0c004
+def _primary_of(full: dict[str, str], said: dict[str, str]) -> str:
+    "The one primary camera among roles `full`, of which `said` were given."
+    firsts = [k for k, r in full.items() if r == 'primary']
+    firsts = [k for k in firsts if k in said or len(full) == 1] or firsts
+    exact = [k for k in firsts if 'primary' in k.lower()]
+    if len(firsts) > 1 and len(exact) == 1:
+        firsts = exact
+    if len(firsts) != 1:
+        raise ValueError(
+            f"which camera is the primary view? the data has {list(full)}; set"
+            " --policy.primary_camera to one of them"
+        )
+    return firsts[0]
+
 # %% ../../nbs/policy/01_configuration.ipynb #b049139a
 def assign_roles(
     keys: list[str], primary: str | None = None, roles: dict[str, str] | None = None
@@ -49,37 +83,14 @@ def assign_roles(
 
     Raises `ValueError` for unknown roles or keys, or when the primary view is not clear.
     """
-    roles = dict(roles or {})
-    for k, r in roles.items():
-        one_of(f'role of camera {k!r}', r, ROLES)
-        if k not in keys:
-            raise ValueError(
-                f"camera {k!r} has a role but is not in the data; its cameras are {keys}"
-            )
-    if primary:
-        if primary not in keys:
-            raise ValueError(
-                f"the primary camera {primary!r} is not in the data; set"
-                f" --policy.primary_camera to one of {keys}"
-            )
-        roles[primary] = 'primary'
-    full = {k: roles.get(k) or infer_role(k) for k in keys}
+    said = _said_roles(keys, primary, dict(roles or {}))
+    full = {k: said.get(k) or infer_role(k) for k in keys}
     if len(keys) == 1:
         full = {keys[0]: 'primary'}
-    firsts = [
-        k for k, r in full.items() if r == 'primary' and (k in roles or len(keys) == 1)
-    ] or [k for k, r in full.items() if r == 'primary']
-    exact = [k for k in firsts if 'primary' in k.lower()]
-    if len(firsts) > 1 and len(exact) == 1:
-        firsts = exact
-    if len(firsts) != 1:
-        raise ValueError(
-            f"which camera is the primary view? the data has {keys}; set"
-            " --policy.primary_camera to one of them"
-        )
-    return {firsts[0]: 'primary'} | {
-        k: 'secondary' if r == 'primary' else r for k, r in full.items() if k != firsts[0]
-    }
+    first = _primary_of(full, said)
+    others = {k: r for k, r in full.items() if k != first}
+    demoted = {k: 'secondary' if r == 'primary' else r for k, r in others.items()}
+    return {first: 'primary'} | demoted
 
 # %% ../../nbs/policy/01_configuration.ipynb #a7d0c0a2
 def optional_twin(cls: type) -> type:
@@ -116,11 +127,10 @@ def changed_model(base: ModelConfig, changes: dict) -> ModelConfig:
     "`base` with a nested dictionary of changes."
     return decode_dataclass(ModelConfig, deep_update(draccus.encode(base), changes))
 
-# %% ../../nbs/policy/01_configuration.ipynb #433bf106
-@PreTrainedConfig.register_subclass('halo')
+# %% ../../nbs/policy/01_configuration.ipynb #f3a0c009
 @dataclass
-class HaloConfig(PreTrainedConfig):
-    "LeRobot configuration of a HALO policy."
+class _AboutModel(PreTrainedConfig):
+    "Which model; None leaves what the preset says."
 
     # 'tiny' (where nothing is said), 'small', 'paper', 'paper_v2'
     preset: str | None = None
@@ -143,6 +153,17 @@ class HaloConfig(PreTrainedConfig):
     vlm_source: str = ''  # where they came from; never read again
     tokenizer: str | None = None  # hub id or folder; 'tiny' = offline
 
+# %% ../../nbs/policy/01_configuration.ipynb #f3a0c00b
+def _normalization() -> dict[str, NormalizationMode]:
+    "Pictures as they are, state and action by mean and standard deviation."
+    standard = NormalizationMode.MEAN_STD
+    return dict(VISUAL=NormalizationMode.IDENTITY, STATE=standard, ACTION=standard)
+
+
+@dataclass
+class _AboutActing(_AboutModel):
+    "Cameras, clock and how a tick is computed."
+
     n_action_steps: int = 8  # actions executed per inference
     # camera that gives the history; inferred from names if None
     primary_camera: str | None = None
@@ -151,17 +172,20 @@ class HaloConfig(PreTrainedConfig):
     # counts control ticks: 'calls' of select_action, or 'wall' time
     history_clock: str = 'calls'
     tokenizer_max_length: int = 128
-    stream: bool = True  # one robot at a time: reuse the last tick (exact; halo.realtime.stream)
-    graph: bool = False  # one robot, without RTC: a tick as one static program (halo.realtime.graph)
+    # one robot at a time: reuse the last tick (exact; halo.realtime.stream)
+    stream: bool = True
+    # one robot, without RTC: a tick as one static program (halo.realtime.graph)
+    graph: bool = False
     compile_model: bool = False  # with graph: its layers through torch.compile
 
     normalization_mapping: dict[str, NormalizationMode] = field(
-        default_factory=lambda: {
-            'VISUAL': NormalizationMode.IDENTITY,
-            'STATE': NormalizationMode.MEAN_STD,
-            'ACTION': NormalizationMode.MEAN_STD,
-        }
+        default_factory=_normalization
     )
+
+# %% ../../nbs/policy/01_configuration.ipynb #f3a0c00d
+@dataclass
+class _AboutTraining(_AboutActing):
+    "What is frozen, and the optimiser's numbers."
 
     freeze_vision: bool = False  # keep the vision tower as it is
     freeze_vlm: bool = False  # keep the whole VLM as it is (Table 6 of the paper: do not)
@@ -176,6 +200,12 @@ class HaloConfig(PreTrainedConfig):
 
     rtc_config: RTCConfig | None = None  # real-time chunking
     push_to_hub: bool = False
+
+# %% ../../nbs/policy/01_configuration.ipynb #433bf106
+@PreTrainedConfig.register_subclass('halo')
+@dataclass
+class HaloConfig(_AboutTraining):
+    "LeRobot configuration of a HALO policy."
 
     def __post_init__(self):
         super().__post_init__()
@@ -199,8 +229,6 @@ class HaloConfig(PreTrainedConfig):
             )
 
 # %% ../../nbs/policy/01_configuration.ipynb #ef20faca
-from fastcore.basics import patch
-
 _SHORT = dict(
     history_frames='sampling__history_frames',
     history_stride='sampling__history_stride',
@@ -217,7 +245,7 @@ _SHORT = dict(
 # what a written-out model has
 _PARTS = ('name', 'vision', 'text', 'salr', 'expert', 'sampling', 'flow')
 
-
+# %% ../../nbs/policy/01_configuration.ipynb #f3a0c011
 @patch
 def _whole_model(self: HaloConfig, m: ModelConfig) -> ModelConfig:
     "`m`, unless a preset was given that is not its own: a `ValueError`."
@@ -289,15 +317,11 @@ def leave_out_depth(self: HaloConfig, depth_keys: list[str] = ()) -> None:
     """Take depth maps (`depth_keys`, and whatever has not three channels) out of the
     inputs, with a warning.
     """
+    says = "%r is left out: its shape %s is a depth map's, HALO reads pictures with "
     keep, visual = self.image_features, FeatureType.VISUAL
     for k, f in list((self.input_features or {}).items()):
         if f.type is visual and (k not in keep or k in depth_keys):
-            log.warning(
-                "%r is left out: its shape %s is a depth map's, HALO reads pictures with "
-                "three channels",
-                k,
-                tuple(f.shape),
-            )
+            log.warning(says + "three channels", k, tuple(f.shape))
             self.input_features = {n: x for n, x in self.input_features.items() if n != k}
 
 # %% ../../nbs/policy/01_configuration.ipynb #6af815e6
@@ -326,6 +350,27 @@ def validate_features(self: HaloConfig) -> None:
                 f" --policy.{key}={feat.shape[0]} for a new policy (a trained one cannot"
                 " grow)"
             )
+
+# %% ../../nbs/policy/01_configuration.ipynb #66fb2dc7
+@patch
+def get_optimizer_preset(self: HaloConfig) -> AdamWConfig:
+    return AdamWConfig(
+        lr=self.optimizer_lr,
+        betas=self.optimizer_betas,
+        eps=self.optimizer_eps,
+        weight_decay=self.optimizer_weight_decay,
+        grad_clip_norm=self.optimizer_grad_clip_norm,
+    )
+
+
+@patch
+def get_scheduler_preset(self: HaloConfig) -> CosineDecayWithWarmupSchedulerConfig:
+    return CosineDecayWithWarmupSchedulerConfig(
+        peak_lr=self.optimizer_lr,
+        decay_lr=self.scheduler_decay_lr,
+        num_warmup_steps=self.scheduler_warmup_steps,
+        num_decay_steps=self.scheduler_decay_steps,
+    )
 
 # %% ../../nbs/policy/01_configuration.ipynb #a7d0c004
 def weights_origin(vlm_id: str) -> str:
@@ -360,27 +405,6 @@ def weights_are_in(self: HaloConfig, read: bool = True) -> None:
     elif name:
         self.vlm_source = weights_origin(name)
     self.vlm_id, self.model = None, self.model.but(vlm_id='')
-
-# %% ../../nbs/policy/01_configuration.ipynb #66fb2dc7
-@patch
-def get_optimizer_preset(self: HaloConfig) -> AdamWConfig:
-    return AdamWConfig(
-        lr=self.optimizer_lr,
-        betas=self.optimizer_betas,
-        eps=self.optimizer_eps,
-        weight_decay=self.optimizer_weight_decay,
-        grad_clip_norm=self.optimizer_grad_clip_norm,
-    )
-
-
-@patch
-def get_scheduler_preset(self: HaloConfig) -> CosineDecayWithWarmupSchedulerConfig:
-    return CosineDecayWithWarmupSchedulerConfig(
-        peak_lr=self.optimizer_lr,
-        decay_lr=self.scheduler_decay_lr,
-        num_warmup_steps=self.scheduler_warmup_steps,
-        num_decay_steps=self.scheduler_decay_steps,
-    )
 
 # %% ../../nbs/policy/01_configuration.ipynb #55d17b55
 # the methods above complete LeRobot's abstract class

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from huggingface_hub import hf_hub_download
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.common.flow_matching import euler_integrate
@@ -73,7 +74,7 @@ def with_dimensions(x: Tensor, d: int) -> Tensor:
         return x
     return x[..., None]
 
-
+# %% ../../nbs/policy/03_modeling.ipynb #f5a0c002
 def present_state(x: Tensor, d: int, frames: int = 1) -> Tensor:
     """The present state (b, d) of (b, d), or of (b, frames, d) with the present one last.
 
@@ -95,33 +96,41 @@ def present_state(x: Tensor, d: int, frames: int = 1) -> Tensor:
     return now
 
 # %% ../../nbs/policy/03_modeling.ipynb #c9d0c005
+def _way_out(shape: tuple[int, ...]) -> str:
+    "What to do with pictures of this shape."
+    if len(shape) in (4, 5) and shape[-1] == 3:
+        return "move the channels ahead of height and width: x.movedim(-1, -3)"
+    if len(shape) in (4, 5) and shape[-3] == 4:
+        return "it has an alpha channel, drop it: x[..., :3, :, :]"
+    if len(shape) == 3:
+        return "add the batch axis: x[None]"
+    return "give (batch, 3, height, width)"
+
+
 def check_picture(key: str, x: Tensor) -> Tensor:
     """`x` if it is (b, 3, H, W) or (b, T, 3, H, W).
 
     Raises `ValueError` that names the camera, the shape and the way out.
     """
-    if (
-        x.ndim == 4
-        and x.shape[1] == 3
-        and x.is_floating_point()
-        and not torch.isfinite(x).all()
-    ):
+    present = x.ndim == 4 and x.shape[1] == 3 and x.is_floating_point()
+    if present and not torch.isfinite(x).all():
         raise ValueError(
             f"picture {key!r} of shape {tuple(x.shape)} holds NaN or infinity; look at the"
             " camera"
         )
     if x.ndim in (4, 5) and x.shape[-3] == 3:
         return x
-    how = "give (batch, 3, height, width)"
-    if x.ndim in (4, 5) and x.shape[-1] == 3:
-        how = "move the channels ahead of height and width: x.movedim(-1, -3)"
-    elif x.ndim in (4, 5) and x.shape[-3] == 4:
-        how = "it has an alpha channel, drop it: x[..., :3, :, :]"
-    elif x.ndim == 3:
-        how = "add the batch axis: x[None]"
-    raise ValueError(f"picture {key!r} has shape {tuple(x.shape)}; {how}")
+    shape = tuple(x.shape)
+    raise ValueError(f"picture {key!r} has shape {shape}; {_way_out(shape)}")
 
 # %% ../../nbs/policy/03_modeling.ipynb #80c0b98a
+def _renamed_flags(batch: dict, shape: tuple[int, int]) -> dict[str, Tensor]:
+    "Flags of this shape (b, frames) in a batch whose own key has gone."
+    keys = [k for k in batch if k.startswith('observation.') and k.endswith('_is_pad')]
+    gone = [k for k in keys if k.removesuffix('_is_pad') not in batch]
+    return {k: batch[k].bool() for k in gone if batch[k].shape == shape}
+
+
 def history_flags(batch: dict, key: str, frames: int) -> Tensor:
     """Flags (b, frames) of a camera's frames that lie before the episode.
 
@@ -129,14 +138,7 @@ def history_flags(batch: dict, key: str, frames: int) -> Tensor:
     """
     if (own := batch.get(f'{key}_is_pad')) is not None:
         return own.bool()
-    gone = {
-        k: v.bool()
-        for k, v in batch.items()
-        if k.endswith('_is_pad')
-        and k.removesuffix('_is_pad') not in batch
-        and k.startswith('observation.')
-        and v.shape == (len(batch[key]), frames)
-    }
+    gone = _renamed_flags(batch, (len(batch[key]), frames))
     found = list(gone.values())
     if not found or any(not torch.equal(f, found[0]) for f in found):
         raise ValueError(
@@ -184,6 +186,9 @@ def drop_oldest(exists: Tensor, hop: int, stride: int) -> Tensor:
     )
 
 # %% ../../nbs/policy/03_modeling.ipynb #8d97f944
+_RESIZED = "%r has shape %s in the data (the policy had %s)"
+
+
 def take_shapes(config: HaloConfig, meta) -> None:
     """Let `config` say the sizes that the dataset `meta` has for the keys they share, with
     one line that says so.
@@ -192,12 +197,7 @@ def take_shapes(config: HaloConfig, meta) -> None:
     for features in (config.input_features, config.output_features):
         for k, f in (features or {}).items():
             if k in have and tuple(have[k].shape) != tuple(f.shape):
-                log.info(
-                    "%r has shape %s in the data (the policy had %s)",
-                    k,
-                    have[k].shape,
-                    f.shape,
-                )
+                log.info(_RESIZED, k, have[k].shape, f.shape)
                 features[k] = have[k]
 
 
@@ -230,15 +230,7 @@ class HaloPolicy(PreTrainedPolicy):
         **kwargs,
     ):
         super().__init__(config)
-        if dataset_meta is not None:
-            take_shapes(config, dataset_meta)
-        config.leave_out_depth(getattr(dataset_meta, 'depth_keys', ()))
-        config.validate_features()
-        if dataset_meta is not None:
-            check_rate(config, dataset_meta)
-            # LeRobot hands these very statistics to the normaliser next
-            if config.pretrained_path:
-                dataset_meta.stats = processor_halo.steady_stats(config, dataset_meta.stats)
+        _meet(config, dataset_meta)
         self.model = HaloModel(config.model if load_vlm else config.model.but(vlm_id=''))
         config.weights_are_in(read=load_vlm)
         self.model.cfg = config.model
@@ -247,10 +239,21 @@ class HaloPolicy(PreTrainedPolicy):
         self.init_rtc_processor()
         self.reset()
 
+# %% ../../nbs/policy/03_modeling.ipynb #f5a0c006
+def _meet(config: HaloConfig, meta) -> None:
+    "Fit `config` to the dataset `meta` (or None), and refuse what cannot fit."
+    if meta is not None:
+        take_shapes(config, meta)
+    config.leave_out_depth(getattr(meta, 'depth_keys', ()))
+    config.validate_features()
+    if meta is None:
+        return
+    check_rate(config, meta)
+    # LeRobot hands these very statistics to the normaliser next
+    if config.pretrained_path:
+        meta.stats = processor_halo.steady_stats(config, meta.stats)
+
 # %% ../../nbs/policy/03_modeling.ipynb #6fdd7a5b
-from fastcore.basics import patch
-
-
 @patch
 def freeze(self: HaloPolicy) -> None:
     "Freeze what the configuration says."
@@ -274,7 +277,35 @@ def entries(batch: dict, camera: str) -> list[str]:
     """
     return [k for k in batch if k.partition('@')[0] == camera and not k.endswith('_is_pad')]
 
+# %% ../../nbs/policy/03_modeling.ipynb #4fee6585
+def _no_primary(camera: str, batch: dict) -> ValueError:
+    "The error that says which pictures are there instead of the primary one."
+    return ValueError(
+        f"the primary camera {camera!r} is missing from the observation; it has "
+        f"{[k for k in batch if 'image' in k]}"
+    )
+
+
+@patch
+def pictures(self: HaloPolicy, batch: dict) -> dict[str, Tensor]:
+    """A batch's pictures by key, the primary camera's first; all checked.
+
+    Raises `ValueError` without a primary one.
+    """
+    first = self.cameras[0]
+    if not entries(batch, first):
+        raise _no_primary(first, batch)
+    return {k: check_picture(k, batch[k]) for c in self.cameras for k in entries(batch, c)}
+
 # %% ../../nbs/policy/03_modeling.ipynb #89182b2f
+def _in_row(batch: dict, key: str, x: Tensor) -> Tensor:
+    "Which rows (b,) have this picture."
+    pad = batch.get(f'{key}_is_pad')
+    if pad is not None and pad.ndim == 1:
+        return (~pad.bool()).to(x.device)
+    return torch.ones(len(x), dtype=torch.bool).to(x.device)
+
+
 @patch
 def views(
     self: HaloPolicy, batch: dict, present: dict[str, Tensor]
@@ -288,29 +319,8 @@ def views(
         self.config.roles,
     )
     limit = lambda k: view_limit(s, roles[k.partition('@')[0]])
-    there = lambda k, x: (
-        ~p.bool()
-        if (p := batch.get(f'{k}_is_pad')) is not None and p.ndim == 1
-        else torch.ones(len(x), dtype=torch.bool)
-    )
-    return [resize_view(x, f, limit(k)) for k, x in present.items()], torch.stack(
-        [there(k, x).to(x.device) for k, x in present.items()], 1
-    )
-
-# %% ../../nbs/policy/03_modeling.ipynb #4fee6585
-@patch
-def pictures(self: HaloPolicy, batch: dict) -> dict[str, Tensor]:
-    """A batch's pictures by key, the primary camera's first; all checked.
-
-    Raises `ValueError` without a primary one.
-    """
-    first = self.cameras[0]
-    if not entries(batch, first):
-        raise ValueError(
-            f"the primary camera {first!r} is missing from the observation; it has "
-            f"{[k for k in batch if 'image' in k]}"
-        )
-    return {k: check_picture(k, batch[k]) for c in self.cameras for k in entries(batch, c)}
+    there = torch.stack([_in_row(batch, k, x) for k, x in present.items()], 1)
+    return [resize_view(x, f, limit(k)) for k, x in present.items()], there
 
 # %% ../../nbs/policy/03_modeling.ipynb #febae16c
 @patch
@@ -332,6 +342,29 @@ def with_present(
     one = exists.new_ones(len(now), 1)
     return torch.cat([frames, now], 1), torch.cat([exists, one], 1)
 
+# %% ../../nbs/policy/03_modeling.ipynb #f5a0c00d
+@patch
+def _past(
+    self: HaloPolicy,
+    batch: dict,
+    present: dict[str, Tensor],
+    history: tuple[Tensor, Tensor] | None,
+) -> tuple[tuple[Tensor, Tensor] | None, dict[str, Tensor], int]:
+    """The history as given or as the batch has it (None: it has none), the pictures without
+    their past, and how many frames a camera had.
+    """
+    s, first = self.config.model.sampling, next(iter(present))
+    if history is None and 'observation.history' in batch:
+        ready = downsample(batch['observation.history'], s.history_size)
+        history = ready, batch['observation.history_mask'].bool()
+    if present[first].ndim != 5:
+        return history, present, 1
+    frames = present[first].shape[1]
+    past, exists, _ = split_frames(batch, first, s.history_frames)
+    exists = drop_oldest(exists, s.history_hop, s.history_stride)
+    history = history or (downsample(past, s.history_size), exists)
+    return history, {k: x[:, -1] for k, x in present.items()}, frames
+
 # %% ../../nbs/policy/03_modeling.ipynb #71718e45
 @patch
 def observation(
@@ -341,41 +374,21 @@ def observation(
 
     `history` (frames, mask) is given in rollouts.
     """
-    m, s = self.config.model, self.config.model.sampling
-    present = self.pictures(batch)
-    first = next(iter(present))
-    if history is None and 'observation.history' in batch:
-        history = (
-            downsample(batch['observation.history'], s.history_size),
-            batch['observation.history_mask'].bool(),
-        )
-    frames = present[first].shape[1] if present[first].ndim == 5 else 1
-    if present[first].ndim == 5:
-        past, exists, _ = split_frames(batch, first, s.history_frames)
-        exists = drop_oldest(exists, s.history_hop, s.history_stride)
-        history = history or (downsample(past, s.history_size), exists)
-        present = {k: x[:, -1] for k, x in present.items()}
-    state = present_state(
-        batch[OBS_STATE], self.config.robot_state_feature.shape[0], frames
-    )
+    c, m = self.config, self.config.model
+    history, present, frames = self._past(batch, self.pictures(batch), history)
+    state = present_state(batch[OBS_STATE], c.robot_state_feature.shape[0], frames)
     if history is None:
         raise ValueError(
             "this batch has no history; load it with the policy's observation_delta_indices"
             " or through halo.data.history.HistoryDataset"
         )
     views, mask = self.views(batch, present)
-    frames, exists = (h.to(state.device) for h in history)
-    if s.current == 'view_and_video':
-        frames, exists = self.with_present(batch, present, frames, exists)
-    return Observation(
-        frames,
-        exists,
-        views,
-        mask,
-        batch[OBS_LANGUAGE_TOKENS],
-        batch[OBS_LANGUAGE_ATTENTION_MASK],
-        pad_last(state.float(), m.max_state_dim),
-    )
+    past, exists = (h.to(state.device) for h in history)
+    if m.sampling.current == 'view_and_video':
+        past, exists = self.with_present(batch, present, past, exists)
+    words = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+    padded = pad_last(state.float(), m.max_state_dim)
+    return Observation(past, exists, views, mask, *words, padded)
 
 # %% ../../nbs/policy/03_modeling.ipynb #58ca752b
 def check_finite(batch: dict, keys: tuple[str, ...]) -> None:
@@ -394,22 +407,25 @@ def adopt(self: HaloPolicy, batch: dict) -> None:
     """Let the configuration carry the sizes of LeRobot's pictures also where they were
     renamed (`--rename_map`).
     """
-    for k in self.cameras:
-        feature = self.config.input_features[k]
-        if (
-            k in batch
-            and 'observation.history' not in batch
-            and tuple(batch[k].shape[-3:]) != tuple(feature.shape)
-        ):
-            log.info(
-                "%r has shape %s in the data (the policy had %s)",
-                k,
-                tuple(batch[k].shape[-3:]),
-                feature.shape,
-            )
-            self.config.input_features[k] = type(feature)(
-                feature.type, tuple(batch[k].shape[-3:])
-            )
+    if 'observation.history' in batch:
+        return
+    have = self.config.input_features
+    for k in [k for k in self.cameras if k in batch]:
+        shape, feature = tuple(batch[k].shape[-3:]), have[k]
+        if shape != tuple(feature.shape):
+            log.info(_RESIZED, k, shape, feature.shape)
+            have[k] = type(feature)(feature.type, shape)
+
+# %% ../../nbs/policy/03_modeling.ipynb #f5a0c011
+def _real_actions(batch: dict, actions: Tensor) -> tuple[Tensor, Tensor]:
+    "Actions (b, s, d) as they may be seen, and which of their values are real."
+    real = torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device)
+    if 'action_is_pad' in batch:
+        real = ~batch['action_is_pad'].bool()
+    if real.ndim == 2:
+        return actions, real[..., None].expand_as(actions)  # (b, s): steps
+    # (b, s, d): single values (halo.data.mixture), not even seen
+    return actions.masked_fill(~real, 0), real
 
 # %% ../../nbs/policy/03_modeling.ipynb #7e8e979e
 @patch
@@ -427,15 +443,7 @@ def forward(
     check_finite(batch, (ACTION, OBS_STATE))
     obs = self.observation(batch)
     self.adopt(batch)
-    actions = with_dimensions(batch[ACTION], d)
-    real = torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device)
-    if 'action_is_pad' in batch:
-        real = ~batch['action_is_pad'].bool()
-    if real.ndim == 2:
-        real = real[..., None].expand_as(actions)  # (b, s): steps
-    else:
-        # (b, s, d): single values (halo.data.mixture), not even seen
-        actions = actions.masked_fill(~real, 0)
+    actions, real = _real_actions(batch, with_dimensions(batch[ACTION], d))
     mask = pad_last(real.float(), m.max_action_dim)
     how = 'mean' if reduction == 'mean' else 'sample'
     loss = self.model.loss(obs, pad_last(actions, m.max_action_dim), mask, noise, time, how)
@@ -445,13 +453,8 @@ def forward(
 @patch
 def reset(self: HaloPolicy) -> None:
     "Forget history and queued actions: a new episode in every row."
-    self._queue, self._history, self._tick, self._t0, self._streamer = (
-        deque(),
-        None,
-        0,
-        None,
-        None,
-    )
+    self._queue, self._history, self._streamer = deque(), None, None
+    self._tick, self._t0 = 0, None
     if graphs := getattr(self, '_graphs', None):
         graphs.reset()
 
@@ -474,19 +477,14 @@ def observe(self: HaloPolicy, batch: dict, tick: int | None = None) -> list[int]
     """
     first = self.cameras[0]
     if first not in batch:
-        raise ValueError(
-            f"the primary camera {first!r} is missing from the observation; it has "
-            f"{[k for k in batch if 'image' in k]}"
-        )
+        raise _no_primary(first, batch)
     x = check_picture(first, batch[first])
     if x.ndim == 5:
         x = x[:, -1]
     now = self._tick if tick is None else tick
     if self._history is None or len(self._history.rows) != len(x):
-        self._history, self._starts = (
-            HistoryBuffer(self.config.model.sampling, len(x)),
-            [now] * len(x),
-        )
+        self._history = HistoryBuffer(self.config.model.sampling, len(x))
+        self._starts = [now] * len(x)
     ticks = [now - s for s in self._starts]
     for row, t in enumerate(ticks):
         self._history.push(row, t, x[row])
@@ -526,54 +524,64 @@ def _noise(
 
 # %% ../../nbs/policy/03_modeling.ipynb #7ca9920a
 @patch
+def _alone(self: HaloPolicy, obs: Observation) -> bool:
+    "Whether this is one robot in evaluation."
+    return len(obs) == 1 and not (self.training or torch.is_grad_enabled())
+
+
+@patch
 def encode(self: HaloPolicy, obs: Observation) -> Prefix:
     """VLM and SALR of an observation; for one robot in evaluation mode only what is new
     since the last call of the episode.
     """
-    if not self.config.stream or len(obs) != 1 or self.training or torch.is_grad_enabled():
+    if not self.config.stream or not self._alone(obs):
         return self.model.encode(obs)
     if self._streamer is None:
         self._streamer = Streamer(self.model)
     return self._streamer.encode(obs)
 
+# %% ../../nbs/policy/03_modeling.ipynb #f5a0c019
+@patch
+def _static(self: HaloPolicy) -> GraphStreamer:
+    "The robot's programs."
+    self._graphs = getattr(self, '_graphs', None) or GraphStreamer(
+        self.model, compiled=self.config.compile_model
+    )
+    return self._graphs
+
 # %% ../../nbs/policy/03_modeling.ipynb #a4cb5648
+@patch
+def _integrated(self: HaloPolicy, obs: Observation, x: Tensor, dims: Tensor, **rtc):
+    "The denoised chunk (b, s, max_action_dim) from noise `x`."
+    prefix, guided = self.encode(obs), self._rtc_enabled()
+    # RTC differentiates
+    plain = guided or torch.is_grad_enabled()
+    velocity = (
+        partial(self.model.velocity, prefix) if plain else Denoiser(self.model, prefix)
+    )
+    fn = lambda x_t, t: velocity(x_t, t) * dims
+    if not guided:
+        return self.model.integrate(fn, x)
+    rtc |= dict(rtc_processor=self.rtc_processor, rtc_enabled=True)
+    return euler_integrate(fn, x, self.config.model.flow.steps, **rtc)
+
+
 @patch
 def denoise(
     self: HaloPolicy, obs: Observation, noise: Tensor | None = None, **rtc
 ) -> Tensor:
     "Normalised action chunk (b, s, d) for an observation."
     x, dims = self._noise(obs, noise)
-    if (
-        self.config.graph
-        and len(obs) == 1
-        and not (self.training or torch.is_grad_enabled() or self._rtc_enabled())
-    ):
-        self._graphs = getattr(self, '_graphs', None) or GraphStreamer(
-            self.model, compiled=self.config.compile_model
-        )
-        return self._graphs.sample(obs, x, dims)[..., : self.config.action_feature.shape[0]]
-    prefix = self.encode(obs)
-    # RTC differentiates
-    velocity = (
-        partial(self.model.velocity, prefix)
-        if self._rtc_enabled() or torch.is_grad_enabled()
-        else Denoiser(self.model, prefix)
-    )
-    fn = lambda x_t, t: velocity(x_t, t) * dims
-    if self._rtc_enabled():
-        out = euler_integrate(
-            fn,
-            x,
-            self.config.model.flow.steps,
-            rtc_processor=self.rtc_processor,
-            rtc_enabled=True,
-            **rtc,
-        )
+    if self.config.graph and self._alone(obs) and not self._rtc_enabled():
+        out = self._static().sample(obs, x, dims)
     else:
-        out = self.model.integrate(fn, x)
+        out = self._integrated(obs, x, dims, **rtc)
     return out[..., : self.config.action_feature.shape[0]]
 
 # %% ../../nbs/policy/03_modeling.ipynb #37bfd88e
+_RTC = ('inference_delay', 'prev_chunk_left_over', 'execution_horizon')
+
+
 @patch
 @torch.no_grad()
 def predict_action_chunk(
@@ -590,16 +598,13 @@ def predict_action_chunk(
     action that is not finite.
     """
     self.eval()
+    guided = self._rtc_enabled()
     if tick is None:
-        wall = self._rtc_enabled() or self.config.history_clock == 'wall'
+        wall = guided or self.config.history_clock == 'wall'
         tick = self._clock() if wall else self._tick
-    ticks = self.observe(batch, tick)
-    rtc = {
-        k: kwargs.get(k)
-        for k in ('inference_delay', 'prev_chunk_left_over', 'execution_horizon')
-    }
-    obs = self.observation(batch, self.history(ticks))
-    out = self.denoise(obs, noise, **(rtc if self._rtc_enabled() else {}))
+    history = self.history(self.observe(batch, tick))
+    rtc = {k: kwargs.get(k) for k in _RTC} if guided else {}
+    out = self.denoise(self.observation(batch, history), noise, **rtc)
     if not torch.isfinite(out).all():
         raise ValueError(
             f"the policy produced NaN or infinity at tick {tick}; nothing is sent to the"
@@ -649,18 +654,23 @@ def _rtc_enabled(self: HaloPolicy) -> bool:
     return self.config.rtc_config is not None and self.config.rtc_config.enabled
 
 # %% ../../nbs/policy/03_modeling.ipynb #172f4ce6
-def check_checkpoint(file: str | Path, model: torch.nn.Module) -> None:
-    """Raise `ValueError` unless the safetensors `file` holds exactly the tensors of
-    `model`, in its shapes.
-    """
+def _saved_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
+    "Names and shapes of a safetensors file. Raises `ValueError` where it cannot be read."
     try:
         with safe_open(str(file), 'pt') as f:
-            have = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+            return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
     except (SafetensorError, OSError) as e:
         raise ValueError(
             f"checkpoint {file} cannot be read ({e}); it is missing or truncated: copy or"
             " download it again"
         ) from e
+
+
+def check_checkpoint(file: str | Path, model: torch.nn.Module) -> None:
+    """Raise `ValueError` unless the safetensors `file` holds exactly the tensors of
+    `model`, in its shapes.
+    """
+    have = _saved_shapes(file)
     want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
     if missing or extra:
@@ -677,6 +687,12 @@ def check_checkpoint(file: str | Path, model: torch.nn.Module) -> None:
             )
 
 # %% ../../nbs/policy/03_modeling.ipynb #c255c0d7
+def _only_adapters(folder: Path) -> bool:
+    "Whether a folder holds LoRA adapters and no whole policy."
+    whole = (folder / 'model.safetensors').exists()
+    return (folder / 'adapter_config.json').is_file() and not whole
+
+
 @patch(cls_method=True)
 def _load_as_safetensor(
     cls: HaloPolicy, model, model_file: str, map_location: str, strict: bool
@@ -696,10 +712,7 @@ def from_pretrained(cls: HaloPolicy, pretrained_name_or_path, *, config=None, **
     """
     load = partial(super(HaloPolicy, cls).from_pretrained, load_vlm=False)
     folder = Path(pretrained_name_or_path)
-    if (
-        not (folder / 'adapter_config.json').is_file()
-        or (folder / 'model.safetensors').exists()
-    ):
+    if not _only_adapters(folder):
         return load(pretrained_name_or_path, config=config, **kwargs)
     config = config or PreTrainedConfig.from_pretrained(folder)
     config.use_peft = False  # merged below
@@ -727,16 +740,10 @@ def adapter_base(folder: Path) -> Path | str:
 
     Raises `ValueError` where it cannot be found.
     """
-    name = (
-        json.loads((folder / 'adapter_config.json').read_text()).get(
-            'base_model_name_or_path'
-        )
-        or ''
-    )
-    places = [Path.cwd(), *folder.resolve().parents]
-    found = [
-        p / name for p in places if name and (p / name / 'model.safetensors').is_file()
-    ]
+    said = json.loads((folder / 'adapter_config.json').read_text())
+    name = said.get('base_model_name_or_path') or ''
+    places = [p / name for p in (Path.cwd(), *folder.resolve().parents)]
+    found = [p for p in places if name and (p / 'model.safetensors').is_file()]
     if not found:
         raise ValueError(
             f"{folder} holds LoRA adapters for the policy {name!r}, which is not here; put"
@@ -781,11 +788,8 @@ def init_weights(policy: HaloPolicy, source: str | Path, meta: bool = False) -> 
 
     Raises `ValueError` naming `source`.
     """
-    folder = Path(source)
-    if (folder / 'adapter_config.json').is_file() and not (
-        folder / 'model.safetensors'
-    ).exists():
-        state = HaloPolicy.from_pretrained(folder).state_dict()
+    if _only_adapters(Path(source)):
+        state = HaloPolicy.from_pretrained(Path(source)).state_dict()
         if not meta:
             policy.load_state_dict(state)
         return
@@ -818,6 +822,14 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(flat(a), flat(b))
 
 # %% ../../nbs/policy/03_modeling.ipynb #bcfe8db8
+def _differing(file: Path, tensors: dict[str, Tensor]) -> list[str]:
+    "Names that `file` and `tensors` do not share, or whose tensors differ."
+    with safe_open(str(file), 'pt') as f:
+        return sorted(set(f.keys()) ^ tensors.keys()) or [
+            k for k, t in tensors.items() if not same_bytes(f.get_tensor(k), t)
+        ]
+
+
 def write_weights(
     policy: HaloPolicy, folder: str | Path, tensors: dict[str, Tensor]
 ) -> Path:
@@ -828,16 +840,9 @@ def write_weights(
     folder.mkdir(parents=True, exist_ok=True)
     policy.config._save_pretrained(folder)
     file = folder / 'model.safetensors'
-    save_file(
-        {k: t.detach().cpu().contiguous() for k, t in tensors.items()},
-        str(file),
-        {'format': 'pt'},
-    )
-    with safe_open(str(file), 'pt') as f:
-        wrong = sorted(set(f.keys()) ^ tensors.keys()) or [
-            k for k, t in tensors.items() if not same_bytes(f.get_tensor(k), t)
-        ]
-    if wrong:
+    flat = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    save_file(flat, str(file), {'format': 'pt'})
+    if wrong := _differing(file, tensors):
         raise OSError(
             f"{file} does not hold what was written ({wrong[0]!r}); look at the disk, then"
             " save again"

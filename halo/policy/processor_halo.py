@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from lerobot.processor import ProcessorStepRegistry, TokenizerProcessorStep
 from lerobot.processor.factory import (
     make_default_policy_processor_steps,
@@ -100,7 +101,14 @@ def saved_tokenizer(folder: str | Path | None):
             )
 
 # %% ../../nbs/policy/02_processor.ipynb #c777abf7
-from fastcore.basics import patch
+def _check_words(texts: list[str]) -> None:
+    "Raise `ValueError` for an instruction without words."
+    for i, t in enumerate(texts):
+        if not t.strip():
+            raise ValueError(
+                f"the instruction of sample {i} is empty; give the task in words (the"
+                " dataset's 'task', the environment's task_description)"
+            )
 
 
 @patch
@@ -109,15 +117,9 @@ def _tokenize_text(
 ) -> dict[str, torch.Tensor]:
     "Token ids (b, w) and mask; raises `ValueError` for an empty or overlong instruction."
     texts = [text] if isinstance(text, str) else list(text)
-    for i, t in enumerate(texts):
-        if not t.strip():
-            raise ValueError(
-                f"the instruction of sample {i} is empty; give the task in words (the"
-                " dataset's 'task', the environment's task_description)"
-            )
-    out = self.words()(
-        texts, padding=True, padding_side=self.padding_side, return_tensors='pt'
-    )
+    _check_words(texts)
+    side = self.padding_side
+    out = self.words()(texts, padding=True, padding_side=side, return_tensors='pt')
     if (n := out['input_ids'].shape[1]) > self.max_length:
         raise ValueError(
             f"an instruction has {n} tokens, more than"
@@ -148,6 +150,26 @@ def needed_stats(config: HaloConfig) -> list[tuple[str, int, tuple[str, ...]]]:
             out.append((key, feat.shape[0], NEEDS.get(getattr(mode, 'value', mode), ())))
     return out
 
+# %% ../../nbs/policy/02_processor.ipynb #f4a0c003
+def _check_statistic(key: str, name: str, have: dict[str, Any], size: int) -> None:
+    "Raise `ValueError` unless statistic `name` of `key` holds `size` finite numbers."
+    if name not in have:
+        raise ValueError(
+            f"statistics of {key!r} lack {name!r} (they have {sorted(have)});"
+            " recompute them, or choose another --policy.normalization_mapping"
+        )
+    x = torch.as_tensor(have[name], dtype=torch.float32).flatten()
+    if len(x) != size:
+        raise ValueError(
+            f"statistics of {key!r} have {len(x)} dimensions, the data {size}; they"
+            " belong to another dataset: recompute them"
+        )
+    if not torch.isfinite(x).all():
+        raise ValueError(
+            f"statistic {name!r} of {key!r} holds NaN or infinity; recompute the"
+            " dataset's statistics"
+        )
+
 # %% ../../nbs/policy/02_processor.ipynb #57830cf2
 def check_stats(config: HaloConfig, stats: dict[str, dict[str, Any]] | None) -> None:
     """Raise `ValueError` unless `stats` can normalise state and action as
@@ -156,25 +178,11 @@ def check_stats(config: HaloConfig, stats: dict[str, dict[str, Any]] | None) -> 
     for key, size, names in needed_stats(config):
         have = (stats or {}).get(key, {})
         for name in names:
-            if name not in have:
-                raise ValueError(
-                    f"statistics of {key!r} lack {name!r} (they have {sorted(have)});"
-                    " recompute them, or choose another --policy.normalization_mapping"
-                )
-            x = torch.as_tensor(have[name], dtype=torch.float32).flatten()
-            if len(x) != size:
-                raise ValueError(
-                    f"statistics of {key!r} have {len(x)} dimensions, the data {size}; they"
-                    " belong to another dataset: recompute them"
-                )
-            if not torch.isfinite(x).all():
-                raise ValueError(
-                    f"statistic {name!r} of {key!r} holds NaN or infinity; recompute the"
-                    " dataset's statistics"
-                )
+            _check_statistic(key, name, have, size)
 
 # %% ../../nbs/policy/02_processor.ipynb #b8d0c004
 def array(x) -> Tensor:
+    "A statistic as a flat vector (d,) of doubles."
     return torch.as_tensor(x, dtype=torch.float64).flatten()
 
 
@@ -182,26 +190,23 @@ def constant_dimensions(stats: dict[str, Any]) -> list[int]:
     "Dimensions whose statistics (min and max, or std) say that they never change."
     if 'min' in stats and 'max' in stats:
         low, high = array(stats['min']), array(stats['max'])
-        still = high - low <= 1e-6 * torch.maximum(low.abs(), high.abs()).clamp_min(1e-3)
+        width, size = high - low, torch.maximum(low.abs(), high.abs())
     elif 'std' in stats:
-        still = array(stats['std']) <= 1e-6 * array(
-            stats.get('mean', [0.0])
-        ).abs().clamp_min(1e-3)
+        width, size = array(stats['std']), array(stats.get('mean', [0.0])).abs()
     else:
         return []
-    return still.nonzero().flatten().tolist()
+    return (width <= 1e-6 * size.clamp_min(1e-3)).nonzero().flatten().tolist()
 
-
+# %% ../../nbs/policy/02_processor.ipynb #f4a0c006
 def flat_quantiles(stats: dict[str, Any], names: tuple[str, ...]) -> list[int]:
     """Dimensions that change, but whose two quantiles `names` are equal; only where min and
     max are known.
     """
     if not names[:1] or names[0][0] != 'q' or not {'min', 'max', *names} <= stats.keys():
         return []
-    flat = array(stats[names[0]]) == array(stats[names[1]])
-    return [
-        i for i in flat.nonzero().flatten().tolist() if i not in constant_dimensions(stats)
-    ]
+    flat = (array(stats[names[0]]) == array(stats[names[1]])).nonzero().flatten().tolist()
+    still = constant_dimensions(stats)
+    return [i for i in flat if i not in still]
 
 # %% ../../nbs/policy/02_processor.ipynb #16416386
 def replaced(value, at: list[int], to: Tensor):
@@ -211,13 +216,18 @@ def replaced(value, at: list[int], to: Tensor):
     if isinstance(value, Tensor):
         return new.reshape(value.shape).to(value)
     kept = np.asarray(value)
-    return (
-        new.numpy()
-        .reshape(kept.shape)
-        .astype(kept.dtype if kept.dtype.kind == 'f' else float)
-    )
+    dtype = kept.dtype if kept.dtype.kind == 'f' else float
+    return new.numpy().reshape(kept.shape).astype(dtype)
 
 # %% ../../nbs/policy/02_processor.ipynb #23df8dbf
+def _unit_width(stats: dict[str, Any]) -> dict[str, Tensor]:
+    "Statistics (d,) of a vector that moves by ±1 around where this one is."
+    centre = array(stats.get('mean', stats.get('min', [0.0])))
+    low = {n: centre - 1 for n in ('min', 'q01', 'q10')}
+    high = {n: centre + 1 for n in ('max', 'q99', 'q90')}
+    return low | high | dict(std=torch.ones_like(centre))
+
+
 def steady(
     stats: dict[str, Any], names: tuple[str, ...]
 ) -> tuple[dict[str, Any], list[int], list[int]]:
@@ -225,20 +235,12 @@ def steady(
     range stands in for quantiles.
     """
     still, flat = constant_dimensions(stats), flat_quantiles(stats, names)
-    centre = array(stats.get('mean', stats.get('min', [0.0])))
-    ends = dict(std=torch.ones_like(centre)) | {
-        n: centre - 1 for n in ('min', 'q01', 'q10')
-    }
-    ends |= {n: centre + 1 for n in ('max', 'q99', 'q90')}
-    out = {
-        n: replaced(v, still, ends[n]) if still and n in ends else v
-        for n, v in stats.items()
-    }
+    unit, out = _unit_width(stats), dict(stats)
+    if still:
+        out |= {n: replaced(stats[n], still, unit[n]) for n in stats if n in unit}
     if flat:
-        out |= {
-            n: replaced(out[n], flat, array(stats[e]))
-            for n, e in zip(names, ('min', 'max'))
-        }
+        ends = [array(stats[e]) for e in ('min', 'max')]
+        out |= {n: replaced(out[n], flat, end) for n, end in zip(names, ends)}
     return out, still, flat
 
 # %% ../../nbs/policy/02_processor.ipynb #a5aa219b
@@ -248,22 +250,17 @@ def steady_stats(
     """Statistics whose state and action can be divided by, with a warning that names every
     dimension that was changed.
     """
-    out = dict(stats) if stats else stats
+    out, says = dict(stats) if stats else stats, "%r %s in dimension %s: normalised with %s"
     for key, _, names in needed_stats(config):
-        if (out or {}).get(key):
-            out[key], still, flat = steady(out[key], names)
-            for dims, what in (
-                (still, 'never changes'),
-                (flat, f"has equal {' and '.join(names)}"),
-            ):
-                if dims:
-                    log.warning(
-                        "%r %s in dimension %s: normalised with %s",
-                        key,
-                        what,
-                        ', '.join(map(str, dims)),
-                        'a deviation of 1' if dims is still else 'its whole range',
-                    )
+        if not (out or {}).get(key):
+            continue
+        out[key], still, flat = steady(out[key], names)
+        equal = f"has equal {' and '.join(names)}"
+        if still:
+            where = ', '.join(map(str, still))
+            log.warning(says, key, 'never changes', where, 'a deviation of 1')
+        if flat:
+            log.warning(says, key, equal, ', '.join(map(str, flat)), 'its whole range')
     return out
 
 # %% ../../nbs/policy/02_processor.ipynb #65c0dc78

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -30,40 +31,24 @@ from halo.method.vlm import (
 from .stream import Denoiser, Streamer, window_pairs
 
 # %% auto #0
-__all__ = ['padded_mlp', 'refill', 'vision_block', 'VisionPlan', 'Slots', 'Inputs', 'TickProgram', 'vlm_layer', 'through',
-           'compiled_vlm', 'compiled_vision', 'laid_out', 'GraphStreamer']
+__all__ = ['Slots', 'vision_block', 'VisionPlan', 'padded_mlp', 'refill', 'Inputs', 'vlm_layer', 'through', 'compiled_vlm',
+           'compiled_vision', 'laid_out', 'TickProgram', 'GraphStreamer']
 
-# %% ../../nbs/realtime/02_graph.ipynb #09f6db4e
-def padded_mlp(mlp: nn.Module, of: int = 64) -> nn.Module:
-    """A copy of a gated MLP whose inner width is the next multiple of `of`: the rest are
-    zeros, the results are the same. `refill` brings it up to date.
+# %% ../../nbs/realtime/02_graph.ipynb #ba79b2be
+class Slots(Cache):
+    """Keys and values (1, j, L, h) of one layer; `update` writes those of new tokens at the
+    slots `at` (q,) and returns all.
     """
-    out, n = copy.copy(mlp), mlp.gate_proj.out_features
-    wide = -(-n // of) * of
-    out._modules = dict(mlp._modules)
-    with torch.inference_mode(False), torch.no_grad():  # may be refilled in either mode
-        for name in ('gate_proj', 'up_proj', 'down_proj'):
-            old = getattr(mlp, name)
-            sizes = (
-                (wide, old.out_features) if name == 'down_proj' else (old.in_features, wide)
-            )
-            new = out._modules[name] = nn.Linear(
-                *sizes, old.bias is not None, old.weight.device, old.weight.dtype
-            ).requires_grad_(False)
-            for p in new.parameters():
-                p.zero_()
-    refill(out, mlp)
-    return out
 
-# %% ../../nbs/realtime/02_graph.ipynb #a6bf2b72
-@torch.no_grad()
-def refill(padded: nn.Module, mlp: nn.Module) -> None:
-    "Copy the weights of `mlp` into `padded` in place, so that recorded programs see them."
-    for name in ('gate_proj', 'up_proj', 'down_proj'):
-        for new, old in zip(
-            getattr(padded, name).parameters(), getattr(mlp, name).parameters()
-        ):
-            new[tuple(map(slice, old.shape))] = old
+    def __init__(self, j: int, l: int, h: int, dtype, device):
+        # in memory the heads of a token lie side by side
+        empty = lambda: torch.zeros(1, l, j, h, dtype=dtype, device=device).transpose(1, 2)
+        self.k, self.v, self.at = empty(), empty(), None
+
+    def update(self, key_states, value_states, layer_idx=0, *args, **kwargs):
+        self.k.index_copy_(2, self.at, key_states)
+        self.v.index_copy_(2, self.at, value_states)
+        return self.k, self.v
 
 # %% ../../nbs/realtime/02_graph.ipynb #f0f47782
 def vision_block(
@@ -79,28 +64,10 @@ class VisionPlan:
     """
 
     def __init__(self, visual, grids: list[tuple[int, int, int]], device=None):
-        grid, self.visual, unit = (
-            torch.tensor(grids, device=device),
-            visual,
-            visual.spatial_merge_unit,
-        )
+        grid, self.visual = torch.tensor(grids, device=device), visual
         order, windows = visual.get_window_index(grid)
-        order = order.to(grid.device)
-        # patch order by windows
-        self.patches = (
-            order[:, None] * unit + torch.arange(unit, device=order.device)
-        ).flatten()
-        self.back = order.argsort()
-        turn = visual.rot_pos_emb(grid)[self.patches]
-        self.rope = tuple(f(torch.cat((turn, turn), -1)) for f in (torch.cos, torch.sin))
-        frames = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0]).cumsum(0)
-        self.whole, self.windows = (
-            self.laid(x.int())
-            for x in (
-                torch.cat([frames.new_zeros(1), frames]),
-                torch.tensor(windows, device=grid.device).unique_consecutive(),
-            )
-        )
+        self._lay_patches(grid, order.to(grid.device))
+        self._lay_pieces(grid, windows)
 
     @staticmethod
     def laid(cu_seqlens: Tensor) -> Tensor:
@@ -108,42 +75,73 @@ class VisionPlan:
         cu_seqlens.pieces = equal_pieces(cu_seqlens)
         return cu_seqlens
 
-    def __call__(self, patches: Tensor, run: Callable | None = None) -> Tensor:
-        """Patches (n, values) -> tokens (n / 4, width), as the tower's own forward gives
-        them; `run(block, x, cu_seqlens, rope)` runs a block.
-        """
-        x, run = (
-            self.visual.patch_embed(patches.to(self.visual.dtype))[self.patches],
-            run or vision_block,
-        )
-        for i, block in enumerate(self.visual.blocks):
-            x = run(
-                block,
-                x,
-                self.whole if i in self.visual.fullatt_block_indexes else self.windows,
-                self.rope,
-            )
-        return self.visual.merger(x)[self.back]
+# %% ../../nbs/realtime/02_graph.ipynb #f2a0c006
+@patch
+def _lay_patches(self: VisionPlan, grid: Tensor, order: Tensor) -> None:
+    "Orders and rotations of patches, for tokens in the window order `order`."
+    unit = self.visual.spatial_merge_unit
+    inside = torch.arange(unit, device=order.device)
+    self.patches = (order[:, None] * unit + inside).flatten()
+    self.back = order.argsort()
+    turn = self.visual.rot_pos_emb(grid)[self.patches]
+    self.rope = tuple(f(torch.cat((turn, turn), -1)) for f in (torch.cos, torch.sin))
 
-# %% ../../nbs/realtime/02_graph.ipynb #ba79b2be
-class Slots(Cache):
-    """Keys and values (1, j, L, h) of one layer; `update` writes those of new tokens at the
-    slots `at` (q,) and returns all.
+# %% ../../nbs/realtime/02_graph.ipynb #f2a0c008
+@patch
+def _lay_pieces(self: VisionPlan, grid: Tensor, windows: list[int]) -> None:
+    "Boundaries of whole frames and of windows."
+    frames = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0]).cumsum(0)
+    ends = torch.cat([frames.new_zeros(1), frames])
+    inner = torch.tensor(windows, device=grid.device).unique_consecutive()
+    self.whole, self.windows = self.laid(ends.int()), self.laid(inner.int())
+
+
+@patch
+def __call__(self: VisionPlan, patches: Tensor, run: Callable | None = None) -> Tensor:
+    """Patches (n, values) -> tokens (n / 4, width), as the tower's own forward gives them;
+    `run(block, x, cu_seqlens, rope)` runs a block.
     """
+    visual, run = self.visual, run or vision_block
+    x = visual.patch_embed(patches.to(visual.dtype))[self.patches]
+    for i, block in enumerate(visual.blocks):
+        pieces = self.whole if i in visual.fullatt_block_indexes else self.windows
+        x = run(block, x, pieces, self.rope)
+    return visual.merger(x)[self.back]
 
-    def __init__(self, j: int, l: int, h: int, dtype, device):
-        self.k, self.v, self.at = (
-            *(
-                torch.zeros(1, l, j, h, dtype=dtype, device=device).transpose(1, 2)
-                for _ in 'kv'
-            ),
-            None,
-        )
+# %% ../../nbs/realtime/02_graph.ipynb #09f6db4e
+def _zero_linear(old: nn.Linear, n_in: int, n_out: int) -> nn.Linear:
+    "A layer of zeros of another size, otherwise like `old`."
+    bias, weight = old.bias is not None, old.weight
+    new = nn.Linear(n_in, n_out, bias, weight.device, weight.dtype).requires_grad_(False)
+    for p in new.parameters():
+        p.zero_()
+    return new
 
-    def update(self, key_states, value_states, layer_idx=0, *args, **kwargs):
-        self.k.index_copy_(2, self.at, key_states)
-        self.v.index_copy_(2, self.at, value_states)
-        return self.k, self.v
+
+def padded_mlp(mlp: nn.Module, of: int = 64) -> nn.Module:
+    """A copy of a gated MLP whose inner width is the next multiple of `of`: the rest are
+    zeros, the results are the same. `refill` brings it up to date.
+    """
+    out, wide = copy.copy(mlp), -(-mlp.gate_proj.out_features // of) * of
+    out._modules = dict(mlp._modules)
+    with torch.inference_mode(False), torch.no_grad():  # may be refilled in either mode
+        for name in ('gate_proj', 'up_proj'):
+            old = getattr(mlp, name)
+            out._modules[name] = _zero_linear(old, old.in_features, wide)
+        old = mlp.down_proj
+        out._modules['down_proj'] = _zero_linear(old, wide, old.out_features)
+    refill(out, mlp)
+    return out
+
+# %% ../../nbs/realtime/02_graph.ipynb #a6bf2b72
+@torch.no_grad()
+def refill(padded: nn.Module, mlp: nn.Module) -> None:
+    "Copy the weights of `mlp` into `padded` in place, so that recorded programs see them."
+    for name in ('gate_proj', 'up_proj', 'down_proj'):
+        for new, old in zip(
+            getattr(padded, name).parameters(), getattr(mlp, name).parameters()
+        ):
+            new[tuple(map(slice, old.shape))] = old
 
 # %% ../../nbs/realtime/02_graph.ipynb #3a890740
 @dataclass
@@ -167,92 +165,6 @@ class Inputs:
     def signature(self) -> tuple:
         "The shapes: one program for each."
         return tuple(tuple(x.shape) for x in vars(self).values())
-
-# %% ../../nbs/realtime/02_graph.ipynb #15e1089a
-class TickProgram:
-    """Observation tensors to an action chunk over fixed memory (equations 3-5 and the
-    denoising).
-    """
-
-    def __init__(
-        self,
-        model: HaloModel,
-        slots: list[Slots],
-        example: Inputs,
-        grids: list[tuple[int, int, int]],
-        steps: int | None = None,
-        method: str | None = None,
-        pool=None,
-        compiled: bool = False,
-        mlps: dict | None = None,
-    ):
-        (
-            self.model,
-            self.slots,
-            self.steps,
-            self.method,
-            self.pool,
-            self.compiled,
-            self.mlps,
-        ) = (model, slots, steps, method, pool, compiled, mlps or {})
-        self.inputs = Inputs(**{n: x.clone() for n, x in vars(example).items()})
-        self.plan = (
-            VisionPlan(model.embed.visual, grids, example.ids.device) if grids else None
-        )
-        pads = [
-            special_ids(model.cfg.tokenizer)[f'<|{n}_pad|>'] for n in ('video', 'image')
-        ]
-        # where features go
-        self.places = torch.isin(
-            example.ids, torch.tensor(pads, device=example.ids.device)
-        ).nonzero()[:, 0]
-        self.graph = self.out = None
-
-    def embed(self) -> Tensor:
-        "Embeddings (1, q, width) of the suffix."
-        i, x = self.inputs, self.model.embed.embed_tokens(self.inputs.ids)
-        feats = [i.known] + (
-            [self.plan(i.patches, compiled_vision() if self.compiled else None)]
-            if self.plan
-            else []
-        )
-        self.features = feats[-1]
-        return x.index_copy(0, self.places, torch.cat(feats).to(x.dtype))[None]
-
-    def run(self) -> Tensor:
-        "The chunk (1, s, d)."
-        with laid_out(self.model, self.mlps):
-            return self.compute()
-
-    def compute(self) -> Tensor:
-        m, i = self.model, self.inputs
-        x, order = self.embed(), torch.arange(self.slots[0].k.shape[2], device=i.ids.device)
-        seen = order <= i.at[:, None]
-        mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)[
-            None, None
-        ]
-        ctx = Context(
-            mask,
-            m.embed.rotary(x, i.positions),
-            (order <= i.at[-1])[None],
-            i.positions.amax((0, 2)) + 1,
-            None,
-        )
-        state, cache = i.state if m.state_tokens is None else m.state_tokens(i.state), []
-        for block, slots in zip(m.blocks, self.slots):
-            slots.at = i.at
-            x, k, v = through(
-                block.vlm, x, ctx, slots, compiled_vlm() if self.compiled else vlm_layer
-            )
-            state, k, v = block.represent(k, v, state, ctx, None)
-            cache.append((k, v))
-        # later slots are empty
-        velocity = Denoiser(
-            m, Prefix(cache, i.state, ctx), whole=False, compiled=self.compiled
-        )
-        return m.integrate(
-            lambda x_t, t: velocity(x_t, t) * i.dims, i.noise, self.steps, self.method
-        )
 
 # %% ../../nbs/realtime/02_graph.ipynb #4bb532b7
 def vlm_layer(
@@ -289,10 +201,8 @@ def laid_out(model: HaloModel, mlps: dict[int, nn.Module]):
     """Within the block all VLM layers have number 0, and block k of the tower has the MLP
     `mlps[k]`.
     """
-    attention, blocks = (
-        [b.vlm.layer.self_attn for b in model.blocks if hasattr(b.vlm, 'layer')],
-        model.embed.visual.blocks,
-    )
+    blocks = model.embed.visual.blocks
+    attention = [b.vlm.layer.self_attn for b in model.blocks if hasattr(b.vlm, 'layer')]
     before, kept = [a.layer_idx for a in attention], {k: blocks[k].mlp for k in mlps}
     try:
         for a in attention:
@@ -306,10 +216,89 @@ def laid_out(model: HaloModel, mlps: dict[int, nn.Module]):
         for k, m in kept.items():
             blocks[k].mlp = m
 
+# %% ../../nbs/realtime/02_graph.ipynb #15e1089a
+class TickProgram:
+    """Observation tensors to an action chunk over fixed memory (equations 3-5 and the
+    denoising).
+    """
+
+    def __init__(
+        self,
+        model: HaloModel,
+        slots: list[Slots],
+        example: Inputs,
+        grids: list[tuple[int, int, int]],
+        steps: int | None = None,
+        method: str | None = None,
+        pool=None,
+        compiled: bool = False,
+        mlps: dict | None = None,
+    ):
+        self.model, self.slots, self.steps, self.method = model, slots, steps, method
+        self.pool, self.compiled, self.mlps = pool, compiled, mlps or {}
+        self.inputs = Inputs(**{n: x.clone() for n, x in vars(example).items()})
+        visual, dev = model.embed.visual, example.ids.device
+        self.plan = VisionPlan(visual, grids, dev) if grids else None
+        ids = special_ids(model.cfg.tokenizer)
+        pads = torch.tensor([ids[f'<|{n}_pad|>'] for n in ('video', 'image')], device=dev)
+        self.places = torch.isin(example.ids, pads).nonzero()[:, 0]  # where features go
+        self.graph = self.out = None
+
+# %% ../../nbs/realtime/02_graph.ipynb #f2a0c00e
+@patch
+def embed(self: TickProgram) -> Tensor:
+    "Embeddings (1, q, width) of the suffix."
+    i, feats = self.inputs, [self.inputs.known]
+    x = self.model.embed.embed_tokens(i.ids)
+    if self.plan:
+        feats.append(self.plan(i.patches, compiled_vision() if self.compiled else None))
+    self.features = feats[-1]
+    return x.index_copy(0, self.places, torch.cat(feats).to(x.dtype))[None]
+
+# %% ../../nbs/realtime/02_graph.ipynb #f2a0c00f
+@patch
+def context(self: TickProgram, x: Tensor) -> Context:
+    "Masks and rotations for new tokens x (1, q, width) over all slots."
+    i = self.inputs
+    order = torch.arange(self.slots[0].k.shape[2], device=i.ids.device)
+    seen = order <= i.at[:, None]
+    mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)
+    rope, valid = self.model.embed.rotary(x, i.positions), order <= i.at[-1]
+    return Context(mask[None, None], rope, valid[None], i.positions.amax((0, 2)) + 1, None)
+
+# %% ../../nbs/realtime/02_graph.ipynb #f2a0c011
+@patch
+def prefix(self: TickProgram, x: Tensor, ctx: Context) -> Prefix:
+    "What the expert reads, for all slots."
+    m, i = self.model, self.inputs
+    run = compiled_vlm() if self.compiled else vlm_layer
+    state, cache = i.state if m.state_tokens is None else m.state_tokens(i.state), []
+    for block, slots in zip(m.blocks, self.slots):
+        slots.at = i.at
+        x, k, v = through(block.vlm, x, ctx, slots, run)
+        state, k, v = block.represent(k, v, state, ctx, None)
+        cache.append((k, v))
+    return Prefix(cache, i.state, ctx)
+
+# %% ../../nbs/realtime/02_graph.ipynb #f2a0c013
+@patch
+def compute(self: TickProgram) -> Tensor:
+    "The chunk (1, s, d), with the model laid out."
+    x = self.embed()
+    prefix = self.prefix(x, self.context(x))
+    velocity = Denoiser(self.model, prefix, whole=False, compiled=self.compiled)
+    dims, noise = self.inputs.dims, self.inputs.noise
+    masked = lambda x_t, t: velocity(x_t, t) * dims
+    return self.model.integrate(masked, noise, self.steps, self.method)
+
+
+@patch
+def run(self: TickProgram) -> Tensor:
+    "The chunk (1, s, d)."
+    with laid_out(self.model, self.mlps):
+        return self.compute()
+
 # %% ../../nbs/realtime/02_graph.ipynb #b7637252
-from fastcore.basics import patch
-
-
 @patch
 @torch.no_grad()
 def __call__(self: TickProgram, inputs: Inputs) -> Tensor:
@@ -340,6 +329,20 @@ def record(self: TickProgram, warm_up: int = 1) -> None:
     with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode='thread_local'):
         self.out = self.run()
 
+# %% ../../nbs/realtime/02_graph.ipynb #f2a0c015
+def _check_static(model: HaloModel) -> None:
+    "Raise `ValueError` for a model whose tick cannot be a program over slots."
+    if model.blocks[0].before:
+        raise ValueError(
+            "salr.keys='before_rope' turns keys of old tokens anew in every tick; use"
+            " halo.realtime.stream.Streamer for it"
+        )
+    if model.embed.text_config._attn_implementation == 'flash_attention_2':
+        raise ValueError(
+            "a tick with slots is masked by slot number, which flash-attn 2 cannot do;"
+            " build the model with SDPA attention"
+        )
+
 # %% ../../nbs/realtime/02_graph.ipynb #5ab2b39f
 class GraphStreamer:
     """Action chunks for one running robot: a streaming tick with static shapes, replayed as
@@ -355,55 +358,52 @@ class GraphStreamer:
         programs: int = 16,
         compiled: bool = False,
     ):
-        if model.blocks[0].before:
-            raise ValueError(
-                "salr.keys='before_rope' turns keys of old tokens anew in every tick; use"
-                " halo.realtime.stream.Streamer for it"
-            )
-        if model.embed.text_config._attn_implementation == 'flash_attention_2':
-            raise ValueError(
-                "a tick with slots is masked by slot number, which flash-attn 2 cannot do;"
-                " build the model with SDPA attention"
-            )
-        self.model, self.steps, self.method, self.reuse, self.limit, self.programs = (
-            model,
-            steps,
-            method,
-            reuse,
-            programs,
-            OrderedDict(),
-        )
-        self.follow, self.slots, self.compiled = Streamer(model), None, compiled
+        _check_static(model)
+        self.model, self.steps, self.method, self.reuse = model, steps, method, reuse
+        self.limit, self.programs, self.compiled = programs, OrderedDict(), compiled
+        self.follow, self.slots = Streamer(model), None
         gpu = model.embed.embed_tokens.weight.is_cuda
         # programs run one at a time, in the same memory
         self.pool = torch.cuda.graph_pool_handle() if gpu else None
-        self.mlps = {
-            k: padded_mlp(b.mlp)
-            for k, b in enumerate(model.embed.visual.blocks)
-            if gpu and model.cfg.vision.mlp % 8
-        }
+        blocks = model.embed.visual.blocks if gpu and model.cfg.vision.mlp % 8 else ()
+        self.mlps = {k: padded_mlp(b.mlp) for k, b in enumerate(blocks)}
 
-    def reset(self) -> None:
-        """A new episode: what was encoded is forgotten, the programs stay; weights may have
-        changed in place.
-        """
-        self.follow.reset()
-        for k, m in self.mlps.items():
-            refill(m, self.model.embed.visual.blocks[k].mlp)
+# %% ../../nbs/realtime/02_graph.ipynb #f2a0c018
+@patch
+def reset(self: GraphStreamer) -> None:
+    """A new episode: what was encoded is forgotten, the programs stay; weights may have
+    changed in place.
+    """
+    self.follow.reset()
+    for k, m in self.mlps.items():
+        refill(m, self.model.embed.visual.blocks[k].mlp)
 
-    def room(self, obs: Observation) -> int:
-        """Slots needed for the longest row of this robot: full history, these views, this
-        instruction.
-        """
-        cfg, f = self.model.cfg, self.model.cfg.vision.factor
-        pairs = (cfg.sampling.history_frames + 2) // 2
-        layout = row_layout(
-            pairs,
-            cfg.sampling.history_size // f,
-            [(v.shape[-2] // f, v.shape[-1] // f) for v in obs.views],
-            int(obs.text_mask.sum()),
-        )
-        return sum(n[0] * (n[1] * n[2] if len(n) > 1 else 1) for _, *n in layout)
+# %% ../../nbs/realtime/02_graph.ipynb #f2a0c01a
+@patch
+def room(self: GraphStreamer, obs: Observation) -> int:
+    """Slots needed for the longest row of this robot: full history, these views, this
+    instruction.
+    """
+    s, f = self.model.cfg.sampling, self.model.cfg.vision.factor
+    pairs, side = (s.history_frames + 2) // 2, s.history_size // f
+    views = [(v.shape[-2] // f, v.shape[-1] // f) for v in obs.views]
+    layout = row_layout(pairs, side, views, int(obs.text_mask.sum()))
+    return sum(n[0] * (n[1] * n[2] if len(n) > 1 else 1) for _, *n in layout)
+
+# %% ../../nbs/realtime/02_graph.ipynb #d7406694
+@patch
+def make_room(self: GraphStreamer, l: int) -> None:
+    """Slots for rows of `l` tokens; what is in the present ones is kept, programs over them
+    are forgotten.
+    """
+    t, w, old = self.model.cfg.text, self.model.embed.embed_tokens.weight, self.slots
+    self.programs.clear()
+    self.slots = [
+        Slots(t.kv_heads, -(-l // 8) * 8, t.head_dim, w.dtype, w.device)
+        for _ in self.model.blocks
+    ]
+    for a, b in zip(self.slots, old or ()):
+        a.k[:, :, : b.k.shape[2]], a.v[:, :, : b.v.shape[2]] = b.k, b.v
 
 # %% ../../nbs/realtime/02_graph.ipynb #1bd986e4
 @patch
@@ -423,6 +423,28 @@ def split(
         known.append(found)
     return pairs, keep, known, pairs[keep + len(known) :]
 
+# %% ../../nbs/realtime/02_graph.ipynb #f2a0c01d
+@patch
+def pixels(
+    self: GraphStreamer, pictures: list[Tensor], device
+) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    "Patches (n, values) of pictures (2, 3, H, W), and the grid of each."
+    v = self.model.cfg.vision
+    grids = [(1, x.shape[-2] // v.patch, x.shape[-1] // v.patch) for x in pictures]
+    if not pictures:
+        return torch.zeros(0, 3 * v.temporal_patch * v.patch**2, device=device), grids
+    cut = lambda x: patchify(normalize_pixels(x)[None], v.patch, v.merge, v.temporal_patch)
+    return torch.cat([cut(x) for x in pictures]), grids
+
+
+@patch
+def known_features(self: GraphStreamer, known: list[Tensor], device) -> Tensor:
+    "Features (m, width) of known pairs side by side."
+    if known:
+        return torch.cat(known)
+    width, dtype = self.model.cfg.text.width, self.model.embed.visual.dtype
+    return torch.zeros(0, width, dtype=dtype, device=device)
+
 # %% ../../nbs/realtime/02_graph.ipynb #c7ef5b2a
 @patch
 def inputs(
@@ -437,39 +459,45 @@ def inputs(
     ids, pos = self.follow.row(obs, pairs, views)
     side = cfg.sampling.history_size // v.factor
     start = 1 + keep * side**2 if keep else 0
-    pictures = [*new, *(x[None].expand(v.temporal_patch, -1, -1, -1) for x in views)]
-    patches = [
-        patchify(normalize_pixels(x)[None], v.patch, v.merge, v.temporal_patch)
-        for x in pictures
-    ]
-    grids = [(1, x.shape[-2] // v.patch, x.shape[-1] // v.patch) for x in pictures]
-    wide = (
-        torch.cat(known)
-        if known
-        else torch.zeros(0, cfg.text.width, dtype=self.model.embed.visual.dtype, device=dev)
+    twice = [x[None].expand(v.temporal_patch, -1, -1, -1) for x in views]
+    patches, grids = self.pixels([*new, *twice], dev)
+    made = Inputs(
+        patches=patches,
+        known=self.known_features(known, dev),
+        ids=ids[start:].to(dev),
+        positions=pos[:, None, start:].to(dev),
+        at=torch.arange(start, len(ids), device=dev),
+        state=obs.state,
+        noise=noise,
+        dims=torch.ones(cfg.max_action_dim, device=dev) if dims is None else dims,
     )
-    flat = (
-        torch.cat(patches)
-        if patches
-        else torch.zeros(0, 3 * v.temporal_patch * v.patch**2, device=dev)
-    )
-    dims = torch.ones(cfg.max_action_dim, device=dev) if dims is None else dims
-    return (
-        Inputs(
-            flat,
-            wide,
-            ids[start:].to(dev),
-            pos[:, None, start:].to(dev),
-            torch.arange(start, len(ids), device=dev),
-            obs.state,
-            noise,
-            dims,
-        ),
-        len(ids),
-        grids,
-        pairs,
-        new,
-    )
+    return made, len(ids), grids, pairs, new
+
+# %% ../../nbs/realtime/02_graph.ipynb #f2a0c020
+@patch
+def program(
+    self: GraphStreamer, inputs: Inputs, grids: list[tuple[int, int, int]], size: int
+) -> TickProgram:
+    "The program for these shapes, pictures of these `grids` and history frames of `size`."
+    key = inputs.signature(), tuple(grids), size
+    if key not in self.programs:
+        fixed = self.steps, self.method, self.pool, self.compiled, self.mlps
+        made = TickProgram(self.model, self.slots, inputs, grids, *fixed)
+        self.programs[key] = made
+    self.programs.move_to_end(key)
+    while len(self.programs) > self.limit:
+        self.programs.popitem(last=False)
+    return self.programs[key]
+
+# %% ../../nbs/realtime/02_graph.ipynb #f2a0c022
+@patch
+def _remember(self: GraphStreamer, features: Tensor, new: list[Tensor]) -> None:
+    "Keep copies of the features of the `new` pairs, which come first in `features`."
+    cfg = self.model.cfg
+    side = (cfg.sampling.history_size // cfg.vision.factor) ** 2
+    for k, pair in enumerate(new):
+        part = features[k * side : (k + 1) * side].clone()
+        self.follow.features.remember(pair, part)
 
 # %% ../../nbs/realtime/02_graph.ipynb #dabc5b41
 @patch
@@ -486,43 +514,9 @@ def sample(
     inputs, l, grids, pairs, new = self.inputs(obs, noise, dims)
     if self.slots is None or l > self.slots[0].k.shape[2]:
         self.make_room(max(l, self.room(obs)))
-    key = inputs.signature(), tuple(grids), obs.history.shape[-1]
-    if key not in self.programs:
-        self.programs[key] = TickProgram(
-            self.model,
-            self.slots,
-            inputs,
-            grids,
-            self.steps,
-            self.method,
-            self.pool,
-            self.compiled,
-            self.mlps,
-        )
-    self.programs.move_to_end(key)
-    while len(self.programs) > self.limit:
-        self.programs.popitem(last=False)
-    program = self.programs[key]
+    program = self.program(inputs, grids, obs.history.shape[-1])
     out = program(inputs).clone()
-    side = (self.model.cfg.sampling.history_size // self.model.cfg.vision.factor) ** 2
-    for k, pair in enumerate(new if self.reuse else []):
-        self.follow.features.remember(
-            pair, program.features[k * side : (k + 1) * side].clone()
-        )
+    if self.reuse:
+        self._remember(program.features, new)
     self.follow.pairs = pairs
     return out
-
-# %% ../../nbs/realtime/02_graph.ipynb #d7406694
-@patch
-def make_room(self: GraphStreamer, l: int) -> None:
-    """Slots for rows of `l` tokens; what is in the present ones is kept, programs over them
-    are forgotten.
-    """
-    t, w, old = self.model.cfg.text, self.model.embed.embed_tokens.weight, self.slots
-    self.programs.clear()
-    self.slots = [
-        Slots(t.kv_heads, -(-l // 8) * 8, t.head_dim, w.dtype, w.device)
-        for _ in self.model.blocks
-    ]
-    for a, b in zip(self.slots, old or ()):
-        a.k[:, :, : b.k.shape[2]], a.v[:, :, : b.v.shape[2]] = b.k, b.v

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -49,13 +50,6 @@ class PairFeatures:
     def __init__(self, model: HaloModel, limit: int = 256):
         self.model, self.limit, self.known, self.encoded = model, limit, OrderedDict(), 0
 
-    def patches(self, pairs: list[Tensor]) -> Tensor:
-        "Patches of pairs (m, 2, 3, S, S) for the tower."
-        v = self.model.cfg.vision
-        return patchify(
-            normalize_pixels(torch.stack(pairs)), v.patch, v.merge, v.temporal_patch
-        )
-
     def find(self, pair: Tensor) -> Tensor | None:
         "Features (tokens, width) of a pair, if known."
         key = pair.cpu().numpy().tobytes()
@@ -68,10 +62,35 @@ class PairFeatures:
         while len(self.known) > self.limit:
             self.known.popitem(last=False)
 
+# %% ../../nbs/realtime/01_stream.ipynb #f1a0c007
+@patch
+def patches(self: PairFeatures, pairs: list[Tensor]) -> Tensor:
+    "Patches of pairs (m, 2, 3, S, S) for the tower."
+    v = self.model.cfg.vision
+    return patchify(
+        normalize_pixels(torch.stack(pairs)), v.patch, v.merge, v.temporal_patch
+    )
+
+
+@patch
+def view_patches(self: PairFeatures, view: Tensor) -> Tensor:
+    "Patches of one view (3, H, W), shown twice."
+    v = self.model.cfg.vision
+    twice = normalize_pixels(view)[None, None].expand(-1, v.temporal_patch, -1, -1, -1)
+    return patchify(twice, v.patch, v.merge, v.temporal_patch)
+
+# %% ../../nbs/realtime/01_stream.ipynb #f1a0c008
+@patch
+def compute(self: PairFeatures, pairs: list[Tensor], views: list[Tensor]) -> list[Tensor]:
+    "Features (tokens, width) of every pair, then of every view, through the tower."
+    v, visual = self.model.cfg.vision, self.model.embed.visual
+    grids = [[1, p.shape[-2] // v.patch, p.shape[-1] // v.patch] for p in [*pairs, *views]]
+    x = [self.patches(pairs)] if pairs else []
+    x = torch.cat(x + [self.view_patches(view) for view in views]).to(visual.dtype)
+    out = visual(x, torch.tensor(grids, device=x.device)).pooler_output
+    return list(out.split([h * w // v.merge**2 for _, h, w in grids]))
+
 # %% ../../nbs/realtime/01_stream.ipynb #9050dee7
-from fastcore.basics import patch
-
-
 @patch
 def __call__(
     self: PairFeatures, pairs: list[Tensor], views: list[Tensor]
@@ -79,27 +98,11 @@ def __call__(
     """Features (tokens, width) of every pair and of every view (3, H, W); only unknown
     pairs and the views are computed.
     """
-    v, embed = self.model.cfg.vision, self.model.embed
     have = [self.find(p) for p in pairs]
     new = [p for p, h in zip(pairs, have) if h is None]
-    images = [
-        patchify(
-            normalize_pixels(x)[None, None].expand(-1, v.temporal_patch, -1, -1, -1),
-            v.patch,
-            v.merge,
-            v.temporal_patch,
-        )
-        for x in views
-    ]
-    grids = [[1, p.shape[-2] // v.patch, p.shape[-1] // v.patch] for p in [*new, *views]]
-    if not grids:
+    if not (new or views):
         return have, []
-    x = torch.cat(([self.patches(new)] if new else []) + images).to(embed.visual.dtype)
-    feats = list(
-        embed.visual(x, torch.tensor(grids, device=x.device)).pooler_output.split(
-            [h * w // v.merge**2 for _, h, w in grids]
-        )
-    )
+    feats = self.compute(new, views)
     made = iter(feats[: len(new)])
     for i, h in enumerate(have):
         if h is None:
@@ -119,23 +122,25 @@ class KVBuffer(Cache):
         self.k = self.v = None
         self.at = 0
 
-    def room(self, like: Tensor, l: int) -> None:
-        "Make the buffers at least `l` tokens long, keeping what is in them."
-        if self.k is not None and self.k.shape[2] >= l:
-            return
-        b, j, _, h = like.shape
-        # may be written in either mode
-        with torch.inference_mode(False):
-            k, v = (like.new_zeros(b, 2 * l, j, h).transpose(1, 2) for _ in 'kv')
-        if self.k is not None:
-            k[:, :, : self.k.shape[2]], v[:, :, : self.v.shape[2]] = self.k, self.v
-        self.k, self.v = k, v
-
     def update(self, key_states, value_states, layer_idx=0, *args, **kwargs):
         end = self.at + key_states.shape[2]
         self.room(key_states, end)
         self.k[:, :, self.at : end], self.v[:, :, self.at : end] = key_states, value_states
         return self.k[:, :, :end], self.v[:, :, :end]
+
+# %% ../../nbs/realtime/01_stream.ipynb #f1a0c00d
+@patch
+def room(self: KVBuffer, like: Tensor, l: int) -> None:
+    "Make the buffers at least `l` tokens long, keeping what is in them."
+    if self.k is not None and self.k.shape[2] >= l:
+        return
+    b, j, _, h = like.shape
+    # may be written in either mode
+    with torch.inference_mode(False):
+        k, v = (like.new_zeros(b, 2 * l, j, h).transpose(1, 2) for _ in 'kv')
+    if self.k is not None:
+        k[:, :, : self.k.shape[2]], v[:, :, : self.v.shape[2]] = self.k, self.v
+    self.k, self.v = k, v
 
 # %% ../../nbs/realtime/01_stream.ipynb #2205ce04
 def extend(
@@ -161,63 +166,65 @@ class Streamer:
     """
 
     def __init__(self, model: HaloModel):
-        self.model, self.features = (
-            model,
-            PairFeatures(model, limit=model.cfg.sampling.history_frames + 4),
-        )
+        self.model = model
+        self.features = PairFeatures(model, limit=model.cfg.sampling.history_frames + 4)
         self.reset()
 
     def reset(self) -> None:
         "Forget everything."
         self.features.known.clear()
-        self.caches, self.pairs, self.stats = (
-            [KVBuffer() for _ in self.model.blocks],
-            [],
-            dict(tokens=0, computed=0, ticks=0, hops=0),
-        )
+        self.caches, self.pairs = [KVBuffer() for _ in self.model.blocks], []
+        self.stats = dict(tokens=0, computed=0, ticks=0, hops=0)
 
-    def common(self, pairs: list[Tensor]) -> int:
-        "How many pairs from the front are those of the last tick."
-        n = min(len(self.pairs), len(pairs))
-        # waits for the device once
-        if n and pairs[0].is_cuda:
-            return int(
-                (torch.stack(self.pairs[:n]) == torch.stack(pairs[:n]))
-                .flatten(1)
-                .all(1)
-                .cumprod(0)
-                .sum()
-            )
-        n = 0
-        for a, b in zip(self.pairs, pairs):
-            if not torch.equal(a, b):
-                break
-            n += 1
-        return n
+# %% ../../nbs/realtime/01_stream.ipynb #f1a0c011
+@patch
+def common(self: Streamer, pairs: list[Tensor]) -> int:
+    "How many pairs from the front are those of the last tick."
+    n = min(len(self.pairs), len(pairs))
+    # waits for the device once
+    if n and pairs[0].is_cuda:
+        same = torch.stack(self.pairs[:n]) == torch.stack(pairs[:n])
+        return int(same.flatten(1).all(1).cumprod(0).sum())
+    n = 0
+    for a, b in zip(self.pairs, pairs):
+        if not torch.equal(a, b):
+            break
+        n += 1
+    return n
 
 # %% ../../nbs/realtime/01_stream.ipynb #da5f2feb
 @patch
 def row(
     self: Streamer, obs: Observation, pairs: list[Tensor], views: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    "Token ids (l,) and positions (3, l) of the one row, as `halo.method.vlm.pack` lays it out."
+    """Token ids (l,) and positions (3, l) of the one row, as `halo.method.vlm.pack` lays it
+    out.
+    """
     cfg = self.model.cfg
-    f, s = cfg.vision.factor, cfg.sampling
+    f, v, s = cfg.vision.factor, cfg.vision, cfg.sampling
     words = obs.text[0][obs.text_mask[0].bool()].tolist()
     if not words:
         raise ValueError("the instruction is empty; give the task in words")
-    layout = row_layout(
-        len(pairs),
-        obs.history.shape[-1] // f,
-        [(v.shape[-2] // f, v.shape[-1] // f) for v in views],
-        len(words),
-    )
-    interval = (
-        cfg.vision.tokens_per_second * cfg.vision.temporal_patch * s.history_stride / s.fps
-    )
-    return torch.tensor(row_ids(layout, words, special_ids(cfg.tokenizer))), rope_positions(
-        layout, interval
-    )
+    grids = [(x.shape[-2] // f, x.shape[-1] // f) for x in views]
+    layout = row_layout(len(pairs), obs.history.shape[-1] // f, grids, len(words))
+    interval = v.tokens_per_second * v.temporal_patch * s.history_stride / s.fps
+    ids = torch.tensor(row_ids(layout, words, special_ids(cfg.tokenizer)))
+    return ids, rope_positions(layout, interval)
+
+# %% ../../nbs/realtime/01_stream.ipynb #f1a0c014
+@patch
+def embedded(
+    self: Streamer, ids: Tensor, pairs: list[Tensor], views: list[Tensor]
+) -> Tensor:
+    "Embeddings (1, q, width) of token ids (q,), pictures in their places."
+    old, new = self.features(pairs, views)
+    special = special_ids(self.model.cfg.tokenizer)
+    x = self.model.embed.embed_tokens(ids[None])
+    for name, feats in (('video', old), ('image', new)):
+        if feats:
+            places = (ids[None] == special[f'<|{name}_pad|>'])[..., None]
+            x = x.masked_scatter(places, torch.cat(feats).to(x.dtype))
+    return x
 
 # %% ../../nbs/realtime/01_stream.ipynb #ba4d7999
 @patch
@@ -225,21 +232,13 @@ def suffix(self: Streamer, obs: Observation) -> tuple[Tensor, Context, int]:
     """Embeddings (1, q, width) of the tokens that must be computed, their context, and how
     many tokens before them stand.
     """
-    cfg, dev, embed = self.model.cfg, obs.state.device, self.model.embed
     pairs = window_pairs(obs)
     views = [v[0] for v, there in zip(obs.views, obs.view_mask[0]) if there]
-    keep, side = self.common(pairs), obs.history.shape[-1] // cfg.vision.factor
-    ids, pos = (x.to(dev) for x in self.row(obs, pairs, views))
+    keep, side = self.common(pairs), obs.history.shape[-1] // self.model.cfg.vision.factor
+    ids, pos = (x.to(obs.state.device) for x in self.row(obs, pairs, views))
     # the vision start token and the pairs that stand
     start = 1 + keep * side**2 if keep else 0
-    old, new = self.features(pairs[keep:], views)
-    x, special = embed.embed_tokens(ids[None, start:]), special_ids(cfg.tokenizer)
-    for name, feats in (('video', old), ('image', new)):
-        if feats:
-            x = x.masked_scatter(
-                (ids[None, start:] == special[f'<|{name}_pad|>'])[..., None],
-                torch.cat(feats).to(x.dtype),
-            )
+    x = self.embedded(ids[start:], pairs[keep:], views)
     self.stats['hops'] += bool(self.pairs) and keep < len(self.pairs) - 1
     self.pairs = pairs
     return x, self.context(x, ids, pos, start), start
@@ -262,40 +261,6 @@ def context(self: Streamer, x: Tensor, ids: Tensor, pos: Tensor, start: int) -> 
         pos.amax(0)[None],
     )
 
-# %% ../../nbs/realtime/01_stream.ipynb #2d6ad7df
-@patch
-@torch.no_grad()
-def encode(self: Streamer, obs: Observation) -> Prefix:
-    """What `HaloModel.encode` gives for one observation (b = 1), computing only what is
-    new. Raises `ValueError` for a batch of several.
-    """
-    if len(obs) != 1:
-        raise ValueError(
-            f"a streamer follows one robot, this batch holds {len(obs)}; use one Streamer"
-            " for each, or HaloModel.encode"
-        )
-    m = self.model
-    x, ctx, start = self.suffix(obs)
-    state = obs.state if m.state_tokens is None else m.state_tokens(obs.state)
-    ectx = m.heads.context(ctx, 1, x)
-    whole = Context(
-        None,
-        self.rope(x, ctx) if m.blocks[0].before else None,
-        ctx.valid,
-        ctx.next_position,
-        ctx.positions,
-    )
-    out = []
-    for block, cache in zip(m.blocks, self.caches):
-        cache.at = start
-        x, k, v = extend(block.vlm, x, ctx, cache)
-        state, k, v = block.represent(k, v, state, whole, ectx)
-        out.append((k, v))
-    self.stats['tokens'] += ctx.valid.shape[1]
-    self.stats['computed'] += ctx.valid.shape[1] - start
-    self.stats['ticks'] += 1
-    return Prefix(out, obs.state, whole)
-
 # %% ../../nbs/realtime/01_stream.ipynb #5667f676
 @patch
 def rope(self: Streamer, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
@@ -309,6 +274,40 @@ def rope(self: Streamer, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         for o, n in zip(old or ctx.rope, ctx.rope)
     )
     return self._rope
+
+# %% ../../nbs/realtime/01_stream.ipynb #f1a0c019
+def _one_robot(obs: Observation) -> None:
+    "Raise `ValueError` for a batch of several."
+    if len(obs) != 1:
+        raise ValueError(
+            f"a streamer follows one robot, this batch holds {len(obs)}; use one Streamer"
+            " for each, or HaloModel.encode"
+        )
+
+# %% ../../nbs/realtime/01_stream.ipynb #2d6ad7df
+@patch
+@torch.no_grad()
+def encode(self: Streamer, obs: Observation) -> Prefix:
+    """What `HaloModel.encode` gives for one observation (b = 1), computing only what is
+    new. Raises `ValueError` for a batch of several.
+    """
+    _one_robot(obs)
+    m = self.model
+    x, ctx, start = self.suffix(obs)
+    state = obs.state if m.state_tokens is None else m.state_tokens(obs.state)
+    ectx = m.heads.context(ctx, 1, x)
+    rope = self.rope(x, ctx) if m.blocks[0].before else None
+    whole = Context(None, rope, ctx.valid, ctx.next_position, ctx.positions)
+    out = []
+    for block, cache in zip(m.blocks, self.caches):
+        cache.at = start
+        x, k, v = extend(block.vlm, x, ctx, cache)
+        state, k, v = block.represent(k, v, state, whole, ectx)
+        out.append((k, v))
+    self.stats['tokens'] += ctx.valid.shape[1]
+    self.stats['computed'] += ctx.valid.shape[1] - start
+    self.stats['ticks'] += 1
+    return Prefix(out, obs.state, whole)
 
 # %% ../../nbs/realtime/01_stream.ipynb #a5da2aac
 class ExpertBuffer(Cache):
@@ -361,67 +360,75 @@ class Denoiser:
         whole: bool | None = None,
         compiled: bool = False,
     ):
-        self.model, self.prefix, self.compiled, s = (
-            model,
-            prefix,
-            compiled,
-            s or model.cfg.chunk,
-        )
-        b, dev = len(prefix.state), prefix.state.device
-        x, ectx = model.expert_start(
-            prefix.state,
-            prefix.ctx,
-            torch.zeros(b, s, model.cfg.max_action_dim, device=dev),
-            torch.zeros(b, device=dev),
-        )
+        self.model, self.prefix, self.compiled = model, prefix, compiled
+        s = s or model.cfg.chunk
+        x, ectx = self._start(s)
         whole = bool(prefix.ctx.valid.all()) if whole is None else whole
-        # a GPU is faster where 8 divides the length
-        self.buffers, n = (
-            [
-                ExpertBuffer(k, v, x.shape[1], x.dtype, 1 if whole else 8)
-                for k, v in prefix.cache
-            ],
-            x.shape[1] - s,
-        )
-        if n:
-            self.through(
-                x[:, :n],
-                ectx.mask[:, :, :n, :-s],
-                tuple(r[:, :n] for r in ectx.rope),
-                expert_layer,
-            )
-        for buffer in self.buffers:
-            buffer.at += n
-            buffer.full = not whole
-        # actions see all that is valid: one row for all of them
-        own = nn.functional.pad(
-            ectx.mask[:, :, -1:], (0, self.buffers[0].k.shape[2] - ectx.mask.shape[3])
-        )
-        self.mask, self.rope = (
-            (
-                None
-                if whole
-                else torch.zeros_like(own, dtype=x.dtype).masked_fill(~own, -torch.inf)
-            ),
-            tuple(r[:, n:] for r in ectx.rope),
-        )
+        n = x.shape[1] - s  # the state token, or none
+        self._lay_prefix(x, whole)
+        self._lay_state(x[:, :n], ectx, s, full=not whole)
+        self.mask = None if whole else self._action_mask(ectx, x.dtype)
+        self.rope = tuple(r[:, n:] for r in ectx.rope)
 
-    def through(
-        self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor], run: Callable
-    ) -> Tensor:
-        "Tokens (b, q, width) through the expert's layers."
-        for block, buffer in zip(self.model.blocks, self.buffers):
-            x = run(block.expert.layer, x, mask, rope, buffer)
-        return x
+# %% ../../nbs/realtime/01_stream.ipynb #f1a0c01d
+@patch
+def _start(self: Denoiser, s: int):
+    "Tokens and context of the expert for empty actions: their layout is all that counts."
+    state, width = self.prefix.state, self.model.cfg.max_action_dim
+    b, dev = len(state), state.device
+    return self.model.expert_start(
+        state,
+        self.prefix.ctx,
+        torch.zeros(b, s, width, device=dev),
+        torch.zeros(b, device=dev),
+    )
 
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        "Velocity (b, s, d)."
-        h = self.model.heads
-        return h.velocity(
-            self.through(
-                h.embed_actions(x_t, t),
-                self.mask,
-                self.rope,
-                compiled_layer() if self.compiled else expert_layer,
-            )
-        )
+
+@patch
+def _lay_prefix(self: Denoiser, x: Tensor, whole: bool) -> None:
+    "A buffer for each layer, with the prefix in it and room for tokens x (b, q, width)."
+    of = 1 if whole else 8
+    self.buffers = [
+        ExpertBuffer(k, v, x.shape[1], x.dtype, of) for k, v in self.prefix.cache
+    ]
+
+# %% ../../nbs/realtime/01_stream.ipynb #f1a0c01f
+@patch
+def through(
+    self: Denoiser,
+    x: Tensor,
+    mask: Tensor | None,
+    rope: tuple[Tensor, Tensor],
+    run: Callable,
+) -> Tensor:
+    "Tokens (b, q, width) through the expert's layers."
+    for block, buffer in zip(self.model.blocks, self.buffers):
+        x = run(block.expert.layer, x, mask, rope, buffer)
+    return x
+
+
+@patch
+def _lay_state(self: Denoiser, x: Tensor, ectx, s: int, full: bool) -> None:
+    "State tokens x (b, n, width) into the buffers, for `s` actions behind them."
+    n = x.shape[1]
+    if n:
+        mask, rope = ectx.mask[:, :, :n, :-s], tuple(r[:, :n] for r in ectx.rope)
+        self.through(x, mask, rope, expert_layer)
+    for buffer in self.buffers:
+        buffer.at += n
+        buffer.full = full
+
+# %% ../../nbs/realtime/01_stream.ipynb #f1a0c021
+@patch
+def _action_mask(self: Denoiser, ectx, dtype: torch.dtype) -> Tensor:
+    "What every action may see, (b, 1, 1, buffer): 0, or -inf for padding and empty room."
+    room = self.buffers[0].k.shape[2] - ectx.mask.shape[3]
+    own = nn.functional.pad(ectx.mask[:, :, -1:], (0, room))
+    return torch.zeros_like(own, dtype=dtype).masked_fill(~own, -torch.inf)
+
+
+@patch
+def __call__(self: Denoiser, x_t: Tensor, t: Tensor) -> Tensor:
+    "Velocity (b, s, d)."
+    h, run = self.model.heads, compiled_layer() if self.compiled else expert_layer
+    return h.velocity(self.through(h.embed_actions(x_t, t), self.mask, self.rope, run))
