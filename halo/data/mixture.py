@@ -1698,7 +1698,7 @@ _BENCH_CAMERAS = ('observation.images.top', 'observation.images.wrist')
 
 
 def _bench_dataset(folder: Path, seconds, size: tuple[int, int]) -> LeRobotDataset:
-    "The dataset of `bench_store` in `folder`, recorded if it is not there; prints its size."
+    "The dataset of `bench_store` in `folder`, recorded if missing; prints its size."
     made = (folder / 'video/meta/info.json').is_file()
     cameras = {c: size for c in _BENCH_CAMERAS}
     if made:
