@@ -22,15 +22,14 @@ SHIPS = (
     'constraints.txt',
     'nbs/tables',
     'scripts/lavapipe.sh',
-)  # names in the repository
+)
 
 # %% ../../nbs/data/01_files.ipynb #f0000007
 def clone_of(package: Path) -> Path | None:
     "The repository around a package folder; None for a wheel's, or where there is none."
-    inside = (package / 'shipped').is_dir() or not (
-        package.parent / 'settings.ini'
-    ).is_file()
-    return None if inside else package.parent
+    around = package.parent
+    wheel = (package / 'shipped').is_dir()
+    return None if wheel or not (around / 'settings.ini').is_file() else around
 
 # %% ../../nbs/data/01_files.ipynb #f0000008
 PACKAGE = Path(halo.__file__).resolve().parent

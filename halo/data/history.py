@@ -32,7 +32,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..method.config import ModelConfig, at_least, one_of
-from ..method.sampling import downsample, history_ticks, resize_view, view_limit, view_shape
+from halo.method.sampling import (
+    downsample,
+    history_ticks,
+    resize_view,
+    view_limit,
+    view_shape,
+)
 
 log = logging.getLogger('halo.data.history')
 
@@ -41,35 +47,40 @@ __all__ = ['log', 'as_meta', 'opened', 'episodes_of', 'episode_bounds', 'column_
            'camera_size', 'depth_cameras', 'check_camera', 'check_roles', 'check_cameras', 'check_vectors', 'check_fps',
            'short_episodes', 'check_lengths', 'tasks_by_index', 'check_tasks', 'check_stats', 'check_finite',
            'tolerance_of', 'picture_times', 'stamp_gaps', 'off_beat', 'check_stamps', 'check_dataset', 'notices',
-           'fingerprint', 'View', 'fit', 'fit_shape', 'resizing_probe', 'store_plan', 'FrameStore', 'check_plan',
-           'partial_root', 'episode_frames', 'episode_images', 'writable', 'cache_folder', 'near_dataset',
+           'warn_once', 'fingerprint', 'View', 'fit', 'fit_shape', 'resizing_probe', 'store_plan', 'FrameStore',
+           'check_plan', 'partial_root', 'episode_images', 'episode_frames', 'writable', 'cache_folder', 'near_dataset',
            'open_partial', 'decode_jobs', 'write_episode', 'write_frames', 'policy_sizes', 'default_store',
            'check_episodes', 'HistoryDataset', 'split_episodes', 'EpisodeSampler']
 
 # %% ../../nbs/data/02_history.ipynb #9e6b8089
+def _check_folder(root: Path) -> None:
+    "Raise `ValueError` unless folder `root` holds a finished LeRobot dataset."
+    if not (root / 'meta/info.json').is_file():
+        raise ValueError(
+            f"{root} holds no LeRobot dataset (meta/info.json is missing); give the"
+            " folder that was recorded, or a LeRobotDataset"
+        )
+    if not any(root.glob('meta/episodes/*/*.parquet')):
+        raise ValueError(
+            f"{root} holds no finished episode (meta/episodes is empty); record one and"
+            " call finalize()"
+        )
+
+# %% ../../nbs/data/02_history.ipynb #dh000002
 def as_meta(
     dataset,  # `LeRobotDataset`, its metadata, or its folder
 ) -> LeRobotDatasetMetadata:
     "The dataset's metadata. Raises `ValueError` for a folder without a finished dataset."
-    if not isinstance(dataset, (str, Path)):
-        meta = getattr(dataset, 'meta', dataset)
-    else:
+    if isinstance(dataset, (str, Path)):
         root = Path(dataset)
-        if not (root / 'meta/info.json').is_file():
-            raise ValueError(
-                f"{root} holds no LeRobot dataset (meta/info.json is missing); give the"
-                " folder that was recorded, or a LeRobotDataset"
-            )
-        if not any(root.glob('meta/episodes/*/*.parquet')):
-            raise ValueError(
-                f"{root} holds no finished episode (meta/episodes is empty); record one and"
-                " call finalize()"
-            )
+        _check_folder(root)
         meta = LeRobotDatasetMetadata(f'local/{root.name}', root=root)
+    else:
+        meta = getattr(dataset, 'meta', dataset)
     meta.ensure_readable()
     return meta
 
-# %% ../../nbs/data/02_history.ipynb #208b351e
+
 def opened(dataset):
     "`dataset` itself, or the metadata of the folder that it names."
     return as_meta(dataset) if isinstance(dataset, (str, Path)) else dataset
@@ -80,19 +91,17 @@ def episodes_of(dataset) -> list[int]:
     `LeRobotDataset(episodes=...)`.
     """
     chosen = getattr(dataset, 'episodes', None) if hasattr(dataset, 'meta') else None
-    return (
-        list(range(as_meta(dataset).total_episodes)) if chosen is None else sorted(chosen)
-    )
+    if chosen is None:
+        return list(range(as_meta(dataset).total_episodes))
+    return sorted(chosen)
 
-# %% ../../nbs/data/02_history.ipynb #bd4df3c7
+
 def episode_bounds(meta: LeRobotDatasetMetadata) -> np.ndarray:
     """First row and row after the last of every episode in the dataset's numbering of
     frames: (episodes, 2) int64.
     """
-    return np.stack(
-        [np.asarray(meta.episodes[k]) for k in ('dataset_from_index', 'dataset_to_index')],
-        1,
-    ).astype(np.int64)
+    ends = ('dataset_from_index', 'dataset_to_index')
+    return np.stack([np.asarray(meta.episodes[k]) for k in ends], 1).astype(np.int64)
 
 # %% ../../nbs/data/02_history.ipynb #91579941
 def column_array(column: pa.ChunkedArray) -> np.ndarray:
@@ -106,33 +115,44 @@ def column_array(column: pa.ChunkedArray) -> np.ndarray:
     return x if flat is column else x.reshape(n, -1)
 
 # %% ../../nbs/data/02_history.ipynb #55235b0f
-def read_columns(dataset, names: list[str]) -> dict[str, np.ndarray]:
-    """Columns of the parquet files by frame number: (frames, ...) arrays, zero in episodes
-    that are not selected. Raises `ValueError` if frames are missing.
-    """
-    meta = as_meta(dataset)
+def _read_table(meta: LeRobotDatasetMetadata, names: list[str]) -> pa.Table:
+    "The columns `names` and `index` of all parquet files; `ValueError` if there are none."
     files = sorted((Path(meta.root) / 'data').glob('*/*.parquet'))
     if not files:
         raise ValueError(
             f"dataset {meta.repo_id} has no data/*/*.parquet under {meta.root}; download or"
             " record it again"
         )
-    table = pa.concat_tables([pq.read_table(f, columns=[*names, 'index']) for f in files])
-    index, found, out = table['index'].to_numpy(), np.zeros(meta.total_frames, bool), {}
-    found[index] = True
-    for e, (a, z) in zip(episodes_of(dataset), episode_bounds(meta)[episodes_of(dataset)]):
+    return pa.concat_tables([pq.read_table(f, columns=[*names, 'index']) for f in files])
+
+
+def _check_rows(dataset, found: np.ndarray) -> None:
+    "Raise `ValueError` unless every row of the selected episodes is `found` (frames,)."
+    meta, episodes = as_meta(dataset), episodes_of(dataset)
+    for e, (a, z) in zip(episodes, episode_bounds(meta)[episodes]):
         if not found[a:z].all():
             raise ValueError(
                 f"episode {e} of dataset {meta.repo_id} has {found[a:z].sum()} of {z - a}"
                 " frames in its parquet files; download or record it again"
             )
+
+# %% ../../nbs/data/02_history.ipynb #dh000006
+def read_columns(dataset, names: list[str]) -> dict[str, np.ndarray]:
+    """Columns of the parquet files by frame number: (frames, ...) arrays, zero in episodes
+    that are not selected. Raises `ValueError` if frames are missing.
+    """
+    meta = as_meta(dataset)
+    table = _read_table(meta, names)
+    index, found, out = table['index'].to_numpy(), np.zeros(meta.total_frames, bool), {}
+    found[index] = True
+    _check_rows(dataset, found)
     for name in names:
         x = column_array(table[name])
         out[name] = np.zeros((meta.total_frames, *x.shape[1:]), x.dtype)
         out[name][index] = x
     return out
 
-# %% ../../nbs/data/02_history.ipynb #404e2e83
+
 def matrix(x: np.ndarray) -> np.ndarray:
     "A column as (frames, d) float32, also where a dataset keeps one number as (frames,)."
     return x.reshape(len(x), -1).astype(np.float32, copy=False)
@@ -140,10 +160,8 @@ def matrix(x: np.ndarray) -> np.ndarray:
 # %% ../../nbs/data/02_history.ipynb #a1d40c11
 def picture_shape(meta, camera: str) -> tuple[int, int, int]:
     "Height, width and channels of a camera's frames."
-    shape, names = (
-        meta.features[camera]['shape'],
-        list(meta.features[camera].get('names') or ()),
-    )
+    feature = meta.features[camera]
+    shape, names = feature['shape'], list(feature.get('names') or ())
     if len(names) == 3 and names[0].startswith('channel'):
         shape = (*shape[1:], shape[0])
     return tuple(int(n) for n in (*shape, 1)[:3])
@@ -187,7 +205,8 @@ def check_roles(roles: dict[str, str]) -> None:
     """Raise `ValueError` unless the first camera, and no other, is primary and each role is
     one.
     """
-    if list(roles.values())[:1] != ['primary'] or list(roles.values()).count('primary') > 1:
+    given = list(roles.values())
+    if given[:1] != ['primary'] or given.count('primary') > 1:
         raise ValueError(
             f"the roles of the cameras are {roles}; give exactly one camera the role "
             "'primary', and name it first"
@@ -195,7 +214,7 @@ def check_roles(roles: dict[str, str]) -> None:
     for camera, role in roles.items():
         one_of(f'role of camera {camera!r}', role, ('primary', 'secondary', 'wrist'))
 
-
+# %% ../../nbs/data/02_history.ipynb #dh000010
 def check_cameras(meta, roles: dict[str, str]) -> None:
     """Raise `ValueError` unless the cameras of `roles` (`HaloConfig.roles`) are in the
     dataset.
@@ -246,7 +265,7 @@ def short_episodes(meta, episodes: list[int], chunk: int | None) -> list[int]:
     lengths = np.diff(episode_bounds(meta))[:, 0]
     return [e for e in episodes if chunk is not None and lengths[e] < chunk]
 
-
+# %% ../../nbs/data/02_history.ipynb #dh000014
 def check_lengths(
     meta, episodes: list[int], chunk: int | None, allow_short: bool = True
 ) -> None:
@@ -266,7 +285,7 @@ def tasks_by_index(meta) -> dict[int, str]:
     "Instructions by `task_index`."
     return {int(k): str(task) for task, k in meta.tasks['task_index'].items()}
 
-# %% ../../nbs/data/02_history.ipynb #4115456f
+
 def check_tasks(meta) -> None:
     "Raise `ValueError` for an empty instruction."
     how = "give it an instruction (lerobot-edit-dataset --operation.type modify_tasks)"
@@ -331,14 +350,25 @@ def stamp_gaps(meta, camera: str, episode: int, stamps: np.ndarray) -> np.ndarra
     video.
     """
     times = picture_times(meta.root / meta.get_video_file_path(episode, camera))
-    at = meta.episodes[episode][f'videos/{camera}/from_timestamp'] + stamps.astype(
-        np.float64
-    )
+    start = meta.episodes[episode][f'videos/{camera}/from_timestamp']
+    at = start + stamps.astype(np.float64)
     after = np.searchsorted(times, at).clip(1, max(1, len(times) - 1))
     around = times[np.stack([after - 1, np.minimum(after, len(times) - 1)])]
     return np.abs(around - at).min(0)
 
 # %% ../../nbs/data/02_history.ipynb #a1d40c17
+def _stamp_advice(gap: float, fps: float) -> str:
+    "What to do about a stamp that lies `gap` seconds from its nearest picture."
+    if gap >= 0.5 / fps:
+        return "the picture is missing: download or record it again"
+    enough = f"tolerance_s={math.ceil(gap * 1e3 + 0.5) / 1e3:g}"
+    return (
+        f"where that is how it was recorded, give {enough} (to LeRobotDataset, train or"
+        f" HistoryDataset; as data.{enough.split('=')[0]} in a run file), else record"
+        " it again"
+    )
+
+
 def off_beat(
     meta, camera: str, episode: int, stamps: np.ndarray, tolerance_s: float
 ) -> str:
@@ -349,19 +379,11 @@ def off_beat(
     k = int(gaps.argmax())
     if gaps[k] < tolerance_s:
         return ''
-    enough = f"tolerance_s={math.ceil(gaps[k] * 1e3 + 0.5) / 1e3:g}"
-    what = "the picture is missing: download or record it again"
-    if gaps[k] < 0.5 / meta.fps:
-        what = (
-            f"where that is how it was recorded, give {enough} (to LeRobotDataset, train or"
-            f" HistoryDataset; as data.{enough.split('=')[0]} in a run file), else record"
-            " it again"
-        )
     return (
         f"frame {k} of episode {episode} in dataset {meta.repo_id} is stamped"
         f" {stamps[k]:.4f} s, {gaps[k] * 1e3:.1f} ms from the nearest picture in"
         f" {meta.get_video_file_path(episode, camera)}, more than"
-        f" tolerance_s={tolerance_s:g}; {what}"
+        f" tolerance_s={tolerance_s:g}; {_stamp_advice(gaps[k], meta.fps)}"
     )
 
 # %% ../../nbs/data/02_history.ipynb #a1d40c18
@@ -380,20 +402,17 @@ def check_stamps(dataset, cameras: list[str], tolerance_s: float | None = None) 
                 raise ValueError(why)
 
 # %% ../../nbs/data/02_history.ipynb #f001f4ad
-# the policy's sizes; None = any
 def check_dataset(
     dataset,  # `LeRobotDataset`, its metadata, or its folder
-    # {camera key: role}, primary first: `HaloConfig.roles`
     *,
-    roles: dict[str, str],
-    state_dim: int | None = None,
+    roles: dict[str, str],  # {camera key: role}, primary first: `HaloConfig.roles`
+    state_dim: int | None = None,  # the policy's sizes; None = any
     action_dim: int | None = None,
     fps: float | None = None,  # the policy's control rate in Hz; None = any
     chunk: int | None = None,  # actions in a chunk; None = do not ask
     stats: bool = True,  # need normalisation statistics
     allow_short: bool = True,  # accept episodes shorter than a chunk
-    # of time stamps, s; None = the dataset's own
-    tolerance_s: float | None = None,
+    tolerance_s: float | None = None,  # of time stamps, s; None = the dataset's own
 ) -> None:
     """Raise `ValueError`, one sentence with the fix, unless a policy can be trained on
     `dataset`.
@@ -430,6 +449,12 @@ def notices(dataset, chunk: int | None = None) -> list[str]:
             " the loss"
         )
     return out
+
+# %% ../../nbs/data/02_history.ipynb #dh000023
+def warn_once(log: logging.Logger, texts: list[str]) -> None:
+    "Write `texts` to `log` as warnings, in the first process of a run only."
+    for text in texts if os.environ.get('RANK', '0') == '0' else ():
+        log.warning(text)
 
 # %% ../../nbs/data/02_history.ipynb #80d366db
 def fingerprint(dataset) -> str:
@@ -508,7 +533,6 @@ class FrameStore:
     def path(self, name: str) -> Path:
         return self.root / f'{name}.u8'
 
-    # a worker process maps the files itself
     def __getstate__(self):
         return dict(root=self.root, plan=self.plan, mode=self.mode)
 
@@ -555,6 +579,21 @@ def partial_root(root: Path) -> Path:
     "Where an unfinished store lies."
     return Path(root).with_name(Path(root).name + '.partial')
 
+
+def _entry_bytes(entry: dict) -> int:
+    "Bytes of an entry of a plan."
+    return int(np.prod(entry['shape'], dtype=np.int64))
+
+
+def _check_files(root: Path, plan: dict) -> None:
+    "Raise `ValueError` unless every file of the store in `root` is as long as planned."
+    for name, e in plan['entries'].items():
+        f, want = root / f'{name}.u8', _entry_bytes(e)
+        if (have := f.stat().st_size if f.exists() else 0) != want:
+            raise ValueError(
+                f"{f} has {have} bytes instead of {want}; delete {root} and build it again"
+            )
+
 # %% ../../nbs/data/02_history.ipynb #54f0cde3
 @patch(cls_method=True)
 def open(cls: FrameStore, root, dataset, sizes: dict[str, int | View]) -> FrameStore:
@@ -564,24 +603,31 @@ def open(cls: FrameStore, root, dataset, sizes: dict[str, int | View]) -> FrameS
     """
     root = Path(root)
     if not (root / 'store.json').is_file():
-        unfinished = (
-            ', which continues the unfinished one' if partial_root(root).exists() else ''
-        )
+        begun = partial_root(root).exists()
+        unfinished = ', which continues the unfinished one' if begun else ''
         raise ValueError(
             f"{root} holds no finished frame store; build it with FrameStore.build(dataset,"
             f" sizes, root){unfinished}"
         )
     plan = json.loads((root / 'store.json').read_text())
     check_plan(root, plan, store_plan(dataset, sizes))
-    for name, e in plan['entries'].items():
-        f, want = root / f'{name}.u8', int(np.prod(e['shape'], dtype=np.int64))
-        if (have := f.stat().st_size if f.exists() else 0) != want:
-            raise ValueError(
-                f"{f} has {have} bytes instead of {want}; delete {root} and build it again"
-            )
+    _check_files(root, plan)
     return cls(root, plan)
 
-# %% ../../nbs/data/02_history.ipynb #34c87abd
+# %% ../../nbs/data/02_history.ipynb #dd7e4a78
+def episode_images(meta, camera: str, episode: int, some: int = 64):
+    "As `episode_frames`, for a dataset that keeps its images in the parquet files."
+    table = pq.read_table(
+        meta.root / meta.get_data_file_path(episode),
+        columns=[camera],
+        filters=[('episode_index', '==', episode)],
+    )
+    for i in range(0, len(table), some):
+        files = [BytesIO(x['bytes']) for x in table[camera][i : i + some].to_pylist()]
+        images = [np.asarray(Image.open(f).convert('RGB')) for f in files]
+        yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+# %% ../../nbs/data/02_history.ipynb #dh000030
 def episode_frames(
     meta,
     camera: str,
@@ -597,41 +643,21 @@ def episode_frames(
     if camera not in meta.video_keys:
         yield from episode_images(meta, camera, episode, some)
         return
-    file, start = (
-        meta.root / meta.get_video_file_path(episode, camera),
-        meta.episodes[episode][f'videos/{camera}/from_timestamp'],
-    )
+    file = meta.root / meta.get_video_file_path(episode, camera)
+    start = meta.episodes[episode][f'videos/{camera}/from_timestamp']
     for i in range(0, len(timestamps), some):
         at = [start + t for t in timestamps[i : i + some].tolist()]
         try:
             yield decode_video_frames(file, at, tolerance_s, return_uint8=True)
         except Exception as e:
-            late = isinstance(e, FrameTimestampError) and off_beat(
+            why = isinstance(e, FrameTimestampError) and off_beat(
                 meta, camera, episode, timestamps, tolerance_s
             )
-            raise ValueError(
-                late
-                or f"{file} does not give frames {i} to {min(i + some, len(timestamps)) - 1} of episode {episode} ({type(e).__name__}); download or record it again"
-            ) from e
-
-# %% ../../nbs/data/02_history.ipynb #dd7e4a78
-def episode_images(meta, camera: str, episode: int, some: int = 64):
-    "As `episode_frames`, for a dataset that keeps its images in the parquet files."
-    table = pq.read_table(
-        meta.root / meta.get_data_file_path(episode),
-        columns=[camera],
-        filters=[('episode_index', '==', episode)],
-    )
-    for i in range(0, len(table), some):
-        images = [
-            Image.open(BytesIO(x['bytes'])).convert('RGB')
-            for x in table[camera][i : i + some].to_pylist()
-        ]
-        yield (
-            torch.from_numpy(np.stack([np.asarray(im) for im in images]))
-            .permute(0, 3, 1, 2)
-            .contiguous()
-        )
+            broken = (
+                f"{file} does not give frames {i} to {i + len(at) - 1} of episode {episode}"
+                f" ({type(e).__name__}); download or record it again"
+            )
+            raise ValueError(why or broken) from e
 
 # %% ../../nbs/data/02_history.ipynb #a1d40c21
 def writable(folder) -> bool:
@@ -655,10 +681,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'halo'
 
 # %% ../../nbs/data/02_history.ipynb #a1d40c22
-# 'frames' or 'statistics'
 def near_dataset(
     meta,
-    kind: str,
+    kind: str,  # 'frames' or 'statistics'
     name: str,  # of the file or folder
     mark: str = '',  # file in it that says that it is finished
 ) -> Path:
@@ -666,11 +691,9 @@ def near_dataset(
 
     Raises `ValueError` if neither can.
     """
-    root = (
-        Path(meta.root)
-        if Path(meta.root).name not in ('', '..')
-        else Path(meta.root).resolve()
-    )
+    root = Path(meta.root)
+    if root.name in ('', '..'):
+        root = root.resolve()
     near = root.with_name(f'{root.name}.{kind}')
     if (near / name / mark).exists() or writable(near):
         return near / name
@@ -688,34 +711,35 @@ def near_dataset(
     return far / name
 
 # %% ../../nbs/data/02_history.ipynb #0b6e9cf1
+def _start_partial(root: Path, plan: dict) -> None:
+    "Empty files for `plan` in the partial folder. Raises `ValueError` without space."
+    partial = partial_root(root)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    need = sum(_entry_bytes(e) for e in plan['entries'].values())
+    free = shutil.disk_usage(partial).free
+    if need > free:
+        raise ValueError(
+            f"frame store {root} needs {need / 1e9:.1f} GB but {free / 1e9:.1f} GB are"
+            " free; name a folder on a larger disk (store=, data.store in a run file),"
+            " or choose smaller sizes"
+        )
+    FrameStore(partial, plan, 'w+')
+    (partial / 'store.json').write_text(json.dumps(plan, indent=1))
+
+# %% ../../nbs/data/02_history.ipynb #dh000034
 def open_partial(root: Path, plan: dict) -> tuple[FrameStore, set]:
     """The unfinished store for `plan` and the (camera, episode) pairs it already holds.
 
     Raises `ValueError` if the disk is too small.
     """
-    partial, text = partial_root(root), json.dumps(plan, indent=1)
-    if not (
-        (partial / 'store.json').is_file() and (partial / 'store.json').read_text() == text
-    ):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        need, free = (
-            sum(int(np.prod(e['shape'], dtype=np.int64)) for e in plan['entries'].values()),
-            shutil.disk_usage(partial).free,
-        )
-        if need > free:
-            raise ValueError(
-                f"frame store {root} needs {need / 1e9:.1f} GB but {free / 1e9:.1f} GB are"
-                " free; name a folder on a larger disk (store=, data.store in a run file),"
-                " or choose smaller sizes"
-            )
-        FrameStore(partial, plan, 'w+')
-        (partial / 'store.json').write_text(text)
-    done = partial / 'done.txt'
+    partial = partial_root(root)
+    kept, done = partial / 'store.json', partial / 'done.txt'
+    if not (kept.is_file() and kept.read_text() == json.dumps(plan, indent=1)):
+        _start_partial(root, plan)
     lines = done.read_text().split('\n')[:-1] if done.exists() else []
-    return FrameStore(partial, plan, 'r+'), {
-        (c, int(e)) for c, _, e in (l.rpartition(' ') for l in lines)
-    }
+    pairs = (line.rpartition(' ') for line in lines)
+    return FrameStore(partial, plan, 'r+'), {(c, int(e)) for c, _, e in pairs}
 
 # %% ../../nbs/data/02_history.ipynb #5f45871a
 def decode_jobs(meta, plan: dict, done: set) -> list[list[tuple[str, int]]]:
@@ -725,11 +749,10 @@ def decode_jobs(meta, plan: dict, done: set) -> list[list[tuple[str, int]]]:
         for episode in plan['episodes']:
             if (camera, episode) in done:
                 continue
-            file = (
-                meta.get_video_file_path
-                if camera in meta.video_keys
-                else lambda e, c: meta.get_data_file_path(e)
-            )(episode, camera)
+            if camera in meta.video_keys:
+                file = meta.get_video_file_path(episode, camera)
+            else:
+                file = meta.get_data_file_path(episode)
             jobs.setdefault((camera, file), []).append((camera, episode))
     return list(jobs.values())
 
@@ -760,6 +783,16 @@ def write_episode(
         )
 
 # %% ../../nbs/data/02_history.ipynb #0d1c5eb3
+def _run_job(job, write, note, stop: threading.Event) -> None:
+    "`write` and `note` the (camera, episode) pairs of `job` in order, until `stop` is set."
+    for camera, e in job:
+        if not stop.is_set():
+            write(camera, e)
+        if stop.is_set():
+            return
+        note(camera, e)
+
+# %% ../../nbs/data/02_history.ipynb #dh000039
 def write_frames(
     store: FrameStore,
     dataset,
@@ -773,37 +806,41 @@ def write_frames(
     allowed = tolerance_of(dataset, tolerance_s)
     jobs, length = decode_jobs(meta, store.plan, done), np.diff(episode_bounds(meta))[:, 0]
     timestamps = read_columns(dataset, ['timestamp'])['timestamp']
-    total = sum(length[e] for job in jobs for _, e in job)
-    bar = tqdm(
-        total=int(total),
-        unit='frame',
-        desc=f'frame store ({store.nbytes / 1e9:.2f} GB)',
-        disable=not progress,
-    )
-    with (
-        bar,
-        ThreadPoolExecutor(workers) as pool,
-        (store.root / 'done.txt').open('a') as log,
-    ):
+    total = int(sum(length[e] for job in jobs for _, e in job))
+    title = f'frame store ({store.nbytes / 1e9:.2f} GB)'
+    bar = tqdm(total=total, unit='frame', desc=title, disable=not progress)
+    file = (store.root / 'done.txt').open('a')
 
-        def run(job):
-            for camera, e in job:
-                if not stop.is_set():
-                    write_episode(store, meta, camera, e, timestamps, stop, allowed)
-                if stop.is_set():
-                    return
-                with lock:
-                    log.write(f'{camera} {e}\n')
-                    log.flush()
-                    bar.update(int(length[e]))
+    def write(camera, e):
+        write_episode(store, meta, camera, e, timestamps, stop, allowed)
 
+    def note(camera, e):
+        with lock:
+            file.write(f'{camera} {e}\n')
+            file.flush()
+            bar.update(int(length[e]))
+
+    with bar, file, ThreadPoolExecutor(workers) as pool:
         try:
-            for f in [pool.submit(run, job) for job in jobs]:
+            for f in [pool.submit(_run_job, job, write, note, stop) for job in jobs]:
                 f.result()
         finally:
             stop.set()
 
 # %% ../../nbs/data/02_history.ipynb #ca4087f3
+def _build_in(root: Path, dataset, plan: dict, **how) -> None:
+    "Write the store of `plan` into folder `root`; `how`: of `write_frames`."
+    if root.exists() and any(root.iterdir()):
+        raise ValueError(
+            f"{root} holds other files; name a new or empty folder for the frame store"
+        )
+    store, done = open_partial(root, plan)
+    write_frames(store, dataset, done, **how)
+    for m in store.maps.values():
+        m.flush()
+    os.replace(store.root, root)
+
+# %% ../../nbs/data/02_history.ipynb #dh000042
 @patch(cls_method=True)
 def build(
     cls: FrameStore,
@@ -819,7 +856,7 @@ def build(
     Raises `ValueError` as `open` does.
     """
     root, dataset = Path(root), opened(dataset)
-    if (root / 'store.json').exists():  # also on a disk that cannot be written
+    if (root / 'store.json').exists():
         return cls.open(root, dataset, sizes)
     plan = store_plan(dataset, sizes)
     if not writable(root.parent):
@@ -828,18 +865,10 @@ def build(
             " in a run file)"
         )
     root.parent.mkdir(parents=True, exist_ok=True)
-    # a second process waits, then finds the finished store
+    how = dict(workers=workers, progress=progress, tolerance_s=tolerance_s)
     with FileLock(root.with_name(f'.{root.name}.lock')):
-        if root.exists() and any(root.iterdir()) and not (root / 'store.json').exists():
-            raise ValueError(
-                f"{root} holds other files; name a new or empty folder for the frame store"
-            )
         if not (root / 'store.json').exists():
-            store, done = open_partial(root, plan)
-            write_frames(store, dataset, done, workers, progress, tolerance_s)
-            for m in store.maps.values():
-                m.flush()
-            os.replace(store.root, root)
+            _build_in(root, dataset, plan, **how)
     return cls.open(root, dataset, sizes)
 
 # %% ../../nbs/data/02_history.ipynb #d9515122
@@ -894,48 +923,28 @@ class HistoryDataset(torch.utils.data.Dataset):
         self,
         dataset,  # `LeRobotDataset` or its folder
         cfg: ModelConfig,
-        # {camera key: role}, primary first: `HaloConfig.roles`
-        roles: dict[str, str],
+        roles: dict[str, str],  # {camera key: role}, primary first: `HaloConfig.roles`
         store_root=None,  # folder of the frame store; None = beside the dataset
         episodes: list[int] | None = None,  # only ticks of these; None = all
         stats: bool = False,  # need normalisation statistics
         allow_short: bool = True,  # accept episodes shorter than a chunk
-        # of time stamps, s; None = the dataset's own
-        tolerance_s: float | None = None,
-        workers: int = 2,
-        progress: bool = True,
-        frames: bool = True,
-    ):  # False: every check, no frame store (dry runs)
-        dataset = opened(dataset)
-        check_dataset(
-            dataset,
-            roles=roles,
-            fps=cfg.sampling.fps,
-            chunk=cfg.chunk,
-            stats=stats,
-            allow_short=allow_short,
-            tolerance_s=tolerance_s,
-        )
-        meta, self.cfg, self.cameras = as_meta(dataset), cfg, list(roles)
+        tolerance_s: float | None = None,  # of time stamps, s; None = the dataset's own
+        workers: int = 2,  # video files decoded at the same time
+        progress: bool = True,  # show a progress bar
+        frames: bool = True,  # False: every check, no frame store (dry runs)
+    ):
+        dataset, self.cfg, self.cameras = opened(dataset), cfg, list(roles)
+        needs = dict(stats=stats, allow_short=allow_short, tolerance_s=tolerance_s)
+        check_dataset(dataset, roles=roles, fps=cfg.sampling.fps, chunk=cfg.chunk, **needs)
         self.notices = notices(dataset, cfg.chunk)
-        for text in self.notices if os.environ.get('RANK', '0') == '0' else ():
-            log.warning(text)
-        self.bounds, self.tasks = episode_bounds(meta), tasks_by_index(meta)
-        self.columns = read_columns(
-            dataset,
-            ['observation.state', 'action', 'episode_index', 'frame_index', 'task_index'],
-        )
-        self.episodes = (
-            episodes_of(dataset) if episodes is None else check_episodes(dataset, episodes)
-        )
-        self.rows = np.concatenate([np.arange(*self.bounds[e]) for e in self.episodes])
-        sizes, self.names = policy_sizes(meta, cfg, roles)
+        warn_once(log, self.notices)
+        self._read(dataset, episodes)
+        sizes, self.names = policy_sizes(as_meta(dataset), cfg, roles)
         self.store = None
         if frames:
-            root = store_root or default_store(meta, sizes)
-            self.store = FrameStore.build(
-                dataset, sizes, root, workers, progress, tolerance_s
-            )
+            root = store_root or default_store(as_meta(dataset), sizes)
+            how = (workers, progress, tolerance_s)
+            self.store = FrameStore.build(dataset, sizes, root, *how)
 
     def __len__(self):
         return len(self.rows)
@@ -943,9 +952,24 @@ class HistoryDataset(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict:
         return {k: v[0] for k, v in self.batch([i]).items()}
 
-    # torch's DataLoader asks for whole batches through it
-    def __getitems__(self, indices: list[int]) -> dict:
-        return self.batch(indices)
+# %% ../../nbs/data/02_history.ipynb #dh000047
+@patch
+def _read(self: HistoryDataset, dataset, episodes: list[int] | None) -> None:
+    "The numbers of every row, and the rows of the chosen `episodes`."
+    meta = as_meta(dataset)
+    self.bounds, self.tasks = episode_bounds(meta), tasks_by_index(meta)
+    indices = ['episode_index', 'frame_index', 'task_index']
+    self.columns = read_columns(dataset, ['observation.state', 'action', *indices])
+    if episodes is None:
+        self.episodes = episodes_of(dataset)
+    else:
+        self.episodes = check_episodes(dataset, episodes)
+    self.rows = np.concatenate([np.arange(*self.bounds[e]) for e in self.episodes])
+
+
+@patch
+def __getitems__(self: HistoryDataset, indices: list[int]) -> dict:
+    return self.batch(indices)
 
 # %% ../../nbs/data/02_history.ipynb #0b6713b4
 @patch
@@ -953,23 +977,20 @@ def batch(self: HistoryDataset, indices) -> dict:
     """Samples stacked along axis b; images are uint8, states and actions float32 as
     recorded (not normalised).
     """
-    rows = self.rows[np.asarray(indices, np.int64)]
-    first, after = self.bounds[self.columns['episode_index'][rows]].T
+    rows, columns = self.rows[np.asarray(indices, np.int64)], self.columns
+    first, after = self.bounds[columns['episode_index'][rows]].T
     out = self.history(rows, first)
     for c in self.cameras:
         out[c] = torch.from_numpy(np.asarray(self.store.maps[self.names[c]])[rows])
     steps = rows[:, None] + np.arange(self.cfg.chunk)  # (b, s)
-    out['observation.state'] = torch.from_numpy(
-        matrix(self.columns['observation.state'])[rows]
-    )
-    out['action'] = torch.from_numpy(
-        matrix(self.columns['action'])[np.minimum(steps, after[:, None] - 1)]
-    )
+    state, actions = matrix(columns['observation.state']), matrix(columns['action'])
+    out['observation.state'] = torch.from_numpy(state[rows])
+    out['action'] = torch.from_numpy(actions[np.minimum(steps, after[:, None] - 1)])
     out['action_is_pad'] = torch.from_numpy(steps >= after[:, None])
-    out['task'] = [self.tasks[int(k)] for k in self.columns['task_index'][rows]]
-    return out | {
-        k: torch.from_numpy(self.columns[k][rows]) for k in ('episode_index', 'frame_index')
-    }
+    out['task'] = [self.tasks[int(k)] for k in columns['task_index'][rows]]
+    for k in ('episode_index', 'frame_index'):
+        out[k] = torch.from_numpy(columns[k][rows])
+    return out
 
 # %% ../../nbs/data/02_history.ipynb #f6b02160
 @patch
@@ -981,13 +1002,11 @@ def history(self: HistoryDataset, rows: np.ndarray, first: np.ndarray) -> dict:
     n, stride, size = s.history_frames, s.history_stride, s.history_size
     wanted = [history_ticks(int(t), n, stride, s.history_hop) for t in rows - first]
     known = np.array([len(w) for w in wanted])  # (b,) frames that lie inside the episode
-    # untouched zeros cost nothing
     frames = np.zeros((len(rows), n, 3, size, size), np.uint8)
     for i, (at, w) in enumerate(zip(first, wanted)):
         if w:
-            frames[i, n - len(w) :] = self.store.maps[self.names['observation.history']][
-                at + w[0] : at + w[-1] + 1 : stride
-            ]
+            kept = self.store.maps[self.names['observation.history']]
+            frames[i, n - len(w) :] = kept[at + w[0] : at + w[-1] + 1 : stride]
     mask = np.arange(n) >= n - known[:, None]
     return {
         'observation.history': torch.from_numpy(frames),
@@ -1044,12 +1063,8 @@ def state_dict(self: EpisodeSampler, step: int | None = None) -> dict:
     """Position after `step` batches (default: those handed out; give the trained ones where
     a loader reads ahead).
     """
-    return dict(
-        n=self.n,
-        batch=self.size,
-        seed=self.seed,
-        step=self.step if step is None else int(step),
-    )
+    at = self.step if step is None else int(step)
+    return dict(n=self.n, batch=self.size, seed=self.seed, step=at)
 
 
 @patch

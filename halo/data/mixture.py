@@ -29,8 +29,18 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 from tqdm import tqdm
 
-from ..method.config import ModelConfig, at_least, one_of, preset
-from ..policy.configuration_halo import ROLES, HaloConfig
+# %% auto #0
+__all__ = ['log', 'ROTATIONS', 'GRIPPERS', 'NORMALIZATIONS', 'TOPICS', 'STATISTICS', 'GOLDEN', 'VIEW', 'ActionSpace', 'slot_role',
+           'DatasetSpec', 'Augmentation', 'Mixture', 'inside', 'from_dict', 'convert', 'axis_rotation', 'cross_matrix',
+           'to_rotation', 'rotation_quaternion', 'from_rotation', 'unify', 'unified', 'to_robot', 'clock_frames',
+           'silent', 'record_clock', 'compute_statistics', 'check_dimension', 'check_statistics', 'scale',
+           'kept_statistics', 'frames_at', 'resample_actions', 'open_dataset', 'check_columns', 'view_sizes', 'Member',
+           'weyl', 'dataset_of', 'shuffled', 'MixtureSampler', 'augment', 'MixtureDataset', 'stack_views',
+           'make_mixture_policy', 'mixture_loss', 'mixture_loader', 'robot_statistics', 'robot_policy', 'aligned',
+           'declared', 'needed', 'verification', 'timed', 'store_speed', 'bench_store', 'check_mixture', 'run', 'main']
+
+# %% ../../nbs/data/03_mixture.ipynb #dm000002
+from .files import locate
 from halo.data.history import (
     FrameStore,
     HistoryDataset,
@@ -51,28 +61,24 @@ from halo.data.history import (
     notices,
     read_columns,
     tasks_by_index,
+    warn_once,
 )
-from .files import locate
+from ..method.config import ModelConfig, at_least, one_of, preset
+from ..method.sampling import downsample, history_ticks, view_limit
+from ..policy.configuration_halo import ROLES, HaloConfig
 from ..policy.modeling_halo import HaloPolicy
 from ..policy.processor_halo import make_halo_pre_post_processors
-from ..method.sampling import downsample, history_ticks, view_limit
 
 log = logging.getLogger('halo.data.mixture')
 
-# %% auto #0
-__all__ = ['log', 'ROTATIONS', 'GRIPPERS', 'NORMALIZATIONS', 'TOPICS', 'STATISTICS', 'GOLDEN', 'VIEW', 'ActionSpace', 'slot_role',
-           'DatasetSpec', 'Augmentation', 'Mixture', 'inside', 'from_dict', 'convert', 'axis_rotation', 'cross_matrix',
-           'to_rotation', 'rotation_quaternion', 'from_rotation', 'unify', 'unified', 'to_robot', 'clock_frames',
-           'silent', 'record_clock', 'compute_statistics', 'check_statistics', 'check_dimension', 'scale',
-           'kept_statistics', 'frames_at', 'resample_actions', 'open_dataset', 'check_columns', 'view_sizes', 'Member',
-           'weyl', 'dataset_of', 'shuffled', 'MixtureSampler', 'augment', 'MixtureDataset', 'stack_views',
-           'make_mixture_policy', 'mixture_loss', 'mixture_loader', 'robot_statistics', 'robot_policy', 'aligned',
-           'declared', 'needed', 'verification', 'timed', 'store_speed', 'bench_store', 'check_mixture', 'main', 'run']
-
 # %% ../../nbs/data/03_mixture.ipynb #ae44b75c
-# roll-pitch-yaw about fixed axes | x, y, z, w | axis times angle | first two columns of the
-# matrix
-ROTATIONS = {'none': 0, 'euler': 3, 'quaternion': 4, 'axis_angle': 3, 'rot6d': 6}
+ROTATIONS = {
+    'none': 0,
+    'euler': 3,  # roll-pitch-yaw about fixed axes
+    'quaternion': 4,  # x, y, z, w
+    'axis_angle': 3,  # axis times angle
+    'rot6d': 6,  # first two columns of the matrix
+}
 GRIPPERS = ('none', 'open_high', 'open_low')  # which end of its range is open
 NORMALIZATIONS = {
     'quantiles': ('q01', 'q99'),
@@ -80,6 +86,25 @@ NORMALIZATIONS = {
     'min_max': ('min', 'max'),
     'identity': (),
 }
+
+# %% ../../nbs/data/03_mixture.ipynb #dm000004
+def _check_space(space: ActionSpace) -> None:
+    "Raise `ValueError` where the fields of an `ActionSpace` contradict each other."
+    ends, joints = space.gripper_range, space.frame == 'joint'
+    if len(ends) != 2 or not ends[0] < ends[1]:
+        raise ValueError(
+            f"gripper_range={list(ends)} must be [low, high] with low <"
+            " high; say which end is open with gripper: open_high or open_low"
+        )
+    if joints and space.gripper != 'none' and not space.gripper_at:
+        raise ValueError(
+            "frame='joint' with a gripper needs gripper_at, the dimensions of the"
+            " grippers, e.g. gripper_at: [6]"
+        )
+    if joints and space.rotation != 'none':
+        raise ValueError(
+            f"rotation={space.rotation!r} belongs to frame='ee'; joints have none"
+        )
 
 # %% ../../nbs/data/03_mixture.ipynb #da8f128c
 @dataclass(frozen=True)
@@ -95,8 +120,7 @@ class ActionSpace:
     rotation: str = 'none'  # a key of ROTATIONS
     gripper: str = 'none'  # one of GRIPPERS
     gripper_range: tuple[float, ...] = (0.0, 1.0)  # recorded values of the two ends
-    # dimensions of the grippers; for 'ee' they follow from the layout
-    gripper_at: tuple[int, ...] = ()
+    gripper_at: tuple[int, ...] = ()  # their dimensions; for 'ee' the layout says them
     arms: int = 1
 
     def __post_init__(self):
@@ -105,23 +129,7 @@ class ActionSpace:
         one_of('rotation', self.rotation, tuple(ROTATIONS))
         one_of('gripper', self.gripper, GRIPPERS)
         at_least('arms', self.arms, 1)
-        if (
-            len(self.gripper_range) != 2
-            or not self.gripper_range[0] < self.gripper_range[1]
-        ):
-            raise ValueError(
-                f"gripper_range={list(self.gripper_range)} must be [low, high] with low <"
-                " high; say which end is open with gripper: open_high or open_low"
-            )
-        if self.frame == 'joint' and self.gripper != 'none' and not self.gripper_at:
-            raise ValueError(
-                "frame='joint' with a gripper needs gripper_at, the dimensions of the"
-                " grippers, e.g. gripper_at: [6]"
-            )
-        if self.frame == 'joint' and self.rotation != 'none':
-            raise ValueError(
-                f"rotation={self.rotation!r} belongs to frame='ee'; joints have none"
-            )
+        _check_space(self)
 
 # %% ../../nbs/data/03_mixture.ipynb #d243df45
 @patch(as_prop=True)
@@ -135,20 +143,56 @@ def grippers(self: ActionSpace) -> list[int]:
     "Dimensions of the grippers."
     if self.gripper == 'none':
         return []
-    return (
-        list(self.gripper_at)
-        if self.frame == 'joint'
-        else [(k + 1) * self.arm - 1 for k in range(self.arms)]
-    )
+    if self.frame == 'joint':
+        return list(self.gripper_at)
+    return [(k + 1) * self.arm - 1 for k in range(self.arms)]
 
 # %% ../../nbs/data/03_mixture.ipynb #5866da6c
+# of a declaration: 'state' is order and constant dimensions, 'control' the frame too
+TOPICS = ('id', 'cameras', 'state', 'control', 'rotation', 'gripper')
+
+
 def slot_role(slot: str) -> str:
     "The role of a camera slot: 'wrist' of 'wrist_left'."
     return slot.split('_')[0]
 
+# %% ../../nbs/data/03_mixture.ipynb #dm000008
+def _check_slots(cameras: dict[str, str]) -> None:
+    "Raise `ValueError` unless there is one primary camera, and one slot for each camera."
+    if 'primary' not in cameras:
+        raise ValueError(
+            f"cameras have no 'primary' (they are {list(cameras)}); name the"
+            " camera whose past is read"
+        )
+    for slot in cameras:
+        one_of(f'camera slot {slot!r}', slot_role(slot), ROLES)
+    if more := [s for s in cameras if slot_role(s) == 'primary' and s != 'primary']:
+        raise ValueError(
+            f"camera slot {more[0]!r} would be a second primary view; call it"
+            " 'secondary_2'"
+        )
+    keys = list(cameras.values())
+    if twice := [c for c in keys if keys.count(c) > 1]:
+        raise ValueError(
+            f"camera {twice[0]!r} stands in {keys.count(twice[0])} slots; give it one"
+        )
 
-# of a declaration: 'state' is order and constant dimensions, 'control' the frame too
-TOPICS = ('id', 'cameras', 'state', 'control', 'rotation', 'gripper')
+# %% ../../nbs/data/03_mixture.ipynb #dm000010
+def _check_spec(spec: DatasetSpec) -> None:
+    "Raise `ValueError` for a `DatasetSpec` that no dataset could fit."
+    if not spec.id:
+        raise ValueError("id is empty; give a folder or a LeRobot hub id")
+    if not spec.weight > 0:
+        raise ValueError(
+            f"weight={spec.weight!r} must be positive; remove the dataset to leave it out"
+        )
+    _check_slots(spec.cameras)
+    if not spec.action:
+        raise ValueError("action is empty; name the column that holds it")
+    for k in ('state_norm', 'action_norm'):
+        one_of(k, getattr(spec, k), tuple(NORMALIZATIONS))
+    for k in spec.verified:
+        one_of('topic of verified', k, TOPICS)
 
 # %% ../../nbs/data/03_mixture.ipynb #7bbcc509
 @dataclass(frozen=True)
@@ -176,46 +220,16 @@ class DatasetSpec:
     note: str = ''  # what is not verified, and why
 
     def __post_init__(self):
-        if not self.id:
-            raise ValueError("id is empty; give a folder or a LeRobot hub id")
-        if not self.weight > 0:
-            raise ValueError(
-                f"weight={self.weight!r} must be positive; remove the dataset to leave"
-                " it out"
-            )
-        if 'primary' not in self.cameras:
-            raise ValueError(
-                f"cameras have no 'primary' (they are {list(self.cameras)}); name the"
-                " camera whose past is read"
-            )
-        for slot in self.cameras:
-            one_of(f'camera slot {slot!r}', slot_role(slot), ROLES)
-        if more := [
-            s for s in self.cameras if slot_role(s) == 'primary' and s != 'primary'
-        ]:
-            raise ValueError(
-                f"camera slot {more[0]!r} would be a second primary view; call it"
-                " 'secondary_2'"
-            )
-        keys = list(self.cameras.values())
-        if twice := [c for c in keys if keys.count(c) > 1]:
-            raise ValueError(
-                f"camera {twice[0]!r} stands in {keys.count(twice[0])} slots; give it one"
-            )
-        if not self.action:
-            raise ValueError("action is empty; name the column that holds it")
-        for k in ('state_norm', 'action_norm'):
-            one_of(k, getattr(self, k), tuple(NORMALIZATIONS))
-        for k in self.verified:
-            one_of('topic of verified', k, TOPICS)
+        _check_spec(self)
         if not self.name:
             object.__setattr__(self, 'name', self.id.rstrip('/').split('/')[-1])
 
-    @property
-    def roles(self) -> dict[str, str]:
-        "{camera key: role}, primary first."
-        first = sorted(self.cameras, key=lambda slot: ROLES.index(slot_role(slot)))
-        return {self.cameras[slot]: slot_role(slot) for slot in first}
+# %% ../../nbs/data/03_mixture.ipynb #dm000013
+@patch(as_prop=True)
+def roles(self: DatasetSpec) -> dict[str, str]:
+    "{camera key: role}, primary first."
+    first = sorted(self.cameras, key=lambda slot: ROLES.index(slot_role(slot)))
+    return {self.cameras[slot]: slot_role(slot) for slot in first}
 
 # %% ../../nbs/data/03_mixture.ipynb #f447ba05
 @dataclass(frozen=True)
@@ -234,6 +248,20 @@ class Augmentation:
         for f in fields(self):
             if not 0 <= getattr(self, f.name) <= 0.5:
                 raise ValueError(f"{f.name}={getattr(self, f.name)!r} must lie in [0, 0.5]")
+
+# %% ../../nbs/data/03_mixture.ipynb #dm000015
+def _check_datasets(datasets: tuple[DatasetSpec, ...], sources: dict[str, str]) -> None:
+    "Raise `ValueError` for no dataset, an unknown source, or two datasets of one name."
+    if not datasets:
+        raise ValueError("datasets is empty; name at least one")
+    names = [d.name for d in datasets]
+    for d in datasets:
+        for k, s in ((k, s) for k, v in d.verified.items() for s in v.split()):
+            one_of(f'source of {k} in dataset {d.name}', s, tuple(sources))
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise ValueError(
+            f"two datasets are called {twice[0]!r}; give one of them another name"
+        )
 
 # %% ../../nbs/data/03_mixture.ipynb #f3a69e73
 @dataclass(frozen=True)
@@ -258,16 +286,7 @@ class Mixture:
         one_of('actions', self.actions, ('native', 'resampled'))
         if self.rotation:
             one_of('rotation', self.rotation, tuple(ROTATIONS))
-        if not self.datasets:
-            raise ValueError("datasets is empty; name at least one")
-        names = [d.name for d in self.datasets]
-        for d in self.datasets:
-            for k, s in ((k, s) for k, v in d.verified.items() for s in v.split()):
-                one_of(f'source of {k} in dataset {d.name}', s, tuple(self.sources))
-        if twice := [n for n in names if names.count(n) > 1]:
-            raise ValueError(
-                f"two datasets are called {twice[0]!r}; give one of them another name"
-            )
+        _check_datasets(self.datasets, self.sources)
 
 # %% ../../nbs/data/03_mixture.ipynb #01118a56
 def inside(where: str, k) -> str:
@@ -276,41 +295,41 @@ def inside(where: str, k) -> str:
     """
     return f"{where}{' ' if where.endswith(':') else '.'}{k}"
 
+
+def _check_fields(d: dict, known: list[str], where: str) -> None:
+    "Raise `ValueError` for a key of `d` that is not `known`."
+    for k in d:
+        if k not in known:
+            near = difflib.get_close_matches(str(k), known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(known)}"
+            raise ValueError(f"{inside(where, k)} is unknown; {hint}")
+
 # %% ../../nbs/data/03_mixture.ipynb #31d8aba6
 def from_dict(cls, d, where: str):
     """`cls`, a dataclass, from the dict `d`, with its parts.
 
     Raises `ValueError` that begins with the place `where`.
     """
-    if not isinstance(d, dict):
-        raise ValueError(
-            f"{where} is {d!r}; it must hold named fields"
-            f" ({', '.join(f.name for f in fields(cls))})"
-        )
     hints, known = typing.get_type_hints(cls), [f.name for f in fields(cls)]
-    for k in d:
-        if k not in known:
-            raise ValueError(
-                f"{inside(where, k)} is unknown; "
-                + (
-                    f"did you mean {near[0]!r}?"
-                    if (near := difflib.get_close_matches(str(k), known, 1))
-                    else f"use {', '.join(known)}"
-                )
-            )
+    if not isinstance(d, dict):
+        names = ', '.join(known)
+        raise ValueError(f"{where} is {d!r}; it must hold named fields ({names})")
+    _check_fields(d, known, where)
+    place = where.rstrip(':')
     try:
         return cls(**{k: convert(hints[k], v, inside(where, k)) for k, v in d.items()})
     except ValueError as e:
-        raise (
-            e if str(e).startswith(where) else ValueError(f"{where.rstrip(':')}: {e}")
-        ) from e
+        if str(e).startswith(where):
+            raise
+        raise ValueError(f"{place}: {e}") from e
     except TypeError as e:
-        raise ValueError(
-            f"{where.rstrip(':')}:"
-            f" {str(e).replace(cls.__name__ + '.__init__()', cls.__name__)}"
-        ) from e
+        said = str(e).replace(cls.__name__ + '.__init__()', cls.__name__)
+        raise ValueError(f"{place}: {said}") from e
 
 # %% ../../nbs/data/03_mixture.ipynb #02d23456
+_KINDS = dict(str='text', float='number', int='whole number')
+
+
 def convert(hint, v, where: str):
     "`v` as the type `hint`. Raises `ValueError` that begins with `where`."
     args = typing.get_args(hint)
@@ -330,19 +349,12 @@ def convert(hint, v, where: str):
     if hint is float and isinstance(v, int) and not isinstance(v, bool):
         return float(v)
     if not isinstance(v, hint) or isinstance(v, bool):
-        raise ValueError(
-            f"{where}={v!r} must be a"
-            f" {dict(str='text', float='number', int='whole number')[hint.__name__]}"
-        )
+        raise ValueError(f"{where}={v!r} must be a {_KINDS[hint.__name__]}")
     return v
 
 # %% ../../nbs/data/03_mixture.ipynb #85f6a7fb
-@patch(cls_method=True)
-def load(cls: Mixture, file) -> Mixture:
-    """A mixture from a YAML file, or by its name in configs/mixtures.
-
-    Raises `ValueError` naming file and field.
-    """
+def _mixture_file(file) -> Path:
+    "The YAML file of that path or name. Raises `ValueError` if there is none."
     path = Path(file)
     named = Path('configs/mixtures') / f'{path}.yaml'
     near = [d / named for d in (Path.cwd(), *Path.cwd().parents)]
@@ -353,15 +365,23 @@ def load(cls: Mixture, file) -> Mixture:
             f"there is no mixture {str(file)!r}; give a YAML file, or a name in"
             " configs/mixtures"
         )
+    return found
+
+
+@patch(cls_method=True)
+def load(cls: Mixture, file) -> Mixture:
+    """A mixture from a YAML file, or by its name in configs/mixtures.
+
+    Raises `ValueError` naming file and field.
+    """
+    found = _mixture_file(file)
     try:
         d = yaml.safe_load(found.read_text())
     except yaml.YAMLError as e:
         raise ValueError(f"{found.name} is not YAML ({' '.join(str(e).split())})") from e
-    # x-...: a place for YAML anchors
     if isinstance(d, dict):
-        d = {'name': found.stem} | {
-            k: v for k, v in d.items() if not str(k).startswith('x-')
-        }
+        said = {k: v for k, v in d.items() if not str(k).startswith('x-')}
+        d = {'name': found.stem} | said
     return from_dict(Mixture, d, f'{found.name}:')
 
 # %% ../../nbs/data/03_mixture.ipynb #af0a6766
@@ -369,13 +389,9 @@ def axis_rotation(angle: np.ndarray, axis: int) -> np.ndarray:
     "Rotations (..., 3, 3) by `angle` (...) about axis 0, 1 or 2."
     c, s, i, j = np.cos(angle), np.sin(angle), (axis + 1) % 3, (axis + 2) % 3
     r = np.zeros((*np.shape(angle), 3, 3))
-    r[..., axis, axis], r[..., i, i], r[..., j, j], r[..., j, i], r[..., i, j] = (
-        1,
-        c,
-        c,
-        s,
-        -s,
-    )
+    r[..., axis, axis] = 1
+    r[..., i, i] = r[..., j, j] = c
+    r[..., j, i], r[..., i, j] = s, -s
     return r
 
 
@@ -386,31 +402,29 @@ def cross_matrix(v: np.ndarray) -> np.ndarray:
     return k - np.swapaxes(k, -1, -2)
 
 # %% ../../nbs/data/03_mixture.ipynb #575ad68a
-def to_rotation(x: np.ndarray, form: str) -> np.ndarray:
-    "Rotation matrices (..., 3, 3) from the numbers of `form`."
-    x = np.asarray(x, np.float64)
-    if form == 'euler':
-        return (
-            axis_rotation(x[..., 2], 2)
-            @ axis_rotation(x[..., 1], 1)
-            @ axis_rotation(x[..., 0], 0)
-        )
-    if form == 'axis_angle':
-        a = np.linalg.norm(x, axis=-1)[..., None, None]
-        k = cross_matrix(x)
-        # Rodrigues, smooth at 0
-        return (
-            np.eye(3) + np.sinc(a / np.pi) * k + 0.5 * np.sinc(a / 2 / np.pi) ** 2 * k @ k
-        )
-    if form == 'quaternion':
-        q = x / np.linalg.norm(x, axis=-1, keepdims=True)
-        k = cross_matrix(q[..., :3])
-        return np.eye(3) + 2 * q[..., 3, None, None] * k + 2 * k @ k
-    # rot6d: Gram-Schmidt
+def _gram_schmidt(x: np.ndarray) -> np.ndarray:
+    "Rotation matrices from their first two columns (..., 6), made orthonormal."
     a = x[..., :3] / np.linalg.norm(x[..., :3], axis=-1, keepdims=True)
     b = x[..., 3:] - (a * x[..., 3:]).sum(-1, keepdims=True) * a
     b = b / np.linalg.norm(b, axis=-1, keepdims=True)
     return np.stack([a, b, np.cross(a, b)], -1)
+
+
+def to_rotation(x: np.ndarray, form: str) -> np.ndarray:
+    "Rotation matrices (..., 3, 3) from the numbers of `form`."
+    x = np.asarray(x, np.float64)
+    if form == 'euler':
+        roll, pitch, yaw = (axis_rotation(x[..., axis], axis) for axis in range(3))
+        return yaw @ pitch @ roll
+    if form == 'axis_angle':
+        a, k = np.linalg.norm(x, axis=-1)[..., None, None], cross_matrix(x)
+        once, twice = np.sinc(a / np.pi), 0.5 * np.sinc(a / 2 / np.pi) ** 2
+        return np.eye(3) + once * k + twice * k @ k
+    if form == 'quaternion':
+        q = x / np.linalg.norm(x, axis=-1, keepdims=True)
+        k = cross_matrix(q[..., :3])
+        return np.eye(3) + 2 * q[..., 3, None, None] * k + 2 * k @ k
+    return _gram_schmidt(x)
 
 # %% ../../nbs/data/03_mixture.ipynb #c331e5de
 def rotation_quaternion(r: np.ndarray) -> np.ndarray:
@@ -418,16 +432,9 @@ def rotation_quaternion(r: np.ndarray) -> np.ndarray:
     ways for each.
     """
     d = np.diagonal(r, axis1=-2, axis2=-1)
-    skew = np.stack(
-        [
-            r[..., 2, 1] - r[..., 1, 2],
-            r[..., 0, 2] - r[..., 2, 0],
-            r[..., 1, 0] - r[..., 0, 1],
-        ],
-        -1,
-    )
-    m = r + np.swapaxes(r, -1, -2)
-    t = d.sum(-1)
+    m, t = r + np.swapaxes(r, -1, -2), d.sum(-1)
+    pairs = ((2, 1), (0, 2), (1, 0))
+    skew = np.stack([r[..., i, j] - r[..., j, i] for i, j in pairs], -1)
     k = np.zeros((*r.shape[:-2], 4, 4))  # each row is 4 q_i q
     for i in range(3):
         k[..., i, :3], k[..., i, 3], k[..., 3, i] = m[..., i, :], skew[..., i], skew[..., i]
@@ -444,119 +451,95 @@ def from_rotation(r: np.ndarray, form: str) -> np.ndarray:
     if form == 'rot6d':
         return np.concatenate([r[..., 0], r[..., 1]], -1)
     if form == 'euler':
-        return np.stack(
-            [
-                np.arctan2(r[..., 2, 1], r[..., 2, 2]),
-                np.arcsin(np.clip(-r[..., 2, 0], -1, 1)),
-                np.arctan2(r[..., 1, 0], r[..., 0, 0]),
-            ],
-            -1,
-        )
+        roll = np.arctan2(r[..., 2, 1], r[..., 2, 2])
+        pitch = np.arcsin(np.clip(-r[..., 2, 0], -1, 1))
+        return np.stack([roll, pitch, np.arctan2(r[..., 1, 0], r[..., 0, 0])], -1)
     q = rotation_quaternion(r)
     if form == 'quaternion':
         return q
     s = np.linalg.norm(q[..., :3], axis=-1, keepdims=True)
-    return q[..., :3] * np.where(
-        s < 1e-9, 2.0, 2 * np.arctan2(s, q[..., 3:]) / np.maximum(s, 1e-9)
-    )
+    angle = 2 * np.arctan2(s, q[..., 3:]) / np.maximum(s, 1e-9)
+    return q[..., :3] * np.where(s < 1e-9, 2.0, angle)
 
 # %% ../../nbs/data/03_mixture.ipynb #e86e8c76
+def _open_sign(space: ActionSpace) -> int:
+    "1 where the high end of a gripper's range is open, else -1."
+    return 1 if space.gripper == 'open_high' else -1
+
+
+def _turns(space: ActionSpace, rotation: str) -> bool:
+    "Whether `unify` writes the rotations of `space` in another form."
+    if space.frame != 'ee' or rotation in ('', 'none', space.rotation):
+        return False
+    return space.rotation != 'none'
+
+
 def unify(x: np.ndarray, space: ActionSpace, rotation: str = '') -> np.ndarray:
     """Actions (..., d) in the mixture's convention: grippers -1 closed ...
 
     1 open, rotations as `rotation` ('' keeps them).
     """
     x, (lo, hi) = np.array(x, np.float64), space.gripper_range
-    g = space.grippers
-    if g:
-        x[..., g] = (2 * (x[..., g] - lo) / (hi - lo) - 1) * (
-            1 if space.gripper == 'open_high' else -1
-        )
-    if (
-        space.frame != 'ee'
-        or not rotation
-        or 'none' in (rotation, space.rotation)
-        or rotation == space.rotation
-    ):
+    if g := space.grippers:
+        x[..., g] = (2 * (x[..., g] - lo) / (hi - lo) - 1) * _open_sign(space)
+    if not _turns(space, rotation):
         return x.astype(np.float32)
     n, arms = ROTATIONS[space.rotation], x.reshape(*x.shape[:-1], space.arms, space.arm)
     turned = from_rotation(to_rotation(arms[..., 3 : 3 + n], space.rotation), rotation)
-    return (
-        np.concatenate([arms[..., :3], turned, arms[..., 3 + n :]], -1)
-        .reshape(*x.shape[:-1], -1)
-        .astype(np.float32)
-    )
+    arms = np.concatenate([arms[..., :3], turned, arms[..., 3 + n :]], -1)
+    return arms.reshape(*x.shape[:-1], -1).astype(np.float32)
 
 # %% ../../nbs/data/03_mixture.ipynb #4ba3aa86
 def unified(space: ActionSpace, rotation: str = '') -> ActionSpace:
     "The space that `unify` leads to."
-    turn = space.frame == 'ee' and rotation and 'none' not in (rotation, space.rotation)
-    has = (
-        {}
-        if space.gripper == 'none'
-        else dict(gripper='open_high', gripper_range=(-1.0, 1.0))
-    )
-    return ActionSpace(**asdict(space) | has | (dict(rotation=rotation) if turn else {}))
+    new = asdict(space)
+    if space.gripper != 'none':
+        new |= dict(gripper='open_high', gripper_range=(-1.0, 1.0))
+    if _turns(space, rotation):
+        new |= dict(rotation=rotation)
+    return ActionSpace(**new)
 
-# %% ../../nbs/data/03_mixture.ipynb #06a374ce
+
 def to_robot(x: np.ndarray, space: ActionSpace, rotation: str = '') -> np.ndarray:
     """Actions of the mixture's convention (..., d) back in the robot's own: the inverse of
     `unify`.
     """
-    common = unified(space, rotation)
-    y, (lo, hi) = (
-        unify(
-            x,
-            ActionSpace(
-                **asdict(common)
-                | dict(gripper='open_high' if common.gripper != 'none' else 'none')
-            ),
-            space.rotation,
-        ),
-        space.gripper_range,
-    )
-    g = space.grippers
-    if g:
-        y[..., g] = (
-            lo
-            + (hi - lo) * (y[..., g] * (1 if space.gripper == 'open_high' else -1) + 1) / 2
-        )
+    y = unify(x, unified(space, rotation), space.rotation)
+    lo, hi = space.gripper_range
+    if g := space.grippers:
+        y[..., g] = lo + (hi - lo) * (y[..., g] * _open_sign(space) + 1) / 2
     return y
 
 # %% ../../nbs/data/03_mixture.ipynb #bbd66e9d
+def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    "Coloured squares of 16 pixels with noise, uint8, 128 pixels larger than a picture."
+    squares = (-(-height // 16) + 8, -(-width // 16) + 8, 3)
+    coarse = np.kron(rng.uniform(40, 190, squares), np.ones((16, 16, 1)))
+    return (coarse + rng.normal(0, 12, coarse.shape)).clip(0, 255).astype(np.uint8)
+
+
+def _hand(x: np.ndarray, y: np.ndarray, angle: float, size: int) -> np.ndarray:
+    "Which of the points `x`, `y` lie on a clock's hand at `angle` from twelve."
+    along = x * np.sin(angle) - y * np.cos(angle)
+    across = x * np.cos(angle) + y * np.sin(angle)
+    return (along > 0) & (along < 0.42 * size) & (np.abs(across) < 0.05 * size + 1)
+
+# %% ../../nbs/data/03_mixture.ipynb #dm000025
 def clock_frames(
     t: np.ndarray, height: int, width: int, seed: int = 0, turn: float = 4.0
 ) -> np.ndarray:
     """Pictures (n, height, width, 3) uint8 at times `t` (s): a texture that drifts, and a
     hand that turns once in `turn` seconds.
     """
-    rng = np.random.default_rng(seed)
-    coarse = np.kron(
-        rng.uniform(40, 190, (-(-height // 16) + 8, -(-width // 16) + 8, 3)),
-        np.ones((16, 16, 1)),
-    )
-    texture = (coarse + rng.normal(0, 12, coarse.shape)).clip(0, 255).astype(np.uint8)
+    texture, size = _texture(np.random.default_rng(seed), height, width), min(height, width)
     y, x = np.mgrid[:height, :width]
     y, x = y - height / 2, x - width / 2
+    face = (x**2 + y**2 < (0.46 * size) ** 2)[..., None]
     out = np.empty((len(t), height, width, 3), np.uint8)
     for i, s in enumerate(t):
-        a, dy, dx = (
-            2 * np.pi * s / turn,
-            int(60 * (1 + np.sin(s))) % 128,
-            int(60 * (1 + np.cos(0.7 * s))) % 128,
-        )
-        along, across = x * np.sin(a) - y * np.cos(a), x * np.cos(a) + y * np.sin(a)
-        hand = (
-            (along > 0)
-            & (along < 0.42 * min(height, width))
-            & (np.abs(across) < 0.05 * min(height, width) + 1)
-        )
-        out[i] = np.where(
-            (x**2 + y**2 < (0.46 * min(height, width)) ** 2)[..., None],
-            235,
-            texture[dy : dy + height, dx : dx + width],
-        )
-        out[i][hand] = (200, 30, 30)
+        dy, dx = int(60 * (1 + np.sin(s))) % 128, int(60 * (1 + np.cos(0.7 * s))) % 128
+        out[i] = np.where(face, 235, texture[dy : dy + height, dx : dx + width])
+        out[i][_hand(x, y, 2 * np.pi * s / turn, size)] = (200, 30, 30)
     return out
 
 # %% ../../nbs/data/03_mixture.ipynb #9ec9b900
@@ -567,11 +550,37 @@ def silent():
     import datasets
 
     os.environ.setdefault('SVT_LOG', '1')
-    av.logging.set_libav_level(av.logging.ERROR), datasets.disable_progress_bars()
+    av.logging.set_libav_level(av.logging.ERROR)
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
-        av.logging.set_libav_level(av.logging.INFO), datasets.enable_progress_bars()
+        av.logging.set_libav_level(av.logging.INFO)
+        datasets.enable_progress_bars()
+
+# %% ../../nbs/data/03_mixture.ipynb #dm000028
+def _waves(rng: np.random.Generator, t: np.ndarray, d: int) -> np.ndarray:
+    "Waves (frames, d) at times `t` (frames,), s, with noise."
+    phase = t[:, None] * np.linspace(0.5, 2, d) + rng.uniform(0, 6, d)
+    return np.sin(phase) + 0.05 * rng.standard_normal((len(t), d))
+
+
+def _new_dataset(folder, fps, cameras, state_dim, action_dim, encoder) -> LeRobotDataset:
+    "An empty LeRobot dataset in `folder` with videos of `cameras` {key: (height, width)}."
+    vector = lambda d: dict(dtype='float32', shape=(d,), names=None)
+    names = ['height', 'width', 'channels']
+    features = {
+        k: dict(dtype='video', shape=(*hw, 3), names=names) for k, hw in cameras.items()
+    }
+    features |= {'observation.state': vector(state_dim), 'action': vector(action_dim)}
+    return LeRobotDataset.create(
+        f'local/{Path(folder).name}',
+        fps,
+        features,
+        folder,
+        use_videos=True,
+        rgb_encoder=encoder,
+    )
 
 # %% ../../nbs/data/03_mixture.ipynb #2e2c0e04
 @silent()
@@ -589,43 +598,21 @@ def record_clock(
     """Record a LeRobot video dataset of `clock_frames`, one episode for each of `seconds`;
     `state`, `action`: sizes, or (frames, d).
     """
-    rng, n = np.random.default_rng(seed), [round(s * fps) for s in seconds]
-    waves = lambda d: (
-        np.sin(
-            np.arange(sum(n))[:, None] / fps * np.linspace(0.5, 2, d) + rng.uniform(0, 6, d)
-        )
-        + 0.05 * rng.standard_normal((sum(n), d))
-    )
-    state, action = (waves(x) if isinstance(x, int) else x for x in (state, action))
-    vector = lambda x: dict(dtype='float32', shape=(x.shape[1],), names=None)
-    features = {
-        k: dict(dtype='video', shape=(*hw, 3), names=['height', 'width', 'channels'])
-        for k, hw in cameras.items()
-    }
-    ds = LeRobotDataset.create(
-        f'local/{Path(folder).name}',
-        fps,
-        features | {'observation.state': vector(state), 'action': vector(action)},
-        folder,
-        use_videos=True,
-        rgb_encoder=encoder,
-    )
-    row = 0
-    for k in n:
+    rng, lengths = np.random.default_rng(seed), [round(s * fps) for s in seconds]
+    t = np.arange(sum(lengths)) / fps
+    wave = lambda x: _waves(rng, t, x) if isinstance(x, int) else x
+    state, action = wave(state), wave(action)
+    numbers = {'observation.state': state, 'action': action}
+    ds = _new_dataset(folder, fps, cameras, state.shape[1], action.shape[1], encoder)
+    for first, n in zip(np.cumsum([0, *lengths]), lengths):
         pictures = {
-            c: clock_frames(np.arange(k) / fps, *hw, seed=seed + j)
+            c: clock_frames(np.arange(n) / fps, *hw, seed=seed + j)
             for j, (c, hw) in enumerate(cameras.items())
         }
-        for t in range(k):
-            ds.add_frame(
-                {c: p[t] for c, p in pictures.items()}
-                | {
-                    'observation.state': state[row].astype(np.float32),
-                    'action': action[row].astype(np.float32),
-                    'task': task,
-                }
-            )
-            row += 1
+        for k in range(n):
+            frame = {c: p[k] for c, p in pictures.items()}
+            frame |= {c: x[first + k].astype(np.float32) for c, x in numbers.items()}
+            ds.add_frame(frame | dict(task=task))
         ds.save_episode(parallel_encoding=False)
     ds.finalize()
     return LeRobotDataset(f'local/{Path(folder).name}', folder)
@@ -648,35 +635,75 @@ def compute_statistics(
     out = {k: np.zeros(x.shape[1]) for k in STATISTICS}
     for d in tqdm(range(x.shape[1]), desc=label, unit='dim', disable=not progress):
         v = x[:, d].astype(np.float64)
-        out['mean'][d], out['std'][d], out['min'][d], out['max'][d] = (
-            v.mean(),
-            v.std(),
-            v.min(),
-            v.max(),
-        )
-        out['q01'][d], out['q99'][d] = np.quantile(v, [0.01, 0.99])
+        found = (v.mean(), v.std(), v.min(), v.max(), *np.quantile(v, [0.01, 0.99]))
+        for k, value in zip(STATISTICS, found):
+            out[k][d] = value
     return out
 
-# %% ../../nbs/data/03_mixture.ipynb #26691bb9
-def check_statistics(
-    stats: dict,
-    x: np.ndarray,
-    mode: str,
-    dataset: str,
-    key: str,
-    constant: tuple[int, ...] = (),
+# %% ../../nbs/data/03_mixture.ipynb #dm000031
+def _check_width(a: float, b: float, v: np.ndarray, mode: str, i: int, refuse, key: str):
+    "Call `refuse` where `a` and `b` leave dimension `i` of the values `v` (n,) no range."
+    names, lo, hi = NORMALIZATIONS[mode], v.min(), v.max()
+    width = b if mode == 'mean_std' else b - a
+    if width > 1e-9 * max(1.0, abs(a)):
+        return
+    what = f"dimension {i} has no range ({names[0]}={a:.4g}, {names[1]}={b:.4g})"
+    if hi > lo:
+        fix = "recompute the statistics, or choose min_max"
+        refuse(f"{what} although the data span [{lo:.4g}, {hi:.4g}]", fix)
+    else:
+        field = 'action' if key == 'action' else 'state'
+        fix = f"list it as {field}_constant: [{i}] in the mixture"
+        refuse(f"{what} and the data are always {lo:.4g}", fix)
+
+# %% ../../nbs/data/03_mixture.ipynb #dm000033
+def _check_moments(a: float, b: float, v: np.ndarray, i: int, refuse) -> None:
+    "Call `refuse` unless mean `a` and std `b` describe the values `v` (n,)."
+    far, spread = abs(np.median(v) - a) / b, v.std() / b
+    if far > 5:
+        refuse(
+            f"dimension {i} has mean={a:.4g}, std={b:.4g}, but the data's median"
+            f" {np.median(v):.4g} lies {far:.1f} standard deviations away"
+        )
+    if not (1 / 5 < spread < 5) and v.max() > v.min():
+        refuse(f"dimension {i} has std={b:.4g}, but the data's is {v.std():.4g}")
+
+# %% ../../nbs/data/03_mixture.ipynb #dm000035
+def _check_ends(a: float, b: float, v: np.ndarray, mode: str, i: int, refuse) -> None:
+    "Call `refuse` unless the values `v` (n,) lie between `a` and `b`, and fill the range."
+    exact, width = mode == 'min_max', b - a
+    span = ', '.join(f'{name}={x:.4g}' for name, x in zip(NORMALIZATIONS[mode], (a, b)))
+    slack = 1e-3 * width + 1e-6 * abs(a) if exact else 0.0
+    out = ((v < a - slack) | (v > b + slack)).mean()
+    if out > (0.0 if exact else 0.1):
+        refuse(
+            f"{out:.0%} of dimension {i} lies outside [{span}]"
+            f" (the data span [{v.min():.4g}, {v.max():.4g}])"
+        )
+    low, high = np.quantile(v, 0.01), np.quantile(v, 0.99)
+    if high - low < width / 50:
+        refuse(
+            f"dimension {i} has [{span}], but 98 % of"
+            f" the data span only [{low:.4g}, {high:.4g}]",
+            fix="recompute the statistics, or choose quantiles",
+        )
+
+# %% ../../nbs/data/03_mixture.ipynb #07ed692f
+def check_dimension(
+    v: np.ndarray, a: float, b: float, mode: str, i: int, refuse, key: str
 ) -> None:
-    """Raise `ValueError` unless `stats` can normalise the sampled values `x` (n, d) under
-    `mode`.
+    """Call `refuse` unless mean and std, or low and high ends, `a` and `b` describe the
+    sampled values `v` (n,).
     """
-    d, fix = (
-        x.shape[1],
-        "recompute the statistics (python -m halo.data.mixture stats MIXTURE --recompute)",
-    )
+    _check_width(a, b, v, mode, i, refuse, key)
+    if mode == 'mean_std':
+        _check_moments(a, b, v, i, refuse)
+    else:
+        _check_ends(a, b, v, mode, i, refuse)
 
-    def refuse(why, fix=fix):
-        raise ValueError(f"statistics of {key} in dataset {dataset}: {why}; {fix}")
 
+def _check_present(stats: dict, mode: str, d: int, refuse, fix: str) -> None:
+    "Call `refuse` unless `stats` has the `d` finite numbers that `mode` needs."
     for name in NORMALIZATIONS[mode]:
         if name not in stats:
             refuse(
@@ -689,70 +716,31 @@ def check_statistics(
             refuse(f"{name} has {len(v)} numbers, the data {d}")
         if not np.isfinite(v).all():
             refuse(f"{name}[{int(np.argmin(np.isfinite(v)))}] is {v[~np.isfinite(v)][0]}")
+
+# %% ../../nbs/data/03_mixture.ipynb #dm000038
+def check_statistics(
+    stats: dict,
+    x: np.ndarray,
+    mode: str,
+    dataset: str,
+    key: str,
+    constant: tuple[int, ...] = (),
+) -> None:
+    """Raise `ValueError` unless `stats` can normalise the sampled values `x` (n, d) under
+    `mode`.
+    """
+    fix = "recompute the statistics (python -m halo.data.mixture stats MIXTURE --recompute)"
+
+    def refuse(why, fix=fix):
+        raise ValueError(f"statistics of {key} in dataset {dataset}: {why}; {fix}")
+
+    _check_present(stats, mode, x.shape[1], refuse, fix)
     if mode == 'identity':
         return
     a, b = (np.asarray(stats[k], np.float64).reshape(-1) for k in NORMALIZATIONS[mode])
-    for i in range(d):
-        if i in constant:
-            continue
-        check_dimension(x[:, i].astype(np.float64), a[i], b[i], mode, i, refuse, key)
-
-# %% ../../nbs/data/03_mixture.ipynb #07ed692f
-def check_dimension(
-    v: np.ndarray, a: float, b: float, mode: str, i: int, refuse, key: str
-) -> None:
-    """Call `refuse` unless mean and std, or low and high ends, `a` and `b` describe the
-    sampled values `v` (n,).
-    """
-    width, names, (lo, hi) = (
-        (b if mode == 'mean_std' else b - a),
-        NORMALIZATIONS[mode],
-        (v.min(), v.max()),
-    )
-    if not width > 1e-9 * max(1.0, abs(a)):
-        moves = (
-            f"although the data span [{lo:.4g}, {hi:.4g}]"
-            if hi > lo
-            else f"and the data are always {lo:.4g}"
-        )
-        refuse(
-            f"dimension {i} has no range ({names[0]}={a:.4g}, {names[1]}={b:.4g}) {moves}",
-            (
-                "recompute the statistics, or choose min_max"
-                if hi > lo
-                else (
-                    f"list it as {'action' if key == 'action' else 'state'}_constant: [{i}]"
-                    " in the mixture"
-                )
-            ),
-        )
-    if mode == 'mean_std':
-        far, spread = abs(np.median(v) - a) / b, v.std() / b
-        if far > 5:
-            refuse(
-                f"dimension {i} has mean={a:.4g}, std={b:.4g}, but the data's median"
-                f" {np.median(v):.4g} lies {far:.1f} standard deviations away"
-            )
-        if not (1 / 5 < spread < 5) and hi > lo:
-            refuse(f"dimension {i} has std={b:.4g}, but the data's is {v.std():.4g}")
-    else:
-        slack = 1e-3 * width + 1e-6 * abs(a) if mode == 'min_max' else 0.0
-        out, allowed = (
-            ((v < a - slack) | (v > b + slack)).mean(),
-            (0.0 if mode == 'min_max' else 0.1),
-        )
-        if out > allowed:
-            refuse(
-                f"{out:.0%} of dimension {i} lies outside [{names[0]}={a:.4g},"
-                f" {names[1]}={b:.4g}] (the data span [{lo:.4g}, {hi:.4g}])"
-            )
-        if np.quantile(v, 0.99) - np.quantile(v, 0.01) < width / 50:
-            refuse(
-                f"dimension {i} has [{names[0]}={a:.4g}, {names[1]}={b:.4g}], but 98 % of"
-                f" the data span only [{np.quantile(v, 0.01):.4g},"
-                f" {np.quantile(v, 0.99):.4g}]",
-                fix="recompute the statistics, or choose quantiles",
-            )
+    for i in range(x.shape[1]):
+        if i not in constant:
+            check_dimension(x[:, i].astype(np.float64), a[i], b[i], mode, i, refuse, key)
 
 # %% ../../nbs/data/03_mixture.ipynb #4a81f0da
 def scale(
@@ -772,52 +760,46 @@ def scale(
     centre, half = (a, b) if mode == 'mean_std' else ((a + b) / 2, (b - a) / 2)
     still = np.isin(np.arange(len(a)), constant)
     half = np.where(still, 1.0, half)
-    return (
-        np.asarray(x) * half + centre
-        if inverse
-        else np.where(still, 0.0, (x - centre) / half)
-    ).astype(np.float32)
+    if inverse:
+        return (np.asarray(x) * half + centre).astype(np.float32)
+    return np.where(still, 0.0, (x - centre) / half).astype(np.float32)
 
 # %% ../../nbs/data/03_mixture.ipynb #80a31e7c
+def _write_statistics(file: Path, stats: dict[str, dict[str, np.ndarray]]) -> None:
+    "Write `stats` to `file` in one step."
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tmp = file.with_name(f'{file.name}.{os.getpid()}.tmp')
+    lists = {k: {n: v.tolist() for n, v in s.items()} for k, s in stats.items()}
+    tmp.write_text(json.dumps(lists))
+    os.replace(tmp, file)
+
+
 def kept_statistics(
     file: Path, compute, recompute: bool = False
 ) -> dict[str, dict[str, np.ndarray]]:
     "Statistics {key: {name: (d,)}} from `file`; `compute()` makes them where it is absent."
     if recompute or not file.is_file():
-        stats = compute()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tmp = file.with_name(f'{file.name}.{os.getpid()}.tmp')
-        tmp.write_text(
-            json.dumps({k: {n: v.tolist() for n, v in s.items()} for k, s in stats.items()})
-        )
-        os.replace(tmp, file)
+        _write_statistics(file, compute())
+    array = lambda v: np.asarray(v, np.float64)
     try:
-        return {
-            k: {n: np.asarray(v, np.float64) for n, v in s.items()}
-            for k, s in json.loads(file.read_text()).items()
-        }
+        kept = json.loads(file.read_text())
+        return {k: {n: array(v) for n, v in s.items()} for k, s in kept.items()}
     except (json.JSONDecodeError, AttributeError) as e:
         raise ValueError(
             f"{file} cannot be read ({e}); delete it, it is computed again"
         ) from e
 
 # %% ../../nbs/data/03_mixture.ipynb #ec528b8d
-# (frames,) time stamps of one episode, s
 def frames_at(
-    stamps: np.ndarray,
+    stamps: np.ndarray,  # (frames,) time stamps of one episode, s
     now: int,  # row of the present
-    # wanted ticks of the policy's clock, `history_ticks(tick, ...)`
-    ticks: list[int],
-    tick: int,
-    fps: float,
+    ticks: list[int],  # wanted, of the policy's clock: `history_ticks(tick, ...)`
+    tick: int,  # the present on that clock
+    fps: float,  # of that clock
 ) -> np.ndarray:
     "Rows of an episode that were the newest at each of `ticks`."
-    return (
-        np.searchsorted(
-            stamps, stamps[now] - (tick - np.asarray(ticks)) / fps + 1e-4, side='right'
-        )
-        - 1
-    )
+    wanted = stamps[now] - (tick - np.asarray(ticks)) / fps
+    return np.searchsorted(stamps, wanted + 1e-4, side='right') - 1
 
 # %% ../../nbs/data/03_mixture.ipynb #71770084
 def resample_actions(
@@ -829,39 +811,31 @@ def resample_actions(
     held = np.clip(np.floor(times * fps + 1e-3).astype(np.int64), 0, len(x) - 1)
     out = x[held].astype(np.float64)
     if space.control == 'delta':
-        total, moving = (
-            np.concatenate([np.zeros((1, x.shape[1])), np.cumsum(x, 0, np.float64)]),
-            [i for i in range(x.shape[1]) if i not in space.grippers],
-        )
-        at = lambda t: np.stack(
-            [np.interp(t * fps, np.arange(len(total)), total[:, i]) for i in moving], -1
-        )
-        out[..., moving] = at(times + step) - at(times)
+        total = np.concatenate([np.zeros((1, x.shape[1])), np.cumsum(x, 0, np.float64)])
+        frame = np.arange(len(total))
+        moving = [i for i in range(x.shape[1]) if i not in space.grippers]
+        until = lambda t: [np.interp(t * fps, frame, total[:, i]) for i in moving]
+        out[..., moving] = np.stack(until(times + step), -1) - np.stack(until(times), -1)
     return out.astype(np.float32)
 
 # %% ../../nbs/data/03_mixture.ipynb #1230aed3
+def _dataset_folder(spec: DatasetSpec, root) -> Path | None:
+    "The folder of `spec` by its id, or by id or name under `root`; None if there is none."
+    names = (spec.id, spec.id.split('/')[-1], spec.name)
+    under = [] if root is None else [Path(root) / p for p in names]
+    tried = [Path(spec.id), *under]
+    return next((p for p in tried if (p / 'meta/info.json').is_file()), None)
+
+# %% ../../nbs/data/03_mixture.ipynb #dm000040
 def open_dataset(spec: DatasetSpec, root=None) -> LeRobotDataset:
     """The LeRobot dataset of `spec`: its folder, a folder of its id or name under `root`,
     or the hub. Raises `ValueError` if there is none.
     """
-    tried = [
-        Path(spec.id),
-        *(
-            Path(root) / p
-            for p in (spec.id, spec.id.split('/')[-1], spec.name)
-            if root is not None
-        ),
-    ]
-    folder = next((p for p in tried if (p / 'meta/info.json').is_file()), None)
+    folder = _dataset_folder(spec, root)
     if folder is not None:
-        return LeRobotDataset(
-            (
-                spec.id
-                if '/' in spec.id and not Path(spec.id).exists()
-                else f'local/{folder.name}'
-            ),
-            as_meta(folder).root,
-        )
+        of_hub = '/' in spec.id and not Path(spec.id).exists()
+        name = spec.id if of_hub else f'local/{folder.name}'
+        return LeRobotDataset(name, as_meta(folder).root)
     try:
         return LeRobotDataset(spec.id, revision=spec.revision or None)
     except Exception as e:
@@ -874,40 +848,48 @@ def open_dataset(spec: DatasetSpec, root=None) -> LeRobotDataset:
         ) from e
 
 # %% ../../nbs/data/03_mixture.ipynb #667e3bf8
-def check_columns(meta, spec: DatasetSpec) -> tuple[int, int]:
-    """Sizes of state and action.
-
-    Raises `ValueError` where the files contradict the declaration.
-    """
-    for c in (*spec.state, *spec.action):
+def _columns_size(meta, spec: DatasetSpec, columns: tuple[str, ...]) -> int:
+    "Numbers in `columns` together. Raises `ValueError` for one that is not there."
+    for c in columns:
         if c not in meta.features:
             raise ValueError(
                 f"dataset {spec.name} has no column {c!r}; it has"
                 f" {', '.join(k for k in meta.features if k not in meta.camera_keys)}:"
                 " correct state or action in the mixture"
             )
-    sizes = [
-        sum(int(np.prod(meta.features[c]['shape'])) for c in cols)
-        for cols in (spec.state, spec.action)
-    ]
-    s, d = spec.action_space, sizes[1]
+    return sum(int(np.prod(meta.features[c]['shape'])) for c in columns)
+
+
+def _check_layout(spec: DatasetSpec, d: int) -> None:
+    "Raise `ValueError` unless an 'ee' action of `spec` has `d` numbers."
+    s = spec.action_space
     if s.frame == 'ee' and d != s.arms * s.arm:
         raise ValueError(
             f"dataset {spec.name} has {d} action dimensions, but {s.arms} arm(s) of"
             f" position 3 + rotation {s.rotation!r} {ROTATIONS[s.rotation]} + gripper"
             f" {int(s.gripper != 'none')} are {s.arms * s.arm}; correct action_space"
         )
-    for name, n, dims in (
+
+# %% ../../nbs/data/03_mixture.ipynb #dm000043
+def check_columns(meta, spec: DatasetSpec) -> tuple[int, int]:
+    """Sizes of state and action.
+
+    Raises `ValueError` where the files contradict the declaration.
+    """
+    n = _columns_size(meta, spec, spec.state)
+    d = _columns_size(meta, spec, spec.action)
+    _check_layout(spec, d)
+    for name, size, dims in (
         ('action_constant', d, spec.action_constant),
-        ('state_constant', sizes[0], spec.state_constant),
-        ('gripper_at', d, s.gripper_at),
+        ('state_constant', n, spec.state_constant),
+        ('gripper_at', d, spec.action_space.gripper_at),
     ):
-        if bad := [i for i in dims if not 0 <= i < n]:
+        if bad := [i for i in dims if not 0 <= i < size]:
             raise ValueError(
-                f"{name} of dataset {spec.name} names dimension {bad[0]}, but there are {n}"
-                f" (0 to {n - 1})"
+                f"{name} of dataset {spec.name} names dimension {bad[0]}, but there are"
+                f" {size} (0 to {size - 1})"
             )
-    return tuple(sizes)
+    return n, d
 
 # %% ../../nbs/data/03_mixture.ipynb #0b57c11c
 def view_sizes(meta, spec: DatasetSpec, cfg: ModelConfig) -> tuple[dict, dict]:
@@ -946,54 +928,74 @@ class Member:
         allow_short: bool = True,
         tolerance_s: float | None = None,
     ):
-        dataset, self.spec, self.cfg, self.actions = (
-            open_dataset(spec, root),
-            spec,
-            cfg,
-            actions,
-        )
-        meta = self.meta = as_meta(dataset)
-        check_cameras(meta, spec.roles)
-        check_tasks(meta)
-        check_columns(meta, spec)
-        ticks = (
-            cfg.chunk
-            if actions == 'native'
-            else -int(-cfg.chunk * meta.fps // cfg.sampling.fps)
-        )
-        check_lengths(meta, episodes_of(dataset), ticks, allow_short)
-        check_stamps(dataset, list(spec.roles), tolerance_s)
-        self.notices = notices(dataset, ticks)
-        for text in self.notices if os.environ.get('RANK', '0') == '0' else ():
-            log.warning(text)
-        self.fps, self.bounds, self.tasks, self.fingerprint = (
-            float(meta.fps),
-            episode_bounds(meta),
-            tasks_by_index(meta),
-            fingerprint(meta),
-        )
-        self.columns = read_columns(dataset, ['episode_index', 'frame_index', 'task_index'])
-        self.episodes = episodes_of(dataset)
-        self.rows = np.concatenate([np.arange(*self.bounds[e]) for e in self.episodes])
+        self.spec, self.cfg, self.actions = spec, cfg, actions
+        dataset = open_dataset(spec, root)
+        self.meta = as_meta(dataset)
+        self._check(dataset, allow_short, tolerance_s)
+        self._read_index(dataset)
         self.space = unified(spec.action_space, rotation)
         self.read_numbers(dataset, rotation)
         self.read_statistics(rotation, recompute, progress)
-        sizes, self.names = view_sizes(meta, spec, cfg)
-        self.store = (
-            FrameStore.build(
-                dataset,
-                sizes,
-                store_root or default_store(meta, sizes),
-                workers,
-                progress,
-                tolerance_s,
-            )
-            if frames
-            else None
-        )
+        sizes, self.names = view_sizes(self.meta, spec, cfg)
+        self.store = None
+        if frames:
+            place = store_root or default_store(self.meta, sizes)
+            how = (workers, progress, tolerance_s)
+            self.store = FrameStore.build(dataset, sizes, place, *how)
 
     def __len__(self):
         return len(self.rows)
+
+# %% ../../nbs/data/03_mixture.ipynb #dm000047
+@patch
+def _check(self: Member, dataset, allow_short: bool, tolerance_s: float | None) -> None:
+    "Raise `ValueError` where the dataset's files do not fit its declaration."
+    meta, spec, cfg = self.meta, self.spec, self.cfg
+    check_cameras(meta, spec.roles)
+    check_tasks(meta)
+    check_columns(meta, spec)
+    steps = cfg.chunk
+    if self.actions != 'native':
+        steps = -int(-cfg.chunk * meta.fps // cfg.sampling.fps)
+    check_lengths(meta, episodes_of(dataset), steps, allow_short)
+    check_stamps(dataset, list(spec.roles), tolerance_s)
+    self.notices = notices(dataset, steps)
+    warn_once(log, self.notices)
+
+
+@patch
+def _read_index(self: Member, dataset) -> None:
+    "Where each row stands: its episode, its frame, its task."
+    meta = self.meta
+    self.fps, self.fingerprint = float(meta.fps), fingerprint(meta)
+    self.bounds, self.tasks = episode_bounds(meta), tasks_by_index(meta)
+    self.columns = read_columns(dataset, ['episode_index', 'frame_index', 'task_index'])
+    self.episodes = episodes_of(dataset)
+    self.rows = np.concatenate([np.arange(*self.bounds[e]) for e in self.episodes])
+
+# %% ../../nbs/data/03_mixture.ipynb #dm000049
+@patch
+def _check_finite(self: Member, key: str, x: np.ndarray) -> None:
+    "Raise `ValueError` for the first NaN or infinity among the rows of `x` (frames, d)."
+    v = x[self.rows]
+    if len(bad := np.argwhere(~np.isfinite(v))):
+        row, dim = bad[0]
+        raise ValueError(
+            f"{key}[{dim}] of dataset {self.spec.name} is"
+            f" {v[row, dim]} in frame {self.rows[row]}; repair it"
+            " or drop the episode (lerobot-edit-dataset --operation.type"
+            " delete_episodes)"
+        )
+
+
+@patch
+def _check_room(self: Member, key: str, n: int, most: int) -> None:
+    "Raise `ValueError` unless the policy's vectors have room for `n` numbers."
+    if n > most:
+        raise ValueError(
+            f"{key} of dataset {self.spec.name} has {n} dimensions, the policy"
+            f" takes {most}; raise max_{key}_dim"
+        )
 
 # %% ../../nbs/data/03_mixture.ipynb #5c98e6eb
 @patch
@@ -1002,45 +1004,47 @@ def read_numbers(self: Member, dataset, rotation: str) -> None:
 
     Raises `ValueError` for NaN, and for sizes beyond the policy's.
     """
-    spec, cfg = self.spec, self.cfg
+    spec, cfg, space = self.spec, self.cfg, self.space
     x = read_columns(dataset, [*spec.state, *spec.action])
-    join = lambda cols: (
-        np.concatenate([matrix(x[c]) for c in cols], 1)
-        if cols
-        else np.zeros((self.meta.total_frames, 0), np.float32)
-    )
-    self.state, self.action = join(spec.state), join(spec.action)
-    for key, v, most in (
-        ('state', self.state, cfg.max_state_dim),
-        ('action', self.action, cfg.max_action_dim),
-    ):
-        if len(bad := np.argwhere(~np.isfinite(v[self.rows]))):
-            raise ValueError(
-                f"{key}[{bad[0][1]}] of dataset {spec.name} is"
-                f" {v[self.rows][tuple(bad[0])]} in frame {self.rows[bad[0][0]]}; repair it"
-                " or drop the episode (lerobot-edit-dataset --operation.type"
-                " delete_episodes)"
-            )
-    self.action = unify(self.action, spec.action_space, rotation)
-    for key, v, most in (
-        ('state', self.state, cfg.max_state_dim),
-        ('action', self.action, cfg.max_action_dim),
-    ):
-        if v.shape[1] > most:
-            raise ValueError(
-                f"{key} of dataset {spec.name} has {v.shape[1]} dimensions, the policy"
-                f" takes {most}; raise max_{key}_dim"
-            )
-    if (
-        self.actions == 'resampled'
-        and self.space.control == 'delta'
-        and self.space.rotation in ('quaternion', 'rot6d')
-    ):
+    none = np.zeros((self.meta.total_frames, 0), np.float32)
+    join = lambda names: np.concatenate([none, *(matrix(x[c]) for c in names)], 1)
+    self.state, action = join(spec.state), join(spec.action)
+    self._check_finite('state', self.state)
+    self._check_finite('action', action)
+    self.action = unify(action, spec.action_space, rotation)
+    self._check_room('state', self.state.shape[1], cfg.max_state_dim)
+    self._check_room('action', self.action.shape[1], cfg.max_action_dim)
+    summed = self.actions == 'resampled' and space.control == 'delta'
+    if summed and space.rotation in ('quaternion', 'rot6d'):
         raise ValueError(
-            f"delta rotations of dataset {spec.name} as {self.space.rotation!r} cannot be"
+            f"delta rotations of dataset {spec.name} as {space.rotation!r} cannot be"
             " added up over time; set rotation: axis_angle in the mixture, or actions:"
             " native"
         )
+
+# %% ../../nbs/data/03_mixture.ipynb #dm000052
+@patch
+def _statistics_file(self: Member, rotation: str) -> Path:
+    "Where the statistics of this dataset under this declaration are kept."
+    spec = self.spec
+    what = dict(
+        state=spec.state,
+        action=spec.action,
+        space=asdict(spec.action_space),
+        rotation=rotation,
+        actions=self.actions,
+        fps=self.cfg.sampling.fps if self.actions == 'resampled' else 0,
+        of=self.fingerprint,
+    )
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    return near_dataset(self.meta, 'statistics', f'{digest[:12]}.json')
+
+
+@patch
+def _seen(self: Member, rows: np.ndarray) -> dict[str, np.ndarray]:
+    "State and action (b, d) at `rows` as the policy sees them; without those of no number."
+    pairs = {'observation.state': self.state[rows], 'action': self.chunks(rows, 1)[0][:, 0]}
+    return {k: v for k, v in pairs.items() if v.shape[1]}
 
 # %% ../../nbs/data/03_mixture.ipynb #6314aaf8
 @patch
@@ -1048,52 +1052,23 @@ def read_statistics(self: Member, rotation: str, recompute: bool, progress: bool
     """Load or compute statistics of what the policy sees, and check them against a sample
     of it.
     """
-    spec, what = (
-        self.spec,
-        dict(
-            state=self.spec.state,
-            action=self.spec.action,
-            space=asdict(self.spec.action_space),
-            rotation=rotation,
-            actions=self.actions,
-            fps=self.cfg.sampling.fps if self.actions == 'resampled' else 0,
-            of=self.fingerprint,
-        ),
-    )
-    file = near_dataset(
-        self.meta,
-        'statistics',
-        f'{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}.json',
-    )
-    seen = lambda rows: {
-        k: v
-        for k, v in (
-            ('observation.state', self.state[rows]),
-            ('action', self.chunks(rows, 1)[0][:, 0]),
-        )
-        if v.shape[1]
-    }
-    self.stats = kept_statistics(
-        file,
-        lambda: {
+    spec, rng = self.spec, np.random.default_rng(0)
+
+    def compute():
+        return {
             k: compute_statistics(v, f'{spec.name} {k}', progress)
-            for k, v in seen(self.rows).items()
-        },
-        recompute,
-    )
-    sample = seen(
-        np.random.default_rng(0).choice(
-            self.rows, min(len(self.rows), 20_000), replace=False
-        )
-    )
-    for key, mode, still in (
-        ('observation.state', spec.state_norm, spec.state_constant),
-        ('action', spec.action_norm, spec.action_constant),
-    ):
-        if key in sample:
-            check_statistics(
-                self.stats.get(key, {}), sample[key], mode, spec.name, key, still
-            )
+            for k, v in self._seen(self.rows).items()
+        }
+
+    self.stats = kept_statistics(self._statistics_file(rotation), compute, recompute)
+    some = rng.choice(self.rows, min(len(self.rows), 20_000), replace=False)
+    modes = {
+        'observation.state': (spec.state_norm, spec.state_constant),
+        'action': (spec.action_norm, spec.action_constant),
+    }
+    for key, v in self._seen(some).items():
+        mode, still = modes[key]
+        check_statistics(self.stats.get(key, {}), v, mode, spec.name, key, still)
 
 # %% ../../nbs/data/03_mixture.ipynb #61346657
 @patch
@@ -1102,21 +1077,17 @@ def chunks(self: Member, rows: np.ndarray, steps: int) -> tuple[np.ndarray, np.n
     end (b, s).
     """
     first, after = self.bounds[self.columns['episode_index'][rows]].T
-    if self.actions == 'native' or abs(self.fps - self.cfg.sampling.fps) < 1e-6:
+    fps = self.cfg.sampling.fps
+    if self.actions == 'native' or abs(self.fps - fps) < 1e-6:
         at = rows[:, None] + np.arange(steps)
         return self.action[np.minimum(at, after[:, None] - 1)], at >= after[:, None]
     # (b, s) seconds from the episode's start
-    times = (rows - first)[:, None] / self.fps + np.arange(steps) / self.cfg.sampling.fps
+    times = (rows - first)[:, None] / self.fps + np.arange(steps) / fps
     out = np.zeros((*times.shape, self.action.shape[1]), np.float32)
     for a in np.unique(first):
         mine = first == a
-        out[mine] = resample_actions(
-            self.action[a : after[mine][0]],
-            self.fps,
-            times[mine],
-            1 / self.cfg.sampling.fps,
-            self.space,
-        )
+        episode = self.action[a : after[mine][0]]
+        out[mine] = resample_actions(episode, self.fps, times[mine], 1 / fps, self.space)
     return out, times >= ((after - first) / self.fps)[:, None] - 1e-6
 
 # %% ../../nbs/data/03_mixture.ipynb #c2f3ba09
@@ -1127,17 +1098,14 @@ def history(self: Member, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     """
     s, first = self.cfg.sampling, self.bounds[self.columns['episode_index'][rows], 0]
     n, size = s.history_frames, s.history_size
-    frames, mask = (
-        np.zeros((len(rows), n, 3, size, size), np.uint8),
-        np.zeros((len(rows), n), bool),
-    )
+    frames = np.zeros((len(rows), n, 3, size, size), np.uint8)
+    mask = np.zeros((len(rows), n), bool)
     for i, (row, a) in enumerate(zip(rows, first)) if n else ():
         stamps = np.arange(row - a + 1) / self.fps
         tick = int(np.floor(stamps[-1] * s.fps + 1e-3))
         if ticks := history_ticks(tick, n, s.history_stride, s.history_hop):
-            frames[i, n - len(ticks) :] = self.store.maps[self.names['history']][
-                a + frames_at(stamps, row - a, ticks, tick, s.fps)
-            ]
+            at = a + frames_at(stamps, row - a, ticks, tick, s.fps)
+            frames[i, n - len(ticks) :] = self.store.maps[self.names['history']][at]
             mask[i, n - len(ticks) :] = True
     return torch.from_numpy(frames), torch.from_numpy(mask)
 
@@ -1181,6 +1149,19 @@ def shuffled(i: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
             x[out] = rounds(x[out])
     return x.astype(np.int64)
 
+# %% ../../nbs/data/03_mixture.ipynb #dm000059
+def _check_ranks(batch: int, rank: int, world: int) -> None:
+    "Raise `ValueError` unless `world` processes can share a batch, and `rank` is one."
+    at_least('batch', batch, 1)
+    at_least('world', world, 1)
+    if batch % world:
+        raise ValueError(
+            f"batch={batch} does not divide among {world} processes; choose a multiple"
+            f" of {world}"
+        )
+    if not 0 <= rank < world:
+        raise ValueError(f"rank={rank} must lie between 0 and {world - 1}")
+
 # %% ../../nbs/data/03_mixture.ipynb #5f852a9c
 class MixtureSampler:
     """Endless batches of picks (dataset, sample, draw number), a pure function of `seed`;
@@ -1190,31 +1171,17 @@ class MixtureSampler:
     def __init__(
         self, lengths, weights, batch: int, seed: int = 0, rank: int = 0, world: int = 1
     ):
-        at_least('batch', batch, 1)
-        at_least('world', world, 1)
-        if batch % world:
-            raise ValueError(
-                f"batch={batch} does not divide among {world} processes; choose a multiple"
-                f" of {world}"
-            )
-        if not 0 <= rank < world:
-            raise ValueError(f"rank={rank} must lie between 0 and {world - 1}")
-        self.lengths, self.weights = (
-            np.asarray(lengths, np.int64),
-            np.asarray(weights, np.float64) / np.sum(weights),
-        )
-        if (
-            len(self.lengths) != len(self.weights)
-            or (self.lengths < 1).any()
-            or not (self.weights > 0).all()
-        ):
+        _check_ranks(batch, rank, world)
+        self.lengths = n = np.asarray(lengths, np.int64)
+        self.weights = w = np.asarray(weights, np.float64) / np.sum(weights)
+        if len(n) != len(w) or (n < 1).any() or not (w > 0).all():
             raise ValueError(
                 f"lengths={list(lengths)} and weights={list(weights)} must be equally many"
                 " and positive"
             )
         self.size, self.seed, self.rank, self.world, self.step = batch, seed, rank, world, 0
         self.offset = int(np.random.SeedSequence([seed, 7]).generate_state(1, np.uint64)[0])
-        self.known = 0, np.zeros(len(self.lengths), np.int64)
+        self.known = 0, np.zeros(len(n), np.int64)
 
     def __iter__(self):
         return self
@@ -1227,14 +1194,13 @@ class MixtureSampler:
 @patch
 def before(self: MixtureSampler, i: int) -> np.ndarray:
     "How many of the draws 0 ... i - 1 fell on each dataset."
-    at, counts = (
-        self.known if self.known[0] <= i else (0, np.zeros(len(self.lengths), np.int64))
-    )
+    at, counts = self.known
+    if at > i:
+        at, counts = 0, np.zeros(len(self.lengths), np.int64)
     while at < i:
         z = min(i, at + (1 << 20))
-        counts = counts + np.bincount(
-            dataset_of(np.arange(at, z), self.weights, self.offset), minlength=len(counts)
-        )
+        which = dataset_of(np.arange(at, z), self.weights, self.offset)
+        counts = counts + np.bincount(which, minlength=len(counts))
         at = z
     self.known = i, counts
     return counts
@@ -1243,26 +1209,17 @@ def before(self: MixtureSampler, i: int) -> np.ndarray:
 @patch
 def picks(self: MixtureSampler, step: int) -> list[tuple[int, int, int]]:
     "The global batch of `step`."
-    draws, used = (
-        np.arange(step * self.size, (step + 1) * self.size),
-        self.before(step * self.size),
-    )
-    which, sample = (
-        dataset_of(draws, self.weights, self.offset),
-        np.zeros(len(draws), np.int64),
-    )
+    draws = np.arange(step * self.size, (step + 1) * self.size)
+    used = self.before(step * self.size)
+    which = dataset_of(draws, self.weights, self.offset)
+    sample = np.zeros(len(draws), np.int64)
     for m in np.unique(which):
-        mine = np.flatnonzero(which == m)
-        n = int(self.lengths[m])
+        mine, n = np.flatnonzero(which == m), int(self.lengths[m])
         turn, place = np.divmod(used[m] + np.arange(len(mine)), n)
         for t in np.unique(turn):
-            sample[mine[turn == t]] = shuffled(
-                place[turn == t],
-                n,
-                np.random.SeedSequence([self.seed, int(m), int(t)]).generate_state(
-                    4, np.uint64
-                ),
-            )
+            seed = np.random.SeedSequence([self.seed, int(m), int(t)])
+            key = seed.generate_state(4, np.uint64)
+            sample[mine[turn == t]] = shuffled(place[turn == t], n, key)
     return list(zip(which.tolist(), sample.tolist(), draws.tolist()))
 
 # %% ../../nbs/data/03_mixture.ipynb #b1ccd6f5
@@ -1279,7 +1236,7 @@ def state_dict(self: MixtureSampler, step: int | None = None) -> dict:
         step=self.step if step is None else int(step),
     )
 
-# %% ../../nbs/data/03_mixture.ipynb #1153cfa7
+
 @patch
 def load_state_dict(self: MixtureSampler, state: dict) -> None:
     """Continue at a saved position, on any number of processes.
@@ -1288,11 +1245,8 @@ def load_state_dict(self: MixtureSampler, state: dict) -> None:
     """
     mine = self.state_dict(step=0)
     for k in ('lengths', 'batch', 'seed', 'weights'):
-        if (
-            not np.allclose(state[k], mine[k], rtol=1e-9)
-            if np.shape(state[k]) == np.shape(mine[k])
-            else True
-        ):
+        alike = np.shape(state[k]) == np.shape(mine[k])
+        if not (alike and np.allclose(state[k], mine[k], rtol=1e-9)):
             raise ValueError(
                 f"the saved sampler has {k}={state[k]} but this one has {k}={mine[k]};"
                 " resume with the same mixture, global batch and seed"
@@ -1300,31 +1254,28 @@ def load_state_dict(self: MixtureSampler, state: dict) -> None:
     self.step = int(state['step'])
 
 # %% ../../nbs/data/03_mixture.ipynb #879bb64a
-# (..., 3, h, w) uint8 of one camera; sizes may differ
-def augment(pictures: list[Tensor], a: Augmentation, seed) -> list[Tensor]:
+def _crop(x: Tensor, keep: float, top: float, left: float) -> Tensor:
+    "A share `keep` of the sides, `top` and `left` of what is cut off, at the old size."
+    h, w = x.shape[-2:]
+    ch, cw = max(1, round(keep * h)), max(1, round(keep * w))
+    corner = (round(top * (h - ch)), round(left * (w - cw)))
+    return tvf.resized_crop(x, *corner, ch, cw, [h, w], antialias=True)
+
+
+def augment(
+    pictures: list[Tensor],  # (..., 3, h, w) uint8 of one camera; sizes may differ
+    a: Augmentation,
+    seed,
+) -> list[Tensor]:
     """The same crop (in shares of the side) and colours for all `pictures`, decided by
     `seed`.
     """
     rng = np.random.default_rng(seed)
     keep, top, left = 1 - a.crop * rng.random(), rng.random(), rng.random()
-    out = []
-    for x in pictures:
-        h, w = x.shape[-2:]
-        ch, cw = max(1, round(keep * h)), max(1, round(keep * w))
-        if a.crop:
-            x = tvf.resized_crop(
-                x,
-                round(top * (h - ch)),
-                round(left * (w - cw)),
-                ch,
-                cw,
-                [h, w],
-                antialias=True,
-            )
-        out.append(x)
-    jitter = v2.ColorJitter(a.brightness, a.contrast, a.saturation, a.hue)
+    out = [_crop(x, keep, top, left) for x in pictures] if a.crop else list(pictures)
     if not (a.brightness or a.contrast or a.saturation or a.hue):
         return out
+    jitter = v2.ColorJitter(a.brightness, a.contrast, a.saturation, a.hue)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**62)))
         # of plain tensors it would change the first only
@@ -1352,63 +1303,43 @@ class MixtureDataset(torch.utils.data.Dataset):
         progress: bool = True,
         frames: bool = True,
         allow_short: bool = True,  # accept episodes shorter than a chunk
-        # of time stamps, s; None = LeRobot's 1e-4
-        tolerance_s: float | None = None,
+        tolerance_s: float | None = None,  # of time stamps, s; None = LeRobot's 1e-4
     ):
         self.mixture, self.cfg, self.seed = mixture, cfg, seed
         place = lambda d: None if store_root is None else Path(store_root) / d.name
+        how = (recompute, workers, progress, frames, allow_short, tolerance_s)
         self.members = [
-            Member(
-                d,
-                cfg,
-                mixture.rotation,
-                mixture.actions,
-                root,
-                place(d),
-                recompute,
-                workers,
-                progress,
-                frames,
-                allow_short,
-                tolerance_s,
-            )
+            Member(d, cfg, mixture.rotation, mixture.actions, root, place(d), *how)
             for d in mixture.datasets
         ]
-        self.slots = sorted(
-            {s for d in mixture.datasets for s in d.cameras},
-            key=lambda s: (ROLES.index(slot_role(s)), s),
-        )
+        slots = {s for d in mixture.datasets for s in d.cameras}
+        self.slots = sorted(slots, key=lambda s: (ROLES.index(slot_role(s)), s))
         self.notices = [text for m in self.members for text in m.notices]
         self.names = [d.name for d in mixture.datasets]
-
-    @property
-    def weights(self) -> np.ndarray:
-        "Share of each dataset in the draws."
-        w = np.array(
-            [
-                m.spec.weight * (len(m) if self.mixture.balance == 'frames' else 1)
-                for m in self.members
-            ],
-            np.float64,
-        )
-        return w / w.sum()
-
-    @property
-    def fingerprint(self) -> str:
-        "16 hexadecimal digits that change with any dataset or declaration."
-        return hashlib.sha256(
-            json.dumps(
-                [asdict(self.mixture), [m.fingerprint for m in self.members]],
-                sort_keys=True,
-            ).encode()
-        ).hexdigest()[:16]
 
     def __len__(self):
         return sum(map(len, self.members))
 
-    # torch's DataLoader asks for whole batches through it
-    def __getitems__(self, picks):
-        return self.batch(picks)
+# %% ../../nbs/data/03_mixture.ipynb #dm000066
+@patch(as_prop=True)
+def weights(self: MixtureDataset) -> np.ndarray:
+    "Share of each dataset in the draws."
+    frames = self.mixture.balance == 'frames'
+    each = [m.spec.weight * (len(m) if frames else 1) for m in self.members]
+    w = np.array(each, np.float64)
+    return w / w.sum()
+
+
+@patch(as_prop=True)
+def fingerprint(self: MixtureDataset) -> str:
+    "16 hexadecimal digits that change with any dataset or declaration."
+    what = [asdict(self.mixture), [m.fingerprint for m in self.members]]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@patch
+def __getitems__(self: MixtureDataset, picks) -> dict:
+    return self.batch(picks)
 
 # %% ../../nbs/data/03_mixture.ipynb #25c85b4d
 @patch
@@ -1443,28 +1374,30 @@ def numbers(self: Member, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     """State (b, D_s), action chunk (b, s, D_a), normalised and zero-padded, and which
     values of the chunk are padded (b, s, D_a).
     """
-    spec, cfg = self.spec, self.cfg
+    spec, cfg, stats = self.spec, self.cfg, self.stats
     actions, behind = self.chunks(rows, cfg.chunk)
-    state, action = (
-        np.zeros((len(rows), cfg.max_state_dim), np.float32),
-        np.zeros((len(rows), cfg.chunk, cfg.max_action_dim), np.float32),
-    )
+    state = np.zeros((len(rows), cfg.max_state_dim), np.float32)
+    action = np.zeros((len(rows), cfg.chunk, cfg.max_action_dim), np.float32)
     if n := self.state.shape[1]:
-        state[:, :n] = scale(
-            self.state[rows],
-            self.stats['observation.state'],
-            spec.state_norm,
-            spec.state_constant,
-        )
-    d = actions.shape[-1]
-    action[..., :d] = scale(
-        actions, self.stats['action'], spec.action_norm, spec.action_constant
-    )
+        how = (stats['observation.state'], spec.state_norm, spec.state_constant)
+        state[:, :n] = scale(self.state[rows], *how)
+    d, how = actions.shape[-1], (stats['action'], spec.action_norm, spec.action_constant)
+    action[..., :d] = scale(actions, *how)
     pad = np.ones(action.shape, bool)
     pad[..., [i for i in range(d) if i not in spec.action_constant]] = behind[..., None]
     return torch.from_numpy(state), torch.from_numpy(action), torch.from_numpy(pad)
 
 # %% ../../nbs/data/03_mixture.ipynb #0e34feda
+def _vary(views, frames, mask, i: int, a: Augmentation, seed: list) -> None:
+    "Augment sample `i` of the present `views` and of the history `frames`, in place."
+    for k, slot in enumerate(views):
+        past = [frames[i]] if slot == 'primary' and frames.shape[1] else []
+        present, *past = augment([views[slot][i : i + 1], *past], a, [*seed, k])
+        views[slot][i] = present[0]
+        if past:
+            frames[i] = past[0] * mask[i, :, None, None, None]
+
+
 @patch
 def pictures(
     self: Member, rows: np.ndarray, a: Augmentation, seeds: list
@@ -1473,69 +1406,57 @@ def pictures(
     draw per sample and camera.
     """
     frames, mask = self.history(rows)
-    views = {
-        slot: torch.from_numpy(np.asarray(self.store.maps[self.names[slot]])[rows])
-        for slot in self.spec.cameras
-    }
-    if a == Augmentation():
-        return frames, mask, views
-    for i, seed in enumerate(seeds):
-        for k, slot in enumerate(views):
-            both = augment(
-                [views[slot][i : i + 1]]
-                + ([frames[i]] if slot == 'primary' and frames.shape[1] else []),
-                a,
-                [*seed, k],
-            )
-            views[slot][i] = both[0][0]
-            if len(both) > 1:
-                frames[i] = both[1] * mask[i, :, None, None, None]
+    kept = {slot: self.store.maps[self.names[slot]] for slot in self.spec.cameras}
+    views = {slot: torch.from_numpy(np.asarray(m)[rows]) for slot, m in kept.items()}
+    if a != Augmentation():
+        for i, seed in enumerate(seeds):
+            _vary(views, frames, mask, i, a, seed)
     return frames, mask, views
 
 # %% ../../nbs/data/03_mixture.ipynb #fd48f6ae
+def _padding(cfg: ModelConfig, b: int) -> dict[str, Tensor]:
+    "A batch of `b` samples in which everything is padded."
+    s, chunk, d = cfg.sampling, cfg.chunk, cfg.max_action_dim
+    n, size = s.history_frames, s.history_size
+    return {
+        'observation.history': torch.zeros(b, n, 3, size, size, dtype=torch.uint8),
+        'observation.history_mask': torch.zeros(b, n, dtype=torch.bool),
+        'observation.state': torch.zeros(b, cfg.max_state_dim),
+        'action': torch.zeros(b, chunk, d),
+        'action_is_pad': torch.ones(b, chunk, d, dtype=torch.bool),
+    }
+
+
+def _row_facts(members: list[Member], which: np.ndarray, rows: np.ndarray) -> dict:
+    "Instruction, dataset, episode and frame of `rows` (b,) of the datasets `which` (b,)."
+    at = lambda k: [int(members[m].columns[k][r].item()) for m, r in zip(which, rows)]
+    return dict(
+        task=[members[m].tasks[k] for m, k in zip(which, at('task_index'))],
+        dataset_index=torch.from_numpy(which.copy()),
+        episode_index=torch.tensor(at('episode_index'), dtype=torch.int64),
+        frame_index=torch.tensor(at('frame_index'), dtype=torch.int64),
+    )
+
+# %% ../../nbs/data/03_mixture.ipynb #dm000072
 @patch
 def batch(self: MixtureDataset, picks) -> dict:
     """Samples along axis b in the order of `picks`: what `HistoryDataset.batch` gives,
     already normalised, with `action_is_pad` (b, s, d) and `dataset_index`.
     """
-    p, s, c = np.asarray(picks, np.int64).reshape(-1, 3), self.cfg.sampling, self.cfg
-    b = len(p)
-    out = {
-        'observation.history': torch.zeros(
-            b, s.history_frames, 3, s.history_size, s.history_size, dtype=torch.uint8
-        ),
-        'observation.history_mask': torch.zeros(b, s.history_frames, dtype=torch.bool),
-        'observation.state': torch.zeros(b, c.max_state_dim),
-        'action': torch.zeros(b, c.chunk, c.max_action_dim),
-        'action_is_pad': torch.ones(b, c.chunk, c.max_action_dim, dtype=torch.bool),
-    }
-    task, where, views = [''] * b, np.zeros((b, 2), np.int64), {}
-    for m in np.unique(p[:, 0]):
-        at, member = np.flatnonzero(p[:, 0] == m), self.members[m]
-        rows = member.rows[p[at, 1]]
-        frames, mask, present = member.pictures(
-            rows, self.mixture.augment, [[self.seed, int(i)] for i in p[at, 2]]
-        )
-        for k, v in zip(out, (frames, mask, *member.numbers(rows))):
+    which, sample, draws = np.asarray(picks, np.int64).reshape(-1, 3).T
+    b, rows, views = len(which), np.zeros(len(which), np.int64), {}
+    out = _padding(self.cfg, b)
+    for m in np.unique(which):
+        at, member = np.flatnonzero(which == m), self.members[m]
+        mine = rows[at] = member.rows[sample[at]]
+        seeds = [[self.seed, int(i)] for i in draws[at]]
+        frames, mask, present = member.pictures(mine, self.mixture.augment, seeds)
+        for k, v in zip(out, (frames, mask, *member.numbers(mine))):
             out[k][at] = v
         for slot, x in present.items():
             views.setdefault(slot, {}).setdefault(tuple(x.shape[-2:]), []).append((at, x))
-        for i, r in zip(at, rows):
-            task[i] = member.tasks[int(member.columns['task_index'][r])]
-        where[at] = np.stack(
-            [member.columns[k][rows].reshape(-1) for k in ('episode_index', 'frame_index')],
-            1,
-        )
-    return (
-        out
-        | stack_views(views, self.slots, b)
-        | dict(
-            task=task,
-            dataset_index=torch.from_numpy(p[:, 0].copy()),
-            episode_index=torch.from_numpy(where[:, 0]),
-            frame_index=torch.from_numpy(where[:, 1]),
-        )
-    )
+    out |= stack_views(views, self.slots, b)
+    return out | _row_facts(self.members, which, rows)
 
 # %% ../../nbs/data/03_mixture.ipynb #9ee3adc3
 def stack_views(views: dict, slots: list[str], b: int) -> dict[str, Tensor]:
@@ -1546,12 +1467,11 @@ def stack_views(views: dict, slots: list[str], b: int) -> dict[str, Tensor]:
     for slot in (s for s in slots if s in views):
         for (h, w), parts in sorted(views[slot].items()):
             key = VIEW + slot + (f'@{h}x{w}' if len(views[slot]) > 1 else '')
-            out[key], absent = (
-                torch.zeros(b, 3, h, w, dtype=torch.uint8),
-                torch.ones(b, dtype=torch.bool),
-            )
+            stacked = torch.zeros(b, 3, h, w, dtype=torch.uint8)
+            absent = torch.ones(b, dtype=torch.bool)
             for at, x in parts:
-                out[key][at], absent[at] = x, False
+                stacked[at], absent[at] = x, False
+            out[key] = stacked
             if absent.any() or '@' in key:
                 out[f'{key}_is_pad'] = absent
     return out
@@ -1563,44 +1483,36 @@ def make_mixture_policy(
     """A fresh HALO policy and its processors for a mixture; `config` are further fields of
     `HaloConfig`.
     """
-    feats = data.features()
-    same = dict(
-        VISUAL=NormalizationMode.IDENTITY,
-        STATE=NormalizationMode.IDENTITY,
-        ACTION=NormalizationMode.IDENTITY,
-    )
+    feats, same = data.features(), NormalizationMode.IDENTITY
     cfg = HaloConfig(
         model=data.cfg,
         input_features={k: f for k, f in feats.items() if k != 'action'},
         output_features={'action': feats['action']},
-        normalization_mapping=same,
+        normalization_mapping=dict(VISUAL=same, STATE=same, ACTION=same),
         camera_roles={VIEW + s: slot_role(s) for s in data.slots},
         **config,
     )
     return HaloPolicy(cfg), *make_halo_pre_post_processors(cfg, {}, tokenizer)
 
 # %% ../../nbs/data/03_mixture.ipynb #ceb9eb79
+_INDICES = ('dataset_index', 'episode_index', 'frame_index')
+
+
+def _inputs(batch: dict) -> dict:
+    "A batch without the entries that only say where its samples come from."
+    return {k: v for k, v in batch.items() if k not in _INDICES}
+
+
 def mixture_loss(
     policy, pre, batch: dict, names: list[str]
 ) -> tuple[Tensor, dict[str, float]]:
     """Mean loss over samples, each sample's over its real values, and the mean of every
     dataset in the batch.
     """
-    which = batch['dataset_index']
-    losses, _ = policy(
-        pre(
-            {
-                k: v
-                for k, v in batch.items()
-                if k not in ('dataset_index', 'episode_index', 'frame_index')
-            }
-        ),
-        reduction='none',
-    )
-    return losses.mean(), {
-        names[m]: float(losses.detach()[which.to(losses.device) == m].mean())
-        for m in which.unique().tolist()
-    }
+    losses, _ = policy(pre(_inputs(batch)), reduction='none')
+    which = batch['dataset_index'].to(losses.device)
+    each = {m: losses.detach()[which == m].mean() for m in which.unique().tolist()}
+    return losses.mean(), {names[m]: float(loss) for m, loss in each.items()}
 
 # %% ../../nbs/data/03_mixture.ipynb #3bc98ec3
 def mixture_loader(
@@ -1633,6 +1545,29 @@ def robot_statistics(member: Member) -> dict:
         out[key] = s
     return out
 
+# %% ../../nbs/data/03_mixture.ipynb #dm000076
+def _robot_config(policy: HaloPolicy, member: Member, slots: list[str], **config):
+    "The `HaloConfig` of `robot_policy`."
+    spec = member.spec
+    cams = {spec.cameras[s]: slot_role(s) for s in slots if s in spec.cameras}
+    sides = {c: (3, *camera_size(member.meta, c)) for c in cams}
+    views = {c: PolicyFeature(FeatureType.VISUAL, side) for c, side in sides.items()}
+    state = PolicyFeature(FeatureType.STATE, (member.state.shape[1],))
+    action = PolicyFeature(FeatureType.ACTION, (member.action.shape[1],))
+    return HaloConfig(
+        model=policy.config.model,
+        input_features=views | {'observation.state': state},
+        output_features={'action': action},
+        normalization_mapping=dict(
+            VISUAL=NormalizationMode.IDENTITY,
+            STATE=NormalizationMode[spec.state_norm.upper()],
+            ACTION=NormalizationMode[spec.action_norm.upper()],
+        ),
+        camera_roles=cams,
+        primary_camera=spec.cameras['primary'],
+        **config,
+    )
+
 # %% ../../nbs/data/03_mixture.ipynb #77a93e65
 def robot_policy(
     policy: HaloPolicy, member: Member, slots: list[str], **config
@@ -1640,35 +1575,11 @@ def robot_policy(
     """`policy`'s weights as a LeRobot policy of one robot of the mixture, with its
     processors. `slots`: those of the mixture, in order.
     """
-    spec, cams = (
-        member.spec,
-        {member.spec.cameras[s]: slot_role(s) for s in slots if s in member.spec.cameras},
-    )
-    if not spec.state:
+    if not member.spec.state:
         raise ValueError(
-            f"dataset {spec.name} has no state; a LeRobot policy of HALO needs one"
+            f"dataset {member.spec.name} has no state; a LeRobot policy of HALO needs one"
         )
-    views = {
-        c: PolicyFeature(FeatureType.VISUAL, (3, *camera_size(member.meta, c)))
-        for c in cams
-    }
-    norm = dict(
-        VISUAL=NormalizationMode.IDENTITY,
-        STATE=NormalizationMode[spec.state_norm.upper()],
-        ACTION=NormalizationMode[spec.action_norm.upper()],
-    )
-    cfg = HaloConfig(
-        model=policy.config.model,
-        input_features=views
-        | {'observation.state': PolicyFeature(FeatureType.STATE, (member.state.shape[1],))},
-        output_features={
-            'action': PolicyFeature(FeatureType.ACTION, (member.action.shape[1],))
-        },
-        normalization_mapping=norm,
-        camera_roles=cams,
-        primary_camera=spec.cameras['primary'],
-        **config,
-    )
+    cfg = _robot_config(policy, member, slots, **config)
     with torch.device('meta'):
         robot = HaloPolicy(cfg, load_vlm=False)
     robot.model = policy.model
@@ -1680,73 +1591,54 @@ def aligned(rows: list[tuple]) -> str:
     wide = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     return '\n'.join('  '.join(x.ljust(w) for x, w in zip(r, wide)).rstrip() for r in rows)
 
-# %% ../../nbs/data/03_mixture.ipynb #0c4ada72
+
+def _declared_row(d: DatasetSpec) -> tuple[str, ...]:
+    "One dataset as texts: weight, id, actions, rotation, gripper, constants, cameras."
+    s, constants = d.action_space, {'state': d.state_constant, 'action': d.action_constant}
+    ends = '...'.join(f'{x:g}' for x in s.gripper_range)
+    still = [f'{k} {list(v)}' for k, v in constants.items() if v]
+    still += [] if d.state else ['no state']
+    keys = {slot: c.removeprefix('observation.images.') for slot, c in d.cameras.items()}
+    return (
+        f'{d.weight:.4g}',
+        d.id,
+        f'{s.frame} {s.control}',
+        s.rotation,
+        f'{s.gripper} {ends}' if s.grippers else 'none',
+        ' '.join(still) or '-',
+        ' '.join(f'{slot}={key}' for slot, key in keys.items()),
+    )
+
+
 def declared(mixture: Mixture) -> str:
     "Table of what the datasets of a mixture are declared to be."
-
-    def row(d):
-        s = d.action_space
-        ends = [f'{x:g}' for x in s.gripper_range]
-        still = [
-            f'{k} {list(v)}'
-            for k, v in (('state', d.state_constant), ('action', d.action_constant))
-            if v
-        ] + ['no state'] * (not d.state)
-        return (
-            f'{d.weight:.4g}',
-            d.id,
-            f'{s.frame} {s.control}',
-            s.rotation,
-            f"{s.gripper} {'...'.join(ends)}" if s.grippers else 'none',
-            ' '.join(still) or '-',
-            ' '.join(
-                f"{k}={c.removeprefix('observation.images.')}" for k, c in d.cameras.items()
-            ),
-        )
-
-    return aligned(
-        [
-            ('weight', 'dataset', 'actions', 'rotation', 'gripper', 'constant', 'cameras'),
-            *map(row, mixture.datasets),
-        ]
-    )
+    head = ('weight', 'dataset', 'actions', 'rotation', 'gripper', 'constant', 'cameras')
+    return aligned([head, *map(_declared_row, mixture.datasets)])
 
 # %% ../../nbs/data/03_mixture.ipynb #3094b5a2
 def needed(d: DatasetSpec) -> list[str]:
     """Topics that a dataset's declaration has: one without rotations or grippers has
     nothing to verify there.
     """
-    return [
-        t
-        for t in TOPICS
-        if not (
-            t == 'rotation'
-            and d.action_space.rotation == 'none'
-            or t == 'gripper'
-            and not d.action_space.grippers
-        )
-    ]
+    s = d.action_space
+    absent = {'rotation': s.rotation == 'none', 'gripper': not s.grippers}
+    return [t for t in TOPICS if not absent.get(t)]
 
-# %% ../../nbs/data/03_mixture.ipynb #484b5237
+
+def _verified_row(d: DatasetSpec) -> tuple[str, ...]:
+    "One dataset as texts: its name, and the sources of each topic."
+    topics = {t: d.verified.get(t, '-') for t in needed(d)}
+    return d.name.removesuffix('_lerobot'), *(topics.get(t, '') for t in TOPICS)
+
+
 def verification(mixture: Mixture) -> str:
     """Table of the sources that confirm each topic of each dataset; '-' is not confirmed,
     '' not needed.
     """
-    rows = [
-        (
-            d.name.removesuffix('_lerobot'),
-            *(d.verified.get(t, '-') if t in needed(d) else '' for t in TOPICS),
-        )
-        for d in mixture.datasets
-    ]
-    have, of = (
-        sum(t in d.verified for d in mixture.datasets for t in needed(d)),
-        sum(len(needed(d)) for d in mixture.datasets),
-    )
-    return (
-        aligned([('confirmed by', *TOPICS), *rows])
-        + f'\n{have} of {of} declarations confirmed by a published source'
-    )
+    topics = [(d, t) for d in mixture.datasets for t in needed(d)]
+    have = sum(t in d.verified for d, t in topics)
+    table = aligned([('confirmed by', *TOPICS), *map(_verified_row, mixture.datasets)])
+    return f'{table}\n{have} of {len(topics)} declarations confirmed by a published source'
 
 # %% ../../nbs/data/03_mixture.ipynb #ff1ecdbc
 def timed(f) -> tuple:
@@ -1754,6 +1646,26 @@ def timed(f) -> tuple:
     t = time.perf_counter()
     out = f()
     return out, time.perf_counter() - t
+
+
+def _lerobot_histories(dataset, n: int, chunk: int, camera: str, other: str):
+    "`dataset` with `n` past frames of `camera` for every sample, by `delta_timestamps`."
+    fps = dataset.meta.fps
+    offsets = {
+        camera: [-k / fps for k in range(n, -1, -1)],
+        other: [0.0],
+        'action': [k / fps for k in range(chunk)],
+    }
+    return LeRobotDataset(
+        dataset.repo_id, dataset.root, delta_timestamps=offsets, return_uint8=True
+    )
+
+
+def _rows_with_history(data: HistoryDataset, n: int, samples: int) -> list[int]:
+    "Random rows that lie at least `n` ticks into their episode."
+    first = data.bounds[data.columns['episode_index'], 0]
+    whole = np.flatnonzero(np.arange(len(data)) - first >= n)
+    return np.random.default_rng(0).choice(whole, samples, replace=False).tolist()
 
 # %% ../../nbs/data/03_mixture.ipynb #471fc8b9
 def store_speed(
@@ -1768,41 +1680,50 @@ def store_speed(
     """Samples per second of LeRobot's `delta_timestamps` and of the frame store,
     alternately, and the largest difference of frames in units of 1/255.
     """
-    fps, size = dataset.meta.fps, data.cfg.sampling.history_size
-    theirs = LeRobotDataset(
-        dataset.repo_id,
-        dataset.root,
-        delta_timestamps={
-            camera: [-k / fps for k in range(n, -1, -1)],
-            other: [0.0],
-            'action': [k / fps for k in range(data.cfg.chunk)],
-        },
-        return_uint8=True,
-    )
-    first = data.bounds[data.columns['episode_index'], 0]
-    rows = np.random.default_rng(0).choice(
-        np.flatnonzero(np.arange(len(data)) - first >= n), samples + 1, replace=False
-    )
+    theirs = _lerobot_histories(dataset, n, data.cfg.chunk, camera, other)
+    rows = _rows_with_history(data, n, samples + 1)
     slow, fast, worst = [], [], 0
-    for i in tqdm(rows.tolist(), desc=f'{n} frames', unit='sample', disable=not progress):
+    for i in tqdm(rows, desc=f'{n} frames', unit='sample', disable=not progress):
         (a, s), (b, f) = timed(lambda: theirs[i]), timed(lambda: data[i])
         slow.append(s)
         fast.append(f)
-        worst = max(
-            worst,
-            int(
-                (downsample(a[camera][:-1], size).int() - b['observation.history'].int())
-                .abs()
-                .max()
-            ),
-        )
-    # the first of each warms up
-    return dict(
-        frames=n,
-        lerobot=samples / sum(slow[1:]),
-        store=samples / sum(fast[1:]),
-        ratio=sum(slow[1:]) / sum(fast[1:]),
-        worst=worst,
+        past = downsample(a[camera][:-1], data.cfg.sampling.history_size)
+        worst = max(worst, int((past.int() - b['observation.history'].int()).abs().max()))
+    slow, fast = sum(slow[1:]), sum(fast[1:])
+    rates = dict(lerobot=samples / slow, store=samples / fast, ratio=slow / fast)
+    return dict(frames=n, **rates, worst=worst)
+
+# %% ../../nbs/data/03_mixture.ipynb #dm000082
+_BENCH_CAMERAS = ('observation.images.top', 'observation.images.wrist')
+
+
+def _bench_dataset(folder: Path, seconds, size: tuple[int, int]) -> LeRobotDataset:
+    "The dataset of `bench_store` in `folder`, recorded if missing; prints its size."
+    made = (folder / 'video/meta/info.json').is_file()
+    cameras = {c: size for c in _BENCH_CAMERAS}
+    if made:
+        open_it = lambda: LeRobotDataset('local/video', folder / 'video')
+    else:
+        open_it = lambda: record_clock(folder / 'video', 10, seconds, cameras, 7, 7)
+    dataset, took = timed(open_it)
+    info = dataset.meta.features[_BENCH_CAMERAS[0]].get('info') or {}
+    videos = sum(f.stat().st_size for f in Path(dataset.root).rglob('*.mp4'))
+    print(
+        f"{dataset.meta.total_frames} frames of two cameras, {size[0]}x{size[1]},"
+        f" {info.get('video.codec', 'video')}: {videos / 1e6:.1f} MB"
+        + ('' if made else f', recorded in {took:.0f} s')
+    )
+    return dataset
+
+
+def _print_store(data: HistoryDataset, frames: int, made: bool, took: float) -> None:
+    "The size of a frame store, and how long it took to open or to build it."
+    history = data.store.maps[data.names['observation.history']].nbytes
+    built = f"built in {took:.1f} s ({2 * frames / took:.0f} frames/s)"
+    print(
+        f"frame store: {data.store.nbytes / 1e6:.0f} MB ({history / 1e6:.1f} MB of them"
+        f" the history at 112 pixels, {history / frames / 1e3:.1f} kB a"
+        f" frame), {f'opened in {took:.1f} s' if made else built}"
     )
 
 # %% ../../nbs/data/03_mixture.ipynb #62c9ed6b
@@ -1817,52 +1738,19 @@ def bench_store(
     """Record a two-camera video dataset in `folder` with LeRobot's default encoder, build
     its frame store, and compare histories of `frames`; prints what it measures.
     """
-    folder, cams = Path(folder), ['observation.images.top', 'observation.images.wrist']
+    folder, cams = Path(folder), _BENCH_CAMERAS
     made = (folder / 'video/meta/info.json').is_file()
-    dataset, took = timed(
-        lambda: (
-            LeRobotDataset('local/video', folder / 'video')
-            if made
-            else record_clock(folder / 'video', 10, seconds, {c: size for c in cams}, 7, 7)
-        )
-    )
-    info, videos = (
-        (dataset.meta.features[cams[0]].get('info') or {}),
-        sum(f.stat().st_size for f in Path(dataset.root).rglob('*.mp4')),
-    )
-    print(
-        f"{dataset.meta.total_frames} frames of two cameras, {size[0]}x{size[1]},"
-        f" {info.get('video.codec', 'video')}: {videos / 1e6:.1f} MB"
-        + ('' if made else f', recorded in {took:.0f} s')
-    )
-    cfg = preset(
-        'tiny',
-        sampling__history_size=112,
-        sampling__history_stride=1,
-        sampling__view_size=224,
-        sampling__wrist_size=224,
-    )
-    data = lambda n: HistoryDataset(
-        dataset,
-        cfg.but(sampling__history_frames=n),
-        dict(zip(cams, ('primary', 'wrist'))),
-        store_root=folder / 'store',
-        progress=progress,
-    )
+    dataset = _bench_dataset(folder, seconds, size)
+    sizes = dict(history_size=112, history_stride=1, view_size=224, wrist_size=224)
+    cfg = preset('tiny', **{f'sampling__{k}': v for k, v in sizes.items()})
+    roles, kept = dict(zip(cams, ('primary', 'wrist'))), folder / 'store'
+
+    def data(n):
+        longer = cfg.but(sampling__history_frames=n)
+        return HistoryDataset(dataset, longer, roles, kept, progress=progress)
+
     first, took = timed(lambda: data(frames[0]))
-    history = first.store.maps[first.names['observation.history']].nbytes
-    print(
-        f"frame store: {first.store.nbytes / 1e6:.0f} MB ({history / 1e6:.1f} MB of them"
-        f" the history at 112 pixels, {history / dataset.meta.total_frames / 1e3:.1f} kB a"
-        f" frame), opened in {took:.1f} s"
-        if made
-        else (
-            f"frame store: {first.store.nbytes / 1e6:.0f} MB ({history / 1e6:.1f} MB of"
-            " them the history at 112 pixels,"
-            f" {history / dataset.meta.total_frames / 1e3:.1f} kB a frame), built in"
-            f" {took:.1f} s ({2 * dataset.meta.total_frames / took:.0f} frames/s)"
-        )
-    )
+    _print_store(first, dataset.meta.total_frames, made, took)
     rows = [store_speed(dataset, data(n), n, samples, *cams, progress) for n in frames]
     for r in rows:
         print(
@@ -1884,20 +1772,10 @@ def check_mixture(
     """Open every dataset of `mixture`, print what it holds or why it is refused; returns
     how many were refused. `checks`: of `Member`.
     """
-    bad = 0
+    bad, how = 0, dict(recompute=recompute, progress=progress, frames=False, **checks)
     for d in mixture.datasets:
         try:
-            m = Member(
-                d,
-                cfg,
-                mixture.rotation,
-                mixture.actions,
-                root,
-                recompute=recompute,
-                progress=progress,
-                frames=False,
-                **checks,
-            )
+            m = Member(d, cfg, mixture.rotation, mixture.actions, root, **how)
         except ValueError as e:
             bad += 1
             print(f'{d.name}: REFUSED: {e}')
@@ -1909,35 +1787,71 @@ def check_mixture(
             )
     return bad
 
-# %% ../../nbs/data/03_mixture.ipynb #f3f187a8
+# %% ../../nbs/data/03_mixture.ipynb #dm000085
+def _show(mixture: Mixture) -> None:
+    "Print what is declared, and who confirms it."
+    sources = '\n'.join(f'{k}: {v}' for k, v in mixture.sources.items())
+    notes = '\n'.join(f'{d.name}: {d.note}' for d in mixture.datasets if d.note)
+    tables = [declared(mixture), verification(mixture)]
+    print(*(t for t in (mixture.note, *tables, sources, notes) if t), sep='\n\n')
+
+
+def _store(data: MixtureDataset) -> None:
+    "Print the size of each dataset's frame store, and its share of the draws."
+    for m, w in zip(data.members, data.weights):
+        print(
+            f'{m.spec.name}: {m.store.nbytes / 1e9:.3f} GB for {len(m)} frames, {w:.2%} of'
+            ' the draws'
+        )
+
+# %% ../../nbs/data/03_mixture.ipynb #33a1609b
+def run(a, mixture: Mixture) -> int:
+    "The command `a.what` for `mixture`; returns the exit status."
+    if a.what == 'show':
+        _show(mixture)
+        return 0
+    cfg, progress = preset(a.preset), not a.quiet
+    checks = dict(allow_short=a.allow_short, tolerance_s=a.tolerance_s)
+    if a.what != 'store':
+        anew = getattr(a, 'recompute', False)
+        return int(check_mixture(mixture, cfg, a.root, anew, progress, **checks) > 0)
+    how = dict(workers=a.workers, progress=progress)
+    _store(MixtureDataset(mixture, cfg, a.root, **how, **checks))
+    return 0
+
+# %% ../../nbs/data/03_mixture.ipynb #dm000088
+def _add_mixture_command(sub, what: str) -> None:
+    "The arguments of one of show, check, stats, store."
+    import argparse
+
+    q = sub.add_parser(what)
+    q.add_argument('mixture', help='YAML file, or a name in configs/mixtures')
+    if what == 'show':
+        return
+    q.add_argument('--root', help='folder of the datasets')
+    q.add_argument('--preset', default='paper')
+    q.add_argument('--quiet', action='store_true', help='no progress bars')
+    q.add_argument('--workers', type=int, default=2)
+    about = 'seconds between a time stamp and its picture that are allowed (1e-4)'
+    q.add_argument('--tolerance-s', type=float, help=about)
+    q.add_argument(
+        '--allow-short',
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help='accept episodes shorter than a chunk (default: yes)',
+    )
+    if what == 'stats':
+        q.add_argument('--recompute', action='store_true')
+
+# %% ../../nbs/data/03_mixture.ipynb #dm000090
 def main(argv=None) -> int:
     "`python -m halo.data.mixture show|check|stats|store MIXTURE`, or `bench-store`."
     import argparse
 
-    p = argparse.ArgumentParser(prog='python -m halo.data.mixture', description=main.__doc__)
+    p = argparse.ArgumentParser('python -m halo.data.mixture', description=main.__doc__)
     sub = p.add_subparsers(dest='what', required=True)
     for what in ('show', 'check', 'stats', 'store'):
-        q = sub.add_parser(what)
-        q.add_argument('mixture', help='YAML file, or a name in configs/mixtures')
-        if what == 'show':
-            continue
-        q.add_argument('--root', help='folder of the datasets')
-        q.add_argument('--preset', default='paper')
-        q.add_argument('--quiet', action='store_true', help='no progress bars')
-        q.add_argument('--workers', type=int, default=2)
-        q.add_argument(
-            '--tolerance-s',
-            type=float,
-            help='seconds between a time stamp and its picture that are allowed (1e-4)',
-        )
-        q.add_argument(
-            '--allow-short',
-            action=argparse.BooleanOptionalAction,
-            default=True,
-            help='accept episodes shorter than a chunk (default: yes)',
-        )
-        if what == 'stats':
-            q.add_argument('--recompute', action='store_true')
+        _add_mixture_command(sub, what)
     q = sub.add_parser('bench-store')
     q.add_argument('--out', default='outputs/bench-store')
     q.add_argument('--frames', type=int, nargs='+', default=[40, 80])
@@ -1953,44 +1867,6 @@ def main(argv=None) -> int:
         print(e)
         return 1
 
-# %% ../../nbs/data/03_mixture.ipynb #33a1609b
-def run(a, mixture: Mixture) -> int:
-    "The command `a.what` for `mixture`; returns the exit status."
-    if a.what == 'show':
-        notes = [f'{d.name}: {d.note}' for d in mixture.datasets if d.note]
-        print(
-            *([mixture.note] if mixture.note else []),
-            declared(mixture),
-            verification(mixture),
-            *(
-                ['\n'.join(f'{k}: {v}' for k, v in mixture.sources.items())]
-                if mixture.sources
-                else []
-            ),
-            *(['\n'.join(notes)] if notes else []),
-            sep='\n\n',
-        )
-        return 0
-    cfg = preset(a.preset)
-    checks = dict(allow_short=a.allow_short, tolerance_s=a.tolerance_s)
-    if a.what != 'store':
-        return int(
-            check_mixture(
-                mixture, cfg, a.root, getattr(a, 'recompute', False), not a.quiet, **checks
-            )
-            > 0
-        )
-    data = MixtureDataset(
-        mixture, cfg, a.root, workers=a.workers, progress=not a.quiet, **checks
-    )
-    for m, w in zip(data.members, data.weights):
-        print(
-            f'{m.spec.name}: {m.store.nbytes / 1e9:.3f} GB for {len(m)} frames, {w:.2%} of'
-            ' the draws'
-        )
-    return 0
-
 # %% ../../nbs/data/03_mixture.ipynb #3582ab9a
-# python -m, but not a notebook
-if __name__ == '__main__' and globals().get('__spec__') is not None:
+if __name__ == '__main__' and globals().get('__spec__') is not None:  # python -m
     raise SystemExit(main())
