@@ -46,7 +46,7 @@ __all__ = ['SEVERITIES', 'AGAIN', 'RECOMPUTE', 'SIZES', 'OLD', 'VECTORS', 'INDEX
            'fitted', 'run_fields', 'run_file', 'lines', 'status', 'report', 'indented', 'as_json', 'draw_findings',
            'policy_fields', 'write_whole', 'parser', 'case_of', 'answer', 'main']
 
-# %% ../../nbs/train/05_check.ipynb #02cac882
+# %% ../../nbs/train/05_check.ipynb #4aef6502
 from halo.data.history import (
     View,
     as_meta,
@@ -202,7 +202,7 @@ def _download(name: str, deep: bool) -> str:
         allow_patterns=['meta/*', 'data/*', videos],
     )
 
-
+# %% ../../nbs/train/05_check.ipynb #e2d91747
 def fetched(name: str, deep: bool) -> Path:
     "Folder of dataset `name` of the hub. Raises `ValueError` where it is not to be had."
     from lerobot.utils.constants import HF_LEROBOT_HOME
@@ -256,7 +256,7 @@ class _Reading:
         have = [k for k in VECTORS if k in self.rows.columns]
         return {k: trimmed(matrix(self.rows.columns[k])) for k in have}
 
-# %% ../../nbs/train/05_check.ipynb #86a2233b
+# %% ../../nbs/train/05_check.ipynb #4073a01a
 @dataclass
 class Case(_Reading):
     "A dataset and what is to be trained on it; what is read of it is read once."
@@ -553,7 +553,7 @@ def _primary_unclear(case: Case) -> Finding:
     fix = fix.replace('one of them', f'one, e.g. {case.cameras[0]}')
     return error('primary', ', '.join(case.cameras), text.replace('?', ':'), fix)
 
-# %% ../../nbs/train/05_check.ipynb #cdd96c3a
+# %% ../../nbs/train/05_check.ipynb #24d2241b
 def check_camera_roles(case: Case):
     "Cameras and their roles; which is primary."
     yield from _camera_kinds(case)
@@ -677,7 +677,7 @@ def _header_faults(case: Case, clip: Clip, header: Header):
         one = gone[0] if len(gone) == 1 else None
         yield error('video-short', where, text, AGAIN, one)
 
-# %% ../../nbs/train/05_check.ipynb #9924f318
+# %% ../../nbs/train/05_check.ipynb #6cf227b5
 def clip_faults(case: Case, clip: Clip):
     "What the header of a video shows. Raises what PyAV raises if there is none."
     where = clip.file
@@ -699,7 +699,7 @@ def _readable_faults(case: Case, clip: Clip):
         text = f'{clip.file} with {held} is no video ({type(e).__name__})'
         yield error('video-unreadable', clip.file, text, AGAIN)
 
-
+# %% ../../nbs/train/05_check.ipynb #49a9bffd
 def check_videos(case: Case):
     "Every video file is there and its header fits the metadata."
     absent = 0
@@ -720,7 +720,8 @@ def check_videos(case: Case):
                 yield error('video-missing', clip.file, text, AGAIN)
     if absent:
         text = f'{absent} video files were not fetched and not looked at'
-        yield note('not-fetched', 'videos', text, 'add --deep to fetch and decode all of them')
+        fix = 'add --deep to fetch and decode all of them'
+        yield note('not-fetched', 'videos', text, fix)
 
 # %% ../../nbs/train/05_check.ipynb #ed139f5c
 def sample_ticks(n: int, deep: bool) -> np.ndarray:
@@ -856,7 +857,7 @@ def _twins(k: int, camera: str, small: torch.Tensor, seen: dict[str, torch.Tenso
             fix = 'drop one of them, or record the right one'
             yield warning('twins', camera, text, fix, k)
 
-
+# %% ../../nbs/train/05_check.ipynb #550618d5
 def check_frames(case: Case):
     "Decode some frames (with `deep` all) of every camera and look at them."
     seen = {}
@@ -878,7 +879,7 @@ def check_frames(case: Case):
 
 # %% ../../nbs/train/05_check.ipynb #7dd5a7ac
 def _vector_faults(case: Case, key: str, name: str):
-    "State or action, which is there: a vector of the length that was promised and is taken."
+    "What is wrong with the length of state or action, where it is there."
     shape, n = case.meta.features[key]['shape'], size_of(case.meta, key)
     x, most = case.rows.columns.get(key), getattr(case.asked, name)
     if x is not None and (have := matrix(x).shape[1]) != n:
@@ -895,7 +896,7 @@ def _vector_faults(case: Case, key: str, name: str):
         text = f'{key} is a single number'
         yield note('single', key, text, 'it is read as a vector of one')
 
-
+# %% ../../nbs/train/05_check.ipynb #46aa3924
 def check_sizes(case: Case):
     "State and action: there, vectors, not larger than the preset takes."
     for key, name in zip(VECTORS, SIZES):
@@ -991,7 +992,7 @@ def _farness(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         far = np.maximum(low - x, x - high) / np.where(high > low, high - low, np.nan)
     return np.where(np.isfinite(far), far, 0)
 
-
+# %% ../../nbs/train/05_check.ipynb #e7dc8721
 def check_outliers(case: Case):
     "Values far beyond the range of their dimension."
     for key, (low, high) in case.ranges.items():
@@ -1098,7 +1099,7 @@ def _whole_stamps(case: Case) -> dict[int, np.ndarray]:
         if t is not None and len(t) and np.isfinite(t).all()
     }
 
-
+# %% ../../nbs/train/05_check.ipynb #dd7d6821
 def check_stamps(case: Case):
     "Time stamps: rate, order, gaps, jitter."
     whole = _whole_stamps(case)
@@ -1148,7 +1149,7 @@ def _misshapen(key: str, n: int, used: dict):
             text = f'statistic {name} of {key} holds NaN or infinity'
             yield error('stats-nan', key, text, RECOMPUTE)
 
-
+# %% ../../nbs/train/05_check.ipynb #43ecbb88
 def statistic_faults(case: Case, key: str, have: dict):
     "Faults of the statistics `have` of one column."
     used = {k: have[k] for k in ('mean', 'std', 'min', 'max') if k in have}
@@ -1176,9 +1177,9 @@ def foreign(case: Case, key: str, mean: np.ndarray, std: np.ndarray):
     d = int(np.maximum(shift / 0.5, np.log2(wide)).argmax())
     far = shift[d] > 0.5 or wide[d] > 2
     if far or ((shift[d] > 0.05 or wide[d] > 1.05) and not case.row_faults):
-        is_ = f'mean {x[:, d].mean():.4g} and std {x[:, d].std():.4g}'
-        said = f'meta/stats.json says {mean[d]:.4g} and {std[d]:.4g}'
-        text = f'the statistics of {key} are not of this data: dimension {d} has {is_}, {said}'
+        text = f'the statistics of {key} are not of this data: dimension {d} has mean'
+        text += f' {x[:, d].mean():.4g} and std {x[:, d].std():.4g}, meta/stats.json says'
+        text += f' {mean[d]:.4g} and {std[d]:.4g}'
         yield (error if far else warning)('stats-foreign', key, text, RECOMPUTE)
 
 # %% ../../nbs/train/05_check.ipynb #7de284f0
@@ -1204,7 +1205,7 @@ def _text_faults(case: Case, tasks: dict[int, str], how: str):
             fix = f'shorten it, or --policy.tokenizer_max_length={n}'
             yield kind('task-long', f'task {k}', f'{said} {limit}', fix)
 
-
+# %% ../../nbs/train/05_check.ipynb #068b3659
 def check_instructions(case: Case):
     "Every row has an instruction, none is empty or too long."
     if case.meta.tasks is None or not len(case.meta.tasks):
@@ -1248,7 +1249,7 @@ def _history_short(case: Case, back: int):
         text = f'{short} of {n} episodes are shorter than the history'
         yield note('history-long', 'dataset', text, 'in them it is never full')
 
-
+# %% ../../nbs/train/05_check.ipynb #528d918f
 def check_history(case: Case):
     "How far back the policy looks, and whether episodes are long enough to show it."
     s = case.model.sampling
@@ -1452,7 +1453,7 @@ def train_command(case: Case, steps: int = 20000) -> str:
 
 @lru_cache
 def fitted(run):
-    "`halo.train.plan.advise`: changes after which `run` fits its card, and the changed run."
+    "`halo.train.plan.advise`: changes after which `run` fits, and the changed run."
     from halo.train.plan import advise
 
     return advise(run)
@@ -1623,8 +1624,9 @@ def write_whole(file: str | Path, text: str) -> None:
         ) from e
 
 # %% ../../nbs/train/05_check.ipynb #ede40fa7
+_OFF = 'how far time stamps may be off, s'
 _OPTIONS = {
-    '--tolerance_s': dict(type=float, default=1e-4, help='how far time stamps may be off, s'),
+    '--tolerance_s': dict(type=float, default=1e-4, help=_OFF),
     '--batch': dict(type=int, default=8, help='samples in a step, for the memory it takes'),
     '--steps': dict(type=int, default=20000, help='steps in the printed commands'),
     '--gpu': dict(default='', help='the card to train on'),
@@ -1645,7 +1647,7 @@ _ABOUT = dict(
     ),
 )
 
-# %% ../../nbs/train/05_check.ipynb #ff04c2f1
+# %% ../../nbs/train/05_check.ipynb #f1aac64b
 def parser() -> argparse.ArgumentParser:
     "Arguments of `halo check`."
     from halo.train.plan import GPUS

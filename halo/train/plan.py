@@ -203,6 +203,12 @@ def state_work(cfg: ModelConfig, size: float = 2) -> Work:
     ) + linear(n, w, w, size)
 
 # %% ../../nbs/train/04_plan.ipynb #30fdaa88
+def _head_widths(cfg: ModelConfig) -> tuple[int, int]:
+    "All KV heads of a token side by side, in the VLM and in the expert."
+    d = cfg.text.head_dim
+    return cfg.text.kv_heads * d, cfg.expert.kv_heads * d
+
+
 def _converted(cfg: ModelConfig, l: float, size: float) -> Work:
     "Heads converted by an MLP with a skip, without SALR."
     narrow, out = _head_widths(cfg)
@@ -232,12 +238,6 @@ def _literal(cfg: ModelConfig, l: float, size: float) -> Work:
     if cfg.salr.compression == 'linear':
         return product + linear(l, latent, out, 4)
     return product + linear(l, latent, narrow, 4) + linear(l, narrow, out, 4)
-
-
-def _head_widths(cfg: ModelConfig) -> tuple[int, int]:
-    "All KV heads of a token side by side, in the VLM and in the expert."
-    d = cfg.text.head_dim
-    return cfg.text.kv_heads * d, cfg.expert.kv_heads * d
 
 # %% ../../nbs/train/04_plan.ipynb #04d4a0c6
 def salr_work(cfg: ModelConfig, l: float, size: float = 2) -> Work:
