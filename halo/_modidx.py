@@ -1417,6 +1417,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                               'halo/sim/flash_place.py'),
                                       'halo.sim.flash_place._check_pixels': ( 'sim/flash_place.html#_check_pixels',
                                                                               'halo/sim/flash_place.py'),
+                                      'halo.sim.flash_place._compile_scene': ( 'sim/flash_place.html#_compile_scene',
+                                                                               'halo/sim/flash_place.py'),
                                       'halo.sim.flash_place._done': ('sim/flash_place.html#_done', 'halo/sim/flash_place.py'),
                                       'halo.sim.flash_place._features': ('sim/flash_place.html#_features', 'halo/sim/flash_place.py'),
                                       'halo.sim.flash_place._features_map': ( 'sim/flash_place.html#_features_map',

@@ -133,7 +133,7 @@ def _behaviour(config) -> dict:
         normalisation={k: getattr(v, 'value', v) for k, v in modes.items()},
     )
 
-
+# %% ../../nbs/sim/02_evaluate.ipynb #4e676a77
 def _interface(config) -> dict:
     "The shapes of what a policy reads and answers."
     cameras = {
@@ -221,7 +221,7 @@ def _save_records(path: Path, records: dict[int, dict[str, np.ndarray]]) -> None
         np.savez_compressed(f, **arrays)
     tmp.replace(path)
 
-
+# %% ../../nbs/sim/02_evaluate.ipynb #8563d2c6
 @patch
 def save(self: EvalResult, path: str | Path) -> Path:
     "Write JSON to `path`, and recordings (if any) to the same name with `.npz`."

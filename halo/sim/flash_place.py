@@ -207,6 +207,18 @@ def hide_unseen(model):
             if has_mesh:
                 model.geom_group[geom] = 5
 
+# %% ../../nbs/sim/01_flash_place.ipynb #3ea3aabc
+def _compile_scene(path: str, task: FlashPlaceSpec):
+    "Meta-World's model in the file `path` with our paint, pads and cameras, compiled."
+    spec = require_sim().MjSpec.from_file(path)
+    repaint(spec)
+    add_pads(spec, task)
+    add_cameras(spec)
+    model = spec.compile()
+    model.vis.quality.offsamples = 0
+    hide_unseen(model)
+    return model
+
 # %% ../../nbs/sim/01_flash_place.ipynb #5c80e919
 @functools.cache
 def scene_class():
@@ -225,13 +237,7 @@ def scene_class():
 
         # gymnasium's hook: how the model of a MujocoEnv is made
         def _initialize_simulation(self):
-            spec = mujoco.MjSpec.from_file(self.fullpath)
-            repaint(spec)
-            add_pads(spec, self.task)
-            add_cameras(spec)
-            model = spec.compile()
-            model.vis.quality.offsamples = 0
-            hide_unseen(model)
+            model = _compile_scene(self.fullpath, self.task)
             return model, mujoco.MjData(model)
 
         # from the same rest every time, so that a seed fixes the episode
@@ -453,7 +459,7 @@ def _four_numbers(action) -> np.ndarray:
         )
     return np.clip(action, -1, 1)
 
-
+# %% ../../nbs/sim/01_flash_place.ipynb #fc03833f
 @patch
 def step(self: FlashPlaceEnv, action):
     """Carry out `action` (4,) for one tick (0.1 s).
@@ -883,7 +889,7 @@ def _new_log(root: Path, settings: dict) -> dict:
         "open": False,
     }
 
-
+# %% ../../nbs/sim/01_flash_place.ipynb #3c789e47
 def open_log(root: Path, settings: dict) -> dict:
     """The recording's log in `root`, after repairing a killed recording; `ValueError` if
     `root` holds something else.
