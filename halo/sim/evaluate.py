@@ -32,9 +32,10 @@ from ..data.files import locate, shown
 from ..policy.modeling_halo import HaloPolicy
 
 # %% auto #0
-__all__ = ['wilson', 'rate', 'sha256', 'config_hash', 'checkpoint_hash', 'versions', 'conventions', 'write_whole', 'EvalResult',
-           'open_envs', 'split_seeds', 'episode_noise', 'watch', 'row_info', 'Recorder', 'choose_action', 'batch_noise',
-           'run_batch', 'evaluate', 'policy_folder', 'load_policy', 'observation_at', 'compare', 'summary']
+__all__ = ['MEASURED_WITH', 'wilson', 'rate', 'sha256', 'config_hash', 'checkpoint_hash', 'versions', 'conventions',
+           'write_whole', 'EvalResult', 'open_envs', 'split_seeds', 'episode_noise', 'watch', 'row_info', 'Recorder',
+           'choose_action', 'batch_noise', 'run_batch', 'evaluate', 'policy_folder', 'load_policy', 'observation_at',
+           'compare', 'summary']
 
 # %% ../../nbs/sim/02_evaluate.ipynb #06cee2fd
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -76,12 +77,9 @@ def config_hash(config) -> str:
     """SHA-256 of a policy configuration, without what depends on the machine (device,
     folder).
     """
-    fields = {
-        k: v
-        for k, v in draccus.encode(config).items()
-        if k not in ('device', 'pretrained_path')
-    }
-    return sha256(json.dumps(fields, sort_keys=True).encode())
+    fields = draccus.encode(config).items()
+    kept = {k: v for k, v in fields if k not in ('device', 'pretrained_path')}
+    return sha256(json.dumps(kept, sort_keys=True).encode())
 
 # %% ../../nbs/sim/02_evaluate.ipynb #bc6b46f2
 def checkpoint_hash(policy) -> str:
@@ -91,65 +89,76 @@ def checkpoint_hash(policy) -> str:
     file = Path(policy.config.pretrained_path or '') / 'model.safetensors'
     if policy.config.pretrained_path and file.exists():
         return sha256(file)
-    weights = (
-        (k, v.detach().cpu().contiguous()) for k, v in sorted(policy.state_dict().items())
-    )
-    return sha256(
-        *(
-            b
-            for k, v in weights
-            for b in (k.encode(), v.reshape(-1).view(torch.uint8).numpy().tobytes())
-        )
-    )
+    parts = []
+    for name, weight in sorted(policy.state_dict().items()):
+        flat = weight.detach().cpu().contiguous().reshape(-1)
+        parts += [name.encode(), flat.view(torch.uint8).numpy().tobytes()]
+    return sha256(*parts)
 
 # %% ../../nbs/sim/02_evaluate.ipynb #a21e2d83
+MEASURED_WITH = (
+    *('lerobot', 'torch', 'transformers', 'numpy'),
+    *('gymnasium', 'mujoco', 'metaworld'),
+)
+
+
 def versions() -> dict[str, str]:
     "Versions of what the numbers depend on."
     found = {'python': platform.python_version()}
-    for p in (
-        'lerobot',
-        'torch',
-        'transformers',
-        'numpy',
-        'gymnasium',
-        'mujoco',
-        'metaworld',
-    ):
+    for p in MEASURED_WITH:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[p] = importlib.metadata.version(p)
     return found
 
+# %% ../../nbs/sim/02_evaluate.ipynb #c72f6992
+def _identity(policy) -> dict:
+    "Which policy it was."
+    return dict(
+        type=policy.config.type,
+        config_sha256=config_hash(policy.config),
+        checkpoint_sha256=checkpoint_hash(policy),
+        parameters=sum(p.numel() for p in policy.parameters()),
+    )
+
+
+def _behaviour(config) -> dict:
+    "How a policy was set to look back, to denoise and to act."
+    m, modes = config.model, config.normalization_mapping
+    return dict(
+        chunk=m.chunk,
+        n_action_steps=config.n_action_steps,
+        denoising=dict(steps=m.flow.steps, method=m.flow.method),
+        history=asdict(m.sampling),
+        salr=asdict(m.salr),
+        normalisation={k: getattr(v, 'value', v) for k, v in modes.items()},
+    )
+
+# %% ../../nbs/sim/02_evaluate.ipynb #4e676a77
+def _interface(config) -> dict:
+    "The shapes of what a policy reads and answers."
+    cameras = {
+        k: dict(shape=list(f.shape), role=config.roles[k])
+        for k, f in config.image_features.items()
+    }
+    return dict(
+        cameras=cameras,
+        state=list(config.robot_state_feature.shape),
+        action=list(config.action_feature.shape),
+    )
+
 # %% ../../nbs/sim/02_evaluate.ipynb #07e333d0
 def conventions(policy, env_cfg, n_envs: int) -> dict:
     "Everything but seeds and outcomes that a success rate depends on, as JSON-able values."
-    c, m = policy.config, policy.config.model
     return dict(
         env=dict(type=env_cfg.type, **draccus.encode(env_cfg)),
         fps=env_cfg.fps,
         envs_per_batch=n_envs,
         versions=versions(),
-        policy=dict(
-            type=c.type,
-            config_sha256=config_hash(c),
-            checkpoint_sha256=checkpoint_hash(policy),
-            parameters=sum(p.numel() for p in policy.parameters()),
-        ),
-        chunk=m.chunk,
-        n_action_steps=c.n_action_steps,
-        denoising=dict(steps=m.flow.steps, method=m.flow.method),
-        history=asdict(m.sampling),
-        salr=asdict(m.salr),
-        normalisation={
-            k: getattr(v, 'value', v) for k, v in c.normalization_mapping.items()
-        },
-        cameras={
-            k: dict(shape=list(f.shape), role=c.roles[k])
-            for k, f in c.image_features.items()
-        },
-        state=list(c.robot_state_feature.shape),
-        action=list(c.action_feature.shape),
+        policy=_identity(policy),
+        **_behaviour(policy.config),
+        **_interface(policy.config),
         device=str(next(policy.parameters()).device),
-        dtype=m.dtype,
+        dtype=policy.config.model.dtype,
         noise=(
             'standard normal from numpy default_rng([episode seed, tick]) for each call of'
             ' the model'
@@ -204,38 +213,33 @@ class EvalResult:
 from fastcore.basics import patch
 
 
+def _save_records(path: Path, records: dict[int, dict[str, np.ndarray]]) -> None:
+    "The arrays of `records`, under `SEED/NAME`, whole or not at all."
+    arrays = {f'{s}/{name}': x for s, r in records.items() for name, x in r.items()}
+    tmp = path.with_name(path.name + '.tmp')
+    with tmp.open('wb') as f:
+        np.savez_compressed(f, **arrays)
+    tmp.replace(path)
+
+# %% ../../nbs/sim/02_evaluate.ipynb #8563d2c6
 @patch
 def save(self: EvalResult, path: str | Path) -> Path:
     "Write JSON to `path`, and recordings (if any) to the same name with `.npz`."
-    path, summary = (
-        Path(path),
-        dict(
-            success=self.success,
-            goals=self.goals,
-            prompts=sorted(self.goals),
-            seeds=self.seeds,
-            seconds=round(self.seconds, 1),
-        ),
-    )
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if self.records:
-        tmp = path.with_suffix('.npz.tmp')
-        with tmp.open('wb') as f:
-            np.savez_compressed(
-                f,
-                **{
-                    f'{seed}/{k}': v
-                    for seed, r in self.records.items()
-                    for k, v in r.items()
-                },
-            )
-        tmp.replace(path.with_suffix('.npz'))
-    return write_whole(
-        path,
-        json.dumps(
-            summary | dict(conventions=self.conventions, episodes=self.episodes), indent=1
-        ),
+        _save_records(path.with_suffix('.npz'), self.records)
+    goals = self.goals
+    all_of_it = dict(
+        success=self.success,
+        goals=goals,
+        prompts=sorted(goals),
+        seeds=self.seeds,
+        seconds=round(self.seconds, 1),
+        conventions=self.conventions,
+        episodes=self.episodes,
     )
+    return write_whole(path, json.dumps(all_of_it, indent=1))
 
 # %% ../../nbs/sim/02_evaluate.ipynb #5e0e7bf3
 @patch(cls_method=True)
@@ -250,10 +254,9 @@ def load(cls: EvalResult, path: str | Path) -> EvalResult:
         ) from e
     if (npz := Path(path).with_suffix('.npz')).exists():
         with np.load(npz, allow_pickle=False) as f:
-            for name in f.files:
-                out.records.setdefault(int(name.split('/')[0]), {})[
-                    name.split('/', 1)[1]
-                ] = f[name]
+            for key in f.files:
+                seed, name = key.split('/', 1)
+                out.records.setdefault(int(seed), {})[name] = f[key]
     return out
 
 # %% ../../nbs/sim/02_evaluate.ipynb #556e0c25
@@ -262,9 +265,8 @@ def open_envs(env_cfg, n_envs: int):
 
     Raises `ValueError` if it names several tasks.
     """
-    found = [
-        v for tasks in make_env(env_cfg, n_envs=n_envs).values() for v in tasks.values()
-    ]
+    suites = make_env(env_cfg, n_envs=n_envs).values()
+    found = [vector for tasks in suites for vector in tasks.values()]
     if len(found) != 1:
         raise ValueError(
             f"{env_cfg.type!r} makes {len(found)} tasks; evaluate them one by one (set"
@@ -286,14 +288,8 @@ def split_seeds(seeds: list[int], n_envs: int) -> list[list[int]]:
 # %% ../../nbs/sim/02_evaluate.ipynb #b6408feb
 def episode_noise(seeds: list[int], tick: int, shape: tuple[int, int]) -> torch.Tensor:
     "Standard normal noise (b, s, d) for the episodes `seeds` at `tick`."
-    return torch.from_numpy(
-        np.stack(
-            [
-                np.random.default_rng([s, tick]).standard_normal(shape, np.float32)
-                for s in seeds
-            ]
-        )
-    )
+    draw = lambda s: np.random.default_rng([s, tick]).standard_normal(shape, np.float32)
+    return torch.from_numpy(np.stack([draw(s) for s in seeds]))
 
 # %% ../../nbs/sim/02_evaluate.ipynb #8514a91c
 @contextlib.contextmanager
@@ -315,27 +311,30 @@ def watch(policy, calls: list):
         del policy.predict_action_chunk
 
 # %% ../../nbs/sim/02_evaluate.ipynb #f3dd9511
+def _final_numbers(info: dict) -> dict:
+    "The plain numbers of one environment's own `info`."
+    return {
+        k: np.asarray(v).item()
+        for k, v in info.items()
+        if np.ndim(v) == 0 and np.asarray(v).dtype.kind in 'biuf'
+    }
+
+
 def row_info(info: dict, row: int) -> dict:
     """The plain numbers of a vectorised `info` for one row; `final_info` wins where that
     row has one.
     """
-    out = {
-        k: v[row].item()
+    arrays = {
+        k: v
         for k, v in info.items()
-        if isinstance(v, np.ndarray)
-        and not k.startswith('_')
-        and v.dtype.kind in 'biuf'
-        and v.ndim == 1
+        if isinstance(v, np.ndarray) and not k.startswith('_') and v.ndim == 1
     }
+    out = {k: v[row].item() for k, v in arrays.items() if v.dtype.kind in 'biuf'}
     final, has = info.get('final_info'), info.get('_final_info')
     if isinstance(final, dict) and (has is None or has[row]):
         out |= row_info(final, row)
     elif final is not None and not isinstance(final, dict) and final[row] is not None:
-        out |= {
-            k: np.asarray(v).item()
-            for k, v in final[row].items()
-            if np.ndim(v) == 0 and np.asarray(v).dtype.kind in 'biuf'
-        }
+        out |= _final_numbers(final[row])
     return out
 
 # %% ../../nbs/sim/02_evaluate.ipynb #0f98e26d
@@ -360,17 +359,13 @@ class Recorder:
 @patch
 def see(self: Recorder, vec, obs: dict, alive) -> None:
     "Keep this tick's observation of the recorded rows that still run."
-    pixels = (
-        obs['pixels'] if isinstance(obs.get('pixels'), dict) else {'image': obs['pixels']}
-    )
+    several = isinstance(obs.get('pixels'), dict)
+    pixels = obs['pixels'] if several else {'image': obs['pixels']}
     for row, seed in self.rows.items():
         if not alive[row]:
             continue
-        self.add(
-            seed,
-            state=obs['agent_pos'][row],
-            **{f'frames.{k}': v[row] for k, v in pixels.items()},
-        )
+        frames = {f'frames.{k}': v[row] for k, v in pixels.items()}
+        self.add(seed, state=obs['agent_pos'][row], **frames)
         if hasattr(vec, 'envs'):
             self.add(seed, scene=vec.envs[row].render())
 
@@ -380,11 +375,8 @@ def act(self: Recorder, action: np.ndarray, info: dict, alive) -> None:
     "Keep the executed actions (b, d) and what the environment said."
     for row, seed in self.rows.items():
         if alive[row]:
-            self.add(
-                seed,
-                action=action[row],
-                **{f'info.{k}': v for k, v in row_info(info, row).items()},
-            )
+            said = {f'info.{k}': v for k, v in row_info(info, row).items()}
+            self.add(seed, action=action[row], **said)
 
 
 @patch
@@ -413,15 +405,26 @@ def batch_noise(policy, seeds: list[int], tick: int):
     """Noise for `select_action` on the policy's device, or None for a policy that takes
     none.
     """
-    if 'noise' not in inspect.signature(policy.select_action).parameters or not hasattr(
-        policy.config, 'model'
-    ):
+    takes_noise = 'noise' in inspect.signature(policy.select_action).parameters
+    if not takes_noise or not hasattr(policy.config, 'model'):
         return None
-    return episode_noise(
-        seeds, tick, (policy.config.model.chunk, policy.config.model.max_action_dim)
-    ).to(next(policy.parameters()).device)
+    m = policy.config.model
+    noise = episode_noise(seeds, tick, (m.chunk, m.max_action_dim))
+    return noise.to(next(policy.parameters()).device)
 
 # %% ../../nbs/sim/02_evaluate.ipynb #34fe0b04
+def _outcome(seed: int, tick: int, task: str, info: dict) -> dict:
+    "One ended episode, from the last `info` of its row."
+    last = {k: v for k, v in info.items() if k not in ('is_success', 'tick')}
+    success = bool(info.get('is_success', False))
+    return dict(seed=seed, success=success, ticks=tick + 1, task=task, **last)
+
+
+def _mean_ms(calls: list) -> float | None:
+    "Mean milliseconds of the model's calls."
+    return round(1000 * float(np.mean([s for s, _ in calls])), 2) if calls else None
+
+# %% ../../nbs/sim/02_evaluate.ipynb #36f019eb
 def run_batch(
     policy, pre, post, vec, env_processors, batch: list[int], record=(), on_tick=None
 ) -> tuple[list[dict], dict]:
@@ -432,48 +435,42 @@ def run_batch(
     policy.eval()
     policy.reset()
     obs, info = vec.reset(seed=seeds, options={NEW_ROLLOUT_OPTION: True})
-    limit, tasks, rec, calls = (
-        vec.call('_max_episode_steps')[0],
-        list(vec.call('task_description')),
-        Recorder(batch, record),
-        [],
-    )
-    alive, out, planned = np.arange(vec.num_envs) < n, [None] * n, 0
+    limit, tasks = vec.call('_max_episode_steps')[0], list(vec.call('task_description'))
+    rec, calls, planned = Recorder(batch, record), [], 0
+    alive, out = np.arange(vec.num_envs) < n, [None] * n
     with watch(policy, calls):
         for tick in range(limit):
             rec.see(vec, obs, alive)
-            action = choose_action(
-                policy,
-                pre,
-                post,
-                *env_processors,
-                obs,
-                tasks,
-                batch_noise(policy, seeds, tick),
-            )
+            noise = batch_noise(policy, seeds, tick)
+            action = choose_action(policy, pre, post, *env_processors, obs, tasks, noise)
             if len(calls) > planned:
                 planned = len(calls)
                 rec.plan(tick, post(calls[-1][1]).numpy(), alive)
             obs, _, terminated, truncated, info = vec.step(action)
             rec.act(action, info, alive)
-            for row in np.flatnonzero(
-                alive & (terminated | truncated | (tick + 1 == limit))
-            ):
-                last = row_info(info, row)
-                out[row] = dict(
-                    seed=batch[row],
-                    success=bool(last.pop('is_success', False)),
-                    ticks=tick + 1,
-                    task=tasks[row],
-                    **{k: v for k, v in last.items() if k != 'tick'},
-                )
+            ended = alive & (terminated | truncated | (tick + 1 == limit))
+            for row in np.flatnonzero(ended):
+                out[row] = _outcome(batch[row], tick, tasks[row], row_info(info, row))
                 alive[row] = False
             if on_tick:
                 on_tick(tick + 1, out)
             if not alive.any():
                 break
-    ms = round(1000 * float(np.mean([s for s, _ in calls])), 2) if calls else None
-    return [e | dict(inference_ms=ms) for e in out], rec.arrays()
+    return [e | dict(inference_ms=_mean_ms(calls)) for e in out], rec.arrays()
+
+# %% ../../nbs/sim/02_evaluate.ipynb #bbe37b93
+def _bar(total: int, progress: bool):
+    "A bar over `total` episodes."
+    look = dict(desc='rollouts', unit='episode', file=sys.stdout, mininterval=1)
+    return tqdm(total=total, disable=not progress, **look)
+
+
+def _show(bar, episodes: list[dict], tick: int, out: list) -> None:
+    "Move `bar`: `episodes` of earlier batches, and those of `out` that ended."
+    ended = episodes + [e for e in out if e]
+    bar.n = len(ended)
+    bar.set_postfix(tick=tick, success=sum(e['success'] for e in ended), refresh=False)
+    bar.update(0)
 
 # %% ../../nbs/sim/02_evaluate.ipynb #a789739d
 def evaluate(
@@ -485,36 +482,14 @@ def evaluate(
     `pre`, `post`: the policy's processors. `record`: seeds whose episodes are kept whole.
     The same call gives the same episodes.
     """
-    batches, start, episodes, records = (
-        split_seeds(seeds, n_envs),
-        time.perf_counter(),
-        [],
-        {},
-    )
+    batches, start = split_seeds(seeds, n_envs), time.perf_counter()
+    episodes, records = [], {}
     if strange := set(record) - {s for b in batches for s in b}:
         raise ValueError(f"record names seeds that are not evaluated: {sorted(strange)}")
-    vec, processors = (
-        open_envs(env_cfg, len(batches[0])),
-        make_env_pre_post_processors(env_cfg, policy.config),
-    )
-    bar = tqdm(
-        total=sum(map(len, batches)),
-        desc='rollouts',
-        unit='episode',
-        disable=not progress,
-        file=sys.stdout,
-        mininterval=1,
-    )
-
-    def show(tick, out):
-        bar.n = len(episodes) + sum(e is not None for e in out)
-        bar.set_postfix(
-            tick=tick,
-            success=sum(e['success'] for e in episodes + [e for e in out if e]),
-            refresh=False,
-        )
-        bar.update(0)
-
+    vec = open_envs(env_cfg, len(batches[0]))
+    processors = make_env_pre_post_processors(env_cfg, policy.config)
+    bar = _bar(sum(map(len, batches)), progress)
+    show = lambda tick, out: _show(bar, episodes, tick, out)
     try:
         with torch.random.fork_rng():
             for batch in batches:
@@ -527,14 +502,18 @@ def evaluate(
     finally:
         bar.close()
         vec.close()
-    return EvalResult(
-        episodes,
-        conventions(policy, env_cfg, len(batches[0])),
-        time.perf_counter() - start,
-        records,
-    )
+    said = conventions(policy, env_cfg, len(batches[0]))
+    return EvalResult(episodes, said, time.perf_counter() - start, records)
 
 # %% ../../nbs/sim/02_evaluate.ipynb #f2000002
+def _without_weights(folder: Path) -> str:
+    "What the record of a run says about the weights that it does not hold; '' if nothing."
+    record = folder / 'provenance.json'
+    if not record.is_file():
+        return ''
+    return json.loads(record.read_text(encoding='utf-8')).get('weights') or ''
+
+
 def policy_folder(path: str | Path) -> Path:
     """The folder that `path` means, if it holds a policy of LeRobot with its processors:
     whole, or as LoRA adapters.
@@ -544,21 +523,11 @@ def policy_folder(path: str | Path) -> Path:
     """
     folder = locate(path)
     adapters = (folder / 'adapter_config.json').is_file()
-    weights, record = (
-        ('adapter_model.safetensors' if adapters else 'model.safetensors'),
-        folder / 'provenance.json',
-    )
-    if not (folder / weights).exists() and record.is_file():
-        if said := json.loads(record.read_text(encoding='utf-8')).get('weights'):
-            raise ValueError(
-                f"{shown(folder)} holds the record of a run, no weights: {said}"
-            )
-    for name in (
-        'config.json',
-        weights,
-        'policy_preprocessor.json',
-        'policy_postprocessor.json',
-    ):
+    weights = 'adapter_model.safetensors' if adapters else 'model.safetensors'
+    if not (folder / weights).exists() and (said := _without_weights(folder)):
+        raise ValueError(f"{shown(folder)} holds the record of a run, no weights: {said}")
+    processors = ('policy_preprocessor.json', 'policy_postprocessor.json')
+    for name in ('config.json', weights, *processors):
         if not (folder / name).exists():
             raise ValueError(
                 f"{shown(folder)} is not a policy folder: {name} is missing; train one"
@@ -589,11 +558,10 @@ def observation_at(policy, pre, record: dict, task: str, tick: int):
     pixels = {k.split('.', 1)[1]: v for k, v in record.items() if k.startswith('frames.')}
 
     def batch(t):
+        now = slice(t, t + 1)
+        state = record['state'][now].astype(np.float32)
         return preprocess_observation(
-            dict(
-                pixels={k: v[t : t + 1] for k, v in pixels.items()},
-                agent_pos=record['state'][t : t + 1].astype(np.float32),
-            )
+            dict(pixels={k: v[now] for k, v in pixels.items()}, agent_pos=state)
         )
 
     policy.reset()
@@ -605,11 +573,8 @@ def observation_at(policy, pre, record: dict, task: str, tick: int):
     return obs
 
 # %% ../../nbs/sim/02_evaluate.ipynb #0dec64fd
-def compare(a: EvalResult, b: EvalResult) -> dict:
-    """McNemar's counts of two results on the same seeds, and the exact two-sided p.
-
-    Raises `ValueError` for different seeds or environments.
-    """
+def _comparable(a: EvalResult, b: EvalResult) -> None:
+    "Raise unless two results are about the same seeds of the same environment."
     if sorted(a.seeds) != sorted(b.seeds):
         raise ValueError(
             f"the results have different seeds ({len(a.seeds)} and {len(b.seeds)});"
@@ -619,22 +584,30 @@ def compare(a: EvalResult, b: EvalResult) -> dict:
         raise ValueError(
             "the results come from different environments; compare like with like"
         )
-    other = {e['seed']: e['success'] for e in b.episodes}
-    counts = {
-        (x, y): sum(e['success'] == x and other[e['seed']] == y for e in a.episodes)
-        for x in (True, False)
-        for y in (True, False)
-    }
-    only_a, only_b = counts[True, False], counts[False, True]
+
+
+def _mcnemar(only_a: int, only_b: int) -> float:
+    "Exact two-sided p of a split of the discordant episodes."
     m, k = only_a + only_b, min(only_a, only_b)
-    p = min(1.0, 2 * sum(math.comb(m, i) for i in range(k + 1)) / 2**m)
+    return min(1.0, 2 * sum(math.comb(m, i) for i in range(k + 1)) / 2**m)
+
+# %% ../../nbs/sim/02_evaluate.ipynb #cfb84529
+def compare(a: EvalResult, b: EvalResult) -> dict:
+    """McNemar's counts of two results on the same seeds, and the exact two-sided p.
+
+    Raises `ValueError` for different seeds or environments.
+    """
+    _comparable(a, b)
+    other = {e['seed']: e['success'] for e in b.episodes}
+    outcomes = [(e['success'], other[e['seed']]) for e in a.episodes]
+    only_a, only_b = outcomes.count((True, False)), outcomes.count((False, True))
     return dict(
-        both=counts[True, True],
+        both=outcomes.count((True, True)),
         only_a=only_a,
         only_b=only_b,
-        neither=counts[False, False],
+        neither=outcomes.count((False, False)),
         difference=(only_a - only_b) / len(a.seeds),
-        p=p,
+        p=_mcnemar(only_a, only_b),
     )
 
 # %% ../../nbs/sim/02_evaluate.ipynb #a69106df

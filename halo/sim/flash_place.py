@@ -16,10 +16,9 @@ __all__ = ['COLOURS', 'CAMERAS', 'EVAL_SEED', 'NO_GL', 'PUCK', 'PAD_GREY', 'TABL
 the past.
 
 Meta-World's Sawyer arm, a puck and three pads that glow red, green and blue for 0.8 s and
-then turn grey; the
-instruction names a colour. The module holds the environment, its LeRobot registration, a
-scripted expert and the
-recorder of demonstrations. MuJoCo is imported only when an environment is first reset.
+then turn grey; the instruction names a colour. The module holds the environment, its
+LeRobot registration, a scripted expert and the recorder of demonstrations. MuJoCo is
+imported only when an environment is first reset.
 """
 
 import argparse
@@ -100,14 +99,11 @@ def choose_gl() -> str:
     late = "mujoco" in sys.modules  # too late to choose: MuJoCo has read the variable
     if "MUJOCO_GL" in os.environ or late or not sys.platform.startswith("linux"):
         return os.environ.get("MUJOCO_GL", "")
-    has = {
-        name: ctypes.util.find_library(lib)
-        for name, lib in (("egl", "EGL"), ("osmesa", "OSMesa"))
-    }
+    libraries = {"egl": "EGL", "osmesa": "OSMesa"}
+    has = {name: ctypes.util.find_library(lib) for name, lib in libraries.items()}
     order = ("egl", "osmesa") if os.path.exists("/dev/nvidiactl") else ("osmesa", "egl")
-    found = next(
-        (name for name in order if has[name]), "glfw" if os.environ.get("DISPLAY") else None
-    )
+    window = "glfw" if os.environ.get("DISPLAY") else None
+    found = next((name for name in order if has[name]), window)
     if found is None:
         raise RuntimeError(NO_GL.format(reason="neither libOSMesa nor libEGL was found"))
     os.environ["MUJOCO_GL"] = found
@@ -156,12 +152,10 @@ def add_cameras(spec):
     )
 
 # %% ../../nbs/sim/01_flash_place.ipynb #5bd5a5a6
-PUCK, PAD_GREY, TABLE, DARK = (
-    (1.0, 0.72, 0.0),
-    (0.34, 0.34, 0.34),
-    (0.56, 0.55, 0.53),
-    (0.2, 0.2, 0.22),
-)
+PUCK = (1.0, 0.72, 0.0)
+PAD_GREY = (0.34, 0.34, 0.34)
+TABLE = (0.56, 0.55, 0.53)
+DARK = (0.2, 0.2, 0.22)
 FLASH = ((0.95, 0.05, 0.05), (0.05, 0.75, 0.05), (0.05, 0.15, 1.0))  # of COLOURS
 # plain paint instead of Meta-World's textures
 PAINT = {"table_wood": TABLE, "basic_floor": DARK, "wall_metal": DARK}
@@ -189,9 +183,8 @@ def repaint(spec):
         if geom.material in PAINT:
             geom.rgba, geom.material = [*PAINT[geom.material], 1], ""
         elif geom.rgba[3] > 0 and not geom.name.startswith("pad"):
-            geom.rgba = [0.15 + 0.3 * float(np.mean(geom.rgba[:3]))] * 3 + [
-                float(geom.rgba[3])
-            ]
+            grey = 0.15 + 0.3 * float(np.mean(geom.rgba[:3]))
+            geom.rgba = [grey] * 3 + [float(geom.rgba[3])]
     for light in spec.lights:
         light.specular = (0, 0, 0)
     puck = spec.geom("objGeom")
@@ -199,9 +192,7 @@ def repaint(spec):
 
 # %% ../../nbs/sim/01_flash_place.ipynb #3c0f0789
 UNSEEN = (
-    "pedestal",
-    "head",
-    "right_arm_base_link",
+    *("pedestal", "head", "right_arm_base_link"),
     *(f"right_l{i}" for i in range(4)),
     "tablelink",
 )
@@ -212,9 +203,21 @@ def hide_unseen(model):
     for name in UNSEEN:
         body = model.body(name)
         for geom in range(body.geomadr[0], body.geomadr[0] + body.geomnum[0]):
-            # has a mesh
-            if model.geom_dataid[geom] >= 0:
+            has_mesh = model.geom_dataid[geom] >= 0
+            if has_mesh:
                 model.geom_group[geom] = 5
+
+# %% ../../nbs/sim/01_flash_place.ipynb #3ea3aabc
+def _compile_scene(path: str, task: FlashPlaceSpec):
+    "Meta-World's model in the file `path` with our paint, pads and cameras, compiled."
+    spec = require_sim().MjSpec.from_file(path)
+    repaint(spec)
+    add_pads(spec, task)
+    add_cameras(spec)
+    model = spec.compile()
+    model.vis.quality.offsamples = 0
+    hide_unseen(model)
+    return model
 
 # %% ../../nbs/sim/01_flash_place.ipynb #5c80e919
 @functools.cache
@@ -229,18 +232,12 @@ def scene_class():
         def __init__(self, task):
             self.task = task
             super().__init__()
-            self.mocap_low, self.mocap_high = (
-                np.array(task.hand_low),
-                np.array(task.hand_high),
-            )
+            self.mocap_low = np.array(task.hand_low)
+            self.mocap_high = np.array(task.hand_high)
 
         # gymnasium's hook: how the model of a MujocoEnv is made
         def _initialize_simulation(self):
-            spec = mujoco.MjSpec.from_file(self.fullpath)
-            repaint(spec), add_pads(spec, self.task), add_cameras(spec)
-            model = spec.compile()
-            model.vis.quality.offsamples = 0
-            hide_unseen(model)
+            model = _compile_scene(self.fullpath, self.task)
             return model, mujoco.MjData(model)
 
         # from the same rest every time, so that a seed fixes the episode
@@ -262,11 +259,9 @@ def make_renderer(model, size: int):
     try:
         renderer = mujoco.Renderer(model, size, size)
     except Exception as e:
-        reason = (
-            "MuJoCo was imported before MUJOCO_GL was set"
-            if late
-            else f"MUJOCO_GL={os.environ['MUJOCO_GL']}: {e}"
-        )
+        reason = "MuJoCo was imported before MUJOCO_GL was set"
+        if not late:
+            reason = f"MUJOCO_GL={os.environ['MUJOCO_GL']}: {e}"
         raise RuntimeError(NO_GL.format(reason=reason)) from e
     for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
         renderer.scene.flags[flag] = 0
@@ -280,16 +275,34 @@ def close_all(renderers: dict):
     while renderers:
         renderers.popitem()[1].close()
 
+# %% ../../nbs/sim/01_flash_place.ipynb #a8ff08a1
+def _check_pixels(**sizes: int) -> None:
+    "Raise for the first of `sizes` that is no sensible number of pixels."
+    for name, size in sizes.items():
+        if not (isinstance(size, int) and 16 <= size <= 480):
+            raise ValueError(
+                f"{name} is {size!r}: use an integer between 16 and 480 (pixels)"
+            )
+
+
+def _observation_space(image_size: int, cameras: tuple) -> gym.spaces.Dict:
+    "Pictures of `cameras` under `pixels`, the state under `agent_pos`."
+    image = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+    return gym.spaces.Dict(
+        {
+            "pixels": gym.spaces.Dict({name: image for name in cameras}),
+            "agent_pos": gym.spaces.Box(-2, 2, (4,), np.float32),
+        }
+    )
+
 # %% ../../nbs/sim/01_flash_place.ipynb #6a2519c6
 class FlashPlaceEnv(gym.Env):
     """Put the puck on the pad that flashed in the colour that the instruction names.
 
     Observation: `pixels.primary`, `pixels.wrist` (image_size, image_size, 3) uint8 RGB;
-    `agent_pos` (4,) float32: hand
-    x, y, z in metres and gripper opening (0 … 1). Action (4,) float32 in [−1, 1]: hand
-    displacement x, y, z (1 = 4 cm
-    a tick) and gripper (−1 open, 1 closed). A tick is 0.1 s. `cameras=()` leaves the
-    pictures out.
+    `agent_pos` (4,) float32: hand x, y, z in metres and gripper opening (0 … 1). Action
+    (4,) float32 in [−1, 1]: hand displacement x, y, z (1 = 4 cm a tick) and gripper (−1
+    open, 1 closed). A tick is 0.1 s. `cameras=()` leaves the pictures out.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -301,36 +314,14 @@ class FlashPlaceEnv(gym.Env):
         cameras: tuple = CAMERAS,
         rules: FlashPlaceSpec = FlashPlaceSpec(),
     ):
-        for name, size in (("image_size", image_size), ("render_size", render_size)):
-            if not (isinstance(size, int) and 16 <= size <= 480):
-                raise ValueError(
-                    f"{name} is {size!r}: use an integer between 16 and 480 (pixels)"
-                )
-        self.image_size, self.render_size, self.cameras, self.rules = (
-            image_size,
-            render_size,
-            tuple(cameras),
-            rules,
-        )
-        self.task, self.render_mode, self._max_episode_steps = (
-            "flash_place",
-            "rgb_array",
-            rules.max_ticks,
-        )
-        self.goal, self.order, self.tick, self.speed, self._scene = (
-            0,
-            np.arange(3),
-            0,
-            0.0,
-            None,
-        )
-        image = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        self.observation_space = gym.spaces.Dict(
-            {
-                "pixels": gym.spaces.Dict({name: image for name in self.cameras}),
-                "agent_pos": gym.spaces.Box(-2, 2, (4,), np.float32),
-            }
-        )
+        _check_pixels(image_size=image_size, render_size=render_size)
+        self.image_size, self.render_size = image_size, render_size
+        self.cameras, self.rules = tuple(cameras), rules
+        self.task, self.render_mode = "flash_place", "rgb_array"
+        self._max_episode_steps = rules.max_ticks
+        self.goal, self.order, self.tick, self.speed = 0, np.arange(3), 0, 0.0
+        self._scene = None
+        self.observation_space = _observation_space(image_size, self.cameras)
         self.action_space = gym.spaces.Box(-1, 1, (4,), np.float32)
 
 # %% ../../nbs/sim/01_flash_place.ipynb #27a9a1bf
@@ -391,23 +382,27 @@ def placed(self: FlashPlaceEnv) -> int:
     if self.tick == 0 or puck[2] > rules.rest_height or self.speed > rules.rest_speed:
         return -1
     inside = np.linalg.norm(np.subtract(rules.pads, puck[:2]), axis=1) < rules.pad_radius
-    return (
-        int(inside.argmax()) if inside.any() and self.opening > rules.open_gripper else -1
-    )
+    if not inside.any() or self.opening <= rules.open_gripper:
+        return -1
+    return int(inside.argmax())
 
 # %% ../../nbs/sim/01_flash_place.ipynb #b4a10464
+def _check_camera(name: str) -> None:
+    "Raise for a camera that the scene does not have."
+    if name not in CAMERAS:
+        raise ValueError(f"unknown camera {name!r}: use one of {', '.join(CAMERAS)}")
+
+# %% ../../nbs/sim/01_flash_place.ipynb #8abe5068
 @patch
 def picture(
     self: FlashPlaceEnv, camera: str = "primary", size: int | None = None
 ) -> np.ndarray:
     "What `camera` sees now, (size, size, 3) uint8 RGB; `size` defaults to `image_size`."
-    if camera not in CAMERAS:
-        raise ValueError(f"unknown camera {camera!r}: use one of {', '.join(CAMERAS)}")
+    _check_camera(camera)
     scene, size, option = self.scene, size or self.image_size, require_sim().MjvOption()
     for pad, colour in enumerate(self.order):
-        scene.model.geom(f"pad{pad}").rgba[:3] = (
-            FLASH[colour] if self.tick < self.rules.flash_ticks else PAD_GREY
-        )
+        paint = FLASH[colour] if self.tick < self.rules.flash_ticks else PAD_GREY
+        scene.model.geom(f"pad{pad}").rgba[:3] = paint
     option.sitegroup[:] = 0
     if size not in self._renderers:
         self._renderers[size] = make_renderer(scene.model, size)
@@ -446,33 +441,37 @@ def reset(self: FlashPlaceEnv, *, seed: int | None = None, options: dict | None 
     rules, rng, goal = self.rules, self.np_random, (options or {}).get("goal")
     self.order, self.goal = rng.permutation(3), int(rng.integers(3))  # order[pad] = colour
     if goal is not None:
-        instruction(goal), setattr(self, "goal", COLOURS.index(goal))
+        instruction(goal)  # raises for a colour that never flashes
+        self.goal = COLOURS.index(goal)
     puck = np.add(rules.puck, rng.uniform(-1, 1, 2) * rules.puck_spread)
     self.scene.start(np.add(rules.hand, rng.uniform(-1, 1, 3) * rules.hand_spread), puck)
     self.tick, self.rest, self.speed = 0, 0, 0.0
     return self.observe(), self.report()
 
 # %% ../../nbs/sim/01_flash_place.ipynb #d29abe2a
-@patch
-def step(self: FlashPlaceEnv, action):
-    """Carry out `action` (4,) for one tick (0.1 s).
-
-    Returns (obs, reward, terminated, truncated, info).
-    """
+def _four_numbers(action) -> np.ndarray:
+    "`action` as (4,) float64 within [−1, 1]; `ValueError` if it is none."
     action = np.asarray(action, np.float64)
     if action.shape != (4,) or not np.isfinite(action).all():
         raise ValueError(
             f"action is {action!r}: flash_place takes 4 finite numbers (dx, dy, dz,"
             " gripper)"
         )
-    action, scene, rules, before = np.clip(action, -1, 1), self.scene, self.rules, self.puck
+    return np.clip(action, -1, 1)
+
+# %% ../../nbs/sim/01_flash_place.ipynb #fc03833f
+@patch
+def step(self: FlashPlaceEnv, action):
+    """Carry out `action` (4,) for one tick (0.1 s).
+
+    Returns (obs, reward, terminated, truncated, info).
+    """
+    action, scene, rules, before = _four_numbers(action), self.scene, self.rules, self.puck
     for i in range(rules.move_steps + rules.hold_steps):
         scene.set_xyz_action(action[:3] * (i < rules.move_steps))
         scene.do_simulation([action[3], -action[3]], scene.frame_skip)
-    self.tick, self.speed = (
-        self.tick + 1,
-        float(np.linalg.norm(self.puck - before) * rules.fps),
-    )
+    self.tick += 1
+    self.speed = float(np.linalg.norm(self.puck - before) * rules.fps)
     self.rest = self.rest + 1 if self.placed == self.target else 0
     success, late = self.rest >= rules.success_ticks, self.tick >= rules.max_ticks
     info = self.report(success)
@@ -505,8 +504,7 @@ def project_to_image(
     The pinhole above: q = Rᵀ(x − c), pixel = S/2 + f (q_x, −q_y) / −q_z. Points behind the
     camera give NaN.
     """
-    if camera not in CAMERAS:
-        raise ValueError(f"unknown camera {camera!r}: use one of {', '.join(CAMERAS)}")
+    _check_camera(camera)
     data, size = self.scene.data.camera(camera), size or self.image_size
     q = (np.asarray(xyz, float) - data.xpos) @ data.xmat.reshape(3, 3)
     focal = size / 2 / np.tan(np.deg2rad(self.scene.model.camera(camera).fovy[0]) / 2)
@@ -571,37 +569,46 @@ def aim(self: FlashPlaceExpert) -> tuple:
     return (*(hand[:2] + way), self.carry if phase == "carry" else down), 1
 
 # %% ../../nbs/sim/01_flash_place.ipynb #45378ee4
+def _lost(expert: FlashPlaceExpert, off: float, held: bool) -> bool:
+    "The present phase has failed; `off`: metres from hand to puck, `held`: in the hand."
+    env = expert.env
+    return {
+        "lift": not held,
+        "carry": not held,
+        "lower": not held,
+        "descend": off > 0.03 and env.hand[2] > 0.09,
+        "grasp": expert.ticks >= 4 and not env.grasped,
+        "rise": expert.ticks > 4 and env.placed != env.target,
+    }.get(expert.phase, False)
+
+
+def _done(expert: FlashPlaceExpert, off: float, left: float) -> bool:
+    "The present phase has done its work; `left`: from the puck to the middle of its pad."
+    env, height = expert.env, expert.env.hand[2]
+    return {
+        "reach": off < 0.02 and height < expert.hover + 0.03 and env.opening > 0.8,
+        "descend": height < expert.grip + 0.008 and off < 0.015,
+        "grasp": expert.ticks >= 2 and env.grasped,
+        "lift": height > expert.carry - 0.012,
+        "carry": left < 0.02,
+        "lower": height < expert.grip + 0.012 and left < 0.04,
+        "release": env.opening > 0.8,
+    }.get(expert.phase, False)
+
+# %% ../../nbs/sim/01_flash_place.ipynb #b615ec77
 @patch
 def next_phase(self: FlashPlaceExpert) -> str:
     """The phase for the present state: the next one when a phase is done, `reach` when the
     puck is lost.
     """
-    env, phase, hand, puck = self.env, self.phase, self.env.hand, self.env.puck
-    off, held = (
-        np.linalg.norm(hand[:2] - puck[:2]),
-        np.linalg.norm(hand - puck - [0, 0, 0.048]) < 0.04,
-    )
+    env, hand, puck = self.env, self.env.hand, self.env.puck
+    off = np.linalg.norm(hand[:2] - puck[:2])
+    held = np.linalg.norm(hand - puck - [0, 0, 0.048]) < 0.04
     left = np.linalg.norm(np.subtract(env.rules.pads[env.target], puck[:2]))
-    lost = {
-        "lift": not held,
-        "carry": not held,
-        "lower": not held,
-        "descend": off > 0.03 and hand[2] > 0.09,
-        "grasp": self.ticks >= 4 and not env.grasped,
-        "rise": self.ticks > 4 and env.placed != env.target,
-    }
-    done = {
-        "reach": off < 0.02 and hand[2] < self.hover + 0.03 and env.opening > 0.8,
-        "descend": hand[2] < self.grip + 0.008 and off < 0.015,
-        "grasp": self.ticks >= 2 and env.grasped,
-        "lift": hand[2] > self.carry - 0.012,
-        "carry": left < 0.02,
-        "lower": hand[2] < self.grip + 0.012 and left < 0.04,
-        "release": env.opening > 0.8,
-    }
-    if lost.get(phase):
+    if _lost(self, off, held):
         return "reach"
-    return PHASES[PHASES.index(phase) + 1] if done.get(phase) else phase
+    done = _done(self, off, left)
+    return PHASES[PHASES.index(self.phase) + 1] if done else self.phase
 
 # %% ../../nbs/sim/01_flash_place.ipynb #a17ebdad
 def disturb(
@@ -611,8 +618,7 @@ def disturb(
     push in x, y, z.
 
     A burst starts with probability `share` / `burst` a tick, lasts `burst` ticks and is
-    normal with standard deviation
-    `scale` (in units of action); the gripper is spared.
+    normal with standard deviation `scale` (in units of action); the gripper is spared.
     """
     noise = np.zeros((ticks, 4))
     for t in range(ticks):
@@ -629,31 +635,20 @@ def demonstrate(
     path (ticks, 3), success, task.
     """
     obs, info = env.reset(seed=seed, options={"goal": goal})
-    expert, push = (
-        FlashPlaceExpert(env),
-        disturb(np.random.default_rng([seed, 1]), env.rules.max_ticks, noise),
-    )
+    expert = FlashPlaceExpert(env)
+    push = disturb(np.random.default_rng([seed, 1]), env.rules.max_ticks, noise)
     frames, actions, phases, pucks, over = [], [], [], [], False
     while not over:
         action = expert.act()
-        (
-            frames.append(obs),
-            actions.append(action),
-            phases.append(expert.phase),
-            pucks.append(env.puck),
-        )
+        frames.append(obs)
+        actions.append(action)
+        phases.append(expert.phase)
+        pucks.append(env.puck)
         obs, _, terminated, truncated, info = env.step(action + push[len(actions) - 1])
         over = terminated or truncated
-    return dict(
-        frames=frames,
-        actions=np.stack(actions),
-        phases=phases,
-        pucks=np.stack(pucks),
-        success=info["is_success"],
-        info=info,
-        task=env.task_description,
-        seed=seed,
-    )
+    seen = dict(frames=frames, phases=phases, pucks=np.stack(pucks))
+    how = dict(success=info["is_success"], info=info, task=env.task_description, seed=seed)
+    return seen | how | dict(actions=np.stack(actions))
 
 # %% ../../nbs/sim/01_flash_place.ipynb #6ed1fc35
 def expert_success(seeds, noise: float = 0.0) -> dict:
@@ -684,6 +679,28 @@ def make_one(**kwargs) -> gym.Env:
     """
     return FreezeUntilReset(FlashPlaceEnv(**kwargs))
 
+# %% ../../nbs/sim/01_flash_place.ipynb #754a31d6
+def _features() -> dict[str, PolicyFeature]:
+    "What the environment takes and hands out, pictures aside."
+    return {
+        ACTION: PolicyFeature(FeatureType.ACTION, (4,)),
+        "agent_pos": PolicyFeature(FeatureType.STATE, (4,)),
+    }
+
+
+def _features_map() -> dict[str, str]:
+    "The policy's name of every feature."
+    pictures = {f"pixels/{name}": f"{OBS_IMAGES}.{name}" for name in CAMERAS}
+    return {ACTION: ACTION, "agent_pos": OBS_STATE, **pictures}
+
+
+def _vector(makers: list, in_processes: bool) -> gym.vector.VectorEnv:
+    "The environments of `makers` side by side; a finished one restarts at the next step."
+    mode = gym.vector.AutoresetMode.NEXT_STEP
+    if in_processes:
+        return gym.vector.AsyncVectorEnv(makers, context="forkserver", autoreset_mode=mode)
+    return gym.vector.SyncVectorEnv(makers, autoreset_mode=mode)
+
 # %% ../../nbs/sim/01_flash_place.ipynb #3db9c8c0
 @dataclass
 class FlashPlaceEnvConfig(EnvConfig):
@@ -693,26 +710,13 @@ class FlashPlaceEnvConfig(EnvConfig):
     fps: int = 10
     image_size: int = 112  # pixels, both cameras
     render_size: int = 224  # pixels, of the videos
-    features: dict[str, PolicyFeature] = field(
-        default_factory=lambda: {
-            ACTION: PolicyFeature(FeatureType.ACTION, (4,)),
-            "agent_pos": PolicyFeature(FeatureType.STATE, (4,)),
-        }
-    )
-    features_map: dict[str, str] = field(
-        default_factory=lambda: {
-            ACTION: ACTION,
-            "agent_pos": OBS_STATE,
-            **{f"pixels/{name}": f"{OBS_IMAGES}.{name}" for name in CAMERAS},
-        }
-    )
+    features: dict[str, PolicyFeature] = field(default_factory=_features)
+    features_map: dict[str, str] = field(default_factory=_features_map)
 
     def __post_init__(self):
-        if self.fps != FlashPlaceSpec().fps:
-            raise ValueError(
-                f"fps is {self.fps}: flash_place runs at {FlashPlaceSpec().fps}"
-            )
-        shape = (self.image_size, self.image_size, 3)
+        fps, shape = FlashPlaceSpec().fps, (self.image_size, self.image_size, 3)
+        if self.fps != fps:
+            raise ValueError(f"fps is {self.fps}: flash_place runs at {fps}")
         self.features |= {
             f"pixels/{name}": PolicyFeature(FeatureType.VISUAL, shape) for name in CAMERAS
         }
@@ -727,17 +731,8 @@ class FlashPlaceEnvConfig(EnvConfig):
         """
         if n_envs < 1:
             raise ValueError(f"n_envs is {n_envs}: use at least 1")
-        makers, mode = (
-            [functools.partial(make_one, **self.gym_kwargs)] * n_envs,
-            gym.vector.AutoresetMode.NEXT_STEP,
-        )
-        if use_async_envs and n_envs > 1:
-            vector = gym.vector.AsyncVectorEnv(
-                makers, context="forkserver", autoreset_mode=mode
-            )
-        else:
-            vector = gym.vector.SyncVectorEnv(makers, autoreset_mode=mode)
-        return {"flash_place": {0: vector}}
+        makers = [functools.partial(make_one, **self.gym_kwargs)] * n_envs
+        return {"flash_place": {0: _vector(makers, use_async_envs and n_envs > 1)}}
 
 # %% ../../nbs/sim/01_flash_place.ipynb #ff751768
 if "flash_place" not in EnvConfig.get_known_choices():
@@ -868,15 +863,10 @@ def stop_gently():
     """Within this block SIGINT and SIGTERM only set the event that it yields; in another
     thread than the main one, nothing changes.
     """
-    stop, main = threading.Event(), threading.current_thread() is threading.main_thread()
-    old = (
-        {
-            s: signal.signal(s, lambda *_: stop.set())
-            for s in (signal.SIGINT, signal.SIGTERM)
-        }
-        if main
-        else {}
-    )
+    stop, old = threading.Event(), {}
+    if threading.current_thread() is threading.main_thread():
+        for s in (signal.SIGINT, signal.SIGTERM):
+            old[s] = signal.signal(s, lambda *_: stop.set())
     try:
         yield stop
     finally:
@@ -884,6 +874,22 @@ def stop_gently():
             signal.signal(s, handler)
 
 # %% ../../nbs/sim/01_flash_place.ipynb #f61ae279
+def _new_log(root: Path, settings: dict) -> dict:
+    "The log of a recording that begins; `ValueError` if `root` holds something else."
+    if root.exists() and any(root.iterdir()):
+        raise ValueError(
+            f"{root} holds files but no flash_place recording: choose an empty folder"
+        )
+    return {
+        "settings": settings,
+        "episodes": 0,
+        "seeds": [],
+        "dropped": [],
+        "next": settings["seed"],
+        "open": False,
+    }
+
+# %% ../../nbs/sim/01_flash_place.ipynb #3c789e47
 def open_log(root: Path, settings: dict) -> dict:
     """The recording's log in `root`, after repairing a killed recording; `ValueError` if
     `root` holds something else.
@@ -891,18 +897,7 @@ def open_log(root: Path, settings: dict) -> dict:
     if (root / LOG).exists() and json.loads((root / LOG).read_text())["open"]:
         restore_checkpoint(root)
     if not (root / LOG).exists():
-        if root.exists() and any(root.iterdir()):
-            raise ValueError(
-                f"{root} holds files but no flash_place recording: choose an empty folder"
-            )
-        return {
-            "settings": settings,
-            "episodes": 0,
-            "seeds": [],
-            "dropped": [],
-            "next": settings["seed"],
-            "open": False,
-        }
+        return _new_log(root, settings)
     log = json.loads((root / LOG).read_text())
     for name, value in settings.items():
         if log["settings"].get(name) != value:
@@ -962,10 +957,35 @@ def record_some(env, dataset, log: dict, episodes: int, root: Path, bar, stop):
         log["seeds" if episode["success"] else "dropped"].append(log["next"])
         log["next"] += 1
         if episode["success"]:
-            add_episode(dataset, episode), bar.update()
+            add_episode(dataset, episode)
+            bar.update()
     dataset.finalize()
     write_json(root / LOG, {**log, "episodes": dataset.num_episodes, "open": False})
     save_checkpoint(root)
+
+# %% ../../nbs/sim/01_flash_place.ipynb #8d3a0826
+def _record_all(env, log: dict, episodes: int, root: Path, repo_id: str, bar, stop) -> int:
+    "Record from checkpoint to checkpoint; returns how many episodes `root` holds then."
+    done = log["episodes"]
+    while done < episodes and not stop.is_set():
+        # LeRobot cannot continue an empty dataset
+        if not done:
+            shutil.rmtree(root, ignore_errors=True)
+        dataset = open_dataset(root, repo_id, env.image_size)
+        write_json(root / LOG, {**log, "open": True})
+        portion = min(episodes, done + CHECKPOINT)
+        record_some(env, dataset, log, portion, root, bar, stop)
+        done = log["episodes"] = dataset.num_episodes
+    return done
+
+
+def _progress(episodes: int, done: int):
+    "A bar of `episodes` of which `done` stand already."
+    from tqdm.auto import tqdm
+
+    return tqdm(
+        total=episodes, initial=min(done, episodes), desc="demonstrations", unit="episode"
+    )
 
 # %% ../../nbs/sim/01_flash_place.ipynb #d7647f17
 def record_demonstrations(
@@ -980,45 +1000,44 @@ def record_demonstrations(
     `episodes`; return `root`.
 
     Seeds run upwards from `seed` and stay below `EVAL_SEED`. What is there already is
-    reused; an interrupted recording is
-    loadable and is continued by the same call. `KeyboardInterrupt` after an interruption.
+    reused; an interrupted recording is loadable and is continued by the same call.
+    `KeyboardInterrupt` after an interruption.
     """
-    from tqdm.auto import tqdm
-
     root, settings = Path(root), {"seed": seed, "noise": noise, "image_size": image_size}
     if finished(root, settings, episodes):
         return root
     with contextlib.ExitStack() as held:
         held.enter_context(recording_lock(root))
         log = open_log(root, settings)
-        env, done = (
-            held.enter_context(contextlib.closing(FlashPlaceEnv(image_size))),
-            log["episodes"],
-        )
-        bar = tqdm(
-            total=episodes,
-            initial=min(done, episodes),
-            desc="demonstrations",
-            unit="episode",
-        )
-        held.enter_context(contextlib.closing(bar))
+        env = held.enter_context(contextlib.closing(FlashPlaceEnv(image_size)))
+        bar = held.enter_context(contextlib.closing(_progress(episodes, log["episodes"])))
         stop = held.enter_context(stop_gently())
-        while done < episodes and not stop.is_set():
-            # LeRobot cannot continue an empty dataset
-            if not done:
-                shutil.rmtree(root, ignore_errors=True)
-            dataset = open_dataset(root, repo_id, image_size)
-            write_json(root / LOG, {**log, "open": True})
-            record_some(
-                env, dataset, log, min(episodes, done + CHECKPOINT), root, bar, stop
-            )
-            done = log["episodes"] = dataset.num_episodes
+        done = _record_all(env, log, episodes, root, repo_id, bar, stop)
     if done < episodes:
         raise KeyboardInterrupt(
             f"{done} of {episodes} demonstrations are in {root}; the same call goes on from"
             " there"
         )
     return root
+
+# %% ../../nbs/sim/01_flash_place.ipynb #1d139900
+_OPTIONS = {
+    "--root": dict(
+        type=Path,
+        required=True,
+        help="folder of the LeRobotDataset; an unfinished one is continued",
+    ),
+    "--episodes": dict(type=int, default=100, help="episodes the dataset shall hold"),
+    "--seed": dict(
+        type=int,
+        default=0,
+        help=f"first seed; seeds from {EVAL_SEED} on are for evaluation",
+    ),
+    "--noise": dict(
+        type=float, default=0.2, help="standard deviation of the pushes, in units of action"
+    ),
+    "--image-size": dict(type=int, default=112, help="pixels a side, both cameras"),
+}
 
 # %% ../../nbs/sim/01_flash_place.ipynb #7a8db121
 def main(arguments=None):
@@ -1030,30 +1049,8 @@ def main(arguments=None):
         description="Record demonstrations of flash_place.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--root",
-        type=Path,
-        required=True,
-        help="folder of the LeRobotDataset; an unfinished one is continued",
-    )
-    parser.add_argument(
-        "--episodes", type=int, default=100, help="episodes the dataset shall hold"
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help=f"first seed; seeds from {EVAL_SEED} on are for evaluation",
-    )
-    parser.add_argument(
-        "--noise",
-        type=float,
-        default=0.2,
-        help="standard deviation of the pushes, in units of action",
-    )
-    parser.add_argument(
-        "--image-size", type=int, default=112, help="pixels a side, both cameras"
-    )
+    for flag, settings in _OPTIONS.items():
+        parser.add_argument(flag, **settings)
     try:
         record_demonstrations(**vars(parser.parse_args(arguments)))
     except KeyboardInterrupt as e:

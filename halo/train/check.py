@@ -30,6 +30,23 @@ import yaml
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from tqdm import tqdm
 
+# %% auto #0
+__all__ = ['SEVERITIES', 'AGAIN', 'RECOMPUTE', 'SIZES', 'OLD', 'VECTORS', 'INDEX', 'CODEC', 'FAR', 'CHECKS', 'MANY', 'COLOURS',
+           'Finding', 'error', 'warning', 'note', 'refusal', 'first_line', 'drop', 'model_of', 'check_folder',
+           'open_folder', 'fetched', 'Case', 'size_of', 'advised', 'short_name', 'headline', 'full_name', 'dense',
+           'Rows', 'read_tables', 'read_rows', 'check_index', 'check_files', 'spoken', 'row_fault', 'check_rows',
+           'check_camera_roles', 'any_roles', 'check_pictures', 'limit_field', 'Clip', 'clips', 'Header', 'probe',
+           'clip_faults', 'check_videos', 'sample_ticks', 'sample_episodes', 'picture_stamps', 'meets_pictures',
+           'thumbnails', 'trimmed', 'movement', 'same', 'longest', 'hang', 'stale', 'picture_faults', 'check_frames',
+           'check_sizes', 'check_rate', 'check_columns', 'check_numbers', 'label', 'check_spread', 'check_outliers',
+           'spans', 'check_episode_units', 'follows', 'check_units', 'stamp_fault', 'as_filmed', 'check_stamps',
+           'check_statistics', 'statistic_faults', 'foreign', 'counter', 'check_instructions', 'check_lengths',
+           'check_history', 'store_sizes', 'store_bytes', 'free_bytes', 'check_disk', 'card', 'planned',
+           'training_bytes', 'check_memory', 'quiet', 'tried', 'examine', 'plain', 'flat', 'hub_id', 'train_command',
+           'fitted', 'run_fields', 'run_file', 'lines', 'status', 'report', 'indented', 'as_json', 'draw_findings',
+           'policy_fields', 'write_whole', 'parser', 'case_of', 'answer', 'main']
+
+# %% ../../nbs/train/05_check.ipynb #4aef6502
 from halo.data.history import (
     View,
     as_meta,
@@ -54,22 +71,6 @@ from halo.data.history import (
 from ..method.config import PRESETS, ModelConfig, one_of, preset
 from ..method.sampling import downsample
 from ..policy.configuration_halo import HaloConfig, assign_roles
-
-# %% auto #0
-__all__ = ['SEVERITIES', 'AGAIN', 'RECOMPUTE', 'SIZES', 'OLD', 'VECTORS', 'INDEX', 'CODEC', 'FAR', 'CHECKS', 'MANY', 'COLOURS',
-           'Finding', 'error', 'warning', 'note', 'refusal', 'first_line', 'drop', 'model_of', 'check_folder',
-           'open_folder', 'fetched', 'Case', 'size_of', 'advised', 'short_name', 'headline', 'full_name', 'dense',
-           'Rows', 'read_tables', 'read_rows', 'check_index', 'check_files', 'spoken', 'row_fault', 'check_rows',
-           'check_camera_roles', 'any_roles', 'check_pictures', 'limit_field', 'Clip', 'clips', 'Header', 'probe',
-           'clip_faults', 'check_videos', 'sample_ticks', 'sample_episodes', 'picture_stamps', 'meets_pictures',
-           'thumbnails', 'trimmed', 'movement', 'same', 'longest', 'hang', 'stale', 'picture_faults', 'check_frames',
-           'check_sizes', 'check_rate', 'check_columns', 'check_numbers', 'label', 'check_spread', 'check_outliers',
-           'spans', 'check_episode_units', 'follows', 'check_units', 'stamp_fault', 'as_filmed', 'check_stamps',
-           'check_statistics', 'statistic_faults', 'foreign', 'counter', 'check_instructions', 'check_lengths',
-           'check_history', 'store_sizes', 'store_bytes', 'free_bytes', 'check_disk', 'card', 'planned',
-           'training_bytes', 'check_memory', 'quiet', 'tried', 'examine', 'plain', 'flat', 'hub_id', 'train_command',
-           'fitted', 'run_fields', 'run_file', 'lines', 'status', 'report', 'indented', 'as_json', 'draw_findings',
-           'policy_fields', 'write_whole', 'parser', 'case_of', 'answer', 'main']
 
 # %% ../../nbs/train/05_check.ipynb #d2235eeb
 SEVERITIES = ('error', 'warning', 'note')
@@ -186,26 +187,30 @@ def open_folder(root: Path) -> LeRobotDatasetMetadata:
         ) from e
 
 # %% ../../nbs/train/05_check.ipynb #377bb372
-def fetched(name: str, deep: bool) -> Path:
-    "Folder of dataset `name` of the hub. Raises `ValueError` where it is not to be had."
+def _download(name: str, deep: bool) -> str:
+    "The folder into which dataset `name` of the hub was fetched."
     from huggingface_hub import snapshot_download
     from lerobot.datasets.dataset_metadata import CODEBASE_VERSION, get_safe_version
-    from lerobot.utils.constants import HF_LEROBOT_HOME, HF_LEROBOT_HUB_CACHE
+    from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
+
+    videos = 'videos/*' if deep else 'videos/*/chunk-000/file-000.mp4'
+    return snapshot_download(
+        name,
+        repo_type='dataset',
+        revision=get_safe_version(name, CODEBASE_VERSION),
+        cache_dir=HF_LEROBOT_HUB_CACHE,
+        allow_patterns=['meta/*', 'data/*', videos],
+    )
+
+# %% ../../nbs/train/05_check.ipynb #e2d91747
+def fetched(name: str, deep: bool) -> Path:
+    "Folder of dataset `name` of the hub. Raises `ValueError` where it is not to be had."
+    from lerobot.utils.constants import HF_LEROBOT_HOME
 
     if (HF_LEROBOT_HOME / name / 'meta/info.json').is_file():
         return HF_LEROBOT_HOME / name
-    videos = 'videos/*' if deep else 'videos/*/chunk-000/file-000.mp4'
     try:
-        version = get_safe_version(name, CODEBASE_VERSION)
-        return Path(
-            snapshot_download(
-                name,
-                repo_type='dataset',
-                revision=version,
-                cache_dir=HF_LEROBOT_HUB_CACHE,
-                allow_patterns=['meta/*', 'data/*', videos],
-            )
-        )
+        return Path(_download(name, deep))
     except Exception as e:
         raise ValueError(
             f'{name} is neither a folder nor to be had from the hub '
@@ -218,32 +223,8 @@ def fetched(name: str, deep: bool) -> Path:
 VECTORS = ('observation.state', 'action')
 
 
-@dataclass
-class Case:
-    "A dataset and what is to be trained on it; what is read of it is read once."
-
-    meta: LeRobotDatasetMetadata
-    name: str  # the dataset as the user named it
-    policy: dict = field(default_factory=dict)  # fields of HaloConfig, as --policy.X
-    tolerance: float = 1e-4  # how far time stamps may be off, s
-    deep: bool = False  # decode every frame of every video
-    partial: bool = False  # only some videos are on this machine
-    gpu: str = ''  # a card in `halo.train.plan.GPUS`; '' = this machine
-    batch: int = 8  # samples in a training step
-    store: str = ''  # folder of the frame store; '' = beside the dataset
-
-    @property
-    def root(self) -> Path:
-        return Path(self.meta.root)
-
-    @property
-    def fps(self) -> float:
-        return float(self.meta.fps)
-
-    @cached_property
-    def asked(self) -> ModelConfig:
-        "The model as it was asked for."
-        return model_of(self.policy)
+class _Reading:
+    "What is read of a case's dataset, when it is first asked for."
 
     @cached_property
     def bounds(self) -> np.ndarray:
@@ -270,6 +251,40 @@ class Case:
         return {k: f for k, f in found.items() if f}
 
     @cached_property
+    def ranges(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        "`trimmed` of state and action."
+        have = [k for k in VECTORS if k in self.rows.columns]
+        return {k: trimmed(matrix(self.rows.columns[k])) for k in have}
+
+# %% ../../nbs/train/05_check.ipynb #4073a01a
+@dataclass
+class Case(_Reading):
+    "A dataset and what is to be trained on it; what is read of it is read once."
+
+    meta: LeRobotDatasetMetadata
+    name: str  # the dataset as the user named it
+    policy: dict = field(default_factory=dict)  # fields of HaloConfig, as --policy.X
+    tolerance: float = 1e-4  # how far time stamps may be off, s
+    deep: bool = False  # decode every frame of every video
+    partial: bool = False  # only some videos are on this machine
+    gpu: str = ''  # a card in `halo.train.plan.GPUS`; '' = this machine
+    batch: int = 8  # samples in a training step
+    store: str = ''  # folder of the frame store; '' = beside the dataset
+
+    @property
+    def root(self) -> Path:
+        return Path(self.meta.root)
+
+    @property
+    def fps(self) -> float:
+        return float(self.meta.fps)
+
+    @cached_property
+    def asked(self) -> ModelConfig:
+        "The model as it was asked for."
+        return model_of(self.policy)
+
+    @cached_property
     def advice(self) -> dict:
         return advised(self)
 
@@ -277,12 +292,6 @@ class Case:
     def model(self) -> ModelConfig:
         "The model as it suits the dataset."
         return model_of(self.advice)
-
-    @cached_property
-    def ranges(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        "`trimmed` of state and action."
-        have = [k for k in VECTORS if k in self.rows.columns]
-        return {k: trimmed(matrix(self.rows.columns[k])) for k in have}
 
 # %% ../../nbs/train/05_check.ipynb #2335300f
 from fastcore.basics import patch
@@ -445,35 +454,32 @@ def read_rows(meta) -> Rows:
     return Rows({}, broken)
 
 # %% ../../nbs/train/05_check.ipynb #5ca43013
-def check_index(case: Case):
-    "The metadata's list of episodes: numbers without gaps, lengths that add up."
-    numbers, info = case.numbers, case.meta.info
+def _episode_gap(numbers: list[int]):
+    "The first place at which the episodes' numbers do not go on by one."
     for i, (k, before) in enumerate(zip(numbers, [-1, *numbers])):
         if k != before + 1:
             gone = f'after episode {before}' if i else 'first'
-            yield error(
-                'episode-gap',
-                f'episode {k}',
-                f'episode {k} comes {gone} in meta/episodes',
-                'copy the dataset again (lerobot-edit-dataset renumbers what it leaves)',
-            )
-            break
+            text = f'episode {k} comes {gone} in meta/episodes'
+            fix = 'copy the dataset again (lerobot-edit-dataset renumbers what it leaves)'
+            yield error('episode-gap', f'episode {k}', text, fix)
+            return
+
+
+def check_index(case: Case):
+    "The metadata's list of episodes: numbers without gaps, lengths that add up."
+    numbers, info, file = case.numbers, case.meta.info, 'meta/info.json'
+    yield from _episode_gap(numbers)
     for what, want, have in (
         ('episodes', info.total_episodes, len(numbers)),
         ('frames', info.total_frames, int(case.lengths.sum())),
     ):
         if want != have:
-            yield error(
-                'counts',
-                'meta/info.json',
-                f'meta/info.json counts {want} {what}, meta/episodes {have}',
-                'copy the dataset again',
-            )
+            text = f'{file} counts {want} {what}, meta/episodes {have}'
+            yield error('counts', file, text, 'copy the dataset again')
     for k, n in zip(numbers, case.lengths):
         if n < 1:
-            yield error(
-                'no-frames', f'episode {k}', f'episode {k} has no frame', drop(k), k
-            )
+            text = f'episode {k} has no frame'
+            yield error('no-frames', f'episode {k}', text, drop(k), k)
 
 # %% ../../nbs/train/05_check.ipynb #20a8742d
 def check_files(case: Case):
@@ -521,60 +527,46 @@ def check_rows(case: Case):
         yield error(code, f'episode {k}', what, f'{AGAIN}, or {drop(k)}', k)
     stray = np.setdiff1d(case.rows.columns['episode_index'], case.numbers)
     if len(stray):
-        yield error(
-            'rows-stray',
-            spoken(stray.tolist()),
-            'the parquet files hold rows of '
-            f'{spoken(stray.tolist())}, which meta/episodes does not know',
-            AGAIN,
-        )
+        where = spoken(stray.tolist())
+        text = f'the parquet files hold rows of {where}, which meta/episodes does not know'
+        yield error('rows-stray', where, text, AGAIN)
 
 # %% ../../nbs/train/05_check.ipynb #08df6f15
-def check_camera_roles(case: Case):
-    "Cameras and their roles; which is primary."
+def _camera_kinds(case: Case):
+    "Cameras that are no pictures in RGB."
     for c in case.meta.camera_keys:
         if len(size := tuple(case.meta.features[c]['shape'])) != 3:
-            yield error(
-                'picture-shape',
-                c,
-                f'camera {c} has shape {size} in meta/info.json',
-                'write (height, width, channels) there',
-            )
+            text = f'camera {c} has shape {size} in meta/info.json'
+            yield error('picture-shape', c, text, 'write (height, width, channels) there')
     for c in depth_cameras(case.meta):
-        yield note(
-            'depth', c, f'camera {c} is a depth map and is left out', 'HALO reads pictures'
-        )
+        text = f'camera {c} is a depth map and is left out'
+        yield note('depth', c, text, 'HALO reads pictures')
     for c in set(case.meta.camera_keys) - {*depth_cameras(case.meta), *case.cameras}:
         n = picture_shape(case.meta, c)[2]
         yield error('channels', c, f'camera {c} has {n} channels', 'record it as RGB')
+
+
+def _primary_unclear(case: Case) -> Finding:
+    "Nobody said which camera is primary; in the words of `assign_roles`."
+    told = (case.policy.get(k) for k in ('primary_camera', 'camera_roles'))
+    text, fix = refusal(assign_roles, case.cameras, *told)
+    fix = fix.replace('one of them', f'one, e.g. {case.cameras[0]}')
+    return error('primary', ', '.join(case.cameras), text.replace('?', ':'), fix)
+
+# %% ../../nbs/train/05_check.ipynb #24d2241b
+def check_camera_roles(case: Case):
+    "Cameras and their roles; which is primary."
+    yield from _camera_kinds(case)
     if not case.cameras:
-        yield error(
-            'no-camera',
-            'dataset',
-            'the dataset has no camera that HALO can read',
-            'record at least the primary view in RGB',
-        )
+        text = 'the dataset has no camera that HALO can read'
+        fix = 'record at least the primary view in RGB'
+        yield error('no-camera', 'dataset', text, fix)
     elif case.roles:
         said = ', '.join(f'{k} {r}' for k, r in case.roles.items())
-        yield note(
-            'roles',
-            next(iter(case.roles)),
-            f'cameras: {said}',
-            'other roles: --policy.primary_camera=KEY, --policy.camera_roles',
-        )
+        fix = 'other roles: --policy.primary_camera=KEY, --policy.camera_roles'
+        yield note('roles', next(iter(case.roles)), f'cameras: {said}', fix)
     else:
-        text, fix = refusal(
-            assign_roles,
-            case.cameras,
-            case.policy.get('primary_camera'),
-            case.policy.get('camera_roles'),
-        )
-        yield error(
-            'primary',
-            ', '.join(case.cameras),
-            text.replace('?', ':'),
-            fix.replace('one of them', f'one, e.g. {case.cameras[0]}'),
-        )
+        yield _primary_unclear(case)
 
 # %% ../../nbs/train/05_check.ipynb #63c63682
 def any_roles(case: Case) -> dict[str, str]:
@@ -589,24 +581,18 @@ def check_pictures(case: Case):
     for c, role in any_roles(case).items():
         h, w = camera_size(case.meta, c)
         y, x = fit_shape(h, w, View(factor, view_limit(s, role)))
-        bent = abs(y * w / (x * h) - 1)
+        bent, limit = abs(y * w / (x * h) - 1), limit_field(role)
         said = f'camera {c} is {h} x {w} and is read at {y} x {x}'
         said += f' ({y * x // factor**2} tokens)'
         said += f', {bent:.0%} off its shape' if bent > 0.02 else ''
         if bent > 0.5:
-            yield warning(
-                'shape',
-                c,
-                said,
-                'crop it nearer to a square, or let it be read '
-                f'larger ({limit_field(role)})',
-            )
+            fix = f'crop it nearer to a square, or let it be read larger ({limit})'
+            yield warning('shape', c, said, fix)
         elif min(h, w) < factor:
-            yield warning(
-                'tiny-picture', c, said, f'record at least {factor} pixels a side'
-            )
+            fix = f'record at least {factor} pixels a side'
+            yield warning('tiny-picture', c, said, fix)
         else:
-            yield note('picture', c, said, f'{limit_field(role)} changes the limit')
+            yield note('picture', c, said, f'{limit} changes the limit')
 
 # %% ../../nbs/train/05_check.ipynb #f434823c
 def limit_field(role: str) -> str:
@@ -670,53 +656,50 @@ def probe(file: Path) -> Header:
         return Header(s.height, s.width, float(s.average_rate), float(long), whole)
 
 # %% ../../nbs/train/05_check.ipynb #a48d5bcb
-def clip_faults(case: Case, clip: Clip):
-    "What the header of a video shows. Raises what PyAV raises if there is none."
-    h, w, rate, seconds, whole = probe(case.root / clip.file)
-    where, half = clip.file, 0.5 / case.fps
+def _header_faults(case: Case, clip: Clip, header: Header):
+    "Size, rate and length of a video against the metadata."
+    where, want, half = clip.file, camera_size(case.meta, clip.camera), 0.5 / case.fps
+    h, w, rate, seconds, whole = header
     if not whole:
-        yield error(
-            'video-cut',
-            where,
-            f'{where} with {spoken(clip.episodes)} is cut off: its last picture is missing',
-            AGAIN,
-        )
-    if (h, w) != (want := camera_size(case.meta, clip.camera)):
-        yield error(
-            'video-size',
-            where,
-            f'{where} is {h} x {w}, meta/info.json says {want[0]} x {want[1]}',
-            'correct the shape there, or record again',
-        )
+        text = f'{where} with {spoken(clip.episodes)} is cut off: its last picture'
+        yield error('video-cut', where, f'{text} is missing', AGAIN)
+    if (h, w) != want:
+        text = f'{where} is {h} x {w}, meta/info.json says {want[0]} x {want[1]}'
+        fix = 'correct the shape there, or record again'
+        yield error('video-size', where, text, fix)
     if abs(rate / case.fps - 1) > 0.01:
-        yield error(
-            'video-rate',
-            where,
-            f'{where} runs at {rate:g} frames a second, the dataset at {case.fps:g}',
-            'encode the video again at the rate of the dataset',
-        )
+        text = f'{where} runs at {rate:g} frames a second, the dataset at {case.fps:g}'
+        fix = 'encode the video again at the rate of the dataset'
+        yield error('video-rate', where, text, fix)
     elif seconds + half < (last := clip.spans[:, 1].max()):
         gone = [k for k, (_, z) in zip(clip.episodes, clip.spans) if z > seconds + half]
-        yield error(
-            'video-short',
-            where,
-            f'{where} ends after {seconds:.2f} s, {spoken(gone)} until {last:.2f} s',
-            AGAIN,
-            gone[0] if len(gone) == 1 else None,
-        )
+        text = f'{where} ends after {seconds:.2f} s, {spoken(gone)} until {last:.2f} s'
+        one = gone[0] if len(gone) == 1 else None
+        yield error('video-short', where, text, AGAIN, one)
+
+# %% ../../nbs/train/05_check.ipynb #6cf227b5
+def clip_faults(case: Case, clip: Clip):
+    "What the header of a video shows. Raises what PyAV raises if there is none."
+    where = clip.file
+    yield from _header_faults(case, clip, probe(case.root / where))
     spans = np.diff(clip.spans)[:, 0]
     for k, n, s in zip(clip.episodes, clip.lengths, spans):
-        if abs(s - n / case.fps) > half:
-            yield error(
-                'video-span',
-                where,
-                f'episode {k} has {n} ticks '
-                f'({n / case.fps:.2f} s) but {s:.2f} s of {where}',
-                f'{AGAIN}, or {drop(k)}',
-                k,
-            )
+        if abs(s - n / case.fps) > 0.5 / case.fps:
+            text = f'episode {k} has {n} ticks ({n / case.fps:.2f} s)'
+            text += f' but {s:.2f} s of {where}'
+            yield error('video-span', where, text, f'{AGAIN}, or {drop(k)}', k)
 
 # %% ../../nbs/train/05_check.ipynb #2f833e2f
+def _readable_faults(case: Case, clip: Clip):
+    "`clip_faults`, or that the file is no video."
+    try:
+        yield from clip_faults(case, clip)
+    except (av.FFmpegError, IndexError, OSError, TypeError) as e:
+        held = spoken(clip.episodes)
+        text = f'{clip.file} with {held} is no video ({type(e).__name__})'
+        yield error('video-unreadable', clip.file, text, AGAIN)
+
+# %% ../../nbs/train/05_check.ipynb #49a9bffd
 def check_videos(case: Case):
     "Every video file is there and its header fits the metadata."
     absent = 0
@@ -724,41 +707,21 @@ def check_videos(case: Case):
         try:
             found = clips(case, c)
         except KeyError:
-            yield error(
-                'video-index',
-                c,
-                f'meta/episodes does not say where the videos of {c} lie',
-                AGAIN,
-            )
+            text = f'meta/episodes does not say where the videos of {c} lie'
+            yield error('video-index', c, text, AGAIN)
             continue
         for clip in found:
             if (case.root / clip.file).is_file():
-                try:
-                    yield from clip_faults(case, clip)
-                except (av.FFmpegError, IndexError, OSError, TypeError) as e:
-                    yield error(
-                        'video-unreadable',
-                        clip.file,
-                        f'{clip.file} with '
-                        f'{spoken(clip.episodes)} is no video ({type(e).__name__})',
-                        AGAIN,
-                    )
+                yield from _readable_faults(case, clip)
             elif case.partial:
                 absent += 1
             else:
-                yield error(
-                    'video-missing',
-                    clip.file,
-                    f'{clip.file} with {spoken(clip.episodes)} is missing',
-                    AGAIN,
-                )
+                text = f'{clip.file} with {spoken(clip.episodes)} is missing'
+                yield error('video-missing', clip.file, text, AGAIN)
     if absent:
-        yield note(
-            'not-fetched',
-            'videos',
-            f'{absent} video files were not fetched and not looked at',
-            'add --deep to fetch and decode all of them',
-        )
+        text = f'{absent} video files were not fetched and not looked at'
+        fix = 'add --deep to fetch and decode all of them'
+        yield note('not-fetched', 'videos', text, fix)
 
 # %% ../../nbs/train/05_check.ipynb #ed139f5c
 def sample_ticks(n: int, deep: bool) -> np.ndarray:
@@ -876,27 +839,25 @@ def picture_faults(case: Case, camera: str, e: int, ticks: np.ndarray, small: to
     if moved is None:
         return
     if run := hang(ticks, small, moved, case.fps):
-        yield warning(
-            'frozen',
-            camera,
-            f'{at} stands still from frame {run[0]} to {run[1]} while the robot moves',
-            look,
-            k,
-        )
+        text = f'{at} stands still from frame {run[0]} to {run[1]} while the robot moves'
+        yield warning('frozen', camera, text, look, k)
         return
     n, of = stale(ticks, small, moved)
     if n >= 8 and n > 0.3 * of:
-        yield warning(
-            'stale',
-            camera,
-            f'{at} repeats the picture before in {n} of {of} '
-            f'frames in which the robot moves: it gives fewer than {case.fps:g} '
-            'a second',
-            'record at the rate of the slowest camera',
-            k,
-        )
+        text = f'{at} repeats the picture before in {n} of {of} frames in which the robot'
+        text += f' moves: it gives fewer than {case.fps:g} a second'
+        yield warning('stale', camera, text, 'record at the rate of the slowest camera', k)
 
 # %% ../../nbs/train/05_check.ipynb #a0c0618a
+def _twins(k: int, camera: str, small: torch.Tensor, seen: dict[str, torch.Tensor]):
+    "Cameras `seen` in episode `k` that gave the pictures of this one."
+    for other, pictures in seen.items():
+        if len(pictures) == len(small) and same(pictures, small).all():
+            text = f'cameras {other} and {camera} give the same pictures in episode {k}'
+            fix = 'drop one of them, or record the right one'
+            yield warning('twins', camera, text, fix, k)
+
+# %% ../../nbs/train/05_check.ipynb #550618d5
 def check_frames(case: Case):
     "Decode some frames (with `deep` all) of every camera and look at them."
     seen = {}
@@ -909,62 +870,41 @@ def check_frames(case: Case):
             small = thumbnails(case, c, e, ticks)
         except (ValueError, IndexError, OSError) as err:
             what = str(err).partition('; ')[0].replace(f'{case.root}/', '')
-            yield error(
-                'frames',
-                c,
-                f'the frames of camera {c} in episode {k} cannot be read: {what}',
-                f'{AGAIN}, or {drop(k)}',
-                k,
-            )
+            text = f'the frames of camera {c} in episode {k} cannot be read: {what}'
+            yield error('frames', c, text, f'{AGAIN}, or {drop(k)}', k)
             continue
         yield from picture_faults(case, c, e, ticks, small)
-        for other, pictures in seen.get(e, {}).items():
-            if len(pictures) == len(small) and same(pictures, small).all():
-                yield warning(
-                    'twins',
-                    c,
-                    f'cameras {other} and {c} give the same pictures in episode {k}',
-                    'drop one of them, or record the right one',
-                    k,
-                )
+        yield from _twins(k, c, small, seen.get(e, {}))
         seen.setdefault(e, {})[c] = small
 
 # %% ../../nbs/train/05_check.ipynb #7dd5a7ac
+def _vector_faults(case: Case, key: str, name: str):
+    "What is wrong with the length of state or action, where it is there."
+    shape, n = case.meta.features[key]['shape'], size_of(case.meta, key)
+    x, most = case.rows.columns.get(key), getattr(case.asked, name)
+    if x is not None and (have := matrix(x).shape[1]) != n:
+        text = f'{key} has {have} numbers in the parquet files, {n} in meta/info.json'
+        yield error('length', key, text, AGAIN)
+    if len(shape) > 1:
+        yield error('vector', key, f'{key} has shape {tuple(shape)}', 'make it a vector')
+    elif n > most:
+        fit = [p for p in PRESETS if getattr(preset(p), name) >= n]
+        other = f', or take --preset {" or ".join(fit)}' if fit else ''
+        text = f'{key} has {n} numbers, preset {case.asked.name!r} takes {most}'
+        yield error('size', key, text, f'add --policy.{name}={n}{other}')
+    elif n == 1:
+        text = f'{key} is a single number'
+        yield note('single', key, text, 'it is read as a vector of one')
+
+# %% ../../nbs/train/05_check.ipynb #46aa3924
 def check_sizes(case: Case):
     "State and action: there, vectors, not larger than the preset takes."
     for key, name in zip(VECTORS, SIZES):
-        ft = case.meta.features.get(key)
-        if ft is None:
+        if key in case.meta.features:
+            yield from _vector_faults(case, key, name)
+        else:
             text, fix = refusal(check_vectors, _only(case.meta, key), None, None)
             yield error('no-vector', key, text, fix)
-            continue
-        n, most = size_of(case.meta, key), getattr(case.asked, name)
-        x = case.rows.columns.get(key)
-        if x is not None and matrix(x).shape[1] != n:
-            yield error(
-                'length',
-                key,
-                f'{key} has {matrix(x).shape[1]} numbers in the '
-                f'parquet files, {n} in meta/info.json',
-                AGAIN,
-            )
-        if len(ft['shape']) > 1:
-            yield error(
-                'vector', key, f"{key} has shape {tuple(ft['shape'])}", 'make it a vector'
-            )
-        elif n > most:
-            fit = [p for p in PRESETS if getattr(preset(p), name) >= n]
-            other = f', or take --preset {" or ".join(fit)}' if fit else ''
-            yield error(
-                'size',
-                key,
-                f'{key} has {n} numbers, preset {case.asked.name!r} takes {most}',
-                f'add --policy.{name}={n}{other}',
-            )
-        elif n == 1:
-            yield note(
-                'single', key, f'{key} is a single number', 'it is read as a vector of one'
-            )
 
 # %% ../../nbs/train/05_check.ipynb #73e4357a
 def _only(meta, missing: str):
@@ -979,25 +919,17 @@ def _only(meta, missing: str):
 # %% ../../nbs/train/05_check.ipynb #37274960
 def check_rate(case: Case):
     "The dataset's rate is the policy's."
-    if not (found := refusal(check_fps, case.meta, case.asked.sampling.fps)):
+    s, file = case.asked.sampling, 'meta/info.json'
+    if not (found := refusal(check_fps, case.meta, s.fps)):
         return
-    stride = case.advice.get('history_stride', case.asked.sampling.history_stride)
-    fix = (
-        f'add --policy.fps={case.meta.fps:g} --policy.history_stride={stride} to '
-        'lerobot-train (halo train takes the rate from the dataset)'
-    )
     if 'fps' in case.policy:
-        yield error(
-            'fps', 'meta/info.json', found[0], f'set --policy.fps={case.meta.fps:g}'
-        )
-    else:
-        yield warning(
-            'fps',
-            'meta/info.json',
-            f'the dataset runs at {case.fps:g} fps, '
-            f'preset {case.asked.name!r} at {case.asked.sampling.fps:g}',
-            fix,
-        )
+        yield error('fps', file, found[0], f'set --policy.fps={case.meta.fps:g}')
+        return
+    stride = case.advice.get('history_stride', s.history_stride)
+    text = f'the dataset runs at {case.fps:g} fps, preset {case.asked.name!r} at {s.fps:g}'
+    fix = f'add --policy.fps={case.meta.fps:g} --policy.history_stride={stride} to '
+    fix += 'lerobot-train (halo train takes the rate from the dataset)'
+    yield warning('fps', file, text, fix)
 
 # %% ../../nbs/train/05_check.ipynb #009377f6
 def check_columns(case: Case):
@@ -1023,14 +955,9 @@ def check_numbers(case: Case):
             if len(bad := np.argwhere(~np.isfinite(x))):
                 t, d = bad[0]
                 name = f'{key}[{d}]' if key in VECTORS else key
-                yield error(
-                    'nan',
-                    f'episode {k}',
-                    f'{name} is {x[t, d]} in episode {k} '
-                    f'from frame {t} on ({len(bad)} such values in {key})',
-                    f'repair it or {drop(k)}',
-                    k,
-                )
+                text = f'{name} is {x[t, d]} in episode {k} from frame {t} on'
+                text += f' ({len(bad)} such values in {key})'
+                yield error('nan', f'episode {k}', text, f'repair it or {drop(k)}', k)
 
 # %% ../../nbs/train/05_check.ipynb #7d44c8fb
 def label(meta, key: str, d: int) -> str:
@@ -1043,49 +970,42 @@ def label(meta, key: str, d: int) -> str:
 # %% ../../nbs/train/05_check.ipynb #2515658a
 def check_spread(case: Case):
     "Dimensions of state and action that are constant, or nearly."
-    for key in VECTORS:
-        if key not in case.rows.columns:
-            continue
+    for key in (k for k in VECTORS if k in case.rows.columns):
         x = matrix(case.rows.columns[key]).astype(np.float64)
         for d in range(x.shape[1]):
             v = x[np.isfinite(x[:, d]), d]
             if len(v) > 1 and v.std() <= 1e-5 * max(1, abs(v.mean())):
-                how = (
-                    f'is {v[0]:g} in every frame'
-                    if np.ptp(v) == 0
-                    else (f'changes by {np.ptp(v):.2g} only')
-                )
-                yield warning(
-                    'constant',
-                    key,
-                    f'{label(case.meta, key, d)} {how}',
-                    'leave it out, or check that it was connected',
-                )
+                how = f'changes by {np.ptp(v):.2g} only'
+                if np.ptp(v) == 0:
+                    how = f'is {v[0]:g} in every frame'
+                text = f'{label(case.meta, key, d)} {how}'
+                fix = 'leave it out, or check that it was connected'
+                yield warning('constant', key, text, fix)
 
 # %% ../../nbs/train/05_check.ipynb #13d6b993
 FAR = 20  # ranges of 98 % of the values
 
 
+def _farness(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    "How far values (frames, d) lie outside `low` to `high`, in widths of that range."
+    with np.errstate(invalid='ignore', divide='ignore'):
+        far = np.maximum(low - x, x - high) / np.where(high > low, high - low, np.nan)
+    return np.where(np.isfinite(far), far, 0)
+
+# %% ../../nbs/train/05_check.ipynb #e7dc8721
 def check_outliers(case: Case):
     "Values far beyond the range of their dimension."
     for key, (low, high) in case.ranges.items():
         x = matrix(case.rows.columns[key]).astype(np.float64)
-        with np.errstate(invalid='ignore', divide='ignore'):
-            far = np.maximum(low - x, x - high) / np.where(high > low, high - low, np.nan)
-        far = np.where(np.isfinite(far), far, 0)
+        far = _farness(x, low, high)
         for d in np.flatnonzero(far.max(0, initial=0) > FAR):
             row = int(far[:, d].argmax())
             k = int(case.rows.columns['episode_index'][row])
             t = row - case.rows.of(k).start
-            yield warning(
-                'outlier',
-                key,
-                f'{label(case.meta, key, d)} is {x[row, d]:g} in '
-                f'episode {k}, frame {t}, {far[row, d]:.0f} times the range of '
-                f'98 % of its values ({low[d]:.3g} to {high[d]:.3g})',
-                f'repair it or {drop(k)}',
-                k,
-            )
+            text = f'{label(case.meta, key, d)} is {x[row, d]:g} in episode {k}, frame {t},'
+            text += f' {far[row, d]:.0f} times the range of 98 % of its values'
+            text += f' ({low[d]:.3g} to {high[d]:.3g})'
+            yield warning('outlier', key, text, f'repair it or {drop(k)}', k)
 
 # %% ../../nbs/train/05_check.ipynb #0471e5dd
 def spans(case: Case, key: str) -> np.ndarray:
@@ -1109,14 +1029,10 @@ def check_episode_units(case: Case):
         ratio = (s[:, used] / usual[used]).min(1)
         for e in np.flatnonzero(ratio > FAR):
             k = case.numbers[e]
+            text = f'{key} spans at least {ratio[e]:.0f} times as much in episode {k} as in'
+            fix = 'bring it to their unit (degrees among radians are 57 times as large)'
             yield warning(
-                'units',
-                key,
-                f'{key} spans at least {ratio[e]:.0f} times as '
-                f'much in episode {k} as in others, in every dimension',
-                'bring it to their unit (degrees among radians are 57 times as '
-                f'large) or {drop(k)}',
-                k,
+                'units', key, f'{text} others, in every dimension', f'{fix} or {drop(k)}', k
             )
 
 # %% ../../nbs/train/05_check.ipynb #6bb548b0
@@ -1140,15 +1056,11 @@ def check_units(case: Case):
     ratio = follows(matrix(x), matrix(y))
     for small, large, r in ((*VECTORS, ratio), (*VECTORS[::-1], 1 / ratio)):
         turned = np.abs(r * np.pi / 180 - 1) < 0.1
-        if turned.sum() > 2 and turned.sum() > 0.7 * np.isfinite(ratio).sum():
-            yield warning(
-                'units',
-                large,
-                f'{large} follows {small} at '
-                f'{np.nanmedian(r[turned]):.1f} times its size in {turned.sum()} '
-                'dimensions: degrees and radians',
-                'record both in one unit',
-            )
+        n = turned.sum()
+        if n > 2 and n > 0.7 * np.isfinite(ratio).sum():
+            times = f'{np.nanmedian(r[turned]):.1f} times its size'
+            text = f'{large} follows {small} at {times} in {n} dimensions: degrees and'
+            yield warning('units', large, f'{text} radians', 'record both in one unit')
 
 # %% ../../nbs/train/05_check.ipynb #1bda25f8
 def stamp_fault(t: np.ndarray, fps: float, tolerance: float) -> tuple[str, str, str] | None:
@@ -1178,25 +1090,26 @@ def as_filmed(case: Case, k: int, stamps: np.ndarray) -> bool:
     return bool(videos) and all(meets_pictures(case, c, e, stamps) for c in videos)
 
 # %% ../../nbs/train/05_check.ipynb #637ff977
-def check_stamps(case: Case):
-    "Time stamps: rate, order, gaps, jitter."
-    stamps = [case.rows.get('timestamp', k) for k in case.numbers]
-    whole = {
+def _whole_stamps(case: Case) -> dict[int, np.ndarray]:
+    "Time stamps of the episodes in which all of them are numbers."
+    stamps = {k: case.rows.get('timestamp', k) for k in case.numbers}
+    return {
         k: t.astype(np.float64)
-        for k, t in zip(case.numbers, stamps)
+        for k, t in stamps.items()
         if t is not None and len(t) and np.isfinite(t).all()
     }
+
+# %% ../../nbs/train/05_check.ipynb #dd7d6821
+def check_stamps(case: Case):
+    "Time stamps: rate, order, gaps, jitter."
+    whole = _whole_stamps(case)
     steps = [np.diff(t) for t in whole.values() if len(t) > 1]
     usual = np.median(np.concatenate(steps)) if steps else 1 / case.fps
     if usual > 0 and abs(usual * case.fps - 1) > 0.02:
-        yield error(
-            'stamps-rate',
-            'meta/info.json',
-            'time stamps advance by '
-            f'{1e3 * usual:.1f} ms ({1 / usual:.3g} a second), meta/info.json says '
-            f'{case.fps:g} fps',
-            'correct fps there, or resample the dataset',
-        )
+        text = f'time stamps advance by {1e3 * usual:.1f} ms ({1 / usual:.3g} a second),'
+        text += f' meta/info.json says {case.fps:g} fps'
+        fix = 'correct fps there, or resample the dataset'
+        yield error('stamps-rate', 'meta/info.json', text, fix)
         return
     for k, t in whole.items():
         if k in case.row_faults:
@@ -1205,13 +1118,8 @@ def check_stamps(case: Case):
             code, what, fix = found
             if code == 'stamps' and as_filmed(case, k, t):
                 continue
-            yield error(
-                code,
-                f'episode {k}',
-                f'the time stamps of episode {k} {what}',
-                fix or f'{AGAIN}, or {drop(k)}',
-                k,
-            )
+            text = f'the time stamps of episode {k} {what}'
+            yield error(code, f'episode {k}', text, fix or f'{AGAIN}, or {drop(k)}', k)
 
 # %% ../../nbs/train/05_check.ipynb #cfb3374a
 def check_statistics(case: Case):
@@ -1231,36 +1139,28 @@ def check_statistics(case: Case):
         )
 
 # %% ../../nbs/train/05_check.ipynb #00c667da
-def statistic_faults(case: Case, key: str, have: dict):
-    "Faults of the statistics `have` of one column."
-    n = size_of(case.meta, key)
-    used = {k: have[k] for k in ('mean', 'std', 'min', 'max') if k in have}
+def _misshapen(key: str, n: int, used: dict):
+    "Statistics of another length than the data, or that are no numbers."
     for name, v in used.items():
         if len(v) != n:
-            yield error(
-                'stats-length',
-                key,
-                f'statistic {name} of {key} has {len(v)} numbers, the data {n}',
-                RECOMPUTE,
-            )
-            return
-        if not np.isfinite(v.astype(np.float64)).all():
-            yield error(
-                'stats-nan',
-                key,
-                f'statistic {name} of {key} holds NaN or infinity',
-                RECOMPUTE,
-            )
-            return
+            text = f'statistic {name} of {key} has {len(v)} numbers, the data {n}'
+            yield error('stats-length', key, text, RECOMPUTE)
+        elif not np.isfinite(v.astype(np.float64)).all():
+            text = f'statistic {name} of {key} holds NaN or infinity'
+            yield error('stats-nan', key, text, RECOMPUTE)
+
+# %% ../../nbs/train/05_check.ipynb #43ecbb88
+def statistic_faults(case: Case, key: str, have: dict):
+    "Faults of the statistics `have` of one column."
+    used = {k: have[k] for k in ('mean', 'std', 'min', 'max') if k in have}
+    if first := next(_misshapen(key, size_of(case.meta, key), used), None):
+        yield first
+        return
     if {'mean', 'std'} <= used.keys() and key in case.rows.columns:
         yield from foreign(case, key, used['mean'], used['std'])
     if not {'q01', 'q99'} <= have.keys():
-        yield note(
-            'quantiles',
-            key,
-            f'there are no quantiles of {key}',
-            'only normalisation by quantiles needs them',
-        )
+        text = f'there are no quantiles of {key}'
+        yield note('quantiles', key, text, 'only normalisation by quantiles needs them')
 
 # %% ../../nbs/train/05_check.ipynb #3fb83c2e
 def foreign(case: Case, key: str, mean: np.ndarray, std: np.ndarray):
@@ -1277,16 +1177,10 @@ def foreign(case: Case, key: str, mean: np.ndarray, std: np.ndarray):
     d = int(np.maximum(shift / 0.5, np.log2(wide)).argmax())
     far = shift[d] > 0.5 or wide[d] > 2
     if far or ((shift[d] > 0.05 or wide[d] > 1.05) and not case.row_faults):
-        kind = error if far else warning
-        yield kind(
-            'stats-foreign',
-            key,
-            f'the statistics of {key} are not of this data: '
-            f'dimension {d} has mean {x[:, d].mean():.4g} and std '
-            f'{x[:, d].std():.4g}, meta/stats.json says {mean[d]:.4g} and '
-            f'{std[d]:.4g}',
-            RECOMPUTE,
-        )
+        text = f'the statistics of {key} are not of this data: dimension {d} has mean'
+        text += f' {x[:, d].mean():.4g} and std {x[:, d].std():.4g}, meta/stats.json says'
+        text += f' {mean[d]:.4g} and {std[d]:.4g}'
+        yield (error if far else warning)('stats-foreign', key, text, RECOMPUTE)
 
 # %% ../../nbs/train/05_check.ipynb #7de284f0
 def counter(name: str):
@@ -1298,38 +1192,34 @@ def counter(name: str):
     return (lambda text: len(tokenizer(text)['input_ids'])), mine
 
 # %% ../../nbs/train/05_check.ipynb #032a2332
+def _text_faults(case: Case, tasks: dict[int, str], how: str):
+    "Instructions that are empty or too long."
+    limit = case.policy.get('tokenizer_max_length', 128)
+    count, mine = counter(case.model.tokenizer)
+    kind, least = (error, '') if mine else (warning, 'up to ')
+    for k, text in tasks.items():
+        if not text.strip():
+            yield error('task-empty', f'task {k}', f'instruction {k} is empty', how)
+        elif (n := count(text)) > limit:
+            said = f'instruction {k} ({text[:40]!r}…) has {least}{n} tokens, more than'
+            fix = f'shorten it, or --policy.tokenizer_max_length={n}'
+            yield kind('task-long', f'task {k}', f'{said} {limit}', fix)
+
+# %% ../../nbs/train/05_check.ipynb #068b3659
 def check_instructions(case: Case):
     "Every row has an instruction, none is empty or too long."
     if case.meta.tasks is None or not len(case.meta.tasks):
         yield error('no-task', 'meta/tasks.parquet', *refusal(check_tasks, case.meta))
         return
-    tasks, limit = tasks_by_index(case.meta), case.policy.get('tokenizer_max_length', 128)
     how = 'write another (lerobot-edit-dataset --operation.type modify_tasks)'
-    count, mine = counter(case.model.tokenizer)
-    for k, text in tasks.items():
-        if not text.strip():
-            yield error('task-empty', f'task {k}', f'instruction {k} is empty', how)
-        elif (n := count(text)) > limit:
-            kind, least = (error, '') if mine else (warning, 'up to ')
-            yield kind(
-                'task-long',
-                f'task {k}',
-                f'instruction {k} ({text[:40]!r}…) has '
-                f'{least}{n} tokens, more than {limit}',
-                f'shorten it, or --policy.tokenizer_max_length={n}',
-            )
+    tasks = tasks_by_index(case.meta)
+    yield from _text_faults(case, tasks, how)
     at = case.rows.columns.get('task_index', np.zeros(0, int))
     for i in np.setdiff1d(at, list(tasks)):
         k = int(case.rows.columns['episode_index'][int(np.argmax(at == i))])
-        yield error(
-            'task-unknown',
-            f'episode {k}',
-            f'{int((at == i).sum())} rows, from '
-            f'episode {k} on, have task {i}, which meta/tasks.parquet does not '
-            'name',
-            how,
-            k,
-        )
+        text = f'{int((at == i).sum())} rows, from episode {k} on, have task {i},'
+        text += ' which meta/tasks.parquet does not name'
+        yield error('task-unknown', f'episode {k}', text, how, k)
 
 # %% ../../nbs/train/05_check.ipynb #a7b555ae
 def check_lengths(case: Case):
@@ -1337,56 +1227,42 @@ def check_lengths(case: Case):
     chunk = case.model.chunk
     for k, n in zip(case.numbers, case.lengths):
         if n == 1:
-            yield warning(
-                'one-frame', f'episode {k}', f'episode {k} has one frame', drop(k), k
-            )
+            text = f'episode {k} has one frame'
+            yield warning('one-frame', f'episode {k}', text, drop(k), k)
         elif 1 < n < chunk:
-            yield warning(
-                'short',
-                f'episode {k}',
-                f'episode {k} has {n} ticks, fewer than '
-                f'the chunk of {chunk}: its actions are padded',
-                f'--policy.chunk_size={n}, or {drop(k)}',
-                k,
-            )
+            text = f'episode {k} has {n} ticks, fewer than the chunk of {chunk}: its'
+            text += ' actions are padded'
+            fix = f'--policy.chunk_size={n}, or {drop(k)}'
+            yield warning('short', f'episode {k}', text, fix, k)
 
 # %% ../../nbs/train/05_check.ipynb #b9d6b65d
+def _history_short(case: Case, back: int):
+    "Episodes that are over before `back` ticks have passed."
+    short, n = int((case.lengths <= back).sum()), len(case.lengths)
+    if short == n:
+        longest = case.lengths.max(initial=0) / case.fps
+        text = f'every episode is shorter than the history of {back / case.fps:.1f} s'
+        text += f' (the longest has {longest:.1f} s)'
+        fix = 'the policy sees all of it, and never a full history'
+        yield note('history-long', 'dataset', text, fix)
+    elif short:
+        text = f'{short} of {n} episodes are shorter than the history'
+        yield note('history-long', 'dataset', text, 'in them it is never full')
+
+# %% ../../nbs/train/05_check.ipynb #528d918f
 def check_history(case: Case):
     "How far back the policy looks, and whether episodes are long enough to show it."
-    s, longest = case.model.sampling, case.lengths.max(initial=0)
+    s = case.model.sampling
     back = s.history_frames * s.history_stride
     if not back:
-        yield note(
-            'history',
-            'policy',
-            'the policy reads no history',
-            '--policy.history_frames=8 gives it one',
-        )
+        text, fix = 'the policy reads no history', '--policy.history_frames=8 gives it one'
+        yield note('history', 'policy', text, fix)
         return
-    yield note(
-        'history',
-        'policy',
-        f'the history covers {back / case.fps:.1f} s: '
-        f'{s.history_frames} frames, one every {s.history_stride} ticks',
-        'change it with --policy.history_frames and --policy.history_stride',
-    )
-    short = int((case.lengths <= back).sum())
-    if short == len(case.lengths):
-        yield note(
-            'history-long',
-            'dataset',
-            'every episode is shorter than the history '
-            f'of {back / case.fps:.1f} s (the longest has {longest / case.fps:.1f} '
-            's)',
-            'the policy sees all of it, and never a full history',
-        )
-    elif short:
-        yield note(
-            'history-long',
-            'dataset',
-            f'{short} of {len(case.lengths)} episodes are shorter than the history',
-            'in them it is never full',
-        )
+    text = f'the history covers {back / case.fps:.1f} s: {s.history_frames} frames, one'
+    text += f' every {s.history_stride} ticks'
+    fix = 'change it with --policy.history_frames and --policy.history_stride'
+    yield note('history', 'policy', text, fix)
+    yield from _history_short(case, back)
 
 # %% ../../nbs/train/05_check.ipynb #c4d83402
 def store_sizes(case: Case) -> dict:
@@ -1495,27 +1371,13 @@ def check_memory(case: Case):
 
 # %% ../../nbs/train/05_check.ipynb #8bff4a70
 CHECKS = [
-    check_index,
-    check_files,
-    check_rows,
-    check_camera_roles,
-    check_pictures,
-    check_videos,
-    check_frames,
-    check_sizes,
-    check_rate,
-    check_columns,
-    check_numbers,
-    check_spread,
-    check_outliers,
-    check_units,
-    check_stamps,
-    check_statistics,
-    check_instructions,
-    check_lengths,
-    check_history,
-    check_disk,
-    check_memory,
+    *(check_index, check_files, check_rows),
+    *(check_camera_roles, check_pictures, check_videos, check_frames),
+    *(check_sizes, check_rate, check_columns),
+    *(check_numbers, check_spread, check_outliers, check_units),
+    *(check_stamps, check_statistics, check_instructions),
+    *(check_lengths, check_history),
+    *(check_disk, check_memory),
 ]
 
 
@@ -1591,7 +1453,7 @@ def train_command(case: Case, steps: int = 20000) -> str:
 
 @lru_cache
 def fitted(run):
-    "`halo.train.plan.advise`: the changes after which `run` fits its card, and the changed run."
+    "`halo.train.plan.advise`: changes after which `run` fits, and the changed run."
     from halo.train.plan import advise
 
     return advise(run)
@@ -1762,22 +1624,35 @@ def write_whole(file: str | Path, text: str) -> None:
         ) from e
 
 # %% ../../nbs/train/05_check.ipynb #ede40fa7
+_OFF = 'how far time stamps may be off, s'
+_OPTIONS = {
+    '--tolerance_s': dict(type=float, default=1e-4, help=_OFF),
+    '--batch': dict(type=int, default=8, help='samples in a step, for the memory it takes'),
+    '--steps': dict(type=int, default=20000, help='steps in the printed commands'),
+    '--gpu': dict(default='', help='the card to train on'),
+    '--store': dict(default='', help='folder of the frame store (default: beside it)'),
+    '--ignore': dict(default='', metavar='CODE,…', help='kinds of findings to leave out'),
+    '--strict': dict(action='store_true', help='warnings count as errors'),
+    '--json': dict(metavar='FILE', help='write the findings for programs'),
+    '--run': dict(metavar='FILE', help='write the run file for halo train'),
+}
+_ABOUT = dict(
+    description=(
+        'Examine a LeRobot dataset before anybody trains on it: every fault in '
+        'one sentence with its fix, and the command to train.'
+    ),
+    epilog=(
+        '--policy.X=VALUE: fields of the policy, as for lerobot-train. Exit status: '
+        '0 nothing to mend, 1 at least one error, 2 no dataset or no such argument.'
+    ),
+)
+
+# %% ../../nbs/train/05_check.ipynb #f1aac64b
 def parser() -> argparse.ArgumentParser:
     "Arguments of `halo check`."
     from halo.train.plan import GPUS
 
-    p = argparse.ArgumentParser(
-        prog='halo check',
-        allow_abbrev=False,
-        description=(
-            'Examine a LeRobot dataset before anybody trains on it: every fault in '
-            'one sentence with its fix, and the command to train.'
-        ),
-        epilog=(
-            '--policy.X=VALUE: fields of the policy, as for lerobot-train. Exit status: '
-            '0 nothing to mend, 1 at least one error, 2 no dataset or no such argument.'
-        ),
-    )
+    p = argparse.ArgumentParser(prog='halo check', allow_abbrev=False, **_ABOUT)
     add = p.add_argument
     add('dataset', help='folder of a LeRobot dataset, or its name on the hub')
     add('--preset', choices=tuple(PRESETS), help='sizes of the policy (default: tiny)')
@@ -1785,15 +1660,8 @@ def parser() -> argparse.ArgumentParser:
     how = p.add_mutually_exclusive_group()
     how.add_argument('--deep', action='store_true', help='decode every frame')
     how.add_argument('--quick', action='store_true', help='decode some (the default)')
-    add('--tolerance_s', type=float, default=1e-4, help='how far time stamps may be off, s')
-    add('--batch', type=int, default=8, help='samples in a step, for the memory it takes')
-    add('--steps', type=int, default=20000, help='steps in the printed commands')
-    add('--gpu', default='', choices=tuple(GPUS), help='the card to train on')
-    add('--store', default='', help='folder of the frame store (default: beside it)')
-    add('--ignore', default='', metavar='CODE,…', help='kinds of findings to leave out')
-    add('--strict', action='store_true', help='warnings count as errors')
-    add('--json', metavar='FILE', help='write the findings for programs')
-    add('--run', metavar='FILE', help='write the run file for halo train')
+    for flag, settings in _OPTIONS.items():
+        add(flag, **settings | (dict(choices=tuple(GPUS)) if flag == '--gpu' else {}))
     return p
 
 # %% ../../nbs/train/05_check.ipynb #8416368a

@@ -32,12 +32,11 @@ class Work:
     "Operations and bytes of some part of a forward pass; adds, and multiplies by a number."
 
     matmul: float = 0  # operations of products with weights
-    # operations of products between activations, counted in full (a causal kernel may skip
-    # almost half)
+    # of products between activations, in full (a causal kernel may skip almost half)
     attention: float = 0
     weights: float = 0  # bytes of parameters read
-    # bytes of activations, keys and values read and written (matrix products only: the rest
-    # can be fused into them)
+    # bytes of activations, keys and values read and written, by matrix products only: the
+    # rest can be fused into them
     moved: float = 0
 
     @property
@@ -96,12 +95,8 @@ class Load:
         """l: all tokens of the language model, with the start and end token of every vision
         block.
         """
-        return (
-            self.history
-            + self.current
-            + self.words
-            + 2 * (bool(self.pairs) + len(self.views))
-        )
+        ends = 2 * (bool(self.pairs) + len(self.views))
+        return self.history + self.current + self.words + ends
 
 # %% ../../nbs/train/04_plan.ipynb #eb43a154
 # one primary and one further camera, as most data sets have
@@ -114,16 +109,13 @@ def load_of(
     """The load of `history` frames (default: the configuration's) and camera images `views`
     (height, width in pixels).
     """
-    n, f = cfg.sampling.history_frames if history is None else history, cfg.vision.factor
+    s, f = cfg.sampling, cfg.vision.factor
+    n = s.history_frames if history is None else history
     if n < 0:
         raise ValueError(f"history={n} must not be negative; 0 is a policy without history")
-    shapes = [view_shape(h, w, f, cfg.sampling.view_size) for h, w in views]
-    return Load(
-        (n + 1) // 2,
-        cfg.sampling.history_size // f,
-        tuple((h // f, w // f) for h, w in shapes),
-        words,
-    )
+    shapes = [view_shape(h, w, f, s.view_size) for h, w in views]
+    tokens = tuple((h // f, w // f) for h, w in shapes)
+    return Load((n + 1) // 2, s.history_size // f, tokens, words)
 
 # %% ../../nbs/train/04_plan.ipynb #bbea9964
 def pieces(h: int, w: int, window: int) -> list[int]:
@@ -134,31 +126,40 @@ def pieces(h: int, w: int, window: int) -> list[int]:
     return [a * b for a, b in product(cut(h), cut(w))]
 
 # %% ../../nbs/train/04_plan.ipynb #ca37b46d
-def vision_work(cfg: ModelConfig, images: list[tuple[int, int]], size: float = 2) -> Work:
-    "The tower over `images` of (h, w) tokens each; a history pair is one image."
-    if not images:
-        return Work()
+def _vision_ends(cfg: ModelConfig, n: float, size: float) -> Work:
+    "Pixels to `n` patches at the bottom, merged patches to tokens at the top."
     v, m = cfg.vision, cfg.vision.merge**2
-    n, d = m * sum(h * w for h, w in images), v.width // v.heads
-    layer = (
+    return (
+        linear(n, 3 * v.temporal_patch * v.patch**2, v.width, size)
+        + linear(n / m, m * v.width, m * v.width, size)
+        + linear(n / m, m * v.width, cfg.text.width, size)
+    )
+
+
+def _vision_layer(cfg: ModelConfig, n: float, size: float) -> Work:
+    "The products with weights of one block over `n` patches."
+    v = cfg.vision
+    return (
         linear(n, v.width, 3 * v.width, size)
         + linear(n, v.width, v.width, size)
         + 2 * linear(n, v.width, v.mlp, size)
         + linear(n, v.mlp, v.width, size)
     )
-    whole = sum(attend(m * h * w, m * h * w, v.heads, v.heads, d, size) for h, w in images)
-    windows = sum(
-        attend(m * p, m * p, v.heads, v.heads, d, size)
-        for h, w in images
-        for p in pieces(h, w, v.window // v.factor)
-    )
+
+# %% ../../nbs/train/04_plan.ipynb #ff9b49b3
+def vision_work(cfg: ModelConfig, images: list[tuple[int, int]], size: float = 2) -> Work:
+    "The tower over `images` of (h, w) tokens each; a history pair is one image."
+    if not images:
+        return Work()
+    v, m = cfg.vision, cfg.vision.merge**2
+    n, window = m * sum(h * w for h, w in images), v.window // v.factor
+    own = lambda k: attend(m * k, m * k, v.heads, v.heads, v.width // v.heads, size)
+    whole = sum(own(h * w) for h, w in images)
+    windows = sum(own(p) for h, w in images for p in pieces(h, w, window))
     full = len(set(v.full_attention) & set(range(v.depth)))
-    ends = (
-        linear(n, 3 * v.temporal_patch * v.patch**2, v.width, size)
-        + linear(n / m, m * v.width, m * v.width, size)
-        + linear(n / m, m * v.width, cfg.text.width, size)
-    )
-    return v.depth * layer + full * whole + (v.depth - full) * windows + ends
+    layers = v.depth * _vision_layer(cfg, n, size)
+    among = full * whole + (v.depth - full) * windows
+    return layers + among + _vision_ends(cfg, n, size)
 
 # %% ../../nbs/train/04_plan.ipynb #7e193a31
 def decoder_layer(
@@ -181,13 +182,13 @@ def decoder_layer(
         + attend(q, l, heads, kv_heads, d, size)
     )
 
-
+# %% ../../nbs/train/04_plan.ipynb #97de668d
 def language_work(cfg: ModelConfig, q: float, l: float, size: float = 2) -> Work:
     "All VLM layers."
     t = cfg.text
-    return (t.layers - 1) * decoder_layer(
-        q, l, t.width, t.heads, t.kv_heads, t.head_dim, t.mlp, size
-    ) + 2 * linear(q, t.width, t.kv_heads * t.head_dim, size)
+    sizes = (t.width, t.heads, t.kv_heads, t.head_dim, t.mlp)
+    last = 2 * linear(q, t.width, t.kv_heads * t.head_dim, size)
+    return (t.layers - 1) * decoder_layer(q, l, *sizes, size) + last
 
 # %% ../../nbs/train/04_plan.ipynb #d9ddd9ec
 def state_work(cfg: ModelConfig, size: float = 2) -> Work:
@@ -202,36 +203,51 @@ def state_work(cfg: ModelConfig, size: float = 2) -> Work:
     ) + linear(n, w, w, size)
 
 # %% ../../nbs/train/04_plan.ipynb #30fdaa88
+def _head_widths(cfg: ModelConfig) -> tuple[int, int]:
+    "All KV heads of a token side by side, in the VLM and in the expert."
+    d = cfg.text.head_dim
+    return cfg.text.kv_heads * d, cfg.expert.kv_heads * d
+
+
+def _converted(cfg: ModelConfig, l: float, size: float) -> Work:
+    "Heads converted by an MLP with a skip, without SALR."
+    narrow, out = _head_widths(cfg)
+    return (
+        linear(l, narrow, 2 * narrow, size, 4)
+        + linear(l, 2 * narrow, out, size, 4)
+        + linear(l, narrow, out, size, 4)
+    )
+
+
+def _fused(cfg: ModelConfig, l: float, size: float) -> Work:
+    "The state's map made once, then applied to every token."
+    narrow, out = _head_widths(cfg)
+    latent = cfg.salr.state_heads * narrow
+    if cfg.salr.compression == 'linear':
+        return linear(1, latent, out, 4) + linear(l, narrow, out, size)
+    norm = Work(2 * l * narrow + 2 * latent)
+    ends = linear(narrow, narrow, out, 4) + 2 * linear(l, narrow, out, size)
+    return linear(1, latent, narrow, 4) + (ends + norm)
+
+# %% ../../nbs/train/04_plan.ipynb #6d34d75b
+def _literal(cfg: ModelConfig, l: float, size: float) -> Work:
+    "Every token's latent heads written out, then compressed."
+    narrow, out = _head_widths(cfg)
+    latent = cfg.salr.state_heads * narrow
+    product = Work(2 * l * latent, 0, 0, 8 * l * latent)
+    if cfg.salr.compression == 'linear':
+        return product + linear(l, latent, out, 4)
+    return product + linear(l, latent, narrow, 4) + linear(l, narrow, out, 4)
+
+# %% ../../nbs/train/04_plan.ipynb #04d4a0c6
 def salr_work(cfg: ModelConfig, l: float, size: float = 2) -> Work:
     """Keys and values of `l` tokens re-represented in all layers (fused, literal, or
     converted by an MLP).
     """
-    s, t = cfg.salr, cfg.text
-    narrow, out = t.kv_heads * t.head_dim, cfg.expert.kv_heads * t.head_dim
-    if not s.enabled:
-        one = (
-            linear(l, narrow, 2 * narrow, size, 4)
-            + linear(l, 2 * narrow, out, size, 4)
-            + linear(l, narrow, out, size, 4)
-        )
-    else:
-        latent, mid = s.state_heads * narrow, out if s.compression == 'linear' else narrow
-        one = (
-            linear(1, latent, mid, 4)
-            if s.fused
-            else Work(2 * l * latent, 0, 0, 8 * l * latent) + linear(l, latent, mid, 4)
-        )
-        if s.compression == 'linear':
-            one += linear(l, narrow, out, size) if s.fused else Work()
-        elif s.fused:
-            one += (
-                linear(narrow, narrow, out, 4)
-                + 2 * linear(l, narrow, out, size)
-                + Work(2 * l * narrow + 2 * latent)
-            )
-        else:
-            one += linear(l, narrow, out, 4)
-    return 2 * t.layers * one + (state_work(cfg, size) if s.enabled else Work())
+    if not cfg.salr.enabled:
+        return 2 * cfg.text.layers * _converted(cfg, l, size) + Work()
+    one = (_fused if cfg.salr.fused else _literal)(cfg, l, size)
+    return 2 * cfg.text.layers * one + state_work(cfg, size)
 
 # %% ../../nbs/train/04_plan.ipynb #226bb71d
 def expert_work(cfg: ModelConfig, l: float, size: float = 2) -> Work:
@@ -245,21 +261,16 @@ def expert_work(cfg: ModelConfig, l: float, size: float = 2) -> Work:
         + linear(s, e.width, e.width, size)
         + linear(s, e.width, cfg.max_action_dim, size)
     )
-    return (
-        t.layers
-        * decoder_layer(q, l + q, e.width, e.heads, e.kv_heads, t.head_dim, e.mlp, size)
-        + ends
-    )
+    sizes = (e.width, e.heads, e.kv_heads, t.head_dim, e.mlp)
+    return t.layers * decoder_layer(q, l + q, *sizes, size) + ends
 
 # %% ../../nbs/train/04_plan.ipynb #6a0e3299
-# preset or configuration
-# True: a tick between hops; 'hop': a tick at which the window hops; False: everything is
-# computed
 def tick_cost(
-    cfg: str | ModelConfig,
+    cfg: str | ModelConfig,  # preset or configuration
     history: int | None = None,  # frames; default: the configuration's
     views=VIEWS,  # camera images (height, width) in pixels
     steps: int | None = None,  # denoising steps; default: the configuration's
+    # True: a tick between hops; 'hop': one at which the window hops; False: all is computed
     streaming: bool | str = True,
     words: int = 20,  # tokens of the instruction
     # bytes per weight and value (2: bf16, 4: float32); SALR's parameters have 4
@@ -270,17 +281,15 @@ def tick_cost(
     """
     one_of('streaming', streaming, (True, False, 'hop'))
     cfg = preset(cfg) if isinstance(cfg, str) else cfg
-    load, steps = (
-        load_of(cfg, history, views, words),
-        (cfg.flow.steps if steps is None else steps),
-    )
+    load = load_of(cfg, history, views, words)
+    square = (load.side, load.side)
     pairs = min(1, load.pairs) if streaming else load.pairs
-    stands = (
-        1 + (load.pairs - 1) * load.side**2 if streaming is True and load.pairs > 1 else 0
-    )
-    calls = steps * (2 if cfg.flow.method == 'heun' else 1)
+    kept = streaming is True and load.pairs > 1
+    stands = 1 + (load.pairs - 1) * load.side**2 if kept else 0
+    calls = cfg.flow.steps if steps is None else steps
+    calls *= 2 if cfg.flow.method == 'heun' else 1
     return dict(
-        vision=vision_work(cfg, [(load.side, load.side)] * pairs + list(load.views), size),
+        vision=vision_work(cfg, [square] * pairs + list(load.views), size),
         language=language_work(cfg, load.tokens - stands, load.tokens, size),
         salr=salr_work(cfg, load.tokens, size),
         expert=calls * expert_work(cfg, load.tokens, size),
@@ -301,142 +310,131 @@ class GPU:
     pages: tuple[str, ...] = ()  # public pages where the numbers were read
     unconfirmed: str = ''  # what none of the pages says
 
-
-# pages that speak of several cards
-_read = dict(
-    lightning='https://github.com/Lightning-AI/pytorch-lightning/blob/master/src/lightning/fabric/utilities/throughput.py',
-    titan='https://github.com/pytorch/torchtitan/blob/main/torchtitan/tools/utils.py',
-    nanochat='https://github.com/karpathy/nanochat/blob/master/nanochat/common.py',
-    throttle='https://torring.dev/blog/2026/rtx-spark-throttling/',
-    glenn='https://glennklockwood.com/garden/processors/',
-)
-
 # %% ../../nbs/train/04_plan.ipynb #f4fab6cb
-GPUS = {
-    'a100-40g': GPU(
-        312e12,
-        40,
-        1.555e12,
-        300e9,
-        'NVIDIA A100 data sheet (SXM, 40 GB); half of NVLink\'s 600 GB/s',
-        (_read['glenn'] + 'A100', _read['lightning']),
+# operations, GiB, bytes a second of memory and of the link
+_RATES = {
+    'a100-40g': (312e12, 40, 1.555e12, 300e9),
+    'a100-80g': (312e12, 80, 2.039e12, 300e9),
+    'h100': (989.4e12, 80, 3.35e12, 450e9),
+    'h200': (989.4e12, 141, 4.8e12, 450e9),
+    'a6000': (154.8e12, 48, 0.768e12, 32e9),
+    'l40s': (362.05e12, 48, 0.864e12, 32e9),
+    'rtx4090': (165.2e12, 24, 1.008e12, 32e9),
+    'rtx5090': (209.5e12, 32, 1.792e12, 64e9),
+    'orin': (42.5e12, 64, 0.2048e12, 16e9),
+    'thor': (258.75e12, 128, 0.273e12, 12.5e9),
+}
+
+# %% ../../nbs/train/04_plan.ipynb #29ef59b6
+_SOURCES = {
+    'a100-40g': "NVIDIA A100 data sheet (SXM, 40 GB); half of NVLink's 600 GB/s",
+    'a100-80g': "NVIDIA A100 data sheet (SXM, 80 GB); half of NVLink's 600 GB/s",
+    'h100': (
+        "NVIDIA H100 data sheet (SXM): half the sparse 1979; half of NVLink's 900 GB/s"
     ),
-    'a100-80g': GPU(
-        312e12,
-        80,
-        2.039e12,
-        300e9,
-        'NVIDIA A100 data sheet (SXM, 80 GB); half of NVLink\'s 600 GB/s',
-        (_read['glenn'] + 'A100', _read['lightning']),
+    'h200': (
+        "NVIDIA H200 data sheet (SXM): half the sparse 1979; half of NVLink's 900 GB/s"
     ),
-    'h100': GPU(
-        989.4e12,
-        80,
-        3.35e12,
-        450e9,
-        'NVIDIA H100 data sheet (SXM): half the sparse 1979; half of NVLink\'s 900 GB/s',
-        (
-            _read['glenn'] + 'h100',
-            _read['titan'],
-            'https://github.com/scaleway/docs-content/pull/5834',
-        ),
-    ),
-    'h200': GPU(
-        989.4e12,
-        141,
-        4.8e12,
-        450e9,
-        'NVIDIA H200 data sheet (SXM): half the sparse 1979; half of NVLink\'s 900 GB/s',
-        (
-            _read['titan'],
-            'https://github.com/allenai/open-instruct/pull/1441',
-            'https://github.com/mlcommons/inference_results_v4.1/blob/main/closed/NVIDIA/systems/H200-SXM-141GBx8_TRT_MaxQ.json',
-        ),
-    ),
-    'a6000': GPU(
-        154.8e12,
-        48,
-        0.768e12,
-        32e9,
+    'a6000': (
         'NVIDIA Ampere GA102 white paper (RTX A6000): half the sparse 309.7; PCIe 4 x16 (an'
-        ' NVLink bridge joins two: 56 GB/s)',
-        (
-            'https://servethehome.com/nvidia-rtx-a6000-48gb-gpu-drops-quadro-designation',
-            'https://llmperf.net/categories/gpu/Nvidia-A6000-GPUs',
-            'https://www.microway.com/knowledge-center-articles/in-depth-comparison-of-nvidia-ampere-gpu-accelerators/',
-        ),
-        '154.8 was read on the second page, which quotes the third',
+        ' NVLink bridge joins two: 56 GB/s)'
     ),
-    'l40s': GPU(
-        362.05e12,
-        48,
-        0.864e12,
-        32e9,
-        'NVIDIA L40S data sheet: 362.05, sparse 733; PCIe 4 x16',
-        (
-            'https://www.mullet.se/product.html?product_id=355414',
-            _read['titan'],
-            'https://www.itcreations.com/nvidia-gpu/nvidia-l40s-gpu-accelerator',
-        ),
-    ),
-    'rtx4090': GPU(
-        165.2e12,
-        24,
-        1.008e12,
-        32e9,
-        'NVIDIA Ada white paper: FP32 sums (330.3 with FP16 sums); PCIe 4 x16',
-        ('https://waredb.com/processor/nvidia-geforce-rtx-4090', _read['nanochat']),
-        'PCIe 4 x16 stands on sellers\' pages only',
-    ),
-    'rtx5090': GPU(
-        209.5e12,
-        32,
-        1.792e12,
-        64e9,
+    'l40s': 'NVIDIA L40S data sheet: 362.05, sparse 733; PCIe 4 x16',
+    'rtx4090': 'NVIDIA Ada white paper: FP32 sums (330.3 with FP16 sums); PCIe 4 x16',
+    'rtx5090': (
         'NVIDIA RTX Blackwell white paper: FP32 sums (419 with FP16 sums; 3352 is sparse'
-        ' FP4, 16 times as much); PCIe 5 x16',
-        (
-            'https://www.spheron.network/blog/nvidia-rtx-5090-specs/',
-            _read['nanochat'],
-            _read['throttle'],
-        ),
+        ' FP4, 16 times as much); PCIe 5 x16'
     ),
-    'orin': GPU(
-        42.5e12,
-        64,
-        0.2048e12,
-        16e9,
+    'orin': (
         'Jetson AGX Orin technical brief (170 sparse int8 / 4), data sheet DS-10662-001;'
-        ' memory shared with the CPU; PCIe 4 x8',
-        (
-            'http://mzph.cn/web/30785.shtml',
-            'https://mm.digikey.com/Volume0/opasdata/d220001/medias/docus/5380/Jetson_AGX_Orin_Series_Data_Sheet_DS-10662-001_v1.5.pdf',
-            'https://forums.developer.nvidia.com/t/does-igx-developer-kit-support-full-x16-pcie-gen4-bandwidth/259456',
-        ),
-        'dense bf16 is derived, no page prints it; the data sheet was read in quotations',
+        ' memory shared with the CPU; PCIe 4 x8'
     ),
-    'thor': GPU(
-        258.75e12,
-        128,
-        0.273e12,
-        12.5e9,
+    'thor': (
         'NVIDIA Jetson Thor product table, T5000 (2070 sparse FP4 / 8); memory shared with'
-        ' the CPU; network of 4 x 25 Gb/s',
-        (
-            'https://www.nvidia.com/en-us/autonomous-machines/embedded-systems/jetson-thor/',
-            'https://huggingface.co/hardware/jetson-t5000',
-            'https://docs.nvidia.com/igx/user-guide/latest/OV/thor/system-overview-t5000.html',
-            _read['throttle'],
-        ),
-        'dense bf16 is derived (the second page has 258.5); the product table was read in'
-        ' quotations',
+        ' the CPU; network of 4 x 25 Gb/s'
     ),
 }
 
+# %% ../../nbs/train/04_plan.ipynb #2e3ed564
+_UNCONFIRMED = {
+    'a6000': '154.8 was read on the second page, which quotes the third',
+    'rtx4090': "PCIe 4 x16 stands on sellers' pages only",
+    'orin': (
+        'dense bf16 is derived, no page prints it; the data sheet was read in quotations'
+    ),
+    'thor': (
+        'dense bf16 is derived (the second page has 258.5); the product table was read in'
+        ' quotations'
+    ),
+}
+
+# %% ../../nbs/train/04_plan.ipynb #6d6817ba
+_GITHUB, _NVIDIA = 'https://github.com/', 'https://www.nvidia.com/en-us/'
+_LIGHTNING = (
+    _GITHUB + 'Lightning-AI/pytorch-lightning/blob/master/'
+    'src/lightning/fabric/utilities/throughput.py'
+)
+_TITAN = _GITHUB + 'pytorch/torchtitan/blob/main/torchtitan/tools/utils.py'
+_NANOCHAT = _GITHUB + 'karpathy/nanochat/blob/master/nanochat/common.py'
+_THROTTLE = 'https://torring.dev/blog/2026/rtx-spark-throttling/'
+_GLENN = 'https://glennklockwood.com/garden/processors/'
+
+_SERVER_PAGES = {
+    'a100-40g': (_GLENN + 'A100', _LIGHTNING),
+    'a100-80g': (_GLENN + 'A100', _LIGHTNING),
+    'h100': (_GLENN + 'h100', _TITAN, _GITHUB + 'scaleway/docs-content/pull/5834'),
+    'h200': (
+        _TITAN,
+        _GITHUB + 'allenai/open-instruct/pull/1441',
+        _GITHUB + 'mlcommons/inference_results_v4.1/blob/main/closed/NVIDIA/systems/'
+        'H200-SXM-141GBx8_TRT_MaxQ.json',
+    ),
+    'l40s': (
+        'https://www.mullet.se/product.html?product_id=355414',
+        _TITAN,
+        'https://www.itcreations.com/nvidia-gpu/nvidia-l40s-gpu-accelerator',
+    ),
+}
+
+# %% ../../nbs/train/04_plan.ipynb #92f1aef5
+_DESK_PAGES = {
+    'a6000': (
+        'https://servethehome.com/nvidia-rtx-a6000-48gb-gpu-drops-quadro-designation',
+        'https://llmperf.net/categories/gpu/Nvidia-A6000-GPUs',
+        'https://www.microway.com/knowledge-center-articles/'
+        'in-depth-comparison-of-nvidia-ampere-gpu-accelerators/',
+    ),
+    'rtx4090': ('https://waredb.com/processor/nvidia-geforce-rtx-4090', _NANOCHAT),
+    'rtx5090': (
+        'https://www.spheron.network/blog/nvidia-rtx-5090-specs/',
+        _NANOCHAT,
+        _THROTTLE,
+    ),
+    'orin': (
+        'http://mzph.cn/web/30785.shtml',
+        'https://mm.digikey.com/Volume0/opasdata/d220001/medias/docus/5380/'
+        'Jetson_AGX_Orin_Series_Data_Sheet_DS-10662-001_v1.5.pdf',
+        'https://forums.developer.nvidia.com/t/'
+        'does-igx-developer-kit-support-full-x16-pcie-gen4-bandwidth/259456',
+    ),
+    'thor': (
+        _NVIDIA + 'autonomous-machines/embedded-systems/jetson-thor/',
+        'https://huggingface.co/hardware/jetson-t5000',
+        'https://docs.nvidia.com/igx/user-guide/latest/OV/thor/system-overview-t5000.html',
+        _THROTTLE,
+    ),
+}
+
+# %% ../../nbs/train/04_plan.ipynb #98bed542
+_PAGES = _SERVER_PAGES | _DESK_PAGES
+GPUS = {
+    name: GPU(*rates, _SOURCES[name], _PAGES[name], _UNCONFIRMED.get(name, ''))
+    for name, rates in _RATES.items()
+}
+
 # %% ../../nbs/train/04_plan.ipynb #d5abc8a1
-# of `tick_cost`
 def roofline(
-    cost: dict[str, Work],
+    cost: dict[str, Work],  # of `tick_cost`
     gpu: str | GPU,  # name in `GPUS`, or a card
     use: float = 0.6,  # share of the peak rate that products reach
     reach: float = 0.8,  # share of the memory's bandwidth that is reached
@@ -450,10 +448,8 @@ def roofline(
     for name, x in dict(use=use, reach=reach).items():
         if not 0 < x <= 1:
             raise ValueError(f"{name}={x} must lie in (0, 1]: a share of the card's rate")
-    return {
-        k: max(w.flops / (gpu.flops * use), w.bytes / (gpu.bandwidth * reach))
-        for k, w in cost.items()
-    }
+    rate, bandwidth = gpu.flops * use, gpu.bandwidth * reach
+    return {k: max(w.flops / rate, w.bytes / bandwidth) for k, w in cost.items()}
 
 # %% ../../nbs/train/04_plan.ipynb #fca32766
 def weight_bytes(cfg: ModelConfig, size: float = 2) -> float:
@@ -461,19 +457,16 @@ def weight_bytes(cfg: ModelConfig, size: float = 2) -> float:
     from halo.method.model import parameter_table
 
     kept = parameter_table(cfg)['kept']
-    wide = sum(
-        n
-        for k, n in kept.items()
-        if k.startswith('SALR')
-        or k == 'head converters'
-        or (k == 'state encoder' and cfg.salr.state_encoder == 'projection')
-    )
+    in_fp32 = {'head converters'} | {k for k in kept if k.startswith('SALR')}
+    if cfg.salr.state_encoder == 'projection':
+        in_fp32.add('state encoder')
+    wide = sum(n for k, n in kept.items() if k in in_fp32)
     return size * (sum(kept.values()) - wide) + 4 * wide
 
 # %% ../../nbs/train/04_plan.ipynb #13f4f165
 PARTS = ('vision', 'embedding', 'vlm', 'expert', 'salr')
 
-
+# %% ../../nbs/train/04_plan.ipynb #ac866197
 @dataclass(frozen=True)
 class Run:
     "A training run to be planned; names as in the training configuration."
@@ -498,19 +491,7 @@ class Run:
     dtype: str = 'bfloat16'
 
     def __post_init__(self):
-        one_of('gpu', self.gpu, tuple(GPUS))
-        one_of('checkpointing', self.checkpointing, ('none', 'blocks', 'all'))
-        one_of('dtype', self.dtype, ('float32', 'bfloat16'))
-        for p in self.freeze:
-            one_of('freeze', p, PARTS)
-        for k in ('count', 'micro', 'accumulate', 'replicate'):
-            if getattr(self, k) < 1:
-                raise ValueError(f"{k}={getattr(self, k)} must be 1 or more")
-        if self.replicate * self.shards != self.count:
-            raise ValueError(
-                f"replicate={self.replicate} x shard={self.shard or 'rest'} does not make"
-                f" {self.count} cards; choose numbers whose product is {self.count}"
-            )
+        _check_run(self)
 
     @property
     def shards(self) -> int:
@@ -528,23 +509,40 @@ class Run:
     def load(self) -> Load:
         return load_of(self.model, self.history, self.views, self.words)
 
+# %% ../../nbs/train/04_plan.ipynb #bcb7894d
+def _check_run(run: Run) -> None:
+    "Raise `ValueError` for a run of unknown words or numbers that do not fit together."
+    one_of('gpu', run.gpu, tuple(GPUS))
+    one_of('checkpointing', run.checkpointing, ('none', 'blocks', 'all'))
+    one_of('dtype', run.dtype, ('float32', 'bfloat16'))
+    for p in run.freeze:
+        one_of('freeze', p, PARTS)
+    for k in ('count', 'micro', 'accumulate', 'replicate'):
+        if getattr(run, k) < 1:
+            raise ValueError(f"{k}={getattr(run, k)} must be 1 or more")
+    if run.replicate * run.shards != run.count:
+        raise ValueError(
+            f"replicate={run.replicate} x shard={run.shard or 'rest'} does not make"
+            f" {run.count} cards; choose numbers whose product is {run.count}"
+        )
+
 # %% ../../nbs/train/04_plan.ipynb #8ab824bc
 def modes(run: Run) -> dict[str, str]:
     """For every part: 'train', 'lora', 'pass' (frozen, gradients run through) or 'none'
     (frozen, nothing to learn below).
     """
     lora = set(run.lora_parts) if run.lora_rank else set()
-    own = {
-        p: 'lora' if p in lora else 'pass' if p in run.freeze else 'train' for p in PARTS
-    }
-    below = {
-        'vision': False,
-        'embedding': False,
-        'vlm': any(own[p] != 'pass' for p in ('vision', 'embedding')),
-        'salr': True,
-        'expert': True,
-    }
-    return {p: 'none' if m == 'pass' and not below[p] else m for p, m in own.items()}
+    frozen = {p: 'pass' if p in run.freeze else 'train' for p in PARTS}
+    own = {p: 'lora' if p in lora else frozen[p] for p in PARTS}
+    learns_below = dict(
+        vision=False,
+        embedding=False,
+        vlm=any(own[p] != 'pass' for p in ('vision', 'embedding')),
+        salr=True,
+        expert=True,
+    )
+    idle = {p for p in PARTS if own[p] == 'pass' and not learns_below[p]}
+    return {p: 'none' if p in idle else own[p] for p in PARTS}
 
 # %% ../../nbs/train/04_plan.ipynb #cb5d57b1
 def part_of(name: str) -> str:
@@ -576,7 +574,11 @@ class Weights:
     wide: bool  # float32 whatever the rest is
     adapters: int  # parameters of LoRA's matrices
 
+    def trained(self, mode: str) -> int:
+        "How many are trained where the part is in `mode`."
+        return {'train': self.count, 'lora': self.adapters}.get(mode, 0)
 
+# %% ../../nbs/train/04_plan.ipynb #b17e37b9
 @lru_cache(maxsize=16)
 def parameters_of(cfg: ModelConfig) -> tuple[tuple[str, tuple[int, ...], bool, bool], ...]:
     """Name, shape, wide (float32 whatever the rest is), weight of a linear layer: of every
@@ -591,9 +593,8 @@ def parameters_of(cfg: ModelConfig) -> tuple[tuple[str, tuple[int, ...], bool, b
         m = HaloModel(cfg.but(vlm_id='', init='normal'))
     wide = set(fp32_parameter_names(m))
     linear = {n + '.weight' for n, x in m.named_modules() if isinstance(x, nn.Linear)}
-    return tuple(
-        (n, tuple(p.shape), n in wide, n in linear) for n, p in m.named_parameters()
-    )
+    named = m.named_parameters()
+    return tuple((n, tuple(p.shape), n in wide, n in linear) for n, p in named)
 
 # %% ../../nbs/train/04_plan.ipynb #c83d9c75
 def weights_of(run: Run) -> list[Weights]:
@@ -602,11 +603,9 @@ def weights_of(run: Run) -> list[Weights]:
     for n, shape, wide, linear in parameters_of(run.model):
         key = (group_of(n), part_of(n), wide)
         adapted = linear and part_of(n) in run.lora_parts
-        a, b = table.get(key, (0, 0))
-        table[key] = (
-            a + math.prod(shape),
-            b + (run.lora_rank * sum(shape) if adapted else 0),
-        )
+        count, adapters = table.get(key, (0, 0))
+        more = run.lora_rank * sum(shape) if adapted else 0
+        table[key] = (count + math.prod(shape), adapters + more)
     return [Weights(g, p, a, w, b) for (g, p, w), (a, b) in table.items()]
 
 # %% ../../nbs/train/04_plan.ipynb #7fcdd294
@@ -616,16 +615,14 @@ def state_bytes(run: Run, weights: list[Weights] | None = None) -> dict[str, flo
     """
     how, out = modes(run), dict(weights=0.0, gradients=0.0, optimizer=0.0)
     for w in weights or weights_of(run):
-        own = how[w.part] == 'train'
-        trained = w.count if own else w.adapters if how[w.part] == 'lora' else 0
-        out['weights'] += (4 if own or w.wide else run.size) * w.count + (
-            0 if own else 4 * trained
-        )
+        own, trained = how[w.part] == 'train', w.trained(how[w.part])
+        size = 4 if own or w.wide else run.size
+        out['weights'] += size * w.count + (0 if own else 4 * trained)
         out['gradients'] += 4 * trained
         out['optimizer'] += 8 * trained
     return {k: 0.0 if run.offload else v / run.shards for k, v in out.items()}
 
-
+# %% ../../nbs/train/04_plan.ipynb #59029cc9
 def gathered_bytes(run: Run, weights: list[Weights] | None = None) -> float:
     """Bytes of whole weights on one card under sharding: the root, which stays, two blocks
     (one computing, one arriving), and one block's gradient before it is scattered.
@@ -655,81 +652,71 @@ def layer_bytes(
     """
     if mode == 'none':
         return 0.0
-    keys, full, inputs = (
-        tokens if keys is None else keys,
-        mode == 'train',
-        mode in ('train', 'lora'),
-    )
+    keys = tokens if keys is None else keys
+    full, inputs = mode == 'train', mode in ('train', 'lora')
     norms = 2 * width * (4 + (full + inputs) * size)
-    return (
-        tokens * (norms + ((2 + copies) * heads_d + (3 + inputs) * mlp) * size + 8)
-        + 2 * keys * kv_d * size
-    )
+    wide = ((2 + copies) * heads_d + (3 + inputs) * mlp) * size
+    return tokens * (norms + wide + 8) + 2 * keys * kv_d * size
 
 # %% ../../nbs/train/04_plan.ipynb #cc38fd2a
+def _patches(run: Run) -> int:
+    "Patches of all images of one sample."
+    return run.model.vision.merge**2 * (run.load.history + run.load.current)
+
+
 def vision_bytes(run: Run, mode: str) -> tuple[float, float, float]:
     """Bytes kept for one sample by a block of the tower, by its ends (pixels, merger), and
     of a block's input.
     """
-    v, l, size = run.model.vision, run.load, run.size
-    n = v.merge**2 * (l.history + l.current)
+    v, n, size, flows = run.model.vision, _patches(run), run.size, mode != 'none'
     block = layer_bytes(n, v.width, v.width, v.width, v.mlp, size, mode, copies=1)
-    ends = (
-        n
-        * (
-            3 * v.temporal_patch * v.patch**2 * size * (mode == 'train')
-            + v.width * (4 + 5 * size)
-        )
-        * (mode != 'none')
-    )
-    return block, ends, n * v.width * size * (mode != 'none')
+    pixels = 3 * v.temporal_patch * v.patch**2 * size * (mode == 'train')
+    ends = n * (pixels + v.width * (4 + 5 * size)) * flows
+    return block, ends, n * v.width * size * flows
 
 # %% ../../nbs/train/04_plan.ipynb #2152b9b9
 def salr_bytes(run: Run, kept: bool) -> float:
     """Bytes kept by SALR in one layer for one sample; `kept`: the VLM layer keeps keys and
     values.
     """
-    s, t, l, size = run.model.salr, run.model.text, run.load.tokens, run.size
-    narrow, out = t.kv_heads * t.head_dim, run.model.expert.kv_heads * t.head_dim
+    s, l, size = run.model.salr, run.load.tokens, run.size
+    narrow, out = _head_widths(run.model)
     kv = 0 if kept else l * narrow * size
     if not s.enabled:
         return 2 * (kv + l * 3 * 2 * narrow * size)
     latent = s.state_heads * narrow
     if not s.fused:
         return 2 * (kv + 8 * l * latent)
-    return 2 * (
-        kv
-        + 4 * latent
-        + narrow * out * size
-        + (l * (8 * narrow + out * size) if s.compression == 'mlp_norm' else 0)
-    )
+    norm = l * (8 * narrow + out * size) if s.compression == 'mlp_norm' else 0
+    return 2 * (kv + 4 * latent + narrow * out * size + norm)
 
 # %% ../../nbs/train/04_plan.ipynb #3299cf8c
+def _vlm_bytes(run: Run, mode: str, last: bool) -> float:
+    "Bytes kept for one sample by a VLM layer."
+    t, l, size = run.model.text, run.load.tokens, run.size
+    if last:
+        return l * t.width * (4 + 2 * size) * (mode != 'none')
+    q_width, kv_width = t.heads * t.head_dim, t.kv_heads * t.head_dim
+    return layer_bytes(l, t.width, q_width, kv_width, t.mlp, size, mode)
+
+# %% ../../nbs/train/04_plan.ipynb #0c53fe17
+def _expert_bytes(run: Run, mode: str) -> float:
+    "Bytes kept for one sample by an expert layer over all draws."
+    e, d, size = run.model.expert, run.model.text.head_dim, run.size
+    q = run.model.chunk + e.state_token
+    keys = run.load.tokens + q
+    widths = (e.width, e.heads * d, e.kv_heads * d, e.mlp)
+    # the mask has a row for every query head that shares keys
+    mask = e.heads // e.kv_heads * q * keys * size
+    return run.model.flow.draws * (layer_bytes(q, *widths, size, mode, keys=keys) + mask)
+
+
 def block_bytes(
     run: Run, how: dict[str, str], last: bool = False
 ) -> tuple[float, float, float]:
     "Bytes kept for one sample by VLM layer, SALR and expert layer of a HALO block."
-    t, e, l, size, draws = (
-        run.model.text,
-        run.model.expert,
-        run.load.tokens,
-        run.size,
-        run.model.flow.draws,
-    )
-    q, d, mode = run.model.chunk + e.state_token, t.head_dim, how['vlm']
-    vlm = (
-        l * t.width * (4 + 2 * size) * (mode != 'none')
-        if last
-        else layer_bytes(l, t.width, t.heads * d, t.kv_heads * d, t.mlp, size, mode)
-    )
-    # the mask has a row for every query head that shares keys
-    expert = draws * (
-        layer_bytes(
-            q, e.width, e.heads * d, e.kv_heads * d, e.mlp, size, how['expert'], keys=l + q
-        )
-        + e.heads // e.kv_heads * q * (l + q) * size
-    )
-    return vlm, salr_bytes(run, mode != 'none' and not last), expert
+    salr = salr_bytes(run, how['vlm'] != 'none' and not last)
+    return _vlm_bytes(run, how['vlm'], last), salr, _expert_bytes(run, how['expert'])
 
 # %% ../../nbs/train/04_plan.ipynb #01d75ff4
 @dataclass(frozen=True)
@@ -743,91 +730,76 @@ class Stage:
     gradient: float  # of its own weights
 
 # %% ../../nbs/train/04_plan.ipynb #b6f903d5
-def stages(run: Run, weights: list[Weights] | None = None) -> list[Stage]:
-    "All stages in order: ends of the tower, its blocks, HALO blocks."
-    how, b, cfg, load = modes(run), run.micro, run.model, run.load
-    v, t, e, n = (
-        cfg.vision,
-        cfg.text,
-        cfg.expert,
-        cfg.vision.merge**2 * (load.history + load.current),
-    )
-    made = {}
+def _gradients(run: Run, weights: list[Weights] | None) -> dict[str, float]:
+    "Bytes of the gradients of every group, on one card."
+    how, made = modes(run), {}
     for w in weights or weights_of(run):
-        count = (
-            w.count
-            if how[w.part] == 'train'
-            else w.adapters
-            if how[w.part] == 'lora'
-            else 0
-        )
-        made[w.group] = made.get(w.group, 0) + (
-            0 if run.offload else 4 * count / run.shards
-        )
-    block, ends, enter = (b * x for x in vision_bytes(run, how['vision']))
+        own = 0 if run.offload else 4 * w.trained(how[w.part]) / run.shards
+        made[w.group] = made.get(w.group, 0) + own
+    return made
+
+
+def _vision_stages(run: Run, made: dict[str, float]) -> list[Stage]:
+    "Ends of the tower, then its blocks."
+    v, b, mode = run.model.vision, run.micro, modes(run)['vision']
+    block, ends, enter = (b * x for x in vision_bytes(run, mode))
     again = run.checkpointing == 'all'
-    wide = (2 * v.mlp + 2 * v.width) * n * b * run.size * (how['vision'] != 'none')
-    out = [Stage('ends', 'vision', ends, 0, made['root'])] + [
-        Stage(
-            f'vision {i}',
-            'vision',
-            enter if again else block,
-            wide + (block - enter) * again,
-            made[f'vision.{i}'],
-        )
+    wide = (2 * v.mlp + 2 * v.width) * _patches(run) * b * run.size * (mode != 'none')
+    kept, working = enter if again else block, wide + (block - enter) * again
+    return [Stage('ends', 'vision', ends, 0, made['root'])] + [
+        Stage(f'vision {i}', 'vision', kept, working, made[f'vision.{i}'])
         for i in range(v.depth)
     ]
-    q = cfg.chunk + e.state_token
-    enter = (
-        b
-        * run.size
-        * (load.tokens * t.width * (how['vlm'] != 'none') + cfg.flow.draws * q * e.width)
-    )
-    wide = (
-        b
-        * run.size
-        * max(
-            load.tokens * (2 * t.mlp + 2 * t.width) * (how['vlm'] != 'none'),
-            cfg.flow.draws * (2 * q * e.mlp + 2 * (load.tokens + q) * e.heads * t.head_dim),
-        )
-    )
-    for i in range(t.layers):
-        block = b * sum(block_bytes(run, how, i == t.layers - 1))
-        out.append(
-            Stage(
-                f'block {i}',
-                'blocks',
-                block if run.checkpointing == 'none' else enter,
-                wide + (block - enter) * (run.checkpointing != 'none'),
-                made[f'block.{i}'],
-            )
-        )
+
+# %% ../../nbs/train/04_plan.ipynb #28a002d5
+def _enter_and_width(run: Run) -> tuple[float, float]:
+    "Bytes of a HALO block's inputs, and of the gradients of its widest tensors."
+    cfg, e, t, l = run.model, run.model.expert, run.model.text, run.load.tokens
+    q, draws, flows = cfg.chunk + e.state_token, cfg.flow.draws, modes(run)['vlm'] != 'none'
+    enter = run.micro * run.size * (l * t.width * flows + draws * q * e.width)
+    vlm = l * (2 * t.mlp + 2 * t.width) * flows
+    expert = draws * (2 * q * e.mlp + 2 * (l + q) * e.heads * t.head_dim)
+    return enter, run.micro * run.size * max(vlm, expert)
+
+# %% ../../nbs/train/04_plan.ipynb #bfd7b552
+def _block_stages(run: Run, made: dict[str, float]) -> list[Stage]:
+    "The HALO blocks."
+    how, layers, again = modes(run), run.model.text.layers, run.checkpointing != 'none'
+    (enter, wide), out = _enter_and_width(run), []
+    for i in range(layers):
+        block = run.micro * sum(block_bytes(run, how, i == layers - 1))
+        kept, working = enter if again else block, wide + (block - enter) * again
+        out.append(Stage(f'block {i}', 'blocks', kept, working, made[f'block.{i}']))
     return out
+
+
+def stages(run: Run, weights: list[Weights] | None = None) -> list[Stage]:
+    "All stages in order: ends of the tower, its blocks, HALO blocks."
+    made = _gradients(run, weights)
+    return _vision_stages(run, made) + _block_stages(run, made)
 
 # %% ../../nbs/train/04_plan.ipynb #41dd97de
 def step_curve(run: Run, weights: list[Weights] | None = None) -> list[tuple[str, float]]:
     """Bytes on the card above its steady state, at each stage of one backward pass
     (gradients included).
     """
-    ss = stages(run, weights)
-    now, grads = (
-        sum(s.kept for s in ss),
-        (sum(s.gradient for s in ss) if run.accumulate > 1 else 0.0),
-    )
+    ss, once = stages(run, weights), run.accumulate == 1
+    now, grads = sum(s.kept for s in ss), 0.0
+    if not once:
+        grads = sum(s.gradient for s in ss)
     out = [('forward done', now + grads)]
     for s in reversed(ss):
-        out.append(
-            (s.name, now + grads + s.working + (s.gradient if run.accumulate == 1 else 0))
-        )
+        fresh = s.gradient if once else 0
+        out.append((s.name, now + grads + s.working + fresh))
         now -= s.kept
-        grads += s.gradient if run.accumulate == 1 else 0
+        grads += fresh
     return out + [('step', grads)]
 
-
+# %% ../../nbs/train/04_plan.ipynb #2606b8b4
 # CUDA's context and libraries; share of all else lost to fragments of the allocator
 CONTEXT, SLACK = 0.8 * 2**30, 0.05
 
-# %% ../../nbs/train/04_plan.ipynb #2606b8b4
+
 def memory(run: Run, weights: list[Weights] | None = None) -> dict[str, float]:
     """Peak bytes on one card, by what they are.
 
@@ -840,60 +812,69 @@ def memory(run: Run, weights: list[Weights] | None = None) -> dict[str, float]:
     return out | dict(overhead=CONTEXT + SLACK * sum(out.values()))
 
 # %% ../../nbs/train/04_plan.ipynb #46ef143c
+def _forward(run: Run) -> dict[str, Work]:
+    "The forward pass of one sample."
+    cfg, load = run.model, run.load
+    images = [(load.side, load.side)] * load.pairs + list(load.views)
+    return dict(
+        vision=vision_work(cfg, images),
+        language=language_work(cfg, load.tokens, load.tokens),
+        salr=salr_work(cfg, load.tokens),
+        expert=cfg.flow.draws * expert_work(cfg, load.tokens),
+    )
+
+
+def _pixel_flops(run: Run) -> int:
+    "Operations of the product that makes patches of pixels."
+    v = run.model.vision
+    return 2 * _patches(run) * 3 * v.temporal_patch * v.patch**2 * v.width
+
+# %% ../../nbs/train/04_plan.ipynb #8d00ca50
+def _backward(run: Run, forward: dict[str, Work], fused: bool) -> dict[str, float]:
+    "Operations of the backward pass of one sample."
+    how, first = modes(run), dict(vision=_pixel_flops(run))
+    # gradients of the input, of the weight: how many products for each
+    share = {'train': (1, 1), 'lora': (1, 0), 'pass': (1, 0), 'none': (0, 0)}
+    back = {}
+    for k, w in forward.items():
+        to_input, to_weight = share[how['vlm' if k == 'language' else k]]
+        products = (to_input + to_weight) * w.matmul - first.get(k, 0) * to_input
+        back[k] = products + (2.5 if fused else 2) * w.attention * to_input
+    return back
+
+# %% ../../nbs/train/04_plan.ipynb #a5942a69
+def _recomputed(run: Run, forward: dict[str, Work]) -> dict[str, float]:
+    "Operations of the forward pass of one sample that run a second time."
+    if run.checkpointing == 'none':
+        return dict.fromkeys(forward, 0.0)
+    cfg, n = run.model, _patches(run)
+    v, t, e = cfg.vision, cfg.text, cfg.expert
+    ends = (
+        _pixel_flops(run)
+        + 2 * n * v.width * (v.merge**2 * v.width + t.width)
+        + v.depth * 2 * n * v.mlp * v.width
+    )
+    no_layers = expert_work(replace(cfg, text=replace(t, layers=0)), run.load.tokens).flops
+    down = t.layers * 2 * (cfg.chunk + e.state_token) * e.mlp * e.width
+    tower = run.checkpointing == 'all' and modes(run)['vision'] != 'none'
+    return {k: w.flops for k, w in forward.items()} | dict(
+        expert=forward['expert'].flops - cfg.flow.draws * (down + no_layers),
+        vision=(forward['vision'].flops - ends) * tower,
+    )
+
+# %% ../../nbs/train/04_plan.ipynb #f0fb8f30
 def step_flops(run: Run, fused: bool = True) -> dict[str, dict[str, float]]:
     """Operations of one micro batch on one card: {'forward' | 'recompute' | 'backward':
     {'vision' | 'language' | 'salr' | 'expert': n}}; `fused`: attention as fused kernels
     compute it.
     """
-    cfg, load, how, b, r = run.model, run.load, modes(run), run.micro, run.model.flow.draws
-    v, t, e, n = (
-        cfg.vision,
-        cfg.text,
-        cfg.expert,
-        cfg.vision.merge**2 * (load.history + load.current),
+    work = _forward(run)
+    rows = dict(
+        forward={k: w.flops for k, w in work.items()},
+        recompute=_recomputed(run, work),
+        backward=_backward(run, work, fused),
     )
-    fw = dict(
-        vision=vision_work(cfg, [(load.side, load.side)] * load.pairs + list(load.views)),
-        language=language_work(cfg, load.tokens, load.tokens),
-        salr=salr_work(cfg, load.tokens),
-        expert=r * expert_work(cfg, load.tokens),
-    )
-    # pixels want no gradient
-    first = dict(vision=2 * n * 3 * v.temporal_patch * v.patch**2 * v.width)
-    learns = dict(
-        vision=how['vision'], language=how['vlm'], salr=how['salr'], expert=how['expert']
-    )
-    share = {'train': (1, 1), 'lora': (1, 0), 'pass': (1, 0), 'none': (0, 0)}
-    back = {
-        k: (
-            sum(share[learns[k]]) * w.matmul
-            - first.get(k, 0) * share[learns[k]][0]
-            + (2.5 if fused else 2) * w.attention * share[learns[k]][0]
-        )
-        for k, w in fw.items()
-    }
-    ends = (
-        2 * n * 3 * v.temporal_patch * v.patch**2 * v.width
-        + 2 * n * v.width * (v.merge**2 * v.width + t.width)
-        + v.depth * 2 * n * v.mlp * v.width
-    )
-    last = r * (
-        t.layers * 2 * (cfg.chunk + e.state_token) * e.mlp * e.width
-        + (expert_work(replace(cfg, text=replace(t, layers=0)), load.tokens).flops)
-    )
-    again = {k: 0.0 if run.checkpointing == 'none' else w.flops for k, w in fw.items()}
-    if run.checkpointing != 'none':
-        again |= dict(
-            expert=fw['expert'].flops - last,
-            vision=(fw['vision'].flops - ends)
-            * (run.checkpointing == 'all' and how['vision'] != 'none'),
-        )
-    return {
-        name: {k: b * x for k, x in row.items()}
-        for name, row in dict(
-            forward={k: w.flops for k, w in fw.items()}, recompute=again, backward=back
-        ).items()
-    }
+    return {name: {k: run.micro * x for k, x in row.items()} for name, row in rows.items()}
 
 # %% ../../nbs/train/04_plan.ipynb #74d2a2b7
 @dataclass(frozen=True)
@@ -914,54 +895,40 @@ def step_seconds(
     """
     weights, g, how, s = weights or weights_of(run), GPUS[run.gpu], modes(run), run.shards
     count = sum(w.count for w in weights)
-    trained = sum(
-        w.count if how[w.part] == 'train' else w.adapters if how[w.part] == 'lora' else 0
-        for w in weights
-    )
-    link = g.link if s <= rates.node else rates.network
+    trained = sum(w.trained(how[w.part]) for w in weights)
     flops = sum(sum(x.values()) for x in step_flops(run).values())
+    link = g.link if s <= rates.node else rates.network
+    between = rates.network if run.count > rates.node else g.link
+    traffic = run.accumulate * (2 * run.size * count + 4 * trained)
     out = dict(
         computing=run.accumulate * flops / (g.flops * rates.use),
         sharing=run.accumulate * (s - 1) / s * (2 * run.size * count + 4 * trained) / link,
-        averaging=2
-        * (run.replicate - 1)
-        / run.replicate
-        * 4
-        * trained
-        / s
-        / (rates.network if run.count > rates.node else g.link),
+        averaging=2 * (run.replicate - 1) / run.replicate * 4 * trained / s / between,
         optimizer=28 * trained / s / g.bandwidth,
     )
     if run.offload:
-        out['sharing'] += (
-            run.accumulate * (2 * run.size * count + 4 * trained) / s / rates.host
-        )
+        out['sharing'] += traffic / s / rates.host
         out['optimizer'] = 28 * trained / s / rates.host
-    return out | {
-        'all': max(out['computing'], out['sharing']) + out['averaging'] + out['optimizer']
-    }
+    hidden = max(out['computing'], out['sharing'])
+    return out | {'all': hidden + out['averaging'] + out['optimizer']}
 
 # %% ../../nbs/train/04_plan.ipynb #a3698bb5
-def plan(run: Run, steps: int = 0, days: float = 0.0, rates: Rates = Rates()) -> dict:
-    """Everything about a run as plain numbers: parameters, bytes on one card, operations,
-    seconds, days for `steps`, or steps in `days`.
-    """
-    weights, how = weights_of(run), modes(run)
-    mem, limit = memory(run, weights), GPUS[run.gpu].memory * 2**30
-    t, flops = step_seconds(run, rates, weights), step_flops(run)
-    parts = {
-        p: dict(
+def _part_rows(run: Run, weights: list[Weights]) -> dict[str, dict]:
+    "Mode, parameters and trained parameters of every part."
+    how, rows = modes(run), {}
+    for p in PARTS:
+        own = [w for w in weights if w.part == p]
+        rows[p] = dict(
             mode=how[p],
-            count=sum(w.count for w in weights if w.part == p),
-            trained=sum(
-                w.count if how[p] == 'train' else w.adapters if how[p] == 'lora' else 0
-                for w in weights
-                if w.part == p
-            ),
+            count=sum(w.count for w in own),
+            trained=sum(w.trained(how[p]) for w in own),
         )
-        for p in PARTS
-    }
-    out = dict(
+    return rows
+
+
+def _facts(run: Run) -> dict:
+    "What was asked for, as plain values."
+    return dict(
         preset=run.model.name,
         gpu=run.gpu,
         count=run.count,
@@ -972,27 +939,35 @@ def plan(run: Run, steps: int = 0, days: float = 0.0, rates: Rates = Rates()) ->
         batch=run.batch,
         checkpointing=run.checkpointing,
         tokens=run.load.tokens,
-        parameters=parts,
+    )
+
+# %% ../../nbs/train/04_plan.ipynb #6590594c
+def plan(run: Run, steps: int = 0, days: float = 0.0, rates: Rates = Rates()) -> dict:
+    """Everything about a run as plain numbers: parameters, bytes on one card, operations,
+    seconds, days for `steps`, or steps in `days`.
+    """
+    weights, limit = weights_of(run), GPUS[run.gpu].memory * 2**30
+    mem, t = memory(run, weights), step_seconds(run, rates, weights)
+    out = _facts(run) | dict(
+        parameters=_part_rows(run, weights),
         memory=mem,
         total=sum(mem.values()),
         limit=limit,
         fits=sum(mem.values()) <= limit,
-        flops=flops,
+        flops=step_flops(run),
         seconds=t,
         assumed=asdict(rates),
         samples_per_second=run.batch / t['all'],
     )
     if steps:
-        out |= dict(steps=steps, days=steps * t['all'] / 86400)
-    elif days:
-        out |= dict(days=days, steps=int(days * 86400 / t['all']))
+        return out | dict(steps=steps, days=steps * t['all'] / 86400)
+    if days:
+        return out | dict(days=days, steps=int(days * 86400 / t['all']))
     return out
 
 # %% ../../nbs/train/04_plan.ipynb #ab4e302e
-def changes(run: Run):
-    """Runs that need less and less memory, with words for each change; every one builds on
-    those before.
-    """
+def _same_result(run: Run):
+    "Changes after which the same is learned; the generator's value is the last run."
     if run.checkpointing != 'all':
         run = replace(run, checkpointing='all')
         yield 'recompute activations (checkpointing=all)', run
@@ -1003,6 +978,14 @@ def changes(run: Run):
         half = next(d for d in range(run.micro // 2, 0, -1) if run.micro % d == 0)
         run = replace(run, accumulate=run.accumulate * run.micro // half, micro=half)
         yield f'micro batch {half}, accumulation {run.accumulate}', run
+    return run
+
+# %% ../../nbs/train/04_plan.ipynb #37a6d3f7
+def changes(run: Run):
+    """Runs that need less and less memory, with words for each change; every one builds on
+    those before.
+    """
+    run = yield from _same_result(run)
     if 'vision' not in run.freeze:
         run = replace(run, freeze=(*run.freeze, 'vision', 'embedding'))
         yield 'freeze the vision tower and the token embedding', run
@@ -1010,9 +993,8 @@ def changes(run: Run):
         run = replace(run, lora_rank=16)
         yield 'adapt the language model with LoRA of rank 16', run
     if 'expert' not in run.lora_parts:
-        run = replace(
-            run, lora_rank=run.lora_rank or 16, lora_parts=(*run.lora_parts, 'expert')
-        )
+        parts = (*run.lora_parts, 'expert')
+        run = replace(run, lora_rank=run.lora_rank or 16, lora_parts=parts)
         yield 'adapt the expert too', run
     if not run.offload:
         run = replace(run, offload=True)
@@ -1037,74 +1019,69 @@ def advise(run: Run) -> tuple[list[str], Run | None]:
     return words, None
 
 # %% ../../nbs/train/04_plan.ipynb #986cffb1
-def table(p: dict, advice: list[str] | None = None, changed: dict | None = None) -> str:
-    "A plan as text."
-    gib, lines = (
-        2**30,
-        [
-            (
-                f"{p['preset']} on {p['count']} x {p['gpu']} ({p['replicate']} copies x"
-                f" {p['shard']} cards), batch {p['batch']} = {p['count']} x"
-                f" {p['accumulate']} x {p['micro']}, {p['tokens']} tokens a sample,"
-                f" checkpointing {p['checkpointing']}"
-            ),
-            '',
-        ],
+def _said_run(p: dict) -> list[str]:
+    "The run in a line, then its parameters."
+    first = (
+        f"{p['preset']} on {p['count']} x {p['gpu']} ({p['replicate']} copies x"
+        f" {p['shard']} cards), batch {p['batch']} = {p['count']} x"
+        f" {p['accumulate']} x {p['micro']}, {p['tokens']} tokens a sample,"
+        f" checkpointing {p['checkpointing']}"
     )
-    lines += [f"{'parameters':14}{'all':>12}{'trained':>12}"] + [
+    head = f"{'parameters':14}{'all':>12}{'trained':>12}"
+    rows = [
         f"  {k:12}{v['count'] / 1e6:10.1f} M{v['trained'] / 1e6:10.1f} M"
         for k, v in p['parameters'].items()
     ]
-    lines += (
-        ['', f"{'one card':14}{'GiB':>12}"]
-        + [f'  {k:12}{v / gib:12.2f}' for k, v in p['memory'].items()]
-        + [
-            f"  {'total':12}{p['total'] / gib:12.2f} of {p['limit'] / gib:.0f}:"
-            f" {'fits' if p['fits'] else 'does not fit'}"
-        ]
-    )
-    lines += [
-        '',
-        f"{'TFLOP':14}"
-        + ''.join(f'{k:>11}' for k in p['flops'])
-        + '   (one micro batch on one card)',
-    ] + [
-        f'  {k:12}' + ''.join(f'{row[k] / 1e12:11.2f}' for row in p['flops'].values())
+    return [first, '', head, *rows]
+
+
+def _said_memory(p: dict) -> list[str]:
+    "Memory of one card, line by line."
+    rows = [f'  {k:12}{v / 2**30:12.2f}' for k, v in p['memory'].items()]
+    verdict = 'fits' if p['fits'] else 'does not fit'
+    of = f"{p['total'] / 2**30:12.2f} of {p['limit'] / 2**30:.0f}"
+    return ['', f"{'one card':14}{'GiB':>12}", *rows, f"  {'total':12}{of}: {verdict}"]
+
+# %% ../../nbs/train/04_plan.ipynb #28908857
+def _said_flops(p: dict) -> list[str]:
+    "Operations of a micro batch, a line for each part."
+    names = ''.join(f'{k:>11}' for k in p['flops'])
+    head = f"{'TFLOP':14}{names}   (one micro batch on one card)"
+    columns = p['flops'].values()
+    rows = [
+        f'  {k:12}' + ''.join(f'{column[k] / 1e12:11.2f}' for column in columns)
         for k in p['flops']['forward']
     ]
-    lines += (
-        [
-            '',
-            (
-                f"{'one step':14}{'seconds':>12}   (at {p['assumed']['use']:.0%} of the"
-                " peak rate)"
-            ),
-        ]
-        + [f'  {k:12}{v:12.2f}' for k, v in p['seconds'].items()]
-        + [f"  {p['samples_per_second']:.1f} samples a second"]
-    )
+    return ['', head, *rows]
+
+
+def _said_time(p: dict) -> list[str]:
+    "Seconds of a step, and days where steps are known."
+    rate = f"(at {p['assumed']['use']:.0%} of the peak rate)"
+    rows = [f'  {k:12}{v:12.2f}' for k, v in p['seconds'].items()]
+    out = ['', f"{'one step':14}{'seconds':>12}   {rate}", *rows]
+    out.append(f"  {p['samples_per_second']:.1f} samples a second")
     if 'steps' in p:
-        lines += [f"  {p['steps']} steps take {p['days']:.1f} days"]
-    if advice:
-        lines += [
-            '',
-            (
-                'Nothing tried makes it fit; tried in turn:'
-                if changed is None
-                else 'It fits after these changes:'
-            ),
-        ] + [f'  {k}. {a}' for k, a in enumerate(advice, 1)]
-    if advice and changed is not None:
-        lines += [
-            f"  then {changed['total'] / gib:.1f} GiB on a card,"
-            f" {changed['seconds']['all']:.2f} s a step"
-            + (
-                f", {changed['days']:.1f} days"
-                if 'days' in changed and 'steps' in p
-                else ''
-            )
-        ]
-    return '\n'.join(lines)
+        out.append(f"  {p['steps']} steps take {p['days']:.1f} days")
+    return out
+
+# %% ../../nbs/train/04_plan.ipynb #d3f8e021
+def _said_advice(p: dict, advice: list[str], changed: dict | None) -> list[str]:
+    "The changes in order, and what the run takes after them."
+    numbered = [f'  {k}. {a}' for k, a in enumerate(advice, 1)]
+    if changed is None:
+        return ['', 'Nothing tried makes it fit; tried in turn:', *numbered]
+    after = f"  then {changed['total'] / 2**30:.1f} GiB on a card,"
+    after += f" {changed['seconds']['all']:.2f} s a step"
+    if 'days' in changed and 'steps' in p:
+        after += f", {changed['days']:.1f} days"
+    return ['', 'It fits after these changes:', *numbered, after]
+
+# %% ../../nbs/train/04_plan.ipynb #cd14d9c1
+def table(p: dict, advice: list[str] | None = None, changed: dict | None = None) -> str:
+    "A plan as text."
+    lines = _said_run(p) + _said_memory(p) + _said_flops(p) + _said_time(p)
+    return '\n'.join(lines + (_said_advice(p, advice, changed) if advice else []))
 
 # %% ../../nbs/train/04_plan.ipynb #b6c343c2
 COLOURS = dict(
@@ -1117,6 +1094,17 @@ COLOURS = dict(
 )
 
 
+def _bar(ax, y: int, run: Run) -> None:
+    "One run as a bar at height `y`, its card as a line."
+    left, line = 0.0, GPUS[run.gpu].memory
+    for part, x in memory(run).items():
+        look = dict(color=COLOURS[part], label=part if y == 0 else None, height=0.65)
+        ax.barh(y, x / 2**30, left=left, **look)
+        left += x / 2**30
+    ax.plot([line, line], [y - 0.45, y + 0.45], color='#D55E00', lw=2.5)
+    ax.text(left, y, f' {left:.0f}', va='center', fontsize=8)
+
+# %% ../../nbs/train/04_plan.ipynb #2392aad4
 def draw_memory(runs: dict[str, Run], ax=None):
     """Bars of the bytes on one card for each run, by what they are, with the card's memory
     as a line. Returns the axes.
@@ -1124,21 +1112,8 @@ def draw_memory(runs: dict[str, Run], ax=None):
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(8, 0.6 + 0.42 * len(runs)))[1]
-    for y, (name, run) in enumerate(runs.items()):
-        left = 0.0
-        for part, x in memory(run).items():
-            ax.barh(
-                y,
-                x / 2**30,
-                left=left,
-                color=COLOURS[part],
-                label=part if y == 0 else None,
-                height=0.65,
-            )
-            left += x / 2**30
-        line = GPUS[run.gpu].memory
-        ax.plot([line, line], [y - 0.45, y + 0.45], color='#D55E00', lw=2.5)
-        ax.text(left, y, f' {left:.0f}', va='center', fontsize=8)
+    for y, run in enumerate(runs.values()):
+        _bar(ax, y, run)
     ax.set_yticks(range(len(runs)), runs)
     ax.invert_yaxis()
     ax.set_xlabel('GiB on one card (orange line: what it has)')
@@ -1156,81 +1131,82 @@ def sizes(text: str) -> tuple[tuple[int, int], ...]:
         ) from None
 
 # %% ../../nbs/train/04_plan.ipynb #be1f040c
+_names = lambda s: tuple(x for x in s.split(',') if x)
+_COPIES = 'copies of the model; default: one per 8 cards'
+_BATCH = 'global batch; with --accumulate it sets --micro'
+_OPTIONS = {
+    '--preset': dict(default='paper'),
+    '--gpu': dict(default='a100-40g', help=', '.join(GPUS)),
+    '--count': dict(type=int, default=1, help='cards'),
+    '--replicate': dict(type=int, default=0, help=_COPIES),
+    '--batch': dict(type=int, default=0, help=_BATCH),
+    '--micro': dict(type=int, default=0),
+    '--accumulate': dict(type=int, default=1),
+    '--history': dict(type=int, help='frames'),
+    '--views': dict(type=sizes, default=VIEWS, help='480x640,224x224'),
+    '--checkpointing': dict(default='all', choices=('none', 'blocks', 'all')),
+    '--freeze': dict(type=_names, default=(), help='of ' + ','.join(PARTS)),
+    '--lora-rank': dict(type=int, default=0),
+    '--lora-parts': dict(type=_names, default=('vlm',)),
+    '--steps': dict(type=int, default=0),
+    '--days': dict(type=float, default=0.0),
+    '--use': dict(type=float, default=0.4, help='share of the peak rate in training'),
+}
+_SWITCHES = {
+    '--offload': 'weights and optimizer in host memory',
+    '--json': 'print numbers for programs',
+    '--tick': 'plan inference: milliseconds per part of a control tick',
+}
+
+# %% ../../nbs/train/04_plan.ipynb #5bd1b78b
 def parser() -> argparse.ArgumentParser:
     "Arguments of `halo plan`."
-    names = lambda s: tuple(x for x in s.split(',') if x)
+    what = 'Memory, time and days of a training run, and the rate of inference, before'
     p = argparse.ArgumentParser(
-        prog='halo plan',
-        description=(
-            'Memory, time and days of a training run, and the rate of inference, before'
-            ' anyone pays for them.'
-        ),
+        prog='halo plan', description=f'{what} anyone pays for them.'
     )
-    for flag, kw in {
-        '--preset': dict(default='paper'),
-        '--gpu': dict(default='a100-40g', help=', '.join(GPUS)),
-        '--count': dict(type=int, default=1, help='cards'),
-        '--replicate': dict(
-            type=int, default=0, help='copies of the model; default: one per 8 cards'
-        ),
-        '--batch': dict(
-            type=int, default=0, help='global batch; with --accumulate it sets --micro'
-        ),
-        '--micro': dict(type=int, default=0),
-        '--accumulate': dict(type=int, default=1),
-        '--history': dict(type=int, help='frames'),
-        '--views': dict(type=sizes, default=VIEWS, help='480x640,224x224'),
-        '--checkpointing': dict(default='all', choices=('none', 'blocks', 'all')),
-        '--freeze': dict(type=names, default=(), help='of ' + ','.join(PARTS)),
-        '--lora-rank': dict(type=int, default=0),
-        '--lora-parts': dict(type=names, default=('vlm',)),
-        '--steps': dict(type=int, default=0),
-        '--days': dict(type=float, default=0.0),
-        '--use': dict(type=float, default=0.4, help='share of the peak rate in training'),
-    }.items():
+    for flag, kw in _OPTIONS.items():
         p.add_argument(flag, **kw)
-    for flag, words in {
-        '--offload': 'weights and optimizer in host memory',
-        '--json': 'print numbers for programs',
-        '--tick': 'plan inference: milliseconds per part of a control tick',
-    }.items():
+    for flag, words in _SWITCHES.items():
         p.add_argument(flag, action='store_true', help=words)
     return p
 
 # %% ../../nbs/train/04_plan.ipynb #8f1df1a7
+def _micro_of(a) -> int:
+    "The micro batch; where it was given with a batch, the accumulation in `a` follows."
+    if not a.batch:
+        return a.micro or 1
+    per = a.count * a.accumulate * (a.micro or 1)
+    if a.batch % per:
+        raise ValueError(
+            f"batch={a.batch} is not a multiple of count x"
+            f" accumulate{' x micro' if a.micro else ''} = {per}; change one of them"
+        )
+    if not a.micro:
+        return a.batch // per
+    a.accumulate *= a.batch // per
+    return a.micro
+
+# %% ../../nbs/train/04_plan.ipynb #9b8d7308
 def run_of(a) -> Run:
     """The run that the arguments `a` describe.
 
     Raises `ValueError` for a batch that does not divide.
     """
-    micro = a.micro or 1
-    if a.batch:
-        per = a.count * a.accumulate * (a.micro or 1)
-        if a.batch % per:
-            raise ValueError(
-                f"batch={a.batch} is not a multiple of count x"
-                f" accumulate{' x micro' if a.micro else ''} = {per}; change one of them"
-            )
-        if a.micro:
-            a.accumulate *= a.batch // per
-        else:
-            micro = a.batch // per
+    micro = _micro_of(a)
     one_of('preset', a.preset, ('tiny', 'small', 'paper', 'paper_v2'))
+    nodes = a.count // 8 if a.count > 8 and a.count % 8 == 0 else 1
+    same = ('checkpointing', 'freeze', 'lora_rank', 'lora_parts', 'offload')
     return Run(
         preset(a.preset),
-        a.gpu,
-        a.count,
-        a.replicate or (a.count // 8 if a.count > 8 and a.count % 8 == 0 else 1),
-        0,
-        micro,
-        a.accumulate,
-        a.history,
-        a.views,
-        checkpointing=a.checkpointing,
-        freeze=a.freeze,
-        lora_rank=a.lora_rank,
-        lora_parts=a.lora_parts,
-        offload=a.offload,
+        gpu=a.gpu,
+        count=a.count,
+        replicate=a.replicate or nodes,
+        micro=micro,
+        accumulate=a.accumulate,
+        history=a.history,
+        views=a.views,
+        **{k: getattr(a, k) for k in same},
     )
 
 # %% ../../nbs/train/04_plan.ipynb #af7f8610
@@ -1238,23 +1214,40 @@ def tick_table(run: Run) -> dict:
     """Milliseconds of a control tick on the run's card, streaming or not, as assumed by
     `roofline`.
     """
-    rows = {
-        name: roofline(tick_cost(run.model, run.history, run.views, streaming=s), run.gpu)
-        for name, s in (('everything', False), ('hop', 'hop'), ('streaming', True))
-    }
-    return {
-        name: (
-            {k: 1e3 * x for k, x in r.items()}
-            | dict(
-                all=1e3 * sum(r.values()),
-                chunks_per_second=1 / sum(r.values()),
-                actions_per_second=run.model.chunk / sum(r.values()),
-            )
+    out = {}
+    for name, streaming in (('everything', False), ('hop', 'hop'), ('streaming', True)):
+        cost = tick_cost(run.model, run.history, run.views, streaming=streaming)
+        parts = roofline(cost, run.gpu)
+        total = sum(parts.values())
+        out[name] = {k: 1e3 * x for k, x in parts.items()} | dict(
+            all=1e3 * total,
+            chunks_per_second=1 / total,
+            actions_per_second=run.model.chunk / total,
         )
-        for name, r in rows.items()
-    }
+    return out
 
 # %% ../../nbs/train/04_plan.ipynb #15dab9d8
+def _answer_tick(run: Run, as_json: bool) -> str:
+    "The plan of inference as text."
+    p = tick_table(run)
+    if as_json:
+        return json.dumps(p, indent=1)
+    row = lambda r: ''.join(f'{n} {x:.1f}  ' for n, x in r.items())
+    return '\n'.join(f'{k:12}{row(r)}' for k, r in p.items())
+
+
+def _answer_run(run: Run, a) -> tuple[str, bool]:
+    "The plan of training as text, and whether it fits as it is."
+    rates = Rates(use=a.use)
+    p = plan(run, a.steps, a.days, rates)
+    words, fixed = advise(run)
+    q = fixed and plan(fixed, p.get('steps', 0), rates=rates)
+    if a.json:
+        both = p | dict(advice=words, changed=q if words else None)
+        return json.dumps(both, indent=1), p['fits']
+    return table(p, words, q), p['fits']
+
+# %% ../../nbs/train/04_plan.ipynb #4d7c874d
 def main(argv: list[str] | None = None) -> int:
     """`halo plan`: print the plan; 0 if the run fits as it is, 1 if not, 2 for arguments
     that make no run.
@@ -1262,27 +1255,9 @@ def main(argv: list[str] | None = None) -> int:
     a = parser().parse_args(argv)
     try:
         run = run_of(a)
-        if a.tick:
-            p = tick_table(run)
-            print(
-                json.dumps(p, indent=1)
-                if a.json
-                else '\n'.join(
-                    f'{k:12}' + ''.join(f'{n} {x:.1f}  ' for n, x in r.items())
-                    for k, r in p.items()
-                )
-            )
-            return 0
-        rates = Rates(use=a.use)
-        p = plan(run, a.steps, a.days, rates)
-        words, fixed = advise(run)
-        q = fixed and plan(fixed, p.get('steps', 0), rates=rates)
+        text, fits = (_answer_tick(run, a.json), True) if a.tick else _answer_run(run, a)
     except ValueError as e:
         print(f'halo plan: {e}', file=sys.stderr)
         return 2
-    print(
-        json.dumps(p | dict(advice=words, changed=q if words else None), indent=1)
-        if a.json
-        else table(p, words, q)
-    )
-    return 0 if p['fits'] else 1
+    print(text)
+    return 0 if fits else 1
