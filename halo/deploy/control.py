@@ -265,11 +265,11 @@ def step(self: ControlLoop, tick: int) -> np.ndarray:
     if action is None:
         self.budget.counts['without_action'] += 1
         if self.late == 'stop' and self.schedule.chunks:
+            newest = self.schedule.chunks[-1]
             raise Late(
                 f"no action for tick {tick}: the newest chunk ended at tick"
-                f" {self.schedule.chunks[-1].tick + self.schedule.chunks[-1].actions.shape[1] - 1},"
-                f" inference takes about {self.delay} ticks; predict longer chunks or infer"
-                " faster"
+                f" {newest.tick + newest.actions.shape[1] - 1}, inference takes about"
+                f" {self.delay} ticks; predict longer chunks or infer faster"
             )
         action = self.last if self.late == 'repeat' and self.last is not None else self.hold
     else:
@@ -559,9 +559,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         part = args.out.with_name(args.out.name + '.part')
-        command = (
-            f'python -m halo.deploy.control {" ".join(argv if argv is not None else sys.argv[1:])}'
-        )
+        given = argv if argv is not None else sys.argv[1:]
+        command = f'python -m halo.deploy.control {" ".join(given)}'
         mine = {(r['how'], r['guidance'], r['delay']) for r in rows}
         known = (
             [

@@ -660,7 +660,7 @@ def comparison(results: dict[str, EvalResult], reference: str = 'full') -> list[
     rows = []
     for n, r in results.items():
         train = r.conventions['training']
-        placed, k = sum(e['placed'] >= 0 for e in r.episodes), len(r.episodes)
+        placed = sum(e['placed'] >= 0 for e in r.episodes)
         against = None if n == reference else compare(results[reference], r)
         rows.append(
             dict(

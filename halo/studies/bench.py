@@ -402,8 +402,8 @@ def compare_ticks(
 def tick_operations(
     cfg: ModelConfig, views: int = 2, size: int = 224, words: int = 16
 ) -> dict[str, float]:
-    """Operations of a tick by way, counted by `halo.train.plan`: what bounds every exact scheme
-    at these sizes.
+    """Operations of a tick by way, counted by `halo.train.plan`: what bounds every exact
+    scheme at these sizes.
     """
     from halo.train.plan import tick_cost
 
@@ -823,20 +823,13 @@ def option_errors(args) -> dict:
     )
 
     def chunks(m, steps=10, method='euler'):
+        def chunk(k, n):
+            obs = observation_at(policy, pre, rec.record, rec.task, k)
+            f = Denoiser(m, m.encode(obs))
+            return m.integrate(lambda x, t: f(x, t) * dims, n, steps, method)
+
         with torch.inference_mode():
-            return torch.cat(
-                [
-                    m.integrate(
-                        lambda x, t, f=Denoiser(m, m.encode(observation_at(policy, pre, rec.record, rec.task, k))): (
-                            f(x, t) * dims
-                        ),
-                        n,
-                        steps,
-                        method,
-                    )
-                    for k, n in zip(ticks, noise)
-                ]
-            )[..., :d].float()
+            return torch.cat([chunk(k, n) for k, n in zip(ticks, noise)])[..., :d].float()
 
     truth, out = chunks(model), {}
     kinds = (
