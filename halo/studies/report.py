@@ -521,7 +521,8 @@ def table(head: list[str], rows: list[list], numeric=()) -> str:
 
     def cell(tag, i, v):
         kind = ' class="n"' if i in numeric else ''
-        return f'<{tag}{kind}>{v[0] if isinstance(v, list) else html.escape(str(v))}</{tag}>'
+        text = v[0] if isinstance(v, list) else html.escape(str(v))
+        return f'<{tag}{kind}>{text}</{tag}>'
 
     def line(tag, row):
         return f'<tr>{"".join(cell(tag, i, v) for i, v in enumerate(row))}</tr>'
@@ -594,7 +595,8 @@ def film_cell(name: str, e: dict, record: dict, length: int, fps: float) -> str:
     mark = '<b class="yes">success</b>' if e['success'] else '<b class="no">failure</b>'
     return (
         f'<figure><figcaption>{dot(name)}</figcaption>'
-        f'<video muted playsinline preload="auto" src="{data_uri(film, "video/mp4")}"></video>'
+        '<video muted playsinline preload="auto"'
+        f' src="{data_uri(film, "video/mp4")}"></video>'
         f'{flash_strip(record)}'
         f'<figcaption>{mark}: {outcome(e)} {when}</figcaption></figure>'
     )
@@ -1060,7 +1062,8 @@ def inside_section(
         film = mask_film(folders[owner], parts[0])
         x = mask_explorer(film, parts[0].config.model.text.mrope_section)
         out += _thinned(x, step=9)
-    out += _thinned(attention_explorer(AttentionFilm(*parts, rec)), tick=6, step=3, action=4)
+    x = attention_explorer(AttentionFilm(*parts, rec))
+    out += _thinned(x, tick=6, step=3, action=4)
     x = denoising_explorer(policies, rec, (decisive_tick(rec.record),))
     out += _thinned(x, stage=6, steps=2, action=1, pair=2)
     return section(
@@ -1085,7 +1088,7 @@ def continued_text(log: list[dict], n: int = 5) -> str:
 
 # %% ../../nbs/studies/01_report.ipynb #70e7309f
 def _episodes_section(results, policies, checkpoints, inside: bool) -> str:
-    "Films, a plan being denoised, and the explorers if `inside`; nothing without recordings."
+    "Films, a plan being denoised, explorers if `inside`; nothing without recordings."
     owner = _owner(results)
     seeds = list(results[owner].records)
     if not seeds:
