@@ -14,11 +14,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from torch import Tensor
 
@@ -128,26 +130,18 @@ class Budget:
     "Milliseconds per part of a loop, and counters."
 
     def __init__(self, keep: int = 10_000):
-        self.ms, self.counts, self.keep = (
-            {},
-            dict(ticks=0, late=0, without_action=0, chunks=0, dropped=0),
-            keep,
-        )
+        self.ms, self.keep = {}, keep
+        self.counts = dict(ticks=0, late=0, without_action=0, chunks=0, dropped=0)
 
+    @contextmanager
     def time(self, part: str):
         "A context that adds its duration to `part`."
-        budget = self
-
-        class Timer:
-            def __enter__(self):
-                self.began = time.perf_counter()
-
-            def __exit__(self, *_):
-                budget.ms.setdefault(part, deque(maxlen=budget.keep)).append(
-                    1e3 * (time.perf_counter() - self.began)
-                )
-
-        return Timer()
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = 1e3 * (time.perf_counter() - began)
+            self.ms.setdefault(part, deque(maxlen=self.keep)).append(took)
 
     def table(self) -> str:
         "Median and 95th percentile of every part, then the counters."
@@ -156,9 +150,8 @@ class Budget:
             f' {np.quantile(x, 0.95):8.2f}  ({len(x)})'
             for n, x in self.ms.items()
         ]
-        return '\n'.join(
-            rows + [', '.join(f'{k.replace("_", " ")} {v}' for k, v in self.counts.items())]
-        )
+        said = (f'{k.replace("_", " ")} {v}' for k, v in self.counts.items())
+        return '\n'.join([*rows, ', '.join(said)])
 
 # %% ../../nbs/deploy/01_control.ipynb #0c494933
 class Late(RuntimeError):
@@ -196,35 +189,47 @@ class ControlLoop:
                 "late='hold' needs the action to execute: give hold=..., or choose 'repeat'"
                 " or 'stop'"
             )
-        (
-            self.policy,
-            self.post,
-            self.look,
-            self.act,
-            self.fps,
-            self.late,
-            self.hold,
-            self.every,
-        ) = (policy, post, look, act, fps, late, hold, every)
-        self.schedule, self.budget, self.clock, self.sleep = (
-            Schedule(how),
-            Budget(),
-            clock,
-            sleep,
-        )
-        self.lock, self.news, self.waiting, self.failed, self.done, self.delay = (
-            threading.Lock(),
-            threading.Event(),
-            [],
-            None,
-            False,
-            1,
-        )
+        self.policy, self.post, self.look, self.act = policy, post, look, act
+        self.fps, self.late, self.hold, self.every = fps, late, hold, every
+        self.clock, self.sleep = clock, sleep
+        self.schedule, self.budget = Schedule(how), Budget()
+        self.prepare()
+
+# %% ../../nbs/deploy/01_control.ipynb #2bfd4139
+@patch
+def prepare(self: ControlLoop) -> None:
+    "Nothing has been seen yet; the first inference is expected to take one tick."
+    self.lock, self.news = threading.Lock(), threading.Event()
+    self.waiting, self.failed, self.done, self.delay = [], None, False, 1
 
 # %% ../../nbs/deploy/01_control.ipynb #4f3139ed
-from fastcore.basics import patch
+@patch
+def waiting_since(self: ControlLoop, last: int) -> list:
+    "What waits for inference, oldest first; empty before `every` ticks after `last`."
+    with self.lock:
+        if not self.waiting or self.waiting[-1][0] - last < self.every:
+            self.news.clear()
+            return []
+        seen, self.waiting = self.waiting, []
+    return seen
 
 
+@patch
+def infer_on(self: ControlLoop, seen: list) -> int:
+    "Put frames into the history, infer on the newest, hand its chunk over; its tick."
+    for tick, batch in seen[:-1]:
+        self.policy.observe(batch, tick)
+    (last, batch), began = seen[-1], self.clock()
+    with self.budget.time('inference'):
+        chunk = plan(self.policy, self.post, batch, last, self.schedule, self.delay)
+    # what the next one is expected to take
+    self.delay = max(1, int(np.ceil((self.clock() - began) * self.fps)))
+    with self.lock:
+        self.schedule.add(chunk)
+        self.budget.counts['chunks'] += 1
+    return last
+
+# %% ../../nbs/deploy/01_control.ipynb #d8e908af
 @patch
 def infer(self: ControlLoop) -> None:
     """Background: wait for news, put the waiting frames into the history, infer on the
@@ -234,25 +239,26 @@ def infer(self: ControlLoop) -> None:
     try:
         while not self.done:
             self.news.wait(0.05)
-            with self.lock:
-                if not self.waiting or self.waiting[-1][0] - last < self.every:
-                    self.news.clear()
-                    continue
-                seen, self.waiting = self.waiting, []
-            for tick, batch in seen[:-1]:
-                self.policy.observe(batch, tick)
-            (last, batch), began = seen[-1], self.clock()
-            with self.budget.time('inference'):
-                chunk = plan(self.policy, self.post, batch, last, self.schedule, self.delay)
-            # what the next one is expected to take
-            self.delay = max(1, int(np.ceil((self.clock() - began) * self.fps)))
-            with self.lock:
-                self.schedule.add(chunk)
-                self.budget.counts['chunks'] += 1
+            if seen := self.waiting_since(last):
+                last = self.infer_on(seen)
     except Exception as e:
         self.failed = e
 
 # %% ../../nbs/deploy/01_control.ipynb #03583e8a
+@patch
+def without_chunk(self: ControlLoop, tick: int) -> np.ndarray | None:
+    "The action of a tick that no chunk covers; raises `Late` where that ends the loop."
+    self.budget.counts['without_action'] += 1
+    if self.late == 'stop' and self.schedule.chunks:
+        newest = self.schedule.chunks[-1]
+        raise Late(
+            f"no action for tick {tick}: the newest chunk ended at tick"
+            f" {newest.tick + newest.actions.shape[1] - 1}, inference takes about"
+            f" {self.delay} ticks; predict longer chunks or infer faster"
+        )
+    return self.last if self.late == 'repeat' and self.last is not None else self.hold
+
+# %% ../../nbs/deploy/01_control.ipynb #8173bcc0
 @patch
 def step(self: ControlLoop, tick: int) -> np.ndarray:
     "One tick in the foreground: look, hand over, choose, act."
@@ -262,23 +268,33 @@ def step(self: ControlLoop, tick: int) -> np.ndarray:
         self.waiting.append((tick, batch))
         self.news.set()
         action = self.schedule.action(tick)
-    if action is None:
-        self.budget.counts['without_action'] += 1
-        if self.late == 'stop' and self.schedule.chunks:
-            raise Late(
-                f"no action for tick {tick}: the newest chunk ended at tick"
-                f" {self.schedule.chunks[-1].tick + self.schedule.chunks[-1].actions.shape[1] - 1},"
-                f" inference takes about {self.delay} ticks; predict longer chunks or infer"
-                " faster"
-            )
-        action = self.last if self.late == 'repeat' and self.last is not None else self.hold
-    else:
-        action = action[0]
+    action = self.without_chunk(tick) if action is None else action[0]
     self.last = action
     if action is not None:
         with self.budget.time('act'):
             self.act(action)
     return action
+
+# %% ../../nbs/deploy/01_control.ipynb #3b186616
+@patch
+def keep_time(self: ControlLoop, begin: float, ticks: int) -> None:
+    "Step through `ticks` ticks, each at its time after `begin`."
+    tick, counts = 0, self.budget.counts
+    while tick < ticks:
+        ahead = begin + tick / self.fps - self.clock()
+        if ahead > 0:
+            self.sleep(ahead)
+        # its time has passed
+        if (missed := int(-ahead * self.fps)) > 0:
+            counts['dropped'] += missed
+            tick += missed
+            continue
+        counts['late'] += ahead < -0.5 / self.fps
+        counts['ticks'] += 1
+        if self.failed:
+            raise self.failed
+        self.step(tick)
+        tick += 1
 
 # %% ../../nbs/deploy/01_control.ipynb #b14edd68
 @patch
@@ -291,22 +307,7 @@ def run(self: ControlLoop, ticks: int) -> Budget:
     worker = threading.Thread(target=self.infer, daemon=True)
     worker.start()
     try:
-        tick, counts = 0, self.budget.counts
-        while tick < ticks:
-            ahead = begin + tick / self.fps - self.clock()
-            if ahead > 0:
-                self.sleep(ahead)
-            # its time has passed
-            if (missed := int(-ahead * self.fps)) > 0:
-                counts['dropped'] += missed
-                tick += missed
-                continue
-            counts['late'] += ahead < -0.5 / self.fps
-            counts['ticks'] += 1
-            if self.failed:
-                raise self.failed
-            self.step(tick)
-            tick += 1
+        self.keep_time(begin, ticks)
     finally:
         self.done = True
         self.news.set()
@@ -322,23 +323,14 @@ class SimRobot:
     def __init__(self, vec, processors, pre, seed: int):
         from lerobot.envs.utils import NEW_ROLLOUT_OPTION
 
-        self.vec, (self.env_pre, self.env_post), self.pre, self.success, self.over = (
-            vec,
-            processors,
-            pre,
-            False,
-            False,
-        )
+        self.vec, (self.env_pre, self.env_post), self.pre = vec, processors, pre
+        self.success, self.over = False, False
         self.obs, _ = vec.reset(seed=[seed], options={NEW_ROLLOUT_OPTION: True})
         self.task = list(vec.call('task_description'))
 
     def look(self) -> dict:
         "The present observation, preprocessed."
-        from lerobot.envs.utils import preprocess_observation
-
-        batch = preprocess_observation(self.obs)
-        batch['task'] = self.task
-        return self.pre(self.env_pre(batch))
+        return _seen(self.obs, self.task, self.env_pre, self.pre)
 
     def act(self, action: np.ndarray) -> None:
         "Execute (d,); an episode that is over ignores it."
@@ -346,13 +338,76 @@ class SimRobot:
             return
         from halo.sim.evaluate import row_info
 
-        self.obs, _, done, cut, info = self.vec.step(
-            self.env_post({'action': torch.from_numpy(np.array(action, np.float32)[None])})[
-                'action'
-            ].numpy()
-        )
+        rows = np.array(action, np.float32)[None]
+        self.obs, done, cut, info = _execute(self.vec, self.env_post, rows)
         self.over = bool(done[0] or cut[0])
         self.success |= bool(row_info(info, 0).get('is_success', False))
+
+# %% ../../nbs/deploy/01_control.ipynb #34c01fe1
+def _seen(obs: dict, tasks: list[str], env_pre, pre) -> dict:
+    "An environment's observation as the policy reads it."
+    from lerobot.envs.utils import preprocess_observation
+
+    batch = preprocess_observation(obs)
+    batch['task'] = tasks
+    return pre(env_pre(batch))
+
+
+def _execute(vec, env_post, rows: np.ndarray) -> tuple:
+    "Actions (b, d) in the environment: its observation, ends and notes."
+    rows = torch.from_numpy(np.ascontiguousarray(rows))
+    action = env_post({'action': rows})['action'].numpy()
+    obs, _, terminated, truncated, info = vec.step(action)
+    return obs, terminated, truncated, info
+
+# %% ../../nbs/deploy/01_control.ipynb #941e40ff
+class _UnderWay:
+    "Chunks that arrive `delay` ticks after they were asked for, one at a time."
+
+    def __init__(self, how: str, delay: int, every: int):
+        self.schedule, self.delay, self.every = Schedule(how), delay, every
+        self.chunk, self.begun = None, -every
+
+    def due(self, tick: int) -> bool:
+        "Let what is due arrive; may a new chunk be begun at `tick`?"
+        if self.chunk and self.chunk.tick + self.delay <= tick:
+            self.schedule.add(self.chunk)
+            self.chunk = None
+        return self.chunk is None and tick - self.begun >= self.every
+
+    def ask(self, chunk: Chunk) -> None:
+        "A chunk has been asked for; without a delay it is there at once."
+        self.begun = chunk.tick
+        if self.delay:
+            self.chunk = chunk
+        else:
+            self.schedule.add(chunk)
+
+# %% ../../nbs/deploy/01_control.ipynb #3c7b37d1
+class _Endings:
+    "How the episodes of `seeds` ended, and by how much their actions changed a tick."
+
+    def __init__(self, seeds: list[int], rows: int, limit: int):
+        self.seeds, self.limit, self.jerk, self.last = seeds, limit, [], None
+        self.alive, self.out = np.arange(rows) < len(seeds), [None] * len(seeds)
+
+    def acted(self, action: np.ndarray) -> None:
+        "Actions (b, d) are about to be executed."
+        if self.last is not None:
+            self.jerk.append(np.abs(action - self.last)[self.alive].mean())
+        self.last = action
+
+    def note(self, tick: int, ended: np.ndarray, info: dict) -> None:
+        "What ended with `tick`, the last one included."
+        from halo.sim.evaluate import row_info
+
+        for row in np.flatnonzero(self.alive & (ended | (tick + 1 == self.limit))):
+            won = bool(row_info(info, row).get('is_success', False))
+            self.out[row] = dict(seed=self.seeds[row], success=won, ticks=tick + 1)
+            self.alive[row] = False
+
+    def episodes(self) -> list[dict]:
+        return [e | dict(change=float(np.mean(self.jerk))) for e in self.out]
 
 # %% ../../nbs/deploy/01_control.ipynb #f924f3ae
 def run_delayed(
@@ -370,65 +425,57 @@ def run_delayed(
     """One episode per seed (at most `vec.num_envs`) with chunks that arrive `delay` ticks
     after they were asked for.
     """
-    from lerobot.envs.utils import preprocess_observation
-
-    from halo.sim.evaluate import NEW_ROLLOUT_OPTION, batch_noise, row_info
+    from halo.sim.evaluate import NEW_ROLLOUT_OPTION, batch_noise
 
     env_pre, env_post = processors
-    n = len(seeds)
-    rows = seeds + seeds[-1:] * (vec.num_envs - n)
+    rows = seeds + seeds[-1:] * (vec.num_envs - len(seeds))
     policy.eval()
     policy.reset()
-    schedule, under_way, begun = Schedule(how), None, -every
+    way = _UnderWay(how, delay, every)
     obs, _ = vec.reset(seed=rows, options={NEW_ROLLOUT_OPTION: True})
     tasks, limit = list(vec.call('task_description')), vec.call('_max_episode_steps')[0]
-    alive, out, jerk, last = np.arange(vec.num_envs) < n, [None] * n, [], None
+    ends = _Endings(seeds, vec.num_envs, limit)
     for tick in range(limit):
-        batch = preprocess_observation(obs)
-        batch['task'] = tasks
-        batch = pre(env_pre(batch))
-        if under_way and under_way[0] <= tick:
-            schedule.add(under_way[1])
-            under_way = None
-        if under_way is None and tick - begun >= every:
-            chunk, begun = (
-                plan(
-                    policy,
-                    post,
-                    batch,
-                    tick,
-                    schedule,
-                    delay,
-                    batch_noise(policy, rows, tick),
-                ),
-                tick,
-            )
-            if delay:
-                under_way = (tick + delay, chunk)
-            else:
-                schedule.add(chunk)
+        batch = _seen(obs, tasks, env_pre, pre)
+        if way.due(tick):
+            noise = batch_noise(policy, rows, tick)
+            way.ask(plan(policy, post, batch, tick, way.schedule, delay, noise))
         else:
             policy.observe(batch, tick)
-        action = schedule.action(tick)
+        action = way.schedule.action(tick)
         action = np.repeat(hold[None], vec.num_envs, 0) if action is None else action
-        if last is not None:
-            jerk.append(np.abs(action - last)[alive].mean())
-        last = action
-        obs, _, terminated, truncated, info = vec.step(
-            env_post({'action': torch.from_numpy(np.ascontiguousarray(action))})[
-                'action'
-            ].numpy()
-        )
-        for row in np.flatnonzero(alive & (terminated | truncated | (tick + 1 == limit))):
-            out[row] = dict(
-                seed=seeds[row],
-                success=bool(row_info(info, row).get('is_success', False)),
-                ticks=tick + 1,
-            )
-            alive[row] = False
-        if not alive.any():
+        ends.acted(action)
+        obs, terminated, truncated, info = _execute(vec, env_post, action)
+        ends.note(tick, terminated | truncated, info)
+        if not ends.alive.any():
             break
-    return [e | dict(change=float(np.mean(jerk))) for e in out]
+    return ends.episodes()
+
+# %% ../../nbs/deploy/01_control.ipynb #8702685e
+def _latency_row(
+    episodes: list[dict], delay: int, how: str, guidance: float, fps: float
+) -> dict:
+    "Rate with its interval, change of the actions and length of the episodes."
+    from halo.sim.evaluate import rate
+
+    return dict(
+        delay=delay,
+        ms=1000 * delay / fps,
+        how=how,
+        guidance=guidance if how == 'rtc' else None,
+        **rate(episodes),
+        change=float(np.mean([e['change'] for e in episodes])),
+        ticks=float(np.mean([e['ticks'] for e in episodes])),
+        episodes=episodes,
+    )
+
+
+def _latency_text(row: dict) -> str:
+    return (
+        f"latency {row['ms']:.0f} ms, {row['how']:8}: {row['successes']}/{row['n']} ="
+        f" {row['rate']:.0%} [{row['lo']:.0%}, {row['hi']:.0%}], {row['ticks']:.1f} ticks"
+        f" an episode, action changes by {row['change']:.3f} a tick"
+    )
 
 # %% ../../nbs/deploy/01_control.ipynb #58e58f4c
 def latency(
@@ -448,48 +495,69 @@ def latency(
     """
     from lerobot.envs.factory import make_env_pre_post_processors
 
-    from halo.sim.evaluate import load_policy, open_envs, rate, split_seeds
+    from halo.sim.evaluate import load_policy, open_envs, split_seeds
     from halo.sim.flash_place import FlashPlaceEnvConfig
 
-    policy, pre, post = load_policy(checkpoint)
+    policy, *sides = load_policy(checkpoint)
     env = FlashPlaceEnvConfig()
-    vec, processors = (
-        open_envs(env, n_envs),
-        make_env_pre_post_processors(env, policy.config),
-    )
+    vec = open_envs(env, n_envs)
+    world = (vec, make_env_pre_post_processors(env, policy.config))
     rows, hold = [], np.array([0, 0, 0, -1], np.float32)
     try:
-        for delay in delays:
-            for how in hows:
-                use_rtc(policy, how == 'rtc', delay + ahead, guidance)
-                episodes = []
-                for batch in split_seeds(seeds, n_envs):
-                    episodes += run_delayed(
-                        policy, pre, post, vec, processors, batch, delay, how, every, hold
-                    )
-                r = rate(episodes)
-                rows.append(
-                    dict(
-                        delay=delay,
-                        ms=1000 * delay / env.fps,
-                        how=how,
-                        guidance=guidance if how == 'rtc' else None,
-                        **r,
-                        change=float(np.mean([e['change'] for e in episodes])),
-                        ticks=float(np.mean([e['ticks'] for e in episodes])),
-                        episodes=episodes,
-                    )
-                )
-                show(
-                    f"latency {rows[-1]['ms']:.0f} ms, {how:8}: {r['successes']}/{r['n']} ="
-                    f" {r['rate']:.0%} [{r['lo']:.0%}, {r['hi']:.0%}],"
-                    f" {rows[-1]['ticks']:.1f} ticks an episode, action changes by"
-                    f" {rows[-1]['change']:.3f} a tick"
-                )
+        for delay, how in [(d, h) for d in delays for h in hows]:
+            use_rtc(policy, how == 'rtc', delay + ahead, guidance)
+            found = []
+            for batch in split_seeds(seeds, n_envs):
+                setting = (batch, delay, how, every, hold)
+                found += run_delayed(policy, *sides, *world, *setting)
+            rows.append(_latency_row(found, delay, how, guidance, env.fps))
+            show(_latency_text(rows[-1]))
     finally:
         vec.close()
         use_rtc(policy, False)
     return rows
+
+# %% ../../nbs/deploy/01_control.ipynb #f2be4ce1
+_OPTIONS = {
+    '--checkpoint': dict(
+        type=Path,
+        default=Path('checkpoints/flash_place/full'),
+        help='policy folder (the shipped one of that name)',
+    ),
+    '--seeds': dict(type=int, default=60),
+    '--first-seed': dict(
+        type=int, default=0, help='0: the evaluation seeds of the demonstration'
+    ),
+    '--delays': dict(
+        type=int, nargs='+', default=[0, 1, 2, 4], help='ticks of 100 ms'
+    ),
+    '--hand-over': dict(
+        nargs='+', default=['replace', 'rtc'], choices=['replace', 'rtc', 'ensemble']
+    ),
+    '--n-envs': dict(type=int, default=10),
+    '--ahead': dict(
+        type=int, default=4, help='ticks that RTC guides beyond those it freezes'
+    ),
+    '--guidance': dict(
+        type=float, default=10.0, help="RTC's largest weight (LeRobot's default: 10)"
+    ),
+    '--out': dict(
+        type=Path, help='JSON file; its rows of other hand-overs, weights or delays stay'
+    ),
+}
+
+# %% ../../nbs/deploy/01_control.ipynb #c446785a
+def _keep(file: Path, rows: list[dict], command: str) -> None:
+    "Put `rows` into `file`, in place of those of the same hand-over, weight and delay."
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + '.part')
+    which = lambda r: (r['how'], r['guidance'], r['delay'])
+    mine, known = {which(r) for r in rows}, []
+    if file.exists():
+        known = [r for r in json.loads(file.read_text())['rows'] if which(r) not in mine]
+    mine = [r | dict(command=command) for r in rows]
+    part.write_text(json.dumps(dict(rows=known + mine), indent=1))
+    os.replace(part, file)
 
 # %% ../../nbs/deploy/01_control.ipynb #a8e8bb78
 def main(argv: list[str] | None = None) -> int:
@@ -501,83 +569,21 @@ def main(argv: list[str] | None = None) -> int:
             ' chunking.'
         ),
     )
-    p.add_argument(
-        '--checkpoint',
-        type=Path,
-        default=Path('checkpoints/flash_place/full'),
-        help='policy folder (the shipped one of that name)',
-    )
-    p.add_argument('--seeds', type=int, default=60)
-    p.add_argument(
-        '--first-seed',
-        type=int,
-        default=0,
-        help='0: the evaluation seeds of the demonstration',
-    )
-    p.add_argument(
-        '--delays', type=int, nargs='+', default=[0, 1, 2, 4], help='ticks of 100 ms'
-    )
-    p.add_argument(
-        '--hand-over',
-        nargs='+',
-        default=['replace', 'rtc'],
-        choices=['replace', 'rtc', 'ensemble'],
-    )
-    p.add_argument('--n-envs', type=int, default=10)
-    p.add_argument(
-        '--ahead', type=int, default=4, help='ticks that RTC guides beyond those it freezes'
-    )
-    p.add_argument(
-        '--guidance',
-        type=float,
-        default=10.0,
-        help="RTC's largest weight (LeRobot's default: 10)",
-    )
-    p.add_argument(
-        '--out',
-        type=Path,
-        help='JSON file; its rows of other hand-overs, weights or delays stay',
-    )
+    for name, option in _OPTIONS.items():
+        p.add_argument(name, **option)
     args = p.parse_args(argv)
     from halo.studies.demo import SEEDS
 
-    seeds = (
-        [args.first_seed + k for k in range(args.seeds)]
-        if args.first_seed
-        else list(SEEDS)[: args.seeds]
-    )
-    rows = latency(
-        args.checkpoint,
-        seeds,
-        args.delays,
-        args.hand_over,
-        args.n_envs,
-        ahead=args.ahead,
-        guidance=args.guidance,
-        show=lambda x: print(x, flush=True),
-    )
+    seeds = list(SEEDS)[: args.seeds]
+    if args.first_seed:
+        seeds = [args.first_seed + k for k in range(args.seeds)]
+    rtc = dict(ahead=args.ahead, guidance=args.guidance)
+    how = (args.delays, args.hand_over, args.n_envs)
+    show = lambda x: print(x, flush=True)
+    rows = latency(args.checkpoint, seeds, *how, **rtc, show=show)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        part = args.out.with_name(args.out.name + '.part')
-        command = (
-            f'python -m halo.deploy.control {" ".join(argv if argv is not None else sys.argv[1:])}'
-        )
-        mine = {(r['how'], r['guidance'], r['delay']) for r in rows}
-        known = (
-            [
-                r
-                for r in json.loads(args.out.read_text())['rows']
-                if (r['how'], r['guidance'], r['delay']) not in mine
-            ]
-            if args.out.exists()
-            else []
-        )
-        part.write_text(
-            json.dumps(
-                dict(rows=known + [r | dict(command=command) for r in rows]), indent=1
-            )
-        )
-        os.replace(part, args.out)
+        given = argv if argv is not None else sys.argv[1:]
+        _keep(args.out, rows, f'python -m halo.deploy.control {" ".join(given)}')
     return 0
 
 # %% ../../nbs/deploy/01_control.ipynb #5dd1e70e

@@ -28,6 +28,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
+
+# %% auto #0
+__all__ = ['log', 'DTYPE', 'FULL_HD', 'LEAST', 'MOST', 'CONTROL', 'MODES', 'TELL', 'PARTS', 'EPISODES', 'EXECUTE', 'NEW_EPISODE',
+           'EPISODE_TICKS', 'MESSAGE', 'LEAST_OF', 'pack_array', 'packb', 'Refused', 'read_array', 'Limits', 'unpackb',
+           'Contract', 'contract', 'picture_bytes', 'observation_bytes', 'fit_limits', 'key_map', 'Request',
+           'check_image', 'check_state', 'integer', 'flag', 'sort_keys', 'read_history', 'read_request', 'Signs',
+           'thumbnail', 'state_step', 'state_scale', 'longest_episode', 'remembers', 'signs_of', 'Seen', 'Look', 'look',
+           'jumped', 'judge', 'note', 'warning', 'Session', 'noise_seed', 'as_batch', 'HaloEngine', 'joined',
+           'signature', 'LeRobotEngine', 'policy_kind', 'open_policy', 'make_engine', 'Job', 'begin_episode',
+           'take_note', 'Worker', 'chunk_length', 'executed_actions', 'PolicyServer', 'running', 'PolicyClient',
+           'async_client_class', 'read_token', 'parser', 'check_numbers', 'one_line', 'check_device', 'check_address',
+           'load_engine', 'build', 'until_stopped', 'main']
+
+# %% ../../nbs/deploy/02_serve.ipynb #319304ca
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
@@ -51,18 +66,6 @@ except ImportError as e:
         sys.exit(f'halo serve: {need}')
     raise ModuleNotFoundError(f'halo.deploy.serve: {need}', name=e.name) from e
 log = logging.getLogger('halo.deploy.serve')
-
-# %% auto #0
-__all__ = ['log', 'DTYPE', 'FULL_HD', 'LEAST', 'MOST', 'CONTROL', 'MODES', 'TELL', 'PARTS', 'EPISODES', 'EXECUTE', 'NEW_EPISODE',
-           'EPISODE_TICKS', 'MESSAGE', 'LEAST_OF', 'pack_array', 'packb', 'Refused', 'read_array', 'Limits', 'unpackb',
-           'Contract', 'contract', 'picture_bytes', 'observation_bytes', 'fit_limits', 'key_map', 'Request',
-           'check_image', 'check_state', 'integer', 'flag', 'sort_keys', 'read_history', 'read_request', 'Signs',
-           'thumbnail', 'state_step', 'state_scale', 'longest_episode', 'remembers', 'signs_of', 'Seen', 'Look', 'look',
-           'jumped', 'judge', 'note', 'warning', 'Session', 'noise_seed', 'as_batch', 'HaloEngine', 'joined',
-           'signature', 'LeRobotEngine', 'policy_kind', 'open_policy', 'make_engine', 'Job', 'begin_episode',
-           'take_note', 'Worker', 'chunk_length', 'executed_actions', 'PolicyServer', 'running', 'PolicyClient',
-           'async_client_class', 'read_token', 'parser', 'check_numbers', 'one_line', 'check_device', 'check_address',
-           'load_engine', 'build', 'until_stopped', 'main']
 
 # %% ../../nbs/deploy/02_serve.ipynb #9174f1be
 # numbers and booleans of at most 8 bytes: no objects, no records, no text
@@ -102,40 +105,33 @@ def packb(x) -> bytes:
 class Refused(ValueError):
     "A message that the server does not accept; its text is the answer to the client."
 
-# %% ../../nbs/deploy/02_serve.ipynb #86a5ff80
-def read_array(x: dict):
-    """The array or scalar in an openpi map; other maps pass.
-
-    Arrays are read-only views of the message. Raises `Refused` for anything inconsistent.
-    """
-    kind = (
-        b'__ndarray__'
-        if b'__ndarray__' in x
-        else b'__npgeneric__'
-        if b'__npgeneric__' in x
-        else None
-    )
-    if kind is None:
-        return x
-    dtype, data, shape = (x.get(k) for k in (b'dtype', b'data', b'shape'))
+# %% ../../nbs/deploy/02_serve.ipynb #a93c640b
+def _plain_dtype(dtype) -> np.dtype:
+    "The dtype of a plain number, or `Refused`."
     if not isinstance(dtype, str) or not DTYPE.fullmatch(dtype):
         raise Refused(
             f"an array has dtype {str(dtype)[:40]!r}; send numbers or booleans of at most 8"
             " bytes"
         )
     try:
-        dtype = np.dtype(dtype)
+        return np.dtype(dtype)
     except TypeError:
         raise Refused(
             f"an array has dtype {str(dtype)[:40]!r}, which numpy does not know"
         ) from None
-    if kind == b'__npgeneric__':
-        if not isinstance(data, (bool, int, float)):
-            raise Refused("a numpy scalar holds no number")
-        try:
-            return dtype.type(data)
-        except (OverflowError, ValueError):
-            raise Refused(f"a numpy scalar does not fit into {dtype}") from None
+
+# %% ../../nbs/deploy/02_serve.ipynb #29b0acaf
+def _read_scalar(dtype: np.dtype, data):
+    if not isinstance(data, (bool, int, float)):
+        raise Refused("a numpy scalar holds no number")
+    try:
+        return dtype.type(data)
+    except (OverflowError, ValueError):
+        raise Refused(f"a numpy scalar does not fit into {dtype}") from None
+
+
+def _read_numbers(dtype: np.dtype, data, shape) -> np.ndarray:
+    "A read-only view of `data`."
     if (
         not isinstance(data, bytes)
         or not isinstance(shape, list)
@@ -143,12 +139,26 @@ def read_array(x: dict):
         or any(type(n) is not int or not 0 <= n <= 1 << 24 for n in shape)
     ):
         raise Refused("an array needs bytes as data and a shape of at most 5 sizes")
-    if math.prod(shape) * dtype.itemsize != len(data):
+    need = math.prod(shape) * dtype.itemsize
+    if need != len(data):
         raise Refused(
             f"an array of shape {tuple(shape)} and dtype {dtype} needs"
-            f" {math.prod(shape) * dtype.itemsize} bytes, {len(data)} came"
+            f" {need} bytes, {len(data)} came"
         )
     return np.frombuffer(data, dtype).reshape(shape)
+
+# %% ../../nbs/deploy/02_serve.ipynb #86a5ff80
+def read_array(x: dict):
+    """The array or scalar in an openpi map; other maps pass.
+
+    Arrays are read-only views of the message. Raises `Refused` for anything inconsistent.
+    """
+    if b'__ndarray__' not in x and b'__npgeneric__' not in x:
+        return x
+    dtype, data = _plain_dtype(x.get(b'dtype')), x.get(b'data')
+    if b'__ndarray__' in x:
+        return _read_numbers(dtype, data, x.get(b'shape'))
+    return _read_scalar(dtype, data)
 
 # %% ../../nbs/deploy/02_serve.ipynb #a163f282
 @dataclass(frozen=True)
@@ -169,13 +179,9 @@ class Limits:
     send: float = 20.0  # seconds for the client to take it
     grace: float = 10.0  # seconds for what is in flight when the server stops
 
-# %% ../../nbs/deploy/02_serve.ipynb #1f9f1c76
-def unpackb(data: bytes, limits: Limits = Limits()):
-    """The message in `data`.
-
-    Raises `Refused`, with the reason, for anything but a well-formed message within
-    `limits`.
-    """
+# %% ../../nbs/deploy/02_serve.ipynb #925c68cd
+def _counting(limits: Limits):
+    "A hook for maps and lists that refuses a message with too many of them."
     count = 0
 
     def counted(x):
@@ -185,24 +191,33 @@ def unpackb(data: bytes, limits: Limits = Limits()):
             raise Refused(f"the message holds more than {limits.containers} maps and lists")
         return read_array(x) if isinstance(x, dict) else x
 
-    def ext(code, data):
-        raise Refused(f"the message holds an extension type ({code})")
+    return counted
 
+
+def _no_extension(code, data):
+    raise Refused(f"the message holds an extension type ({code})")
+
+# %% ../../nbs/deploy/02_serve.ipynb #1f9f1c76
+def unpackb(data: bytes, limits: Limits = Limits()):
+    """The message in `data`.
+
+    Raises `Refused`, with the reason, for anything but a well-formed message within
+    `limits`.
+    """
     most = len(data) if limits.message is None else limits.message
     if len(data) > most:
         raise Refused(f"the message has {len(data)} bytes, {most} are allowed")
+    counted = _counting(limits)
+    hooks = dict(object_hook=counted, list_hook=counted, ext_hook=_no_extension)
+    sizes = dict(
+        max_array_len=limits.items,
+        max_map_len=limits.items,
+        max_str_len=limits.text,
+        max_bin_len=most,
+        max_ext_len=64,
+    )
     try:
-        return msgpack.unpackb(
-            data,
-            object_hook=counted,
-            list_hook=counted,
-            ext_hook=ext,
-            max_array_len=limits.items,
-            max_map_len=limits.items,
-            max_str_len=limits.text,
-            max_bin_len=most,
-            max_ext_len=64,
-        )
+        return msgpack.unpackb(data, **hooks, **sizes)
     except Refused:
         raise
     except Exception as e:
@@ -229,48 +244,45 @@ class Contract:
     def primary(self) -> str:
         return next(iter(self.cameras))
 
+# %% ../../nbs/deploy/02_serve.ipynb #7cd881b0
+def _camera_roles(config) -> dict[str, str]:
+    "Feature key -> role of every camera."
+    feats = config.image_features
+    try:
+        return assign_roles(
+            list(feats),
+            getattr(config, 'primary_camera', None),
+            getattr(config, 'camera_roles', None),
+        )
+    except ValueError:
+        return {k: 'primary' if i == 0 else 'secondary' for i, k in enumerate(feats)}
+
+
+def _short(key: str) -> str:
+    return key.split('.', 2 if key.startswith('observation.images.') else 1)[-1]
+
 # %% ../../nbs/deploy/02_serve.ipynb #ac4a7db6
 def contract(config) -> Contract:
     """The contract of a LeRobot policy configuration.
 
     Raises `ValueError` for a policy without cameras.
     """
-    feats = config.image_features
+    feats, state = config.image_features, config.robot_state_feature
     if not feats:
         raise ValueError(
             f"the policy {config.type!r} has no camera; this server sends pictures"
         )
-    try:
-        roles = assign_roles(
-            list(feats),
-            getattr(config, 'primary_camera', None),
-            getattr(config, 'camera_roles', None),
-        )
-    except ValueError:
-        roles = {k: 'primary' if i == 0 else 'secondary' for i, k in enumerate(feats)}
-    names = {
-        k: (
-            k.split('.', 2)[-1]
-            if k.startswith('observation.images.')
-            else k.split('.', 1)[-1]
-        )
-        for k in roles
-    }
-    m, state = (
-        (getattr(config, 'model', None) if config.type == 'halo' else None),
-        config.robot_state_feature,
-    )
-    history = (
-        dict(frames=m.sampling.history_frames, stride=m.sampling.history_stride)
-        if m
-        else {}
-    )
-    cameras = {names[k]: tuple(feats[k].shape[1:]) for k in roles}
+    roles, history = _camera_roles(config), {}
+    cameras = {_short(k): tuple(feats[k].shape[1:]) for k in roles}
+    m = getattr(config, 'model', None) if config.type == 'halo' else None
+    if m:
+        s = m.sampling
+        history = dict(frames=s.history_frames, stride=s.history_stride)
     return Contract(
         config.type,
         cameras,
-        {names[k]: r for k, r in roles.items()},
-        {n: k for k, n in names.items()},
+        {_short(k): r for k, r in roles.items()},
+        {_short(k): k for k in roles},
         state and state.shape[0],
         config.action_feature.shape[0],
         need=tuple(cameras)[:1] if m else tuple(cameras),
@@ -461,6 +473,18 @@ def sort_keys(message: dict, keys: dict[str, str]) -> dict[str, list]:
             out.setdefault(target, []).append(flat[key])
     return out
 
+# %% ../../nbs/deploy/02_serve.ipynb #9a526d43
+def _primary_frames(frames, pact: Contract):
+    "The primary camera's stack, where stacks of several cameras came."
+    if not isinstance(frames, dict):
+        return frames
+    if strange := frames.keys() - pact.cameras.keys():
+        raise Refused(
+            f"unknown camera {str(min(map(str, strange)))[:60]!r} in history; this"
+            f" policy has {', '.join(pact.cameras)}"
+        )
+    return frames.get(pact.primary)
+
 # %% ../../nbs/deploy/02_serve.ipynb #541b56d3
 def read_history(
     message: dict, pact: Contract, limits: Limits, resize: bool
@@ -473,21 +497,9 @@ def read_history(
     frames, ticks = message.get('history'), message.get('history_ticks')
     if frames is None and ticks is None:
         return []
-    if isinstance(frames, dict):
-        if strange := frames.keys() - pact.cameras.keys():
-            raise Refused(
-                f"unknown camera {str(min(map(str, strange)))[:60]!r} in history; this"
-                f" policy has {', '.join(pact.cameras)}"
-            )
-        frames = frames.get(pact.primary)
-    frames = check_image(
-        frames,
-        f'history of {pact.primary}',
-        pact.cameras[pact.primary],
-        limits,
-        resize,
-        ndim=4,
-    )
+    name, size = f'history of {pact.primary}', pact.cameras[pact.primary]
+    frames = _primary_frames(frames, pact)
+    frames = check_image(frames, name, size, limits, resize, ndim=4)
     ticks = ticks.tolist() if isinstance(ticks, np.ndarray) else ticks
     if not isinstance(ticks, list):
         raise Refused("history_ticks must list the control tick of each history frame")
@@ -498,6 +510,29 @@ def read_history(
             " must match, and ascend"
         )
     return list(zip(ticks, frames))
+
+# %% ../../nbs/deploy/02_serve.ipynb #8788b6d7
+def _check_prompt(x, limits: Limits) -> str:
+    "An instruction, or `Refused`."
+    if not isinstance(x, str) or not x.strip() or len(x) > limits.prompt:
+        raise Refused(f"prompt must be an instruction of 1 to {limits.prompt} characters")
+    return x
+
+
+def _check_whole(r: Request, message: dict, pact: Contract) -> None:
+    "Raise `Refused` for the first thing that is missing in a request."
+    need = (pact.primary,) if r.frame_only else pact.need
+    if missing := [c for c in need if c not in r.images]:
+        raise Refused(
+            f"image {missing[0]!r} is missing; the message has"
+            f" {', '.join(map(str, message))[:200]}"
+        )
+    if r.frame_only:
+        return
+    if pact.state and r.state is None:
+        raise Refused("state is missing")
+    if r.prompt is None:
+        raise Refused("prompt is missing; give the task in words")
 
 # %% ../../nbs/deploy/02_serve.ipynb #c896caf6
 def read_request(
@@ -516,10 +551,7 @@ def read_request(
             f"a message must be a map of named values; a {type(message).__name__} came"
         )
     found = sort_keys(message, keys)
-    r = Request(
-        reset=flag(message.get('reset', False), 'reset'),
-        frame_only=flag(message.get('frame_only', False), 'frame_only'),
-    )
+    r = Request(**{k: flag(message.get(k, False), k) for k in ('reset', 'frame_only')})
     for name in ('tick', 'seed'):
         if message.get(name) is not None:
             setattr(r, name, integer(message[name], name))
@@ -531,31 +563,10 @@ def read_request(
     if pact.state and 'state' in found:
         r.state = check_state(found['state'], pact.state)
     if 'prompt' in found:
-        r.prompt = found['prompt'][-1]
-        if (
-            not isinstance(r.prompt, str)
-            or not r.prompt.strip()
-            or len(r.prompt) > limits.prompt
-        ):
-            raise Refused(
-                f"prompt must be an instruction of 1 to {limits.prompt} characters"
-            )
+        r.prompt = _check_prompt(found['prompt'][-1], limits)
     r.history = read_history(message, pact, limits, resize)
-    if r.reset and r.bare and not r.history:
-        return r
-    missing = [
-        c for c in ((pact.primary,) if r.frame_only else pact.need) if c not in r.images
-    ]
-    if missing:
-        raise Refused(
-            f"image {missing[0]!r} is missing; the message has"
-            f" {', '.join(map(str, message))[:200]}"
-        )
-    if not r.frame_only:
-        if pact.state and r.state is None:
-            raise Refused("state is missing")
-        if r.prompt is None:
-            raise Refused("prompt is missing; give the task in words")
+    if not (r.reset and r.bare and not r.history):
+        _check_whole(r, message, pact)
     return r
 
 # %% ../../nbs/deploy/02_serve.ipynb #ep150001
@@ -750,30 +761,29 @@ class Session:
     seen: Seen = field(default_factory=Seen)
     name: str = 'a client'  # for the log
 
-    def next_tick(self, r: Request, execute: int) -> int:
-        """The request's tick.
+# %% ../../nbs/deploy/02_serve.ipynb #28e215fb
+@patch
+def next_tick(self: Session, r: Request, execute: int) -> int:
+    """The request's tick.
 
-        Raises `Refused` for one that lies before the newest in the history.
-        """
-        now, asked = (-1, None) if r.reset else (self.tick, self.asked)
-        count = now + 1 if asked is None or r.frame_only else max(now + 1, asked + execute)
-        tick = (
-            r.tick
-            if r.tick is not None
-            else max([count, *(t + 1 for t, _ in r.history[-1:])])
+    Raises `Refused` for one that lies before the newest in the history.
+    """
+    now, asked = (-1, None) if r.reset else (self.tick, self.asked)
+    count = now + 1 if asked is None or r.frame_only else max(now + 1, asked + execute)
+    tick = r.tick
+    if tick is None:
+        tick = max([count, *(t + 1 for t, _ in r.history[-1:])])
+    late = min([tick, *(t for t, _ in r.history)])
+    if late < now:
+        raise Refused(
+            f"out of order: tick {late} came after tick {now}; send reset with the"
+            " first observation of an episode"
         )
-        late = min([tick, *(t for t, _ in r.history)])
-        if late < now:
-            raise Refused(
-                f"out of order: tick {late} came after tick {now}; send reset with the"
-                " first observation of an episode"
-            )
-        if r.history and r.history[-1][0] > tick:
-            raise Refused(
-                f"history reaches tick {r.history[-1][0]}, the observation is of tick"
-                f" {tick}"
-            )
-        return tick
+    if r.history and r.history[-1][0] > tick:
+        raise Refused(
+            f"history reaches tick {r.history[-1][0]}, the observation is of tick {tick}"
+        )
+    return tick
 
 # %% ../../nbs/deploy/02_serve.ipynb #43768341
 def noise_seed(session: Session, seed: int) -> int:
@@ -810,13 +820,8 @@ class HaloEngine:
     "HALO for many clients: each has its history, keyed by tick, and its streaming cache."
 
     def __init__(self, policy, pre, post, seed: int = 0, resize: bool = False):
-        self.policy, self.pre, self.post, self.seed, self.resize = (
-            policy.eval(),
-            pre,
-            post,
-            seed,
-            resize,
-        )
+        self.policy, self.pre, self.post = policy.eval(), pre, post
+        self.seed, self.resize = seed, resize
         self.contract, self.batches = contract(policy.config), True
 
     def memory(self) -> dict:
@@ -831,9 +836,6 @@ class HaloEngine:
         return len(memory['history'].rows[0])
 
 # %% ../../nbs/deploy/02_serve.ipynb #a05afe81
-from fastcore.basics import patch
-
-
 @patch
 def prepare(self: HaloEngine, r: Request) -> dict:
     """The preprocessed batch of one request.
@@ -850,14 +852,9 @@ def prepare(self: HaloEngine, r: Request) -> dict:
 def observation(self: HaloEngine, session: Session, batch: dict) -> Observation:
     "The model's observation (b = 1) with the session's history at its present tick."
     s = self.policy.config.model.sampling
-    return self.policy.observation(
-        batch,
-        stack_histories(
-            [session.memory['history'].get(0, session.tick)],
-            s.history_frames,
-            s.history_size,
-        ),
-    )
+    past = [session.memory['history'].get(0, session.tick)]
+    history = stack_histories(past, s.history_frames, s.history_size)
+    return self.policy.observation(batch, history)
 
 # %% ../../nbs/deploy/02_serve.ipynb #db77c325
 @patch
@@ -912,50 +909,36 @@ def act_together(
     """Actions (b, s, d) of at most `size` rows (observation, noise) of one signature, from
     one pass of exactly `size` rows.
     """
-    full = rows + rows[:1] * (size - len(rows))
-    return (
-        self.post(
-            self.policy.denoise(
-                joined([o for o, _ in full]), torch.cat([x for _, x in full])
-            )
-        )[: len(rows)]
-        .float()
-        .cpu()
-        .numpy()
-    )
+    seen, noise = zip(*(rows + rows[:1] * (size - len(rows))))
+    actions = self.post(self.policy.denoise(joined(list(seen)), torch.cat(noise)))
+    return actions[: len(rows)].float().cpu().numpy()
 
 # %% ../../nbs/deploy/02_serve.ipynb #3a08a887
+# what torch keeps in a module, by the beginnings of its names
+_TORCHS_OWN = (
+    '_parameters',
+    '_buffers',
+    '_modules',
+    '_non_persistent',
+    '_backward',
+    '_forward',
+    '_state_dict',
+    '_load_state',
+    '_is_full',
+)
+
+# %% ../../nbs/deploy/02_serve.ipynb #98d07204
 class LeRobotEngine:
     """Any policy of LeRobot for many clients, one at a time: its inner state is exchanged
     between them.
     """
 
     def __init__(self, policy, pre, post, seed: int = 0, resize: bool = False):
-        self.policy, self.pre, self.post, self.seed, self.resize = (
-            policy.eval(),
-            pre,
-            post,
-            seed,
-            resize,
-        )
+        self.policy, self.pre, self.post = policy.eval(), pre, post
+        self.seed, self.resize = seed, resize
         self.contract, self.batches = contract(policy.config), False
-        self.fixed = {
-            k
-            for k in vars(policy)
-            if k.startswith(
-                (
-                    '_parameters',
-                    '_buffers',
-                    '_modules',
-                    '_non_persistent',
-                    '_backward',
-                    '_forward',
-                    '_state_dict',
-                    '_load_state',
-                    '_is_full',
-                )
-            )
-        } | {'config', 'training'}
+        self.fixed = {k for k in vars(policy) if k.startswith(_TORCHS_OWN)}
+        self.fixed |= {'config', 'training'}
         policy.reset()
         self.fresh = copy.deepcopy(self.inner())
 
@@ -977,36 +960,34 @@ class LeRobotEngine:
         except ValueError as e:
             raise Refused(str(e)) from e
 
-# %% ../../nbs/deploy/02_serve.ipynb #b9b977be
+# %% ../../nbs/deploy/02_serve.ipynb #e18f314b
 @patch
-def act(self: LeRobotEngine, session: Session, batch: dict) -> np.ndarray:
-    """Actions (s, d) float32 in the robot's units; a policy that blends its chunks
-    (temporal ensembling) gives one action.
-    """
+def computed(self: LeRobotEngine, batch: dict) -> torch.Tensor:
+    "The chunk that the policy computes for a batch, or its one action where it blends."
     p, calls = self.policy, []
-    vars(p).update(session.memory['inner'])
     for queue in (
         getattr(p, '_action_queue', None),
         (getattr(p, '_queues', None) or {}).get(ACTION),
     ):
         if queue is not None:
             queue.clear()
+    with watch(p, calls):
+        one = p.select_action(batch)
+    blends = getattr(p.config, 'temporal_ensemble_coeff', None) is not None
+    chunk = calls[-1][1][0] if calls and not blends else one
+    return chunk.to(one.device)
+
+# %% ../../nbs/deploy/02_serve.ipynb #b9b977be
+@patch
+def act(self: LeRobotEngine, session: Session, batch: dict) -> np.ndarray:
+    """Actions (s, d) float32 in the robot's units; a policy that blends its chunks
+    (temporal ensembling) gives one action.
+    """
+    vars(self.policy).update(session.memory['inner'])
+    seeds = np.random.SeedSequence([noise_seed(session, self.seed), session.tick])
     with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(
-            int(
-                np.random.SeedSequence(
-                    [noise_seed(session, self.seed), session.tick]
-                ).generate_state(1)[0]
-            )
-        )
-        with watch(p, calls):
-            one = p.select_action(batch)
-        chunk = (
-            calls[-1][1][0]
-            if calls and getattr(p.config, 'temporal_ensemble_coeff', None) is None
-            else one
-        )
-        actions = self.post(chunk.to(one.device))
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+        actions = self.post(self.computed(batch))
     session.memory['inner'] = self.inner()
     return actions.float().cpu().numpy().reshape(-1, self.contract.action)
 
@@ -1095,12 +1076,8 @@ def begin_episode(session: Session, r: Request, engine) -> None:
     if r.reset:
         if session.tick >= 0:
             session.episode += 1
-        session.memory, session.tick, session.asked, session.seed = (
-            engine.memory(),
-            -1,
-            None,
-            None,
-        )
+        session.memory, session.tick = engine.memory(), -1
+        session.asked, session.seed = None, None
         session.seen.begin(told=not r.supposed)
     if r.seed is not None:
         session.seed = r.seed
@@ -1128,13 +1105,8 @@ class Worker:
                 f"batch size {size} is not possible with a {engine.contract.type!r} policy;"
                 " use 1"
             )
-        self.engine, self.size, self.waiting, self.passes, self.answered = (
-            engine,
-            size,
-            [],
-            0,
-            0,
-        )
+        self.engine, self.size, self.waiting = engine, size, []
+        self.passes, self.answered = 0, 0
         self.thread = ThreadPoolExecutor(1, 'policy')
 
     def one(self, job: Job) -> np.ndarray:
@@ -1148,10 +1120,8 @@ class Worker:
         "Prepare a job for a shared pass."
         batch = self.engine.prepare(job.request)
         job.commit(self.engine)
-        job.row = (
-            self.engine.observation(job.session, batch),
-            self.engine.noise(job.session),
-        )
+        seen = self.engine.observation(job.session, batch)
+        job.row = (seen, self.engine.noise(job.session))
 
     def many(self, jobs: list[Job]) -> np.ndarray:
         "Answer prepared jobs of one signature."
@@ -1196,9 +1166,8 @@ async def next_group(self: Worker) -> list[Job]:
     for j in [j for j in self.waiting if j.row is None]:
         await self.call(self.ready, [j])
     live = [j for j in self.waiting if j.row is not None and not j.done.done()]
-    group = [j for j in live if signature(j.row[0]) == signature(live[0].row[0])][
-        : self.size
-    ]
+    alike = [j for j in live if signature(j.row[0]) == signature(live[0].row[0])]
+    group = alike[: self.size]
     self.waiting = [j for j in self.waiting if j not in group and not j.done.done()]
     return group
 
@@ -1215,9 +1184,8 @@ async def run(self: Worker) -> None:
             continue
         out = await self.call(self.one if self.size == 1 else self.many, group)
         self.passes += 1
-        for job, actions in zip(
-            group, [] if out is None else [out] if self.size == 1 else out
-        ):
+        answers = [] if out is None else [out] if self.size == 1 else out
+        for job, actions in zip(group, answers):
             self.answered += 1
             if not job.done.done():
                 job.done.set_result(actions)
@@ -1282,114 +1250,143 @@ class PolicyServer:
             longest_ticks=self.signs.longest,
         )
 
-    def metadata(self) -> dict:
-        "What a client is told on connecting."
-        c, p, e = self.engine.contract, self.engine.policy, self.execute
-        history = dict(
-            frames=c.frames,
-            stride_ticks=c.stride,
-            ticks=c.frames * c.stride,
-            camera=c.primary,
-            missing_frames=(
-                'the nearest earlier frame stands in; before the first frame the history is'
-                ' short, as in training'
-            ),
-        )
-        return dict(
-            server='halo.deploy.serve',
-            protocol='openpi websocket, msgpack, arrays as __ndarray__',
-            policy=c.type,
-            checkpoint=checkpoint_hash(p),
-            versions=versions(),
-            cameras={
-                n: dict(shape=[*s, 3], dtype='uint8', role=c.roles[n], needed=n in c.need)
-                for n, s in c.cameras.items()
-            },
-            state=c.state,
-            action=c.action,
-            chunk=self.chunk,
-            execute=e,
-            episode=self.episode(),
-            n_action_steps=getattr(p.config, 'n_action_steps', None),
-            observation_steps=getattr(p.config, 'n_obs_steps', 1),
-            history=history if c.frames else None,
-            keys=self.keys,
-            control=list(CONTROL),
-            default_tick=f'{e} after the last observation, 1 after the last frame',
-            batch=self.worker.size,
-            limits=asdict(self.limits),
-        ) | (dict(weights='random') if self.untrained else {})
+# %% ../../nbs/deploy/02_serve.ipynb #19cafd40
+def _history_terms(c: Contract) -> dict | None:
+    "What a client is told about the history that the policy reads."
+    if not c.frames:
+        return None
+    return dict(
+        frames=c.frames,
+        stride_ticks=c.stride,
+        ticks=c.frames * c.stride,
+        camera=c.primary,
+        missing_frames=(
+            'the nearest earlier frame stands in; before the first frame the history is'
+            ' short, as in training'
+        ),
+    )
+
+
+def _camera_terms(c: Contract) -> dict:
+    "Shape, dtype and role of every camera, and whether it must come."
+    return {
+        n: dict(shape=[*s, 3], dtype='uint8', role=c.roles[n], needed=n in c.need)
+        for n, s in c.cameras.items()
+    }
+
+# %% ../../nbs/deploy/02_serve.ipynb #6a40f13d
+@patch
+def terms(self: PolicyServer) -> dict:
+    "What the policy takes and gives."
+    c, config = self.engine.contract, self.engine.policy.config
+    return dict(
+        cameras=_camera_terms(c),
+        state=c.state,
+        action=c.action,
+        chunk=self.chunk,
+        execute=self.execute,
+        episode=self.episode(),
+        n_action_steps=getattr(config, 'n_action_steps', None),
+        observation_steps=getattr(config, 'n_obs_steps', 1),
+        history=_history_terms(c),
+    )
+
+# %% ../../nbs/deploy/02_serve.ipynb #d2fad632
+@patch
+def metadata(self: PolicyServer) -> dict:
+    "What a client is told on connecting."
+    who = dict(
+        server='halo.deploy.serve',
+        protocol='openpi websocket, msgpack, arrays as __ndarray__',
+        policy=self.engine.contract.type,
+        checkpoint=checkpoint_hash(self.engine.policy),
+        versions=versions(),
+    )
+    how = dict(
+        keys=self.keys,
+        control=list(CONTROL),
+        default_tick=f'{self.execute} after the last observation, 1 after the last frame',
+        batch=self.worker.size,
+        limits=asdict(self.limits),
+    )
+    return who | self.terms() | how | (dict(weights='random') if self.untrained else {})
+
+# %% ../../nbs/deploy/02_serve.ipynb #8ea0c627
+@patch
+def health(self: PolicyServer) -> tuple[HTTPStatus, str]:
+    "Status and text of `/healthz`."
+    state = 'stopping' if self.stopping.is_set() else 'ok'
+    about = dict(
+        status=state,
+        clients=self.clients,
+        answered=self.worker.answered,
+        passes=self.worker.passes,
+        refused=self.refused,
+        waiting=len(self.worker.waiting),
+        uptime_s=round(time.monotonic() - self.began, 1),
+    )
+    code = HTTPStatus.OK if state == 'ok' else HTTPStatus.SERVICE_UNAVAILABLE
+    return code, json.dumps(about) + '\n'
+
+# %% ../../nbs/deploy/02_serve.ipynb #9facc8a6
+@patch
+def knows(self: PolicyServer, headers) -> bool:
+    "Whether a request carries the token, if one is set."
+    if not self.token:
+        return True
+    given = (headers.get_all('Authorization') or [''])[0].encode()
+    return any(
+        hmac.compare_digest(given, f'{how} {self.token}'.encode())
+        for how in ('Api-Key', 'Bearer')
+    )
 
 # %% ../../nbs/deploy/02_serve.ipynb #70afe9b7
 @patch
 def admit(self: PolicyServer, connection, request):
     "The HTTP answer to a request that does not become a session, or None."
+    respond = connection.respond
     if request.path.partition('?')[0] == '/healthz':
-        state = 'stopping' if self.stopping.is_set() else 'ok'
-        about = dict(
-            status=state,
-            clients=self.clients,
-            answered=self.worker.answered,
-            passes=self.worker.passes,
-            refused=self.refused,
-            waiting=len(self.worker.waiting),
-            uptime_s=round(time.monotonic() - self.began, 1),
-        )
-        return connection.respond(
-            HTTPStatus.OK if state == 'ok' else HTTPStatus.SERVICE_UNAVAILABLE,
-            json.dumps(about) + '\n',
-        )
+        return respond(*self.health())
     if 'Origin' in request.headers:
-        return connection.respond(HTTPStatus.FORBIDDEN, 'web pages are not served\n')
-    if self.token:
-        given = (request.headers.get_all('Authorization') or [''])[0].encode()
-        if not any(
-            hmac.compare_digest(given, f'{how} {self.token}'.encode())
-            for how in ('Api-Key', 'Bearer')
-        ):
-            return connection.respond(
-                HTTPStatus.UNAUTHORIZED, 'the token is missing or wrong\n'
-            )
+        return respond(HTTPStatus.FORBIDDEN, 'web pages are not served\n')
+    if not self.knows(request.headers):
+        return respond(HTTPStatus.UNAUTHORIZED, 'the token is missing or wrong\n')
     if self.stopping.is_set():
-        return connection.respond(
-            HTTPStatus.SERVICE_UNAVAILABLE, 'the server is stopping\n'
-        )
+        return respond(HTTPStatus.SERVICE_UNAVAILABLE, 'the server is stopping\n')
     if self.clients >= self.limits.clients:
-        return connection.respond(
-            HTTPStatus.SERVICE_UNAVAILABLE,
-            f'{self.clients} clients are connected, more are not served\n',
-        )
+        full = f'{self.clients} clients are connected, more are not served\n'
+        return respond(HTTPStatus.SERVICE_UNAVAILABLE, full)
 
-# %% ../../nbs/deploy/02_serve.ipynb #066be1f8
+# %% ../../nbs/deploy/02_serve.ipynb #0855719e
 @patch
-async def answer(self: PolicyServer, session: Session, data, gone: asyncio.Future) -> dict:
-    """The answer to one message of a session whose client is there until `gone`.
-
-    Raises `Refused` for what the client did wrong.
-    """
-    start = time.perf_counter()
+def read(self: PolicyServer, session: Session, data) -> Request:
+    "The request in a client's message. Raises `Refused`."
     if isinstance(data, str):
         raise Refused("a text came; messages are binary (msgpack)")
     if session.busy:
         raise Refused("the last observation is still being answered")
-    r = read_request(
-        unpackb(data, self.limits),
-        self.engine.contract,
-        self.keys,
-        self.limits,
-        self.engine.resize,
-    )
-    if r.reset and r.bare and not r.history:
-        begin_episode(session, r, self.engine)
-        return dict(ack=True, reset=True)
-    tick, now = self.place(session, r)
-    if r.frame_only:
-        begin_episode(session, r, self.engine)
-        self.engine.remember(session.memory, tick, r)
-        session.tick = tick
-        take_note(session, now, r, tick)
-        return dict(ack=True, tick=tick, frames=self.engine.held(session.memory))
-    job = Job(session, r, tick, asyncio.get_running_loop().create_future(), now)
+    engine, message = self.engine, unpackb(data, self.limits)
+    return read_request(message, engine.contract, self.keys, self.limits, engine.resize)
+
+# %% ../../nbs/deploy/02_serve.ipynb #45937047
+@patch
+def take_frame(
+    self: PolicyServer, session: Session, r: Request, tick: int, now: Look | None
+) -> dict:
+    "Keep a frame of `tick` for later; the answer to it."
+    begin_episode(session, r, self.engine)
+    self.engine.remember(session.memory, tick, r)
+    session.tick = tick
+    take_note(session, now, r, tick)
+    return dict(ack=True, tick=tick, frames=self.engine.held(session.memory))
+
+# %% ../../nbs/deploy/02_serve.ipynb #fdeeebd6
+@patch
+async def chunk_for(
+    self: PolicyServer, job: Job, gone: asyncio.Future, start: float
+) -> dict:
+    "Actions and times of a job whose message came at `start`."
+    session = job.session
     decoded, session.busy = time.perf_counter(), True
     job.done.add_done_callback(lambda _: setattr(session, 'busy', False))
     self.worker.submit(job)
@@ -1405,7 +1402,25 @@ async def answer(self: PolicyServer, session: Session, data, gone: asyncio.Futur
         total_ms=ms(start, end),
     )
     n = min(self.execute, len(actions))
-    said = dict(actions=actions, tick=tick, execute=n, server_timing=timing)
+    return dict(actions=actions, tick=job.tick, execute=n, server_timing=timing)
+
+# %% ../../nbs/deploy/02_serve.ipynb #066be1f8
+@patch
+async def answer(self: PolicyServer, session: Session, data, gone: asyncio.Future) -> dict:
+    """The answer to one message of a session whose client is there until `gone`.
+
+    Raises `Refused` for what the client did wrong.
+    """
+    start = time.perf_counter()
+    r = self.read(session, data)
+    if r.reset and r.bare and not r.history:
+        begin_episode(session, r, self.engine)
+        return dict(ack=True, reset=True)
+    tick, now = self.place(session, r)
+    if r.frame_only:
+        return self.take_frame(session, r, tick, now)
+    job = Job(session, r, tick, asyncio.get_running_loop().create_future(), now)
+    said = await self.chunk_for(job, gone, start)
     return said | self.remarks(session, r)
 
 # %% ../../nbs/deploy/02_serve.ipynb #ep150016
@@ -1458,28 +1473,35 @@ async def patient(self: PolicyServer, job: Job, gone: asyncio.Future) -> np.ndar
 @patch
 async def receive(self: PolicyServer, ws):
     "The next message; None when the client was idle too long or the server stops."
-    get, stop = (
-        asyncio.ensure_future(ws.recv()),
-        asyncio.ensure_future(self.stopping.wait()),
-    )
+    get = asyncio.ensure_future(ws.recv())
+    stop = asyncio.ensure_future(self.stopping.wait())
+    first = dict(timeout=self.limits.idle, return_when=asyncio.FIRST_COMPLETED)
     try:
-        await asyncio.wait(
-            {get, stop}, timeout=self.limits.idle, return_when=asyncio.FIRST_COMPLETED
-        )
+        await asyncio.wait({get, stop}, **first)
         if get.done() and not stop.done():
             return get.result()
-        await ws.close(
-            1001,
-            (
-                'the server is stopping'
-                if stop.done()
-                else f'no message for {self.limits.idle:g} s'
-            ),
-        )
+        idle = f'no message for {self.limits.idle:g} s'
+        await ws.close(1001, 'the server is stopping' if stop.done() else idle)
     finally:
         for task in (get, stop):
             task.cancel()
         await asyncio.gather(get, stop, return_exceptions=True)
+
+# %% ../../nbs/deploy/02_serve.ipynb #f6fa6653
+@patch
+async def reply(
+    self: PolicyServer, session: Session, data, gone: asyncio.Future
+) -> tuple[bytes | str, bool]:
+    "What is sent back for a message, and whether it was accepted."
+    try:
+        return packb(await self.answer(session, data, gone)), True
+    except Refused as e:
+        self.refused += 1
+        return f'refused: {e}', False
+    except Exception:
+        self.refused += 1
+        log.exception('a request failed')
+        return 'the server failed on this request; its log says why', False
 
 # %% ../../nbs/deploy/02_serve.ipynb #676ad60b
 @patch
@@ -1494,19 +1516,9 @@ async def handle(self: PolicyServer, ws) -> None:
     try:
         await asyncio.wait_for(ws.send(self.welcome), self.limits.send)
         while (data := await self.receive(ws)) is not None:
-            try:
-                reply, wrong = packb(await self.answer(session, data, gone)), 0
-            except Refused as e:
-                reply, wrong = f'refused: {e}', wrong + 1
-                self.refused += 1
-            except Exception:
-                reply, wrong = (
-                    'the server failed on this request; its log says why',
-                    wrong + 1,
-                )
-                self.refused += 1
-                log.exception('a request failed')
-            await asyncio.wait_for(ws.send(reply), self.limits.send)
+            said, well = await self.reply(session, data, gone)
+            wrong = 0 if well else wrong + 1
+            await asyncio.wait_for(ws.send(said), self.limits.send)
             if wrong >= self.limits.errors:
                 await ws.close(1008, f'{wrong} refused messages in a row')
                 break
@@ -1521,26 +1533,32 @@ async def handle(self: PolicyServer, ws) -> None:
 
 # %% ../../nbs/deploy/02_serve.ipynb #fa81ba3e
 @patch
+async def listen(self: PolicyServer):
+    "Open the port. Pictures do not compress, and one message a client may wait."
+    return await ws_serve(
+        self.handle,
+        self.host,
+        self.port,
+        process_request=self.admit,
+        compression=None,
+        max_size=self.limits.message,
+        max_queue=1,
+        ping_interval=None,
+        open_timeout=10,
+        close_timeout=2,
+        server_header=None,
+        logger=logging.getLogger('halo.deploy.serve.websockets'),
+    )
+
+# %% ../../nbs/deploy/02_serve.ipynb #4ab69316
+@patch
 async def run(self: PolicyServer, started=None, stop: asyncio.Event | None = None) -> None:
     "Serve until `stop` is set. `started(port)` is called when the port is open."
     self.stopping, self.worker.wake = stop or asyncio.Event(), asyncio.Event()
     self.welcome, self.began = packb(self.metadata()), time.monotonic()
     worker = asyncio.create_task(self.worker.run())
     try:
-        server = await ws_serve(
-            self.handle,
-            self.host,
-            self.port,
-            process_request=self.admit,
-            compression=None,
-            max_size=self.limits.message,
-            max_queue=1,
-            ping_interval=None,
-            open_timeout=10,
-            close_timeout=2,
-            server_header=None,
-            logger=logging.getLogger('halo.deploy.serve.websockets'),
-        )
+        server = await self.listen()
         self.port = server.sockets[0].getsockname()[1]
         if started:
             started(self.port)
@@ -1588,6 +1606,29 @@ def running(server: PolicyServer):
             box['loop'].call_soon_threadsafe(box['stop'].set)
         thread.join(server.limits.grace + 20)
 
+# %% ../../nbs/deploy/02_serve.ipynb #66a9f870
+def _connected(stack, address: str, token: str | None, patience: float, limits: Limits):
+    "A websocket to `address` that `stack` closes; a server may still be starting."
+    url = address if '://' in address else f'ws://{address}'
+    options = dict(
+        compression=None,
+        max_size=limits.message,
+        additional_headers={'Authorization': f'Api-Key {token}'} if token else None,
+        open_timeout=patience,
+        ping_interval=None,
+        proxy=None,
+    )
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return stack.enter_context(ws_connect(url, **options))
+        except (OSError, WebSocketException) as e:
+            if not isinstance(e, ConnectionRefusedError) or time.monotonic() > end:
+                raise ConnectionError(
+                    f"no session with the policy server at {address}: {e}"
+                ) from e
+            time.sleep(0.1)
+
 # %% ../../nbs/deploy/02_serve.ipynb #bf60eb23
 class PolicyClient:
     """A connection to a policy server, ours or openpi's.
@@ -1604,55 +1645,16 @@ class PolicyClient:
         timeout: float = 120.0,
         limits: Limits = Limits(message=64 << 20),
     ):
-        self.timeout, self.limits, self.open, end = (
-            timeout,
-            limits,
-            contextlib.ExitStack(),
-            time.monotonic() + patience,
-        )
-        url = address if '://' in address else f'ws://{address}'
-        while True:
-            try:
-                self.ws = self.open.enter_context(
-                    ws_connect(
-                        url,
-                        compression=None,
-                        max_size=limits.message,
-                        additional_headers=(
-                            {'Authorization': f'Api-Key {token}'} if token else None
-                        ),
-                        open_timeout=patience,
-                        ping_interval=None,
-                        proxy=None,
-                    )
-                )
-                break
-            except (OSError, WebSocketException) as e:
-                if not isinstance(e, ConnectionRefusedError) or time.monotonic() > end:
-                    raise ConnectionError(
-                        f"no session with the policy server at {address}: {e}"
-                    ) from e
-                time.sleep(0.1)
+        self.timeout, self.limits, self.open = timeout, limits, contextlib.ExitStack()
+        self.ws = _connected(self.open, address, token, patience, limits)
         self.metadata = unpackb(self.ws.recv(timeout=timeout), limits)
-
-    def ask(self, message: dict) -> dict:
-        "The server's answer. Raises `RuntimeError` with its words if it refused."
-        self.ws.send(packb(message))
-        data = self.ws.recv(timeout=self.timeout)
-        if isinstance(data, str):
-            raise RuntimeError(data)
-        answer = unpackb(data, self.limits)
-        if 'warning' in answer:
-            log.warning('the policy server says: %s', answer['warning'])
-        return answer
 
     def infer(self, obs: dict) -> dict:
         return self.ask(obs)
 
     def frame(self, images: dict, tick: int | None = None) -> dict:
-        return self.ask(
-            dict(frame_only=True, images=images) | ({} if tick is None else dict(tick=tick))
-        )
+        when = {} if tick is None else dict(tick=tick)
+        return self.ask(dict(frame_only=True, images=images) | when)
 
     def reset(self, seed: int | None = None) -> dict:
         return self.ask(dict(reset=True) | ({} if seed is None else dict(seed=seed)))
@@ -1666,113 +1668,138 @@ class PolicyClient:
     def __exit__(self, *_):
         self.close()
 
+# %% ../../nbs/deploy/02_serve.ipynb #8a755a41
+@patch
+def ask(self: PolicyClient, message: dict) -> dict:
+    "The server's answer. Raises `RuntimeError` with its words if it refused."
+    self.ws.send(packb(message))
+    data = self.ws.recv(timeout=self.timeout)
+    if isinstance(data, str):
+        raise RuntimeError(data)
+    answer = unpackb(data, self.limits)
+    if 'warning' in answer:
+        log.warning('the policy server says: %s', answer['warning'])
+    return answer
+
+# %% ../../nbs/deploy/02_serve.ipynb #19eb08e0
+class _WithHistory:
+    "What is put over LeRobot's `RobotClient`: a session, and a frame for every tick."
+
+    def start(self) -> bool:
+        "Open a session and begin an episode."
+        token = getattr(self.config, 'token', None)
+        try:
+            self.session = PolicyClient(self.server_address, token)
+        except ConnectionError as e:
+            self.logger.error(str(e))
+            return False
+        self.session.reset()
+        self.flying = threading.Event()
+        self.shutdown_event.clear()
+        return True
+
+    def stop(self) -> None:
+        super().stop()
+        self.session.close()
+
+    # a frame at every tick
+    def _ready_to_send_observation(self) -> bool:
+        return True
+
+    def wants_chunk(self) -> bool:
+        "Whether LeRobot's client would ask now, and no chunk is under way."
+        return super()._ready_to_send_observation() and not self.flying.is_set()
+
+    def lost(self, e: ConnectionClosed) -> None:
+        self.logger.error(f'the policy server is gone: {e}')
+        self.shutdown_event.set()
+
+# %% ../../nbs/deploy/02_serve.ipynb #54ee0532
+@patch
+def message(self: _WithHistory, raw: dict, task: str, tick: int) -> dict:
+    "A robot's raw observation as this server takes it."
+    from lerobot.async_inference.helpers import make_lerobot_observation
+
+    x = make_lerobot_observation(raw, self.policy_config.lerobot_features)
+    start = 'observation.images.'
+    images = {k.removeprefix(start): v for k, v in x.items() if k.startswith(start)}
+    state = np.asarray(x[OBS_STATE], np.float32)
+    return dict(images=images, state=state, prompt=task, tick=tick)
+
+# %% ../../nbs/deploy/02_serve.ipynb #545466ae
+@patch
+def control_loop_observation(self: _WithHistory, task: str, verbose: bool = False):
+    """Send this tick's frame, as an observation if a chunk is wanted and none is
+    under way.
+    """
+    raw = self.robot.get_observation()
+    with self.latest_action_lock:
+        tick = self.latest_action + 1
+    m = self.message(raw, task, tick)
+    primary = next(iter(self.session.metadata['cameras']))
+    if self.wants_chunk():
+        self.flying.set()
+    else:
+        m = dict(frame_only=True, images={primary: m['images'][primary]}, tick=tick)
+    try:
+        self.session.ws.send(packb(m))
+    except ConnectionClosed as e:
+        self.lost(e)
+    return raw
+
+# %% ../../nbs/deploy/02_serve.ipynb #c76501fc
+@patch
+def take(self: _WithHistory, answer: dict) -> None:
+    """Put a chunk into the action queue, each action under the tick at which it is
+    due.
+    """
+    from lerobot.async_inference.helpers import TimedAction
+
+    now, n = time.time(), self.config.actions_per_chunk
+    if 'warning' in answer:
+        self.logger.warning(answer['warning'])
+    timed = [
+        TimedAction(
+            timestamp=now + i * self.config.environment_dt,
+            timestep=answer['tick'] + i,
+            action=torch.tensor(a),
+        )
+        for i, a in enumerate(answer['actions'][:n])
+    ]
+    self.action_chunk_size = max(self.action_chunk_size, len(timed))
+    self._aggregate_action_queues(timed, self.config.aggregate_fn)
+    self.must_go.set()
+    self.flying.clear()
+
+# %% ../../nbs/deploy/02_serve.ipynb #7df48914
+@patch
+def receive_actions(self: _WithHistory, verbose: bool = False) -> None:
+    "Take answers until the client stops; chunks go into LeRobot's action queue."
+    self.start_barrier.wait()
+    while self.running:
+        try:
+            data = self.session.ws.recv(timeout=0.2)
+        except TimeoutError:
+            continue
+        except ConnectionClosed as e:
+            return self.lost(e)
+        if isinstance(data, str):
+            self.logger.error(data)
+            self.flying.clear()
+            continue
+        answer = unpackb(data, self.session.limits)
+        if 'actions' in answer:
+            self.take(answer)
+
 # %% ../../nbs/deploy/02_serve.ipynb #c9cf1ac1
 def async_client_class():
     """LeRobot's `RobotClient` over this server's protocol, with a frame for every control
     tick. Needs `lerobot[async]`.
     """
-    from lerobot.async_inference.helpers import TimedAction, make_lerobot_observation
     from lerobot.async_inference.robot_client import RobotClient
 
-    class HistoryRobotClient(RobotClient):
-        def start(self) -> bool:
-            "Open a session and begin an episode."
-            try:
-                self.session = PolicyClient(
-                    self.server_address, getattr(self.config, 'token', None)
-                )
-            except ConnectionError as e:
-                self.logger.error(str(e))
-                return False
-            self.session.reset()
-            self.flying = threading.Event()
-            self.shutdown_event.clear()
-            return True
-
-        def message(self, raw: dict, task: str, tick: int) -> dict:
-            "A robot's raw observation as this server takes it."
-            x = make_lerobot_observation(raw, self.policy_config.lerobot_features)
-            images = {
-                k.removeprefix('observation.images.'): v
-                for k, v in x.items()
-                if k.startswith('observation.images.')
-            }
-            return dict(
-                images=images,
-                state=np.asarray(x[OBS_STATE], np.float32),
-                prompt=task,
-                tick=tick,
-            )
-
-        # a frame at every tick
-        def _ready_to_send_observation(self) -> bool:
-            return True
-
-        def control_loop_observation(self, task: str, verbose: bool = False):
-            """Send this tick's frame, as an observation if a chunk is wanted and none is
-            under way.
-            """
-            raw = self.robot.get_observation()
-            with self.latest_action_lock:
-                tick = self.latest_action + 1
-            m, primary = (
-                self.message(raw, task, tick),
-                next(iter(self.session.metadata['cameras'])),
-            )
-            if super()._ready_to_send_observation() and not self.flying.is_set():
-                self.flying.set()
-            else:
-                m = dict(frame_only=True, images={primary: m['images'][primary]}, tick=tick)
-            try:
-                self.session.ws.send(packb(m))
-            except ConnectionClosed as e:
-                self.logger.error(f'the policy server is gone: {e}')
-                self.shutdown_event.set()
-            return raw
-
-        def receive_actions(self, verbose: bool = False) -> None:
-            "Take answers until the client stops; chunks go into LeRobot's action queue."
-            self.start_barrier.wait()
-            while self.running:
-                try:
-                    data = self.session.ws.recv(timeout=0.2)
-                except TimeoutError:
-                    continue
-                except ConnectionClosed as e:
-                    self.logger.error(f'the policy server is gone: {e}')
-                    self.shutdown_event.set()
-                    return
-                if isinstance(data, str):
-                    self.logger.error(data)
-                    self.flying.clear()
-                    continue
-                answer = unpackb(data, self.session.limits)
-                if 'actions' in answer:
-                    self.take(answer)
-
-        def take(self, answer: dict) -> None:
-            """Put a chunk into the action queue, each action under the tick at which it is
-            due.
-            """
-            now, n = time.time(), self.config.actions_per_chunk
-            if 'warning' in answer:
-                self.logger.warning(answer['warning'])
-            timed = [
-                TimedAction(
-                    timestamp=now + i * self.config.environment_dt,
-                    timestep=answer['tick'] + i,
-                    action=torch.tensor(a),
-                )
-                for i, a in enumerate(answer['actions'][:n])
-            ]
-            self.action_chunk_size = max(self.action_chunk_size, len(timed))
-            self._aggregate_action_queues(timed, self.config.aggregate_fn)
-            self.must_go.set()
-            self.flying.clear()
-
-        def stop(self) -> None:
-            super().stop()
-            self.session.close()
+    class HistoryRobotClient(_WithHistory, RobotClient):
+        "A robot client whose policy server keeps a history."
 
     return HistoryRobotClient
 
@@ -1827,6 +1854,55 @@ MESSAGE = (
     'frames before it need, at least 8'
 )
 
+# %% ../../nbs/deploy/02_serve.ipynb #b9918b49
+_PLACE = {
+    '--policy': dict(
+        required=True, help='a policy folder of LeRobot (HALO, ACT, Diffusion, SmolVLA …)'
+    ),
+    '--host': dict(
+        default='127.0.0.1',
+        help='address to bind to; anything but the loopback address is reachable by others',
+    ),
+    '--port': dict(type=int, default=8000, help='0 takes a free one'),
+    '--token-file': dict(
+        help='file with the token that clients must send (or HALO_SERVE_TOKEN)'
+    ),
+    '--device': dict(help='default: as in the policy\'s configuration'),
+}
+
+# %% ../../nbs/deploy/02_serve.ipynb #819ce79f
+_RUNNING = {
+    '--batch': dict(
+        type=int,
+        default=1,
+        help='rows of a forward pass; more than 1 answers waiting clients together',
+    ),
+    '--execute': dict(type=int, help=EXECUTE),
+    '--new-episode': dict(choices=MODES, default='warn', help=NEW_EPISODE),
+    '--episode-ticks': dict(type=int, help=EPISODE_TICKS),
+    '--key': dict(
+        action='append',
+        default=[],
+        metavar='KEY=TARGET',
+        help='where a message key goes: prompt, state, images.CAMERA, ignore',
+    ),
+    '--resize': dict(action='store_true', help='accept pictures of any size'),
+    '--seed': dict(type=int, default=0, help='of the noise of clients that give none'),
+    '--threads': dict(type=int, help='CPU threads of the model'),
+    '--untrained': dict(
+        action='store_true',
+        help='tell clients that the weights are random, so that no result is taken for the'
+        ' policy\'s',
+    ),
+}
+
+# %% ../../nbs/deploy/02_serve.ipynb #9e693c11
+_BOUNDS = {
+    '--clients': 'connections at once',
+    '--idle': 'seconds without a message',
+    '--wait': 'seconds for an answer',
+}
+
 
 def parser() -> argparse.ArgumentParser:
     "The command line of `halo serve`."
@@ -1836,60 +1912,11 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPISODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    d = Limits()
-    p.add_argument(
-        '--policy',
-        required=True,
-        help='a policy folder of LeRobot (HALO, ACT, Diffusion, SmolVLA …)',
-    )
-    p.add_argument(
-        '--host',
-        default='127.0.0.1',
-        help='address to bind to; anything but the loopback address is reachable by others',
-    )
-    p.add_argument('--port', type=int, default=8000, help='0 takes a free one')
-    p.add_argument(
-        '--token-file',
-        help='file with the token that clients must send (or HALO_SERVE_TOKEN)',
-    )
-    p.add_argument('--device', help='default: as in the policy\'s configuration')
-    p.add_argument(
-        '--batch',
-        type=int,
-        default=1,
-        help='rows of a forward pass; more than 1 answers waiting clients together',
-    )
-    p.add_argument('--execute', type=int, help=EXECUTE)
-    p.add_argument('--new-episode', choices=MODES, default='warn', help=NEW_EPISODE)
-    p.add_argument('--episode-ticks', type=int, help=EPISODE_TICKS)
-    p.add_argument(
-        '--key',
-        action='append',
-        default=[],
-        metavar='KEY=TARGET',
-        help='where a message key goes: prompt, state, images.CAMERA, ignore',
-    )
-    p.add_argument('--resize', action='store_true', help='accept pictures of any size')
-    p.add_argument(
-        '--seed', type=int, default=0, help='of the noise of clients that give none'
-    )
-    p.add_argument('--threads', type=int, help='CPU threads of the model')
-    p.add_argument(
-        '--untrained',
-        action='store_true',
-        help=(
-            'tell clients that the weights are random, so that no result is taken for the'
-            ' policy\'s'
-        ),
-    )
-    for name, what in (
-        ('clients', 'connections at once'),
-        ('idle', 'seconds without a message'),
-        ('wait', 'seconds for an answer'),
-    ):
-        p.add_argument(
-            f'--{name}', type=type(getattr(d, name)), default=getattr(d, name), help=what
-        )
+    for name, option in (_PLACE | _RUNNING).items():
+        p.add_argument(name, **option)
+    for name, what in _BOUNDS.items():
+        usual = getattr(Limits(), name[2:])
+        p.add_argument(name, type=type(usual), default=usual, help=what)
     p.add_argument('--message-mb', type=float, help=MESSAGE)
     return p
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 from lerobot.robots import Robot, RobotConfig
 
 # %% ../../nbs/deploy/03_your_robot.ipynb #y0000005
@@ -29,10 +30,9 @@ COLOURS = {'red': (200, 50, 45), 'blue': (50, 80, 200)}
 # %% ../../nbs/deploy/03_your_robot.ipynb #y0000007
 def hand(side: int, shoulder: float, elbow: float) -> tuple[np.ndarray, np.ndarray]:
     "Elbow and hand (2,) in m of the left (0) or right (1) arm."
-    at = BASES[side] + LINKS[0] * np.array([np.cos(shoulder), np.sin(shoulder)])
-    return at, at + LINKS[1] * np.array(
-        [np.cos(shoulder + elbow), np.sin(shoulder + elbow)]
-    )
+    upper, lower = shoulder, shoulder + elbow
+    at = BASES[side] + LINKS[0] * np.array([np.cos(upper), np.sin(upper)])
+    return at, at + LINKS[1] * np.array([np.cos(lower), np.sin(lower)])
 
 
 def reach(side: int, goal: np.ndarray) -> np.ndarray:
@@ -95,20 +95,6 @@ class Desk:
         "Joints (14,) of both arms at rest."
         return np.concatenate([full(REST), full([np.pi - REST[0], -REST[1]])])
 
-    def hands(self) -> list[tuple]:
-        "(base, elbow, hand) of both arms."
-        return [(BASES[s], *hand(s, *self.joints[7 * s : 7 * s + 2])) for s in (0, 1)]
-
-    def see(self) -> dict[str, np.ndarray]:
-        "All cameras' pictures."
-        arms = self.hands()
-        at = {
-            'overhead': (np.array([0.0, 0.38]), 0.75),
-            'left_hand': (arms[0][2], 0.2),
-            'right_hand': (arms[1][2], 0.2),
-        }
-        return {c: picture(size, *at[c], arms, self.buttons) for c, size in CAMERAS.items()}
-
     def step(self, target: np.ndarray) -> None:
         "One tick of 1/30 s towards `target` (14,); the left gripper does not move."
         move = np.clip(np.asarray(target, np.float64) - self.joints, -3 / FPS, 3 / FPS)
@@ -116,10 +102,30 @@ class Desk:
         self.joints, self.ticks = self.joints + move, self.ticks + 1
         self.success |= self.touched()
 
-    def touched(self) -> bool:
-        "Whether a hand is on the button that the task names."
-        place = self.buttons[self.task.split()[2]]
-        return any(np.linalg.norm(tip - place) < TOUCH for *_, tip in self.hands())
+# %% ../../nbs/deploy/03_your_robot.ipynb #ddeecc06
+@patch
+def hands(self: Desk) -> list[tuple]:
+    "(base, elbow, hand) of both arms."
+    return [(BASES[s], *hand(s, *self.joints[7 * s : 7 * s + 2])) for s in (0, 1)]
+
+
+@patch
+def see(self: Desk) -> dict[str, np.ndarray]:
+    "All cameras' pictures."
+    arms = self.hands()
+    at = {
+        'overhead': (np.array([0.0, 0.38]), 0.75),
+        'left_hand': (arms[0][2], 0.2),
+        'right_hand': (arms[1][2], 0.2),
+    }
+    return {c: picture(size, *at[c], arms, self.buttons) for c, size in CAMERAS.items()}
+
+
+@patch
+def touched(self: Desk) -> bool:
+    "Whether a hand is on the button that the task names."
+    place = self.buttons[self.task.split()[2]]
+    return any(np.linalg.norm(tip - place) < TOUCH for *_, tip in self.hands())
 
 # %% ../../nbs/deploy/03_your_robot.ipynb #153daedb
 def full(two: np.ndarray) -> np.ndarray:
@@ -144,37 +150,41 @@ def expert(desk: Desk, rng: np.random.Generator) -> np.ndarray:
     out[6] = 0.02
     return out
 
+# %% ../../nbs/deploy/03_your_robot.ipynb #8cef6641
+def _features() -> dict:
+    "What a frame of the data set holds."
+    names = ['height', 'width', 'channels']
+    cameras = {
+        f'observation.images.{c}': dict(dtype='video', shape=(*s, 3), names=names)
+        for c, s in CAMERAS.items()
+    }
+    joints = dict(dtype='float32', shape=(14,), names=JOINTS)
+    return cameras | {k: dict(joints) for k in ('observation.state', 'action')}
+
+
+def _frames(seed: int):
+    "Frames of one demonstration, and at its end the desk has been moved."
+    desk, rng = Desk(seed), np.random.default_rng([seed, 1])
+    for _ in range(TICKS):
+        frame = {f'observation.images.{c}': p for c, p in desk.see().items()}
+        state = desk.joints.astype(np.float32)
+        target = expert(desk, rng).astype(np.float32)
+        yield frame | {'observation.state': state, 'action': target, 'task': desk.task}
+        desk.step(target)
+
 # %% ../../nbs/deploy/03_your_robot.ipynb #6610c499
 def record(folder, episodes: int, seed: int = 0):
     "A LeRobotDataset v3.0 of demonstrations at `folder`, with videos."
     from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    names = ['height', 'width', 'channels']
-    features = {
-        f'observation.images.{c}': dict(dtype='video', shape=(*s, 3), names=names)
-        for c, s in CAMERAS.items()
-    }
-    features |= {
-        k: dict(dtype='float32', shape=(14,), names=JOINTS)
-        for k in ('observation.state', 'action')
-    }
     encoder = RGBEncoderConfig(vcodec='h264', preset='ultrafast')
     data = LeRobotDataset.create(
-        'me/two_arms', FPS, features, folder, use_videos=True, rgb_encoder=encoder
+        'me/two_arms', FPS, _features(), folder, use_videos=True, rgb_encoder=encoder
     )
     for e in range(seed, seed + episodes):
-        desk, rng = Desk(e), np.random.default_rng([e, 1])
-        for _ in range(TICKS):
-            frame = {f'observation.images.{c}': p for c, p in desk.see().items()}
-            state, target = (
-                desk.joints.astype(np.float32),
-                expert(desk, rng).astype(np.float32),
-            )
-            data.add_frame(
-                frame | {'observation.state': state, 'action': target, 'task': desk.task}
-            )
-            desk.step(target)
+        for frame in _frames(e):
+            data.add_frame(frame)
         data.save_episode(parallel_encoding=False)
     data.finalize()
     return LeRobotDataset('me/two_arms', folder)
@@ -205,23 +215,13 @@ class TwoArmsConfig(RobotConfig):
     seed: int = 0
     log: str = ''  # JSON file written on disconnecting
 
-# %% ../../nbs/deploy/03_your_robot.ipynb #ac90dae3
-class TwoArms(Robot):
-    "The desk behind LeRobot's interface for robots."
+# %% ../../nbs/deploy/03_your_robot.ipynb #75b16fc1
+class _Software(Robot):
+    "A robot that is there as soon as it is asked for, and needs no calibration."
 
-    config_class, name = TwoArmsConfig, 'two_arms'
-
-    def __init__(self, config: TwoArmsConfig):
+    def __init__(self, config: RobotConfig):
         super().__init__(config)
-        self.config, self.desk, self.connected = config, Desk(config.seed), False
-
-    @cached_property
-    def observation_features(self) -> dict:
-        return {j: float for j in JOINTS} | {c: (*s, 3) for c, s in CAMERAS.items()}
-
-    @cached_property
-    def action_features(self) -> dict:
-        return {j: float for j in JOINTS}
+        self.config, self.connected = config, False
 
     @property
     def is_connected(self) -> bool:
@@ -239,6 +239,24 @@ class TwoArms(Robot):
 
     def connect(self, calibrate: bool = True) -> None:
         self.connected = True
+
+# %% ../../nbs/deploy/03_your_robot.ipynb #ac90dae3
+class TwoArms(_Software):
+    "The desk behind LeRobot's interface for robots."
+
+    config_class, name = TwoArmsConfig, 'two_arms'
+
+    def __init__(self, config: TwoArmsConfig):
+        super().__init__(config)
+        self.desk = Desk(config.seed)
+
+    @cached_property
+    def observation_features(self) -> dict:
+        return {j: float for j in JOINTS} | {c: (*s, 3) for c, s in CAMERAS.items()}
+
+    @cached_property
+    def action_features(self) -> dict:
+        return {j: float for j in JOINTS}
 
     def get_observation(self) -> dict:
         "Joints in rad and pictures."
@@ -258,7 +276,6 @@ class TwoArms(Robot):
         "Write the log."
         self.connected = False
         if self.config.log:
-            seen = dict(
-                task=self.desk.task, success=bool(self.desk.success), ticks=self.desk.ticks
-            )
+            d = self.desk
+            seen = dict(task=d.task, success=bool(d.success), ticks=d.ticks)
             Path(self.config.log).write_text(json.dumps(seen))

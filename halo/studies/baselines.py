@@ -30,6 +30,13 @@ from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from tqdm.auto import tqdm
 
+# %% auto #0
+__all__ = ['TINY_SMOLVLM', 'CHUNK', 'SMOLVLM', 'MADE_BY', 'BASELINES', 'SHIPPED', 'NAMES', 'LIMIT', 'GoalColourStep',
+           'smolvlm_folder', 'Baseline', 'portable', 'make_baseline', 'Demonstrations', 'settle_frozen_norms',
+           'restore', 'train_baseline', 'load_baseline', 'baseline_conventions', 'evaluate_baseline', 'load_results',
+           'comparison', 'table', 'draw_comparison', 'ship_file', 'ship_result', 'left_out', 'parser', 'run', 'main']
+
+# %% ../../nbs/studies/03_baselines.ipynb #089490bb
 from ..data.files import locate, place, shipped, shown
 from halo.data.history import (
     EpisodeSampler,
@@ -68,12 +75,6 @@ from halo.train.loop import (
     save_checkpoint,
     train_step,
 )
-
-# %% auto #0
-__all__ = ['TINY_SMOLVLM', 'CHUNK', 'SMOLVLM', 'MADE_BY', 'BASELINES', 'SHIPPED', 'NAMES', 'LIMIT', 'GoalColourStep',
-           'smolvlm_folder', 'Baseline', 'portable', 'make_baseline', 'Demonstrations', 'settle_frozen_norms',
-           'restore', 'train_baseline', 'load_baseline', 'baseline_conventions', 'evaluate_baseline', 'load_results',
-           'comparison', 'table', 'draw_comparison', 'ship_file', 'ship_result', 'left_out', 'parser', 'run', 'main']
 
 # %% ../../nbs/studies/03_baselines.ipynb #24d31136
 @ProcessorStepRegistry.register(name='halo_goal_colour')
@@ -132,7 +133,38 @@ TINY_SMOLVLM = dict(
     ),
 )
 
+# %% ../../nbs/studies/03_baselines.ipynb #aeec222f
+def _smolvlm_tokenizer():
+    "HALO's tiny tokenizer with the special tokens of SmolVLM."
+    from transformers import PreTrainedTokenizerFast
 
+    named = dict(
+        fake_image_token='<fake_token_around_image>',
+        image_token='<image>',
+        global_image_token='<global-img>',
+        end_of_utterance_token='<end_of_utterance>',
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer().backend_tokenizer,
+        eos_token='<|im_end|>',
+        pad_token='<|endoftext|>',
+        extra_special_tokens=named,
+    )
+
+# %% ../../nbs/studies/03_baselines.ipynb #52c778d1
+def _smolvlm_processor(tok, image: int, patch: int):
+    "A processor for views of `image` pixels, 2 x 2 patches of `patch` to a token."
+    from transformers import SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
+
+    size = dict(size={'longest_edge': image}, max_image_size={'longest_edge': image})
+    return SmolVLMProcessor(
+        SmolVLMImageProcessor(**size),
+        tok,
+        SmolVLMVideoProcessor(**size),
+        image_seq_len=(image // patch // 2) ** 2,
+    )
+
+# %% ../../nbs/studies/03_baselines.ipynb #4db6786e
 def smolvlm_folder(
     root: str | Path,
     image: int = 112,
@@ -144,46 +176,19 @@ def smolvlm_folder(
     views of `image` pixels, 2 x 2 patches to a token), made once; the ordinary loaders read
     it offline.
     """
-    from transformers import (
-        PreTrainedTokenizerFast,
-        SmolVLMConfig,
-        SmolVLMImageProcessor,
-        SmolVLMProcessor,
-        SmolVLMVideoProcessor,
-    )
+    from transformers import SmolVLMConfig
 
     root = Path(root)
-    # written last
     if (root / 'config.json').exists():
         return root
-    named = dict(
-        fake_image_token='<fake_token_around_image>',
-        image_token='<image>',
-        global_image_token='<global-img>',
-        end_of_utterance_token='<end_of_utterance>',
-    )
-    tok = PreTrainedTokenizerFast(
-        tokenizer_object=tiny_tokenizer().backend_tokenizer,
-        eos_token='<|im_end|>',
-        pad_token='<|endoftext|>',
-        extra_special_tokens=named,
-    )
-    size = dict(size={'longest_edge': image}, max_image_size={'longest_edge': image})
-    SmolVLMProcessor(
-        SmolVLMImageProcessor(**size),
-        tok,
-        SmolVLMVideoProcessor(**size),
-        image_seq_len=(image // patch // 2) ** 2,
-    ).save_pretrained(root)
+    tok = _smolvlm_tokenizer()
+    _smolvlm_processor(tok, image, patch).save_pretrained(root)
+    words = dict(model_type='llama', pad_token_id=tok.pad_token_id)
     SmolVLMConfig(
         vision_config=dict(image_size=image, patch_size=patch, **vision),
         scale_factor=2,
         image_token_id=tok.image_token_id,
-        text_config=dict(
-            model_type='llama',
-            pad_token_id=tok.pad_token_id,
-            **dict(dict(vocab_size=len(tok)), **text),
-        ),
+        text_config=dict(**words, **dict(dict(vocab_size=len(tok)), **text)),
         pad_token_id=tok.pad_token_id,
     ).save_pretrained(root)
     return root
@@ -204,83 +209,64 @@ class Baseline:
 
     @property
     def policy_class(self):
-        return getattr(
-            importlib.import_module(
-                f'lerobot.policies.{self.module}.modeling_{self.module}'
-            ),
-            self.classes + 'Policy',
-        )
+        return getattr(self.part('modeling'), self.classes + 'Policy')
 
     @property
     def config_class(self):
-        return getattr(
-            importlib.import_module(
-                f'lerobot.policies.{self.module}.configuration_{self.module}'
-            ),
-            self.classes + 'Config',
-        )
+        return getattr(self.part('configuration'), self.classes + 'Config')
+
+    def part(self, kind: str):
+        "LeRobot's module of this `kind` for the policy."
+        where = f'lerobot.policies.{self.module}'
+        return importlib.import_module(f'{where}.{kind}_{self.module}')
 
 # %% ../../nbs/studies/03_baselines.ipynb #3b611cc0
 CHUNK = 16
 SMOLVLM = place('runs/baselines/smolvlm')  # made where it is missing
 MADE_BY = 'halo.studies.baselines.smolvlm_folder'  # in its place in what is shipped
+_ACT = dict(
+    chunk_size=CHUNK,
+    dim_model=256,
+    n_heads=4,
+    dim_feedforward=512,
+    pretrained_backbone_weights=None,
+)
+
+# %% ../../nbs/studies/03_baselines.ipynb #21a1cef5
+_DIFFUSION = dict(
+    n_obs_steps=2,
+    horizon=CHUNK,
+    down_dims=(64, 128, 256),
+    use_group_norm=True,
+    pretrained_backbone_weights=None,
+    use_separate_rgb_encoder_per_camera=False,
+    resize_shape=(84, 84),
+    crop_ratio=0.9,
+    noise_scheduler_type='DDIM',
+    num_inference_steps=10,
+)
+_SMOLVLA = dict(
+    chunk_size=CHUNK,
+    max_state_dim=4,
+    max_action_dim=4,
+    resize_imgs_with_padding=(112, 112),
+    num_vlm_layers=4,
+    expert_width_multiplier=0.75,
+    freeze_vision_encoder=False,
+    train_expert_only=False,
+    load_vlm_weights=False,
+)
+
+# %% ../../nbs/studies/03_baselines.ipynb #b307770e
 BASELINES = {
-    'act': Baseline(
-        'ACT',
-        'act',
-        'ACT',
-        2e-4,
-        True,
-        True,
-        config=dict(
-            chunk_size=CHUNK,
-            dim_model=256,
-            n_heads=4,
-            dim_feedforward=512,
-            pretrained_backbone_weights=None,
-        ),
-    ),
+    'act': Baseline('ACT', 'act', 'ACT', 2e-4, True, True, config=_ACT),
     'diffusion': Baseline(
-        'Diffusion Policy',
-        'diffusion',
-        'Diffusion',
-        4e-4,
-        True,
-        True,
-        config=dict(
-            n_obs_steps=2,
-            horizon=CHUNK,
-            down_dims=(64, 128, 256),
-            use_group_norm=True,
-            pretrained_backbone_weights=None,
-            use_separate_rgb_encoder_per_camera=False,
-            resize_shape=(84, 84),
-            crop_ratio=0.9,
-            noise_scheduler_type='DDIM',
-            num_inference_steps=10,
-        ),
+        'Diffusion Policy', 'diffusion', 'Diffusion', 4e-4, True, True, config=_DIFFUSION
     ),
     'smolvla': Baseline(
-        'SmolVLA architecture',
-        'smolvla',
-        'SmolVLA',
-        8e-4,
-        False,
-        False,
-        config=dict(
-            chunk_size=CHUNK,
-            max_state_dim=4,
-            max_action_dim=4,
-            resize_imgs_with_padding=(112, 112),
-            num_vlm_layers=4,
-            expert_width_multiplier=0.75,
-            freeze_vision_encoder=False,
-            train_expert_only=False,
-            load_vlm_weights=False,
-        ),
+        'SmolVLA architecture', 'smolvla', 'SmolVLA', 8e-4, False, False, config=_SMOLVLA
     ),
 }
-# a step costs it 0.4 of HALO's
 BASELINES['smolvla_clock'] = replace(
     BASELINES['smolvla'], label="SmolVLA architecture, HALO's wall-clock", steps=6000
 )
@@ -294,6 +280,26 @@ def portable(config):
     config.vlm_model_name = MADE_BY
     return config
 
+# %% ../../nbs/studies/03_baselines.ipynb #75984351
+def _baseline_config(b: Baseline, meta, dev: str):
+    "LeRobot's configuration of a baseline for a dataset's metadata."
+    feats = dataset_to_policy_features(meta.features)
+    out = {k: f for k, f in feats.items() if f.type is FeatureType.ACTION}
+    inputs = {k: f for k, f in feats.items() if k not in out}
+    if b.goal:
+        inputs[OBS_ENV_STATE] = PolicyFeature(FeatureType.ENV, (len(COLOURS),))
+    extra = {}
+    if b.classes == 'SmolVLA':
+        extra = dict(vlm_model_name=str(smolvlm_folder(SMOLVLM).resolve()))
+    return b.config_class(
+        input_features=inputs,
+        output_features=out,
+        n_action_steps=ACTIONS,
+        device=dev,
+        **b.config,
+        **extra,
+    )
+
 # %% ../../nbs/studies/03_baselines.ipynb #cfed5ba8
 def make_baseline(name: str, meta, dev: str = 'cpu'):
     """An untrained policy `name` and its processors for a dataset's metadata.
@@ -303,24 +309,8 @@ def make_baseline(name: str, meta, dev: str = 'cpu'):
     """
     if name not in BASELINES:
         raise ValueError(f"no baseline {name!r}; choose among {', '.join(BASELINES)}")
-    b, feats = BASELINES[name], dataset_to_policy_features(meta.features)
-    out = {k: f for k, f in feats.items() if f.type is FeatureType.ACTION}
-    inputs = {k: f for k, f in feats.items() if k not in out} | (
-        {OBS_ENV_STATE: PolicyFeature(FeatureType.ENV, (len(COLOURS),))} if b.goal else {}
-    )
-    extra = (
-        dict(vlm_model_name=str(smolvlm_folder(SMOLVLM).resolve()))
-        if b.classes == 'SmolVLA'
-        else {}
-    )
-    cfg = b.config_class(
-        input_features=inputs,
-        output_features=out,
-        n_action_steps=ACTIONS,
-        device=dev,
-        **b.config,
-        **extra,
-    )
+    b = BASELINES[name]
+    cfg = _baseline_config(b, meta, dev)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             policy = b.policy_class(cfg)
@@ -330,7 +320,6 @@ def make_baseline(name: str, meta, dev: str = 'cpu'):
             " 'lerobot_policy_halo[baselines]'"
         ) from e
     pre, post = make_pre_post_processors(cfg, dataset_stats=meta.stats)
-    # after the batch axis, before device and normalisation
     if b.goal:
         pre.steps = [*pre.steps[:2], GoalColourStep(), *pre.steps[2:]]
     return policy, pre, post
@@ -421,6 +410,91 @@ def restore(name: str, folder: Path, policy, optimizer, sampler) -> int:
     )
     return state['step']
 
+# %% ../../nbs/studies/03_baselines.ipynb #c1378108
+@dataclass
+class _Trainee:
+    "A policy with its processors, its optimizer and its data, and the step it stands at."
+
+    policy: torch.nn.Module
+    pre: object
+    post: object
+    data: Demonstrations
+    sampler: EpisodeSampler
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    def batch(self, indices) -> dict:
+        return self.pre(self.data.batch(indices, self.policy.config.n_obs_steps))
+
+# %% ../../nbs/studies/03_baselines.ipynb #b5484d33
+def _trainee(
+    name: str, dataset, target: Path, tc: TrainConfig, dev, store, progress: bool
+) -> _Trainee:
+    "Baseline `name`, new or as its checkpoint in `target` left it."
+    policy, pre, post = make_baseline(name, dataset.meta, str(dev.type))
+    policy.to(dev).train()
+    data = Demonstrations(dataset, store_root=store, progress=progress)
+    sampler = EpisodeSampler(len(data), tc.batch, seed=tc.seed)
+    groups = param_groups(policy, tc.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=tc.lr, betas=(0.9, 0.95))
+    it = _Trainee(policy, pre, post, data, sampler, optimizer)
+    if found := find_checkpoint(target):
+        it.step = restore(name, found, policy, optimizer, sampler)
+    else:
+        every = max(1, len(data) // 64)
+        settle_frozen_norms(policy, it.batch(range(0, len(data), every)))
+    return it
+
+# %% ../../nbs/studies/03_baselines.ipynb #203b2e1b
+class _Log:
+    "Rows of `log.jsonl`, those after `step` dropped; losses are averaged between rows."
+
+    def __init__(self, file: Path, step: int):
+        self.file, self.recent, self.rows = file, [], []
+        if step and file.exists():
+            rows = map(json.loads, file.read_text().splitlines())
+            self.rows = [l for l in rows if l['step'] <= step]
+        file.write_text(''.join(json.dumps(l) + '\n' for l in self.rows))
+        self.start = time.time() - (self.rows[-1]['seconds'] if self.rows else 0)
+
+    def seconds(self) -> float:
+        return time.time() - self.start
+
+    def write(self, step: int, norm: float, lr: float) -> float:
+        "Add a row; returns the mean loss since the one before."
+        loss, self.recent = float(np.mean(self.recent)), []
+        seconds = round(self.seconds(), 1)
+        row = dict(step=step, loss=loss, grad_norm=norm, lr=lr, seconds=seconds)
+        self.rows.append(row)
+        with self.file.open('a') as f:
+            f.write(json.dumps(row) + '\n')
+        return loss
+
+# %% ../../nbs/studies/03_baselines.ipynb #835018cf
+def _one_step(it: _Trainee, model, optimizer, tc: TrainConfig, b: Baseline, dev: str):
+    "Loss and norm of the gradients of the next batch."
+    for g in optimizer.param_groups:
+        g['lr'] = tc.lr * lr_at(it.step, tc)
+    with torch.autocast(dev, torch.bfloat16, enabled=bool(b.bf16)):
+        loss, norm = train_step(model, it.batch(next(it.sampler)), optimizer, tc.clip)
+    it.step += 1
+    return loss, norm
+
+# %% ../../nbs/studies/03_baselines.ipynb #8c4d931b
+def _train_until(stop: int, it: _Trainee, acc, tc, b, log: _Log, bar, save) -> None:
+    "Train up to step `stop`; `save(model, optimizer)` where the schedule asks for it."
+    model, optimizer = acc.prepare(it.policy, it.optimizer)
+    while it.step < stop:
+        loss, norm = _one_step(it, model, optimizer, tc, b, acc.device.type)
+        log.recent.append(loss)
+        bar.update()
+        if it.step % tc.log_every == 0 or it.step == stop:
+            mean = log.write(it.step, norm, optimizer.param_groups[0]['lr'])
+            bar.set_postfix(loss=f'{mean:.3f}')
+        if it.step % tc.save_every == 0 or it.step == stop:
+            save(acc.unwrap_model(model), optimizer)
+    bar.close()
+
 # %% ../../nbs/studies/03_baselines.ipynb #1ae37c1c
 def train_baseline(
     name: str,
@@ -435,105 +509,45 @@ def train_baseline(
     `out/log.jsonl`; goes on by itself. Returns the folder.
     """
     b, out = BASELINES.get(name), Path(out)
-    target, log_file = out / 'checkpoint', out / 'log.jsonl'
-    tc = tc or replace(
-        TRAIN, lr=b.lr if b else TRAIN.lr, steps=b.steps if b else TRAIN.steps
-    )
+    target = out / 'checkpoint'
+    if tc is None:
+        tc = replace(TRAIN, lr=b.lr, steps=b.steps) if b else TRAIN
     set_seed(tc.seed)
     acc = Accelerator(cpu=not torch.cuda.is_available())
-    policy, pre, post = make_baseline(name, dataset.meta, str(acc.device.type))
-    policy.to(acc.device).train()
+    it = _trainee(name, dataset, target, tc, acc.device, store, progress)
     out.mkdir(parents=True, exist_ok=True)
-    data = Demonstrations(dataset, store_root=store, progress=progress)
-    sampler, n_obs = (
-        EpisodeSampler(len(data), tc.batch, seed=tc.seed),
-        policy.config.n_obs_steps,
-    )
+    log = _Log(out / 'log.jsonl', it.step)
+    trained = dict(bf16=bool(b.bf16), device=str(acc.device.type))
 
-    def next_batch():
-        return pre(data.batch(next(sampler), n_obs))
+    def save(model, optimizer):
+        made = provenance(dataset, tc, log.seconds(), log.rows) | trained
+        parts = (model, it.pre, it.post, optimizer, it.sampler)
+        save_checkpoint(target, *parts, it.step, made)
 
-    optimizer = torch.optim.AdamW(
-        param_groups(policy, tc.weight_decay), lr=tc.lr, betas=(0.9, 0.95)
-    )
-    step = 0
-    if found := find_checkpoint(target):
-        step = restore(name, found, policy, optimizer, sampler)
-    else:
-        settle_frozen_norms(
-            policy, pre(data.batch(range(0, len(data), max(1, len(data) // 64)), n_obs))
-        )
-    log = (
-        [l for l in map(json.loads, log_file.read_text().splitlines()) if l['step'] <= step]
-        if step and log_file.exists()
-        else []
-    )
-    log_file.write_text(''.join(json.dumps(l) + '\n' for l in log))
-    model, optimizer = acc.prepare(policy, optimizer)
-    stop, t0, recent = (
-        min(tc.steps, until or tc.steps),
-        time.time() - (log[-1]['seconds'] if log else 0),
-        [],
-    )
-    bar = tqdm(
-        total=tc.steps,
-        initial=step,
-        desc=name,
-        unit='step',
-        disable=not progress,
-        mininterval=2,
-        file=sys.stdout,
-    )
-    while step < stop:
-        for g in optimizer.param_groups:
-            g['lr'] = tc.lr * lr_at(step, tc)
-        with torch.autocast(acc.device.type, torch.bfloat16, enabled=bool(b.bf16)):
-            loss, norm = train_step(model, next_batch(), optimizer, tc.clip)
-        step += 1
-        recent.append(loss)
-        bar.update()
-        if step % tc.log_every == 0 or step == stop:
-            log.append(
-                dict(
-                    step=step,
-                    loss=float(np.mean(recent)),
-                    grad_norm=norm,
-                    lr=optimizer.param_groups[0]['lr'],
-                    seconds=round(time.time() - t0, 1),
-                )
-            )
-            recent = []
-            with log_file.open('a') as f:
-                f.write(json.dumps(log[-1]) + '\n')
-            bar.set_postfix(loss=f"{log[-1]['loss']:.3f}")
-        if step % tc.save_every == 0 or step == stop:
-            save_checkpoint(
-                target,
-                acc.unwrap_model(model),
-                pre,
-                post,
-                optimizer,
-                sampler,
-                step,
-                provenance(dataset, tc, time.time() - t0, log)
-                | dict(bf16=bool(b.bf16), device=str(acc.device.type)),
-            )
-    bar.close()
+    shown_as = dict(desc=name, unit='step', mininterval=2, file=sys.stdout)
+    bar = tqdm(total=tc.steps, initial=it.step, disable=not progress, **shown_as)
+    _train_until(min(tc.steps, until or tc.steps), it, acc, tc, b, log, bar, save)
     return target
 
 # %% ../../nbs/studies/03_baselines.ipynb #2b02d8e2
-def load_baseline(folder: str | Path):
-    """Name, policy, preprocessor and postprocessor of a trained baseline's folder.
-
-    Raises `ValueError` if there is none.
-    """
-    folder = policy_folder(folder)
+def _baseline_name(folder: Path) -> str:
+    "Which baseline a policy folder holds."
     name = json.loads((folder / 'config.json').read_text()).get('type')
     if name not in BASELINES:
         raise ValueError(
             f"{shown(folder)} holds a policy of type {name!r}; baselines are"
             f" {', '.join(BASELINES)}"
         )
+    return name
+
+# %% ../../nbs/studies/03_baselines.ipynb #3a111be4
+def load_baseline(folder: str | Path):
+    """Name, policy, preprocessor and postprocessor of a trained baseline's folder.
+
+    Raises `ValueError` if there is none.
+    """
+    folder = policy_folder(folder)
+    name = _baseline_name(folder)
     config, on = PreTrainedConfig.from_pretrained(folder), {}
     if name == 'smolvla':  # whatever folder it was trained with
         config.vlm_model_name = str(smolvlm_folder(SMOLVLM).resolve())
@@ -542,13 +556,24 @@ def load_baseline(folder: str | Path):
         policy = BASELINES[name].policy_class.from_pretrained(folder, config=config)
     policy.config.pretrained_path = folder
     on |= {'device_processor': {'device': str(next(policy.parameters()).device)}}
-    return (
-        name,
-        policy.eval(),
-        *make_pre_post_processors(
-            policy.config, pretrained_path=str(folder), preprocessor_overrides=on
-        ),
+    processors = make_pre_post_processors(
+        policy.config, pretrained_path=str(folder), preprocessor_overrides=on
     )
+    return name, policy.eval(), *processors
+
+# %% ../../nbs/studies/03_baselines.ipynb #4f8ee132
+def _identity(policy) -> dict:
+    "Type, hashes and size of a policy."
+    return dict(
+        type=policy.config.type,
+        config_sha256=config_hash(portable(policy.config)),
+        checkpoint_sha256=checkpoint_hash(policy),
+        parameters=sum(p.numel() for p in policy.parameters()),
+    )
+
+
+def _normalisation(config) -> dict:
+    return {k: getattr(v, 'value', v) for k, v in config.normalization_mapping.items()}
 
 # %% ../../nbs/studies/03_baselines.ipynb #6d87f9ef
 def baseline_conventions(name: str, policy, env_cfg, n_envs: int, trained: dict) -> dict:
@@ -563,20 +588,13 @@ def baseline_conventions(name: str, policy, env_cfg, n_envs: int, trained: dict)
         fps=env_cfg.fps,
         envs_per_batch=n_envs,
         versions=versions(),
-        policy=dict(
-            type=c.type,
-            config_sha256=config_hash(portable(c)),
-            checkpoint_sha256=checkpoint_hash(policy),
-            parameters=sum(p.numel() for p in policy.parameters()),
-        ),
+        policy=_identity(policy),
         settings=json.loads(json.dumps(b.config)),
         chunk=CHUNK,
         n_action_steps=c.n_action_steps,
         n_obs_steps=c.n_obs_steps,
         goal='one-hot of the colour' if b.goal else 'the instruction',
-        normalisation={
-            k: getattr(v, 'value', v) for k, v in c.normalization_mapping.items()
-        },
+        normalisation=_normalisation(c),
         cameras={k: list(f.shape) for k, f in c.image_features.items()},
         device=str(next(policy.parameters()).device),
         dtype='float32',
@@ -584,39 +602,35 @@ def baseline_conventions(name: str, policy, env_cfg, n_envs: int, trained: dict)
         training=trained,
     )
 
+# %% ../../nbs/studies/03_baselines.ipynb #65e6452c
+def _rollouts(name: str, loaded: tuple, env_cfg, batches, progress: bool) -> list[dict]:
+    "The episodes of all batches of seeds."
+    policy, pre, post = loaded
+    vec, episodes = open_envs(env_cfg, len(batches[0])), []
+    try:
+        processors = make_env_pre_post_processors(env_cfg, policy.config)
+        bar = dict(desc=name, unit='batch', disable=not progress, file=sys.stdout)
+        with torch.random.fork_rng():
+            for batch in tqdm(batches, **bar):
+                torch.manual_seed(batch[0])
+                episodes += run_batch(policy, pre, post, vec, processors, batch)[0]
+    finally:
+        vec.close()
+    return episodes
+
 # %% ../../nbs/studies/03_baselines.ipynb #80480324
 def evaluate_baseline(
     folder: str | Path, seeds=SEEDS, n_envs: int = 10, progress: bool = True
 ) -> EvalResult:
     "Roll out the baseline in `folder` once per seed on the demonstration task."
-    name, policy, pre, post = load_baseline(folder)
-    env_cfg, batches, start, episodes = (
-        make_env_config('flash_place'),
-        split_seeds(list(seeds), n_envs),
-        time.perf_counter(),
-        [],
-    )
-    trained = (
-        json.loads((Path(folder) / 'provenance.json').read_text())
-        if (Path(folder) / 'provenance.json').exists()
-        else {}
-    )
-    vec, processors = (
-        open_envs(env_cfg, len(batches[0])),
-        make_env_pre_post_processors(env_cfg, policy.config),
-    )
-    try:
-        with torch.random.fork_rng():
-            for batch in tqdm(
-                batches, desc=name, unit='batch', disable=not progress, file=sys.stdout
-            ):
-                torch.manual_seed(batch[0])
-                episodes += run_batch(policy, pre, post, vec, processors, batch)[0]
-    finally:
-        vec.close()
+    name, *loaded = load_baseline(folder)
+    env_cfg, batches = make_env_config('flash_place'), split_seeds(list(seeds), n_envs)
+    start, made = time.perf_counter(), Path(folder) / 'provenance.json'
+    trained = json.loads(made.read_text()) if made.exists() else {}
+    episodes = _rollouts(name, loaded, env_cfg, batches, progress)
     return EvalResult(
         episodes,
-        baseline_conventions(name, policy, env_cfg, len(batches[0]), trained),
+        baseline_conventions(name, loaded[0], env_cfg, len(batches[0]), trained),
         time.perf_counter() - start,
     )
 
@@ -627,29 +641,38 @@ NAMES = {'full': 'HALO', 'no_history': 'HALO without history'} | {
 }
 
 
+def _last_step(folder: Path) -> int:
+    "The step at which a training stood that was stopped early, or ended."
+    return json.loads((folder / 'log.jsonl').read_text().splitlines()[-1])['step']
+
+
 def load_results(
     halo_folder: str | Path = CHECKPOINTS, folder: str | Path = SHIPPED
 ) -> dict[str, EvalResult]:
     """Results by name: HALO, HALO without history, and every baseline that has an
     `evaluation.json` in `folder` (or in what ships, by the same name).
     """
-    found = {n: Path(halo_folder) / n for n in ('full', 'no_history')} | {
-        n: locate(Path(folder) / n) for n in BASELINES
-    }
-    out = {
-        n: EvalResult.load(f / 'evaluation.json')
-        for n, f in found.items()
-        if (f / 'evaluation.json').exists()
-    }
+    found = {n: Path(halo_folder) / n for n in ('full', 'no_history')}
+    found |= {n: locate(Path(folder) / n) for n in BASELINES}
+    files = {n: f / 'evaluation.json' for n, f in found.items()}
+    out = {n: EvalResult.load(f) for n, f in files.items() if f.exists()}
     for n, r in out.items():
-        trained = r.conventions.setdefault(
-            'training', json.loads((found[n] / 'provenance.json').read_text())
-        )
-        # where a run that was stopped early stood
-        trained['step'] = json.loads((found[n] / 'log.jsonl').read_text().splitlines()[-1])[
-            'step'
-        ]
+        made = json.loads((found[n] / 'provenance.json').read_text())
+        r.conventions.setdefault('training', made)['step'] = _last_step(found[n])
     return out
+
+# %% ../../nbs/studies/03_baselines.ipynb #5fc4617d
+def _costs(r: EvalResult) -> dict:
+    "Parameters of a policy, and steps, batch and time of its training."
+    train = r.conventions['training']
+    settings = train.get('train', {})
+    return dict(
+        parameters=r.conventions['policy']['parameters'],
+        steps=train.get('step', settings.get('steps')),
+        planned=settings.get('steps'),
+        batch=settings.get('batch'),
+        seconds=train.get('seconds'),
+    )
 
 # %% ../../nbs/studies/03_baselines.ipynb #4546085c
 def comparison(results: dict[str, EvalResult], reference: str = 'full') -> list[dict]:
@@ -657,78 +680,73 @@ def comparison(results: dict[str, EvalResult], reference: str = 'full') -> list[
     intervals, and McNemar against `reference` on the same seeds. Raises `KeyError` without
     it.
     """
-    rows = []
-    for n, r in results.items():
-        train = r.conventions['training']
-        placed, k = sum(e['placed'] >= 0 for e in r.episodes), len(r.episodes)
+
+    def row(n, r):
+        placed = sum(e['placed'] >= 0 for e in r.episodes)
         against = None if n == reference else compare(results[reference], r)
-        rows.append(
-            dict(
-                name=n,
-                label=NAMES[n],
-                parameters=r.conventions['policy']['parameters'],
-                steps=train.get('step', train.get('train', {}).get('steps')),
-                planned=train.get('train', {}).get('steps'),
-                batch=train.get('train', {}).get('batch'),
-                seconds=train.get('seconds'),
-                **r.success,
-                placed=placed,
-                right_of_placed=wilson(r.success['successes'], placed) if placed else None,
-                p=against and against['p'],
-                only_reference=against and against['only_a'],
-                only_this=against and against['only_b'],
-            )
+        return dict(
+            name=n,
+            label=NAMES[n],
+            **_costs(r),
+            **r.success,
+            placed=placed,
+            right_of_placed=wilson(r.success['successes'], placed) if placed else None,
+            p=against and against['p'],
+            only_reference=against and against['only_a'],
+            only_this=against and against['only_b'],
         )
-    return rows
+
+    return [row(n, r) for n, r in results.items()]
+
+# %% ../../nbs/studies/03_baselines.ipynb #08088b35
+def _right_if_placed(r: dict) -> str:
+    if not r['placed']:
+        return '–'
+    share, (lo, hi) = r['successes'] / r['placed'], r['right_of_placed']
+    return f'{100 * share:.0f} % ({100 * lo:.0f} to {100 * hi:.0f})'
+
+
+def _paired(r: dict) -> str:
+    if r['p'] is None:
+        return '–'
+    return f"{r['only_reference']} / {r['only_this']}, p = {r['p']:.1g}"
+
+
+def _schedule(r: dict) -> str:
+    early = f" of {r['planned']}" if r['steps'] != r['planned'] else ''
+    return f"{r['steps']} × {r['batch']}{early}"
 
 # %% ../../nbs/studies/03_baselines.ipynb #a8e9c9f7
+_COLUMNS = {
+    'policy': lambda r: r['label'],
+    'parameters': lambda r: f"{r['parameters'] / 1e6:.1f} M",
+    'steps × batch': _schedule,
+    'training': lambda r: f"{r['seconds'] / 60:.0f} min",
+    'right pad': lambda r: f"{r['successes']}/{r['n']} = {100 * r['rate']:.0f} %",
+    '95 %': lambda r: f"{100 * r['lo']:.0f} to {100 * r['hi']:.0f}",
+    'any pad': lambda r: f"{r['placed']}/{r['n']}",
+    'right, if on a pad': _right_if_placed,
+    'McNemar against HALO: only HALO / only it, p': _paired,
+}
+
+
 def table(rows: list[dict]) -> str:
     "`comparison` as Markdown."
-    head = [
-        'policy',
-        'parameters',
-        'steps × batch',
-        'training',
-        'right pad',
-        '95 %',
-        'any pad',
-        'right, if on a pad',
-        'McNemar against HALO: only HALO / only it, p',
-    ]
+    lines = [list(_COLUMNS), ['---'] * len(_COLUMNS)]
+    lines += [[say(r) for say in _COLUMNS.values()] for r in rows]
+    return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
 
-    def right(r):
-        return (
-            '–'
-            if not r['placed']
-            else (
-                f"{100 * r['successes'] / r['placed']:.0f} %"
-                f" ({100 * r['right_of_placed'][0]:.0f} to"
-                f" {100 * r['right_of_placed'][1]:.0f})"
-            )
-        )
+# %% ../../nbs/studies/03_baselines.ipynb #1d4c8526
+_HUES = dict(full='#1d7f5f', no_history='#3b6ea5')
 
-    def line(r):
-        paired = (
-            '–'
-            if r['p'] is None
-            else f"{r['only_reference']} / {r['only_this']}, p = {r['p']:.1g}"
-        )
-        return [
-            r['label'],
-            f"{r['parameters'] / 1e6:.1f} M",
-            f"{r['steps']} × {r['batch']}"
-            + (f" of {r['planned']}" if r['steps'] != r['planned'] else ''),
-            f"{r['seconds'] / 60:.0f} min",
-            f"{r['successes']}/{r['n']} = {100 * r['rate']:.0f} %",
-            f"{100 * r['lo']:.0f} to {100 * r['hi']:.0f}",
-            f"{r['placed']}/{r['n']}",
-            right(r),
-            paired,
-        ]
 
-    return '\n'.join(
-        '| ' + ' | '.join(l) + ' |' for l in [head, ['---'] * len(head), *map(line, rows)]
-    )
+def _draw_policy(ax, y: int, r: dict) -> None:
+    "One policy's interval, dot and ring in row `y`; the lowest row carries the legend."
+    c = _HUES.get(r['name'], '#8a6d3b')
+    dot, ring = ('right pad, 95 % interval', 'any pad') if y == 0 else (None, None)
+    ax.plot([100 * r['lo'], 100 * r['hi']], [y, y], '-', color=c, lw=3, alpha=0.35)
+    ax.plot(100 * r['rate'], y, 'o', color=c, ms=7, label=dot)
+    ax.plot(100 * r['placed'] / r['n'], y, 'o', mfc='none', mec=c, ms=10, label=ring)
 
 # %% ../../nbs/studies/03_baselines.ipynb #ccbdfb9c
 def draw_comparison(rows: list[dict]):
@@ -740,39 +758,10 @@ def draw_comparison(rows: list[dict]):
 
     fig, ax = plt.subplots(figsize=(7, 0.8 + 0.38 * len(rows)), layout='constrained')
     for y, r in enumerate(reversed(rows)):
-        c = (
-            '#1d7f5f'
-            if r['name'] == 'full'
-            else '#3b6ea5'
-            if r['name'] == 'no_history'
-            else '#8a6d3b'
-        )
-        ax.plot([100 * r['lo'], 100 * r['hi']], [y, y], '-', color=c, lw=3, alpha=0.35)
-        ax.plot(
-            100 * r['rate'],
-            y,
-            'o',
-            color=c,
-            ms=7,
-            label='right pad, 95 % interval' if y == 0 else None,
-        )
-        ax.plot(
-            100 * r['placed'] / r['n'],
-            y,
-            'o',
-            mfc='none',
-            mec=c,
-            ms=10,
-            label='any pad' if y == 0 else None,
-        )
+        _draw_policy(ax, y, r)
     ax.axvline(100 / 3, color='#999', ls=':', lw=1)
-    ax.text(
-        100 / 3 + 0.6,
-        len(rows) - 0.55,
-        'chance, if a pad is always reached',
-        fontsize=7,
-        color='#777',
-    )
+    said = 'chance, if a pad is always reached'
+    ax.text(100 / 3 + 0.6, len(rows) - 0.55, said, fontsize=7, color='#777')
     ax.set(
         yticks=range(len(rows)),
         xlim=(-2, 103),
@@ -826,6 +815,26 @@ def left_out(target: Path) -> None:
     write_whole(file, json.dumps(said, indent=1))
 
 # %% ../../nbs/studies/03_baselines.ipynb #8011c113
+_DATA_HELP = (
+    'folder of the demonstrations (data/flash_place; python -m halo.studies.demo'
+    ' --train-from-scratch records them)'
+)
+
+
+def _folder_options(p: argparse.ArgumentParser) -> None:
+    "Where data, runs and results are."
+    for name, default, text in (
+        ('data', DATA / 'flash_place', _DATA_HELP),
+        ('runs', place('runs/baselines'), 'folder of the training runs'),
+        (
+            'out',
+            place('checkpoints/baselines'),
+            'folder of the evaluations (checkpoints/baselines)',
+        ),
+    ):
+        p.add_argument(f'--{name}', type=Path, default=default, help=text)
+
+
 def parser() -> argparse.ArgumentParser:
     "Options of `python -m halo.studies.baselines`."
     p = argparse.ArgumentParser(
@@ -837,41 +846,17 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument('what', choices=('train', 'evaluate', 'table'))
     p.add_argument('names', nargs='*', help=f"{', '.join(BASELINES)} (all)")
-    p.add_argument(
-        '--data',
-        type=Path,
-        default=DATA / 'flash_place',
-        help=(
-            'folder of the demonstrations (data/flash_place; python -m halo.studies.demo'
-            ' --train-from-scratch records them)'
-        ),
-    )
-    p.add_argument(
-        '--runs',
-        type=Path,
-        default=place('runs/baselines'),
-        help='folder of the training runs',
-    )
-    p.add_argument(
-        '--out',
-        type=Path,
-        default=place('checkpoints/baselines'),
-        help='folder of the evaluations (checkpoints/baselines)',
-    )
+    _folder_options(p)
     p.add_argument('--steps', type=int, help=f'training steps ({TRAIN.steps}, as HALO)')
-    p.add_argument(
-        '--until',
-        type=int,
-        help='stop after this step; the same command goes on from there',
-    )
-    p.add_argument(
-        '--seeds', type=int, default=len(SEEDS), help=f'evaluation episodes ({len(SEEDS)})'
-    )
+    until = 'stop after this step; the same command goes on from there'
+    p.add_argument('--until', type=int, help=until)
+    episodes = f'evaluation episodes ({len(SEEDS)})'
+    p.add_argument('--seeds', type=int, default=len(SEEDS), help=episodes)
     return p
 
-# %% ../../nbs/studies/03_baselines.ipynb #5157f593
-def run(args) -> None:
-    "Carry out what the options say."
+# %% ../../nbs/studies/03_baselines.ipynb #8fe97e17
+def _refuse(args) -> None:
+    "Raise for names, counts or folders that cannot be."
     if strange := set(args.names) - set(BASELINES):
         raise ValueError(
             f"no baseline {', '.join(sorted(strange))}; choose among {', '.join(BASELINES)}"
@@ -886,37 +871,29 @@ def run(args) -> None:
             f"no demonstrations in {shown(args.data)}: python -m halo.studies.demo"
             " --train-from-scratch records them"
         )
-    for name in () if args.what == 'table' else args.names or BASELINES:
-        if args.what == 'train':
-            print(
-                shown(
-                    train_baseline(
-                        name,
-                        LeRobotDataset('halo/flash_place', root=args.data),
-                        args.runs / name,
-                        replace(
-                            TRAIN,
-                            steps=args.steps or BASELINES[name].steps,
-                            lr=BASELINES[name].lr,
-                        ),
-                        args.until,
-                    )
-                )
-            )
-        else:
-            print(
-                shown(
-                    ship_result(
-                        args.runs / name,
-                        evaluate_baseline(
-                            args.runs / name / 'checkpoint', SEEDS[: args.seeds]
-                        ),
-                        args.out / name,
-                    )
-                )
-            )
+
+# %% ../../nbs/studies/03_baselines.ipynb #5157f593
+def _train_one(name: str, args) -> Path:
+    b, data = BASELINES[name], LeRobotDataset('halo/flash_place', root=args.data)
+    tc = replace(TRAIN, steps=args.steps or b.steps, lr=b.lr)
+    return train_baseline(name, data, args.runs / name, tc, args.until)
+
+
+def _judge_one(name: str, args) -> Path:
+    run = args.runs / name
+    result = evaluate_baseline(run / 'checkpoint', SEEDS[: args.seeds])
+    return ship_result(run, result, args.out / name)
+
+
+def run(args) -> None:
+    "Carry out what the options say."
+    _refuse(args)
     if args.what == 'table':
         print(table(comparison(load_results(folder=args.out))))
+        return
+    one = _train_one if args.what == 'train' else _judge_one
+    for name in args.names or BASELINES:
+        print(shown(one(name, args)))
 
 # %% ../../nbs/studies/03_baselines.ipynb #cbee1941
 def main(argv: list[str] | None = None) -> int:

@@ -33,8 +33,8 @@ from ..realtime.graph import GraphStreamer
 from ..realtime.stream import Denoiser, Streamer
 
 # %% auto #0
-__all__ = ['PEERS', 'BENCHES', 'wait', 'alternate', 'summary', 'PeakMemory', 'peak_bytes', 'bench_salr', 'bench_config', 'build',
-           'episode', 'recomputed', 'cached', 'bench_denoise', 'without_history', 'past_removed', 'Runner',
+__all__ = ['PEERS', 'BENCHES', 'wait', 'timed', 'alternate', 'summary', 'PeakMemory', 'peak_bytes', 'bench_salr', 'bench_config',
+           'build', 'episode', 'recomputed', 'cached', 'bench_denoise', 'without_history', 'past_removed', 'Runner',
            'compare_ticks', 'tick_operations', 'tick_bound', 'bench_tick', 'bench_cost', 'Stopwatch', 'groups_of_parts',
            'parts', 'Pick', 'training_step', 'bench_share', 'linears', 'int8_weights', 'weight_bytes', 'option_errors',
            'bench_options', 'count', 'pi0', 'smolvla', 'like_sized', 'peers', 'compare_peer', 'bench_peers', 'machine',
@@ -47,6 +47,15 @@ def wait(device) -> None:
         torch.cuda.synchronize()
 
 
+def timed(f: Callable, device) -> tuple:
+    "What `f()` gives, and its milliseconds."
+    wait(device)
+    began = time.perf_counter()
+    out = f()
+    wait(device)
+    return out, 1e3 * (time.perf_counter() - began)
+
+
 def alternate(
     fns: dict[str, Callable], rounds: int = 20, device='cpu', warm: int = 2
 ) -> dict[str, list[float]]:
@@ -54,12 +63,9 @@ def alternate(
     took = {n: [] for n in fns}
     for r in range(warm + rounds):
         for name, f in fns.items():
-            wait(device)
-            began = time.perf_counter()
-            f()
-            wait(device)
+            ms = timed(f, device)[1]
             if r >= warm:
-                took[name].append(1e3 * (time.perf_counter() - began))
+                took[name].append(ms)
     return took
 
 # %% ../../nbs/studies/04_bench.ipynb #544f9c7a
@@ -120,77 +126,83 @@ def peak_bytes(f: Callable, device='cpu') -> int:
         f()
     return m.peak
 
+# %% ../../nbs/studies/04_bench.ipynb #ec83e0ca
+class _Layer:
+    "One layer's re-representation at `l` tokens and `i` state heads, in either form."
+
+    def __init__(self, l: int, i: int, device, dtype):
+        torch.manual_seed(0)
+        self.m = SALR(32, i, 4, 2, 128).to(device)
+        self.k, self.v = (
+            torch.randn(1, l, 4, 128, device=device, dtype=dtype)
+            .transpose(1, 2)
+            .requires_grad_()
+            for _ in 'kv'
+        )
+        self.state = torch.randn(1, 32, device=device)
+
+    def forward(self, fused: bool):
+        with torch.no_grad():
+            return self.m(self.k, self.v, self.state, fused=fused)
+
+    def both(self, fused: bool) -> None:
+        "Forward and backward into keys, values and parameters."
+        a, b = self.m(self.k, self.v, self.state, fused=fused)
+        loss = a.float().square().mean() + b.float().square().mean()
+        torch.autograd.grad(loss, [self.k, self.v, *self.m.parameters()])
+
+    def results(self, name: str) -> int:
+        "Bytes that either form has to return."
+        if name == 'forward':
+            return 2 * self.k.shape[2] * 2 * 128 * self.k.element_size()
+        made = (self.k, self.v, *self.m.parameters())
+        return sum(x.numel() * x.element_size() for x in made)
+
+# %% ../../nbs/studies/04_bench.ipynb #e84c83c8
+def _salr_row(layer: _Layer, name: str, args) -> dict:
+    "Literal against fused, in time and in memory."
+    f = layer.forward if name == 'forward' else layer.both
+    forms = {'literal': partial(f, False), 'fused': partial(f, True)}
+    t = summary(alternate(forms, args.rounds, args.device))
+    mem = {n: peak_bytes(form, args.device) for n, form in forms.items()}
+    own = layer.results(name)
+    return dict(
+        t,
+        faster=round(t['literal']['ms'] / t['fused']['ms'], 2),
+        bytes=mem,
+        results=own,
+        smaller=round((mem['literal'] - own) / (mem['fused'] - own), 2),
+        smaller_whole=round(mem['literal'] / mem['fused'], 2),
+        bound_whole=round(mem['literal'] / own, 2),
+    )
+
+
+def _salr_text(r: dict) -> str:
+    mem, own = r['bytes'], r['results']
+    whole = mem['literal'] / mem['fused']
+    less = (mem['literal'] - own) / (mem['fused'] - own)
+    return (
+        f"literal {r['literal']['ms']:8.2f} ms, fused {r['fused']['ms']:7.2f} ms:"
+        f" {r['faster']:5.1f} times faster; {mem['literal'] / 1e6:6.1f} against"
+        f" {mem['fused'] / 1e6:5.1f} MB: {whole:4.1f} times less ({less:4.1f}"
+        f" beside the results themselves, {own / 1e6:4.1f} MB, which bound it"
+        f" at {mem['literal'] / own:4.1f})"
+    )
+
 # %% ../../nbs/studies/04_bench.ipynb #467d3225
 def bench_salr(args) -> dict:
     "Time and peak memory of one layer's re-representation."
-    out, dev, kind = {}, args.device, getattr(torch, args.dtype)
-    for l in (900, 1600):
-        for i in (8, 12):
-            torch.manual_seed(0)
-            m = SALR(32, i, 4, 2, 128).to(dev)
-            k, v = (
-                torch.randn(1, l, 4, 128, device=dev, dtype=kind)
-                .transpose(1, 2)
-                .requires_grad_()
-                for _ in 'kv'
-            )
-            state = torch.randn(1, 32, device=dev)
-
-            def forward(fused):
-                with torch.no_grad():
-                    return m(k, v, state, fused=fused)
-
-            def both(fused):
-                a, b = m(k, v, state, fused=fused)
-                torch.autograd.grad(
-                    (a.float().square().mean() + b.float().square().mean()),
-                    [k, v, *m.parameters()],
-                )
-
-            apart = max(
-                float((a - b).abs().max()) for a, b in zip(forward(True), forward(False))
-            )
-            row = dict(difference=apart)
-            for name, f in (('forward', forward), ('forward+backward', both)):
-                t = summary(
-                    alternate(
-                        {'literal': partial(f, False), 'fused': partial(f, True)},
-                        args.rounds,
-                        dev,
-                    )
-                )
-                mem, own = (
-                    {n: peak_bytes(partial(f, n == 'fused'), dev) for n in t},
-                    (
-                        2 * l * 2 * 128 * k.element_size()
-                        if name == 'forward'
-                        else sum(
-                            x.numel() * x.element_size() for x in (k, v, *m.parameters())
-                        )
-                    ),
-                )
-                less, whole = (
-                    (mem['literal'] - own) / (mem['fused'] - own),
-                    mem['literal'] / mem['fused'],
-                )
-                row[name] = dict(
-                    t,
-                    faster=round(t['literal']['ms'] / t['fused']['ms'], 2),
-                    bytes=mem,
-                    results=own,
-                    smaller=round(less, 2),
-                    smaller_whole=round(whole, 2),
-                    bound_whole=round(mem['literal'] / own, 2),
-                )
-                print(
-                    f"L {l:4}, N1 {i:2}, {name:16}: literal {t['literal']['ms']:8.2f} ms,"
-                    f" fused {t['fused']['ms']:7.2f} ms: {row[name]['faster']:5.1f} times"
-                    f" faster; {mem['literal'] / 1e6:6.1f} against"
-                    f" {mem['fused'] / 1e6:5.1f} MB: {whole:4.1f} times less ({less:4.1f}"
-                    f" beside the results themselves, {own / 1e6:4.1f} MB, which bound it"
-                    f" at {mem['literal'] / own:4.1f}); difference {apart:.0e}"
-                )
-            out[f'L{l} N1={i}'] = row
+    out = {}
+    for l, i in ((900, 8), (900, 12), (1600, 8), (1600, 12)):
+        layer = _Layer(l, i, args.device, getattr(torch, args.dtype))
+        pairs = zip(layer.forward(True), layer.forward(False))
+        apart = max(float((a - b).abs().max()) for a, b in pairs)
+        row = dict(difference=apart)
+        for name in ('forward', 'forward+backward'):
+            row[name] = _salr_row(layer, name, args)
+            said = _salr_text(row[name])
+            print(f'L {l:4}, N1 {i:2}, {name:16}: {said}; difference {apart:.0e}')
+        out[f'L{l} N1={i}'] = row
     return out
 
 # %% ../../nbs/studies/04_bench.ipynb #7822311f
@@ -223,6 +235,17 @@ def build(cfg: ModelConfig, device) -> HaloModel:
     with torch.device(device):
         return HaloModel(cfg).eval()
 
+# %% ../../nbs/studies/04_bench.ipynb #32c4ef42
+def _random_views(cfg: ModelConfig, ticks: int, views: int, size: int, batch: int, g):
+    "Past frames (t, 3, h, h) and a picture (b, 3, size, size) of each view."
+    frame = (ticks, 3, cfg.sampling.history_size, cfg.sampling.history_size)
+    past = torch.randint(0, 256, frame, dtype=torch.uint8, generator=g)
+    shape = (batch, 3, size, size)
+    still = [
+        torch.randint(0, 256, shape, dtype=torch.uint8, generator=g) for _ in range(views)
+    ]
+    return past, still
+
 # %% ../../nbs/studies/04_bench.ipynb #cb4c8108
 def episode(
     cfg: ModelConfig,
@@ -236,25 +259,11 @@ def episode(
     """Observations of control ticks, the history window hopping as `cfg` says; `frames`
     limits it further.
     """
-    g = torch.Generator().manual_seed(0)
-    s = cfg.sampling
-    past = torch.randint(
-        0,
-        256,
-        (ticks.stop, 3, s.history_size, s.history_size),
-        dtype=torch.uint8,
-        generator=g,
-    ).to(device)
-    still = [
-        torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=g).to(
-            device
-        )
-        for _ in range(views)
-    ]
-    text, state = (
-        torch.randint(20, 400, (1, 16), generator=g).to(device).expand(batch, -1),
-        torch.randn(batch, cfg.max_state_dim, generator=g).to(device),
-    )
+    g, s = torch.Generator().manual_seed(0), cfg.sampling
+    past, still = _random_views(cfg, ticks.stop, views, size, batch, g)
+    past, still = past.to(device), [x.to(device) for x in still]
+    text = torch.randint(20, 400, (1, 16), generator=g).to(device).expand(batch, -1)
+    state = torch.randn(batch, cfg.max_state_dim, generator=g).to(device)
     for t in ticks:
         idx = history_ticks(t, s.history_frames, s.history_stride, s.history_hop)
         idx = idx[len(idx) - frames :] if frames is not None else idx
@@ -283,28 +292,15 @@ def cached(model: HaloModel, obs: Observation, noise: Tensor) -> Tensor:
 @torch.inference_mode()
 def bench_denoise(args) -> dict:
     "One chunk, both ways."
-    cfg = bench_config(args)
-    model = build(cfg, args.device)
-    obs = next(
-        episode(
-            cfg,
-            range(cfg.sampling.history_frames, cfg.sampling.history_frames + 1),
-            device=args.device,
-        )
-    )
-    noise = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=args.device)
-    apart = float((recomputed(model, obs, noise) - cached(model, obs, noise)).abs().max())
-    t = summary(
-        alternate(
-            {
-                'recomputed': lambda: recomputed(model, obs, noise),
-                'cached': lambda: cached(model, obs, noise),
-            },
-            args.rounds,
-            args.device,
-            1,
-        )
-    )
+    cfg, dev = bench_config(args), args.device
+    model, first = build(cfg, dev), cfg.sampling.history_frames
+    obs = next(episode(cfg, range(first, first + 1), device=dev))
+    noise = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev)
+    ways = dict(recomputed=recomputed, cached=cached)
+    a, b = (f(model, obs, noise) for f in ways.values())
+    apart = float((a - b).abs().max())
+    fns = {n: partial(f, model, obs, noise) for n, f in ways.items()}
+    t = summary(alternate(fns, args.rounds, dev, 1))
     ratio = t['recomputed']['ms'] / t['cached']['ms']
     print(
         f"{cfg.flow.steps} denoising steps at {cfg.name}: VLM in every step"
@@ -370,27 +366,20 @@ def compare_ticks(
     """Milliseconds per way and tick, the largest difference between recomputed and streamed
     actions, and the ticks that hop.
     """
+    cfg = model.cfg
     runners = {how: Runner(model, how, graph, compiled) for how in ways}
     took, worst, hops, before = {n: [] for n in runners}, 0.0, [], 0
-    noise = torch.randn(1, model.cfg.chunk, model.cfg.max_action_dim, device=device)
+    noise = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=device)
     # programs for both shapes are made here
-    for obs in episode(
-        model.cfg,
-        range(ticks.start - warm - graph * 2 * model.cfg.sampling.history_hop, ticks.start),
-        views,
-        size,
-        device,
-    ):
+    first = ticks.start - warm - graph * 2 * cfg.sampling.history_hop
+    for obs in episode(cfg, range(first, ticks.start), views, size, device):
         for r in runners.values():
             r(obs, noise)
-    for k, obs in enumerate(episode(model.cfg, ticks, views, size, device)):
+    for k, obs in enumerate(episode(cfg, ticks, views, size, device)):
         out = {}
         for n, r in runners.items():
-            wait(device)
-            began = time.perf_counter()
-            out[n] = r(obs, noise)
-            wait(device)
-            took[n].append(1e3 * (time.perf_counter() - began))
+            out[n], ms = timed(partial(r, obs, noise), device)
+            took[n].append(ms)
         if 'full' in out:
             worst = max(worst, float((out['full'] - out['stream']).abs().max()))
         if obs.history.shape[1] < before:
@@ -399,26 +388,24 @@ def compare_ticks(
     return took, worst, hops
 
 # %% ../../nbs/studies/04_bench.ipynb #bb4869c7
+_COUNTED = dict(
+    full=dict(streaming=False), stream=dict(streaming=True), none=dict(history=0)
+)
+
+
 def tick_operations(
     cfg: ModelConfig, views: int = 2, size: int = 224, words: int = 16
 ) -> dict[str, float]:
-    """Operations of a tick by way, counted by `halo.train.plan`: what bounds every exact scheme
-    at these sizes.
+    """Operations of a tick by way, counted by `halo.train.plan`: what bounds every exact
+    scheme at these sizes.
     """
     from halo.train.plan import tick_cost
 
-    ways = dict(
-        full=dict(streaming=False), stream=dict(streaming=True), none=dict(history=0)
-    )
-    return {
-        how: sum(
-            w.flops
-            for w in tick_cost(
-                cfg, views=((size, size),) * views, words=words, **kw
-            ).values()
-        )
-        for how, kw in ways.items()
-    }
+    def operations(way):
+        cost = tick_cost(cfg, views=((size, size),) * views, words=words, **way)
+        return sum(w.flops for w in cost.values())
+
+    return {how: operations(way) for how, way in _COUNTED.items()}
 
 # %% ../../nbs/studies/04_bench.ipynb #90f70c65
 def tick_bound(
@@ -433,103 +420,161 @@ def tick_bound(
         return None
     name = torch.cuda.get_device_name().lower().replace(' ', '')
     card = next((g for g in GPUS if g.replace('-', '') in name), None)
-    ways = dict(
-        full=dict(streaming=False), stream=dict(streaming=True), none=dict(history=0)
-    )
-    return card and {
-        how: (
-            1e3
-            * sum(
-                roofline(
-                    tick_cost(cfg, views=((size, size),) * views, words=words, **kw),
-                    card,
-                    1,
-                    1,
-                ).values()
-            )
-        )
-        for how, kw in ways.items()
+
+    def least(way):
+        cost = tick_cost(cfg, views=((size, size),) * views, words=words, **way)
+        return 1e3 * sum(roofline(cost, card, 1, 1).values())
+
+    return card and {how: least(way) for how, way in _COUNTED.items()}
+
+# %% ../../nbs/studies/04_bench.ipynb #644aa653
+def _tick_row(took: dict, worst: float, hops: list[int], ops: dict, ticks: int) -> dict:
+    "What a comparison of ticks found."
+    t, mean = summary(took), {k: statistics.mean(x) for k, x in took.items()}
+    pairs = (('plain', 'stream'), ('full', 'stream'), ('stream', 'none'))
+    times = {
+        f'{a}_over_{b}': round(t[a]['ms'] / t[b]['ms'], 2) for a, b in pairs if a in t
     }
+    return dict(
+        t,
+        **times,
+        mean_full_over_stream=round(mean['full'] / mean['stream'], 2),
+        mean_stream_over_none=round(mean['stream'] / mean['none'], 2),
+        mean_ms={k: round(x, 2) for k, x in mean.items()},
+        operations={k: round(x) for k, x in ops.items()},
+        hops=len(hops),
+        hop_ms=[round(took['stream'][k], 2) for k in hops],
+        difference=worst,
+        ticks=ticks,
+    )
+
+# %% ../../nbs/studies/04_bench.ipynb #8884b78a
+_KINDS = dict(eager='eager', graph='graphs', compiled='compiled, in graphs')
+_WAYS = dict(full='recomputed', stream='streamed', none='without history')
+_PLAIN = dict(plain='HaloModel.sample')
+
+
+def _setting_text(cfg: ModelConfig, args) -> str:
+    return f"{cfg.name}{f' ({args.layers} layers)' if args.layers else ''}"
+
+
+def _tick_text(row: dict, ops: dict) -> str:
+    "Ratios of a row, in words."
+    plain = (
+        f"  HaloModel.sample / streamed {row['plain_over_stream']:.2f}\n"
+        if 'plain' in row
+        else ''
+    )
+    hop = statistics.mean(row['hop_ms']) if row['hops'] else 0
+    return (
+        f"{plain}  recomputed / streamed {row['full_over_stream']:.2f} (means"
+        f" {row['mean_full_over_stream']:.2f}; operations"
+        f" {ops['full'] / ops['stream']:.2f}); streamed / none"
+        f" {row['stream_over_none']:.2f} (means {row['mean_stream_over_none']:.2f};"
+        f" operations {ops['stream'] / ops['none']:.2f})\n  a hop {hop:.1f} ms; largest"
+        f" difference of actions {row['difference']:.0e}"
+    )
+
+# %% ../../nbs/studies/04_bench.ipynb #2af8868c
+def _say_bound(bound: dict[str, float]) -> None:
+    least = ', '.join(f'{x:.1f} ms {_WAYS[k]}' for k, x in bound.items())
+    print(
+        f"{torch.cuda.get_device_name()} needs at least {least}: recomputed / streamed"
+        f" {bound['full'] / bound['stream']:.2f} (operations and bytes at the peak rates of"
+        " its data sheet)",
+        flush=True,
+    )
+
+
+def _say_tick(cfg: ModelConfig, kind: str, row: dict, ops: dict, args) -> None:
+    names, s = _PLAIN | _WAYS, cfg.sampling
+    spent = ', '.join(f"{names[k]} {row[k]['ms']:.1f} ms" for k in names if k in row)
+    print(
+        f"{_setting_text(cfg, args)}, {s.history_frames} frames, hop {s.history_hop},"
+        f" {_KINDS[kind]}: {spent} (medians of {args.ticks} ticks with {row['hops']}"
+        f" hops)\n{_tick_text(row, ops)}",
+        flush=True,
+    )
 
 # %% ../../nbs/studies/04_bench.ipynb #8afad800
 def bench_tick(args) -> dict:
     "Recomputed, streamed, none: eagerly, and as graphs where asked."
     cfg, out = bench_config(args), {}
     model = build(cfg, args.device)
-    s = cfg.sampling
-    first = s.history_frames + 2 * s.history_hop + 8
-    ops = tick_operations(cfg)
-    bound = tick_bound(cfg, args.device)
+    first = cfg.sampling.history_frames + 2 * cfg.sampling.history_hop + 8
+    ticks = range(first, first + args.ticks)
+    ops, bound = tick_operations(cfg), tick_bound(cfg, args.device)
     if bound:
-        print(
-            f"{torch.cuda.get_device_name()} needs at least "
-            + ', '.join(
-                f"{x:.1f} ms"
-                f" {dict(full='recomputed', stream='streamed', none='without history')[k]}"
-                for k, x in bound.items()
-            )
-            + f": recomputed / streamed {bound['full'] / bound['stream']:.2f} (operations"
-            " and bytes at the peak rates of its data sheet)",
-            flush=True,
-        )
-    for kind in ['eager', 'graph', 'compiled'][
-        args.no_eager : 3 if args.compile else 2 if args.graph else 1
-    ]:
-        took, worst, hops = compare_ticks(
-            model,
-            range(first, first + args.ticks),
-            kind != 'eager',
-            args.device,
+        _say_bound(bound)
+    last = 3 if args.compile else 2 if args.graph else 1
+    for kind in list(_KINDS)[args.no_eager : last]:
+        how = dict(
             ways=('plain', 'full', 'stream', 'none')[args.no_plain or kind != 'eager' :],
             compiled=kind == 'compiled',
         )
-        t, mean = summary(took), {k: statistics.mean(x) for k, x in took.items()}
-        times = {
-            f'{a}_over_{b}': round(t[a]['ms'] / t[b]['ms'], 2)
-            for a, b in (('plain', 'stream'), ('full', 'stream'), ('stream', 'none'))
-            if a in t
-        }
-        row = dict(
-            t,
-            **times,
-            mean_full_over_stream=round(mean['full'] / mean['stream'], 2),
-            mean_stream_over_none=round(mean['stream'] / mean['none'], 2),
-            mean_ms={k: round(x, 2) for k, x in mean.items()},
-            operations={k: round(x) for k, x in ops.items()},
-            hops=len(hops),
-            hop_ms=[round(took['stream'][k], 2) for k in hops],
-            difference=worst,
-            ticks=args.ticks,
-        )
-        if bound:
-            row |= dict(bound_ms=bound)
-        out[kind] = row
-        names = dict(
-            plain='HaloModel.sample',
-            full='recomputed',
-            stream='streamed',
-            none='without history',
-        )
-        spent = ', '.join(f"{names[k]} {x['ms']:.1f} ms" for k, x in t.items())
-        print(
-            f"{cfg.name}{f' ({args.layers} layers)' if args.layers else ''},"
-            f" {s.history_frames} frames, hop {s.history_hop},"
-            f" {dict(eager='eager', graph='graphs', compiled='compiled, in graphs')[kind]}:"
-            f" {spent} (medians of {args.ticks} ticks with {len(hops)} hops)\n"
-            + (
-                f"  HaloModel.sample / streamed {row['plain_over_stream']:.2f}\n"
-                if 'plain' in t
-                else ''
-            )
-            + f"  recomputed / streamed {row['full_over_stream']:.2f} (means"
-            f" {row['mean_full_over_stream']:.2f}; operations"
-            f" {ops['full'] / ops['stream']:.2f}); streamed / none"
-            f" {row['stream_over_none']:.2f} (means {row['mean_stream_over_none']:.2f};"
-            f" operations {ops['stream'] / ops['none']:.2f})\n  a hop"
-            f" {statistics.mean(row['hop_ms']) if hops else 0:.1f} ms; largest difference"
-            f" of actions {worst:.0e}",
-            flush=True,
-        )
+        found = compare_ticks(model, ticks, kind != 'eager', args.device, **how)
+        row = _tick_row(*found, ops, args.ticks)
+        out[kind] = row | dict(bound_ms=bound) if bound else row
+        _say_tick(cfg, kind, row, ops, args)
+    return out
+
+# %% ../../nbs/studies/04_bench.ipynb #a412c70f
+def _ticks(model: HaloModel, args, **more) -> dict:
+    "Times of `args.rounds` ticks by way."
+    # graphs of a recomputed tick differ for every length of the history
+    eager = not args.graph or args.device == 'cpu'
+    ways = ('full', 'stream', 'none') if eager else ('stream', 'none')
+    ticks, how = range(140, 140 + args.rounds), dict(compiled=args.compile, ways=ways)
+    return summary(compare_ticks(model, ticks, args.graph, args.device, **how, **more)[0])
+
+
+def _say_times(what: str, times: dict) -> None:
+    print(what + ', '.join(f"{k} {v['ms']:.1f} ms" for k, v in times.items()))
+
+
+def _cost_of_history(model: HaloModel, args) -> dict:
+    "A tick against the number of history frames."
+    cfg, out = model.cfg, {}
+    for n in (0, 8, 16, 32, 48, 64, 80):
+        hop = min(args.hop, n // 2 // 2 * 2)
+        model.cfg = cfg.but(sampling__history_frames=n, sampling__history_hop=hop)
+        out[n] = _ticks(model, args)
+        _say_times(f'history {n:2}: ', out[n])
+    model.cfg = cfg
+    return out
+
+
+def _cost_of_views(model: HaloModel, args) -> dict:
+    "A tick against the number of views."
+    out = {}
+    for v in (1, 2, 3):
+        out[v] = _ticks(model, args, views=v)
+        _say_times(f'views {v}: ', out[v])
+    return out
+
+# %% ../../nbs/studies/04_bench.ipynb #8bab1594
+def _cost_of_steps(model: HaloModel, args) -> dict:
+    "Denoising alone against its steps."
+    cfg, dev = model.cfg, args.device
+    prefix = model.encode(next(episode(cfg, range(140, 141), device=dev)))
+    noise = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev)
+    denoise = lambda k: model.integrate(Denoiser(model, prefix), noise, k)
+    fns = {str(k): partial(denoise, k) for k in (1, 2, 5, 10, 20)}
+    t = summary(alternate(fns, args.rounds, dev))
+    said = ', '.join(f"{k} steps {v['ms']:.1f} ms" for k, v in t.items())
+    print(f'denoising alone: {said}')
+    return t
+
+
+def _cost_of_batch(model: HaloModel, args) -> dict:
+    "A recomputed tick of several robots at once."
+    cfg, dev, out = model.cfg, args.device, {}
+    for b in (1, 2, 4, 8):
+        obs = next(episode(cfg, range(140, 141), device=dev, batch=b))
+        x = torch.randn(b, cfg.chunk, cfg.max_action_dim, device=dev)
+        fns = {'full': partial(cached, model, obs, x)}
+        out[b] = summary(alternate(fns, max(3, args.rounds // 4), dev, 1))
+        print(f"batch {b}: recomputed {out[b]['full']['ms']:.1f} ms")
     return out
 
 # %% ../../nbs/studies/04_bench.ipynb #f0c495a9
@@ -538,90 +583,23 @@ def bench_cost(args) -> dict:
     """A tick against history length, number of views, denoising steps and batch; parts of a
     streamed and of a recomputed tick.
     """
-    cfg, dev = bench_config(args), args.device
-    model = build(cfg, dev)
-    out = dict(history={}, views={}, steps={}, batch={})
-    # graphs of a recomputed tick differ for every length of the history
-    ways = (
-        ('full', 'stream', 'none')
-        if not args.graph or args.device == 'cpu'
-        else ('stream', 'none')
+    cfg = bench_config(args)
+    model = build(cfg, args.device)
+    return dict(
+        history=_cost_of_history(model, args),
+        views=_cost_of_views(model, args),
+        steps=_cost_of_steps(model, args),
+        batch=_cost_of_batch(model, args),
+        parts=parts(model, cfg, args),
     )
-    for n in (0, 8, 16, 32, 48, 64, 80):
-        model.cfg = cfg.but(
-            sampling__history_frames=n, sampling__history_hop=min(args.hop, n // 2 // 2 * 2)
-        )
-        took, _, _ = compare_ticks(
-            model,
-            range(140, 140 + args.rounds),
-            args.graph,
-            dev,
-            compiled=args.compile,
-            ways=ways,
-        )
-        out['history'][n] = summary(took)
-        print(
-            f'history {n:2}: '
-            + ', '.join(f"{k} {v['ms']:.1f} ms" for k, v in out['history'][n].items())
-        )
-    model.cfg = cfg
-    for v in (1, 2, 3):
-        took, _, _ = compare_ticks(
-            model,
-            range(140, 140 + args.rounds),
-            args.graph,
-            dev,
-            views=v,
-            compiled=args.compile,
-            ways=ways,
-        )
-        out['views'][v] = summary(took)
-        print(
-            f'views {v}: '
-            + ', '.join(f"{k} {x['ms']:.1f} ms" for k, x in out['views'][v].items())
-        )
-    obs = next(episode(cfg, range(140, 141), device=dev))
-    prefix = model.encode(obs)
-    noise = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev)
-    t = summary(
-        alternate(
-            {
-                str(k): partial(
-                    lambda k: model.integrate(Denoiser(model, prefix), noise, k), k
-                )
-                for k in (1, 2, 5, 10, 20)
-            },
-            args.rounds,
-            dev,
-        )
-    )
-    out['steps'] = t
-    print(
-        'denoising alone: ' + ', '.join(f"{k} steps {v['ms']:.1f} ms" for k, v in t.items())
-    )
-    for b in (1, 2, 4, 8):
-        obs = next(episode(cfg, range(140, 141), device=dev, batch=b))
-        x = torch.randn(b, cfg.chunk, cfg.max_action_dim, device=dev)
-        out['batch'][b] = summary(
-            alternate(
-                {'full': lambda: cached(model, obs, x)}, max(3, args.rounds // 4), dev, 1
-            )
-        )
-        print(f"batch {b}: recomputed {out['batch'][b]['full']['ms']:.1f} ms")
-    out['parts'] = parts(model, cfg, args)
-    return out
 
 # %% ../../nbs/studies/04_bench.ipynb #021a46d9
 class Stopwatch:
     "Time spent in modules: hooks before and behind them."
 
     def __init__(self, groups: dict[str, list[nn.Module]], device):
-        self.ms, self.device, self.handles, self.began = (
-            {n: 0.0 for n in groups},
-            device,
-            [],
-            {},
-        )
+        self.ms, self.device = {n: 0.0 for n in groups}, device
+        self.handles, self.began = [], {}
         for n, modules in groups.items():
             for m in modules:
                 self.handles += [
@@ -658,26 +636,18 @@ def groups_of_parts(model: HaloModel) -> dict[str, list[nn.Module]]:
 @torch.inference_mode()
 def parts(model: HaloModel, cfg: ModelConfig, args) -> dict:
     "Median milliseconds of each part of a tick, by way."
-    out, noise = {}, torch.randn(1, cfg.chunk, cfg.max_action_dim, device=args.device)
+    dev, out = args.device, {}
+    noise = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev)
     for how in ('full', 'stream', 'none'):
-        run, rows, watch = (
-            Runner(model, how, False),
-            [],
-            Stopwatch(groups_of_parts(model), args.device),
-        )
-        for k, obs in enumerate(
-            episode(cfg, range(140, 143 + args.rounds), device=args.device)
-        ):
+        run, rows = Runner(model, how, False), []
+        watch = Stopwatch(groups_of_parts(model), dev)
+        ticks = range(140, 143 + args.rounds)
+        for k, obs in enumerate(episode(cfg, ticks, device=dev)):
             watch.ms = dict.fromkeys(watch.ms, 0.0)
-            wait(args.device)
-            began = time.perf_counter()
-            run(obs, noise)
-            wait(args.device)
-            total = 1e3 * (time.perf_counter() - began)
+            total = timed(partial(run, obs, noise), dev)[1]
             if k > 2:
-                rows.append(
-                    dict(watch.ms, rest=total - sum(watch.ms.values()), total=total)
-                )
+                rest = total - sum(watch.ms.values())
+                rows.append(dict(watch.ms, rest=rest, total=total))
         watch.close()
         out[how] = {n: round(statistics.median(r[n] for r in rows), 3) for n in rows[0]}
         print(f'{how:6}: ' + ', '.join(f'{n} {x:.1f}' for n, x in out[how].items()) + ' ms')
@@ -700,61 +670,73 @@ def training_step(model: HaloModel, obs: Observation, actions: Tensor) -> None:
     model.loss(obs, actions).backward()
     model.zero_grad(set_to_none=True)
 
-# %% ../../nbs/studies/04_bench.ipynb #750b8ff3
-def bench_share(args) -> dict:
-    "1 - time without / time with."
-    cfg, dev = bench_config(args), args.device
-    model = build(cfg, dev)
+# %% ../../nbs/studies/04_bench.ipynb #f39c9219
+def _with_free_converter(model: HaloModel) -> HaloModel:
+    "The same model, but each block passes on the first heads of the cache."
     free = copy.copy(model)
     free._modules = dict(model._modules)
     free.blocks = nn.ModuleList(copy.copy(b) for b in model.blocks)
     for b in free.blocks:
         b._modules = dict(b._modules)
-        b.rerep = Pick(cfg.expert.kv_heads)
-    out, s = {}, cfg.sampling.history_frames
+        b.rerep = Pick(model.cfg.expert.kv_heads)
+    return free
+
+
+def _share(t: dict) -> dict:
+    return dict(t, share=round(1 - t['without']['ms'] / t['with']['ms'], 4))
+
+# %% ../../nbs/studies/04_bench.ipynb #93ee3d46
+def _ticks_in_turns(runs: dict[str, Callable], observations, noise: Tensor, dev) -> dict:
+    "Times of runners on the same ticks; the first six do not count."
+    took = {n: [] for n in runs}
+    for k, obs in enumerate(observations):
+        for n, r in runs.items():
+            ms = timed(partial(r, obs, noise), dev)[1]
+            if k > 5:
+                took[n].append(ms)
+    return summary(took)
+
+# %% ../../nbs/studies/04_bench.ipynb #71957df0
+def _share_of_training(model: HaloModel, free: HaloModel, args) -> dict:
+    "With and without SALR: a step on a batch."
+    cfg, dev, s = model.cfg, args.device, model.cfg.sampling.history_frames
     obs = next(episode(cfg, range(s + 40, s + 41), device=dev, batch=args.batch))
     actions = torch.randn(args.batch, cfg.chunk, cfg.max_action_dim, device=dev)
-    t = summary(
-        alternate(
-            {
-                'with': lambda: training_step(model.train(), obs, actions),
-                'without': lambda: training_step(free.train(), obs, actions),
-            },
-            args.rounds,
-            dev,
-        )
-    )
+    fns = {
+        'with': lambda: training_step(model.train(), obs, actions),
+        'without': lambda: training_step(free.train(), obs, actions),
+    }
+    t = summary(alternate(fns, args.rounds, dev))
     model.eval()
     free.eval()
-    out['training step'] = dict(t, share=round(1 - t['without']['ms'] / t['with']['ms'], 4))
-    with torch.inference_mode():
-        for graph in [False, True][args.no_eager : 1 + args.graph]:
-            runs, noise, took = (
-                {
-                    n: Runner(m, 'stream', graph, args.compile)
-                    for n, m in (('with', model), ('without', free))
-                },
-                torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev),
-                {'with': [], 'without': []},
-            )
-            for k, obs in enumerate(
-                episode(cfg, range(s + 8, s + 14 + 2 * args.rounds), device=dev)
-            ):
-                for n, r in runs.items():
-                    wait(dev)
-                    began = time.perf_counter()
-                    r(obs, noise)
-                    wait(dev)
-                    if k > 5:
-                        took[n].append(1e3 * (time.perf_counter() - began))
-            t = summary(took)
-            out['tick, graph' if graph else 'tick'] = dict(
-                t, share=round(1 - t['without']['ms'] / t['with']['ms'], 4)
-            )
+    return _share(t)
+
+
+@torch.inference_mode()
+def _share_of_tick(model: HaloModel, free: HaloModel, graph: bool, args) -> dict:
+    "With and without SALR: streamed ticks."
+    cfg, dev, s = model.cfg, args.device, model.cfg.sampling.history_frames
+    runs = {
+        n: Runner(m, 'stream', graph, args.compile)
+        for n, m in (('with', model), ('without', free))
+    }
+    noise = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev)
+    seen = episode(cfg, range(s + 8, s + 14 + 2 * args.rounds), device=dev)
+    return _share(_ticks_in_turns(runs, seen, noise, dev))
+
+# %% ../../nbs/studies/04_bench.ipynb #750b8ff3
+def bench_share(args) -> dict:
+    "1 - time without / time with."
+    cfg = bench_config(args)
+    model = build(cfg, args.device)
+    free = _with_free_converter(model)
+    out = {'training step': _share_of_training(model, free, args)}
+    for graph in [False, True][args.no_eager : 1 + args.graph]:
+        name = 'tick, graph' if graph else 'tick'
+        out[name] = _share_of_tick(model, free, graph, args)
     for n, r in out.items():
         print(
-            f"SALR's share of a {n} at"
-            f" {cfg.name}{f' ({args.layers} layers)' if args.layers else ''}:"
+            f"SALR's share of a {n} at {_setting_text(cfg, args)}:"
             f" {r['share']:.1%} ({r['with']['ms']:.1f} ms with, {r['without']['ms']:.1f}"
             " without)"
         )
@@ -798,128 +780,148 @@ def weight_bytes(model: nn.Module) -> int:
         size(p.data if type(p.data) is not Tensor else p) for p in model.parameters()
     )
 
+# %% ../../nbs/studies/04_bench.ipynb #e195597a
+class _RecordedChunks:
+    "Chunks of a shipped policy on every second tick of its recorded episode."
+
+    def __init__(self, checkpoint: Path):
+        from halo.sim.evaluate import load_policy
+        from halo.viz.recording import Recording
+
+        self.policy, self.pre, _ = load_policy(checkpoint)
+        self.rec = Recording.load(
+            checkpoint.parent / f'recordings/{checkpoint.name}.safetensors'
+        )
+        self.model = self.policy.model.eval()
+        self.ticks = range(0, len(self.rec.record['state']), 2)
+        c, self.d = self.model.cfg, self.policy.config.action_feature.shape[0]
+        self.dims = (torch.arange(c.max_action_dim) < self.d).float()
+        shape, g = (len(self.ticks), 1, c.chunk, c.max_action_dim), torch.Generator()
+        self.noise = torch.randn(shape, generator=g.manual_seed(0)) * self.dims
+
+    def chunk(self, m, k: int, noise: Tensor, steps: int, method: str) -> Tensor:
+        from halo.sim.evaluate import observation_at
+
+        obs = observation_at(self.policy, self.pre, self.rec.record, self.rec.task, k)
+        f = Denoiser(m, m.encode(obs))
+        return m.integrate(lambda x, t: f(x, t) * self.dims, noise, steps, method)
+
+    @torch.inference_mode()
+    def __call__(self, m, steps: int = 10, method: str = 'euler') -> Tensor:
+        "(t, s, d) of all ticks under the model `m`."
+        pairs = zip(self.ticks, self.noise)
+        all_of_them = [self.chunk(m, k, n, steps, method) for k, n in pairs]
+        return torch.cat(all_of_them)[..., : self.d].float()
+
+# %% ../../nbs/studies/04_bench.ipynb #5829cabf
+def _options(chunks: _RecordedChunks, int8: bool) -> dict[str, Callable]:
+    "Name -> the chunks under that option."
+    model = chunks.model
+    out = {f'{k} Euler': partial(chunks, model, k) for k in (1, 2, 3, 5, 20)}
+    out |= {f'{k} Heun': partial(chunks, model, k, 'heun') for k in (1, 2, 5)}
+    out['bf16'] = lambda: chunks(copy.deepcopy(model).to(torch.bfloat16))
+    if int8:
+        out['int8'] = lambda: chunks(int8_weights(model))
+    return out
+
 # %% ../../nbs/studies/04_bench.ipynb #6718fe57
 def option_errors(args) -> dict:
     "Error of each option on the shipped policy's own recorded observations."
-    from halo.sim.evaluate import load_policy, observation_at
-    from halo.viz.recording import Recording
-
-    shipped = Path(args.checkpoint)
-    policy, pre, post = load_policy(shipped)
-    rec = Recording.load(shipped.parent / f'recordings/{shipped.name}.safetensors')
-    model = policy.model.eval()
-    ticks = range(0, len(rec.record['state']), 2)
-    c, d = model.cfg, policy.config.action_feature.shape[0]
-    dims = (torch.arange(c.max_action_dim) < d).float()
-    noise = (
-        torch.randn(
-            len(ticks),
-            1,
-            c.chunk,
-            c.max_action_dim,
-            generator=torch.Generator().manual_seed(0),
-        )
-        * dims
-    )
-
-    def chunks(m, steps=10, method='euler'):
-        with torch.inference_mode():
-            return torch.cat(
-                [
-                    m.integrate(
-                        lambda x, t, f=Denoiser(m, m.encode(observation_at(policy, pre, rec.record, rec.task, k))): (
-                            f(x, t) * dims
-                        ),
-                        n,
-                        steps,
-                        method,
-                    )
-                    for k, n in zip(ticks, noise)
-                ]
-            )[..., :d].float()
-
-    truth, out = chunks(model), {}
-    kinds = (
-        {f'{k} Euler': lambda k=k: chunks(model, k) for k in (1, 2, 3, 5, 20)}
-        | {f'{k} Heun': lambda k=k: chunks(model, k, 'heun') for k in (1, 2, 5)}
-        | {'bf16': lambda: chunks(copy.deepcopy(model).to(torch.bfloat16))}
-    )
-    if not args.no_int8:
-        kinds['int8'] = lambda: chunks(int8_weights(model))
-    for name, f in kinds.items():
+    chunks = _RecordedChunks(Path(args.checkpoint))
+    executed, ticks = chunks.policy.config.n_action_steps, len(chunks.ticks)
+    truth, out = chunks(chunks.model), {}
+    for name, f in _options(chunks, not args.no_int8).items():
         e = f() - truth
-        first = e[:, : policy.config.n_action_steps]
         out[name] = dict(
             rms=float(e.square().mean().sqrt()),
-            rms_executed=float(first.square().mean().sqrt()),
+            rms_executed=float(e[:, :executed].square().mean().sqrt()),
             worst=float(e.abs().max()),
-            ticks=len(ticks),
+            ticks=ticks,
         )
         print(
-            f"{name:8}: chunk differs by {out[name]['rms']:.4f} sd (the"
-            f" {policy.config.n_action_steps} executed actions by"
-            f" {out[name]['rms_executed']:.4f}, worst entry {out[name]['worst']:.3f}) over"
-            f" {len(ticks)} ticks"
+            f"{name:8}: chunk differs by {out[name]['rms']:.4f} sd (the {executed} executed"
+            f" actions by {out[name]['rms_executed']:.4f}, worst entry"
+            f" {out[name]['worst']:.3f}) over {ticks} ticks"
         )
     return out
+
+# %% ../../nbs/studies/04_bench.ipynb #b87845ca
+def _option_models(model: HaloModel, args) -> dict[str, HaloModel]:
+    "The model under each kind of weights."
+    out = {args.dtype: model}
+    if args.dtype == 'float32':
+        out['bf16'] = copy.deepcopy(model).to(torch.bfloat16)
+    if not args.no_int8:
+        out['int8'] = int8_weights(model)
+    return out
+
+
+def _fewer_steps(model: HaloModel, k: int, args) -> Runner:
+    "A streaming runner that takes `k` denoising steps."
+    r = Runner(model, 'stream', args.graph, args.compile)
+    r.model = copy.copy(model)
+    r.model.cfg = model.cfg.but(flow__steps=k)
+    return r
 
 # %% ../../nbs/studies/04_bench.ipynb #724ed551
 @torch.inference_mode()
 def bench_options(args) -> dict:
     "Errors on the shipped policy; times of a streamed tick at the preset."
-    out = (
-        dict(errors=option_errors(args), ms={}, bytes={})
-        if args.checkpoint
-        else dict(ms={}, bytes={})
-    )
+    out = dict(errors=option_errors(args)) if args.checkpoint else {}
     cfg, dev = bench_config(args), args.device
     model = build(cfg, dev)
-    models = {args.dtype: model}
-    if args.dtype == 'float32':
-        models['bf16'] = copy.deepcopy(model).to(torch.bfloat16)
-    if not args.no_int8:
-        models['int8'] = int8_weights(model)
-    noise, runs = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev), {}
-    for n, m in models.items():
-        out['bytes'][n] = weight_bytes(m)
-        runs[f'{n}, 10 steps'] = Runner(m, 'stream', args.graph, args.compile)
-    for k in (5, 2):
-        runs[f'{args.dtype}, {k} steps'] = r = Runner(
-            model, 'stream', args.graph, args.compile
-        )
-        r.model = copy.copy(model)
-        r.model.cfg = cfg.but(flow__steps=k)
+    models = _option_models(model, args)
+    noise = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev)
+    size = {n: weight_bytes(m) for n, m in models.items()}
+    runs = {
+        f'{n}, 10 steps': Runner(m, 'stream', args.graph, args.compile)
+        for n, m in models.items()
+    }
+    runs |= {f'{args.dtype}, {k} steps': _fewer_steps(model, k, args) for k in (5, 2)}
     for r in runs.values():
         if r.program:
-            r.program = GraphStreamer(
-                r.model, steps=r.model.cfg.flow.steps, compiled=args.compile
-            )
-    took = {n: [] for n in runs}
-    for k, obs in enumerate(episode(cfg, range(140, 146 + args.rounds), device=dev)):
-        for n, r in runs.items():
-            wait(dev)
-            began = time.perf_counter()
-            r(obs, noise)
-            wait(dev)
-            if k > 5:
-                took[n].append(1e3 * (time.perf_counter() - began))
-    out['ms'] = summary(took)
-    base = out['ms'][f'{args.dtype}, 10 steps']['ms']
-    for n, t in out['ms'].items():
-        print(
-            f"{n:20}: {t['ms']:.1f} ms a tick at {cfg.name}, {base / t['ms']:.2f} times"
-            " faster"
-            + (
-                f", weights {out['bytes'][n.split(',')[0]] / 1e6:.0f} MB"
-                if n.split(',')[0] in out['bytes']
-                else ''
-            )
-        )
-    return out
+            steps = r.model.cfg.flow.steps
+            r.program = GraphStreamer(r.model, steps=steps, compiled=args.compile)
+    seen = episode(cfg, range(140, 146 + args.rounds), device=dev)
+    times = _ticks_in_turns(runs, seen, noise, dev)
+    _say_options(cfg, times, times[f'{args.dtype}, 10 steps']['ms'], size)
+    return out | dict(ms=times, bytes=size)
+
+
+def _say_options(cfg: ModelConfig, times: dict, base: float, size: dict) -> None:
+    for n, t in times.items():
+        kind = n.split(',')[0]
+        weights = f', weights {size[kind] / 1e6:.0f} MB' if kind in size else ''
+        faster = f"{base / t['ms']:.2f} times faster"
+        print(f"{n:20}: {t['ms']:.1f} ms a tick at {cfg.name}, {faster}{weights}")
 
 # %% ../../nbs/studies/04_bench.ipynb #fe42b9c1
 def count(m: nn.Module) -> int:
     return sum(p.numel() for p in m.parameters())
+
+# %% ../../nbs/studies/04_bench.ipynb #83725942
+def _fill_pi0(net: nn.Module, config, sizes: list[tuple]) -> None:
+    "Body, expert and projections of a π0, of the given `sizes` of body and expert."
+    from lerobot.policies.pi0.modeling_pi0 import GemmaConfig, PaliGemmaWithExpertModel
+
+    body, expert = (GemmaConfig(*s) for s in sizes)
+    net.config, net.rtc_processor = config, None
+    net.gradient_checkpointing_enabled = False
+    net.paligemma_with_expert = PaliGemmaWithExpertModel(
+        body,
+        expert,
+        use_adarms=[False, False],
+        precision=config.dtype,
+        image_size=224,
+        freeze_vision_encoder=False,
+        train_expert_only=False,
+    )
+    width = sizes[1][0]
+    net.action_in_proj = nn.Linear(32, width)
+    net.action_out_proj = nn.Linear(width, 32)
+    net.state_proj = nn.Linear(32, width)
+    net.action_time_mlp_in = nn.Linear(2 * width, width)
+    net.action_time_mlp_out = nn.Linear(width, width)
 
 # %% ../../nbs/studies/04_bench.ipynb #185b6cf0
 def pi0(
@@ -937,50 +939,37 @@ def pi0(
     8; 1024, 4096).
     """
     from lerobot.policies.pi0.configuration_pi0 import PI0Config
-    from lerobot.policies.pi0.modeling_pi0 import (
-        GemmaConfig,
-        PaliGemmaWithExpertModel,
-        PI0Pytorch,
-    )
+    from lerobot.policies.pi0.modeling_pi0 import PI0Pytorch
+
+    sizes = [
+        (width, depth, mlp, heads, 1, head_dim),
+        (expert_width, depth, expert_mlp, heads, 1, head_dim),
+    ]
 
     class Sized(PI0Pytorch):
         def __init__(self, config):
             nn.Module.__init__(self)
-            self.config, self.rtc_processor, self.gradient_checkpointing_enabled = (
-                config,
-                None,
-                False,
-            )
-            body, expert = (
-                GemmaConfig(width, depth, mlp, heads, 1, head_dim),
-                GemmaConfig(expert_width, depth, expert_mlp, heads, 1, head_dim),
-            )
-            self.paligemma_with_expert = PaliGemmaWithExpertModel(
-                body,
-                expert,
-                use_adarms=[False, False],
-                precision=config.dtype,
-                image_size=224,
-                freeze_vision_encoder=False,
-                train_expert_only=False,
-            )
-            self.action_in_proj, self.action_out_proj, self.state_proj = (
-                nn.Linear(32, expert_width),
-                nn.Linear(expert_width, 32),
-                nn.Linear(32, expert_width),
-            )
-            self.action_time_mlp_in, self.action_time_mlp_out = (
-                nn.Linear(2 * expert_width, expert_width),
-                nn.Linear(expert_width, expert_width),
-            )
+            _fill_pi0(self, config, sizes)
 
     out = Sized(PI0Config(dtype=dtype, chunk_size=chunk, n_action_steps=chunk)).eval()
     both = out.paligemma_with_expert
-    # word heads that π0 never runs
     both.paligemma.lm_head = both.gemma_expert.lm_head = nn.Identity()
     return out
 
 # %% ../../nbs/studies/04_bench.ipynb #be8d10f0
+_SMOL_VISION = dict(
+    hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
+)
+_SMOL_TEXT = dict(
+    hidden_size=960,
+    num_attention_heads=15,
+    num_key_value_heads=5,
+    head_dim=64,
+    intermediate_size=2560,
+    vocab_size=49280,
+)
+
+
 def smolvla(chunk: int, dtype: str, layers: int = 16) -> nn.Module:
     """LeRobot's SmolVLA: the widths of SmolVLM2-500M, its first `layers` layers, an expert
     of 0.75 its width; a view of 224 pixels gives 49 tokens.
@@ -992,42 +981,42 @@ def smolvla(chunk: int, dtype: str, layers: int = 16) -> nn.Module:
 
     from halo.studies.baselines import smolvlm_folder
 
+    text = dict(_SMOL_TEXT, num_hidden_layers=layers)
     with tempfile.TemporaryDirectory() as d:
-        folder = smolvlm_folder(
-            d,
-            224,
-            16,
-            dict(
-                hidden_size=768,
-                num_hidden_layers=12,
-                num_attention_heads=12,
-                intermediate_size=3072,
-            ),
-            dict(
-                hidden_size=960,
-                num_hidden_layers=layers,
-                num_attention_heads=15,
-                num_key_value_heads=5,
-                head_dim=64,
-                intermediate_size=2560,
-                vocab_size=49280,
-            ),
+        config = SmolVLAConfig(
+            vlm_model_name=str(smolvlm_folder(d, 224, 16, _SMOL_VISION, text)),
+            load_vlm_weights=False,
+            chunk_size=chunk,
+            n_action_steps=chunk,
+            num_vlm_layers=layers,
+            expert_width_multiplier=0.75,
+            freeze_vision_encoder=False,
+            train_expert_only=False,
         )
-        out = VLAFlowMatching(
-            SmolVLAConfig(
-                vlm_model_name=str(folder),
-                load_vlm_weights=False,
-                chunk_size=chunk,
-                n_action_steps=chunk,
-                num_vlm_layers=layers,
-                expert_width_multiplier=0.75,
-                freeze_vision_encoder=False,
-                train_expert_only=False,
-            )
-        ).eval()
+        out = VLAFlowMatching(config).eval()
     # LeRobot keeps the projections around it in float32
     out.vlm_with_expert.to(getattr(torch, dtype)).vlm.lm_head = nn.Identity()
     return out
+
+# %% ../../nbs/studies/04_bench.ipynb #aa8d1d96
+_SIZED = dict(
+    name='sized',
+    vlm_id='',
+    checkpointing=False,
+    salr__state_heads=8,
+    sampling__history_frames=0,
+    sampling__history_hop=0,
+)
+
+
+def _layers_for(target: int, base: ModelConfig) -> int:
+    "How many layers give `base` about `target` parameters."
+
+    def size(l):
+        with torch.device('meta'):
+            return count(HaloModel(base.but(text__layers=l)))
+
+    return max(2, 2 + round((target - size(2)) / (size(3) - size(2))))
 
 # %% ../../nbs/studies/04_bench.ipynb #2393eb90
 def like_sized(
@@ -1048,35 +1037,19 @@ def like_sized(
     """HALO's configuration without history whose parameter count is nearest to `target`, by
     its number of layers.
     """
+    text = dict(width=width, heads=heads, kv_heads=kv, mlp=mlp, vocab=vocab)
+    expert = dict(width=expert_width, heads=expert_width * heads // width, mlp=expert_mlp)
     base = preset('paper').but(
-        name='sized',
-        vlm_id='',
-        checkpointing=False,
+        **_SIZED,
         dtype=dtype,
         chunk=chunk,
         tokenizer=tokenizer,
-        text__width=width,
-        text__heads=heads,
-        text__kv_heads=kv,
-        text__mlp=mlp,
-        text__vocab=vocab,
         text__mrope_section=mrope,
-        expert__width=expert_width,
-        expert__heads=expert_width * heads // width,
-        expert__mlp=expert_mlp,
-        salr__state_heads=8,
-        sampling__history_frames=0,
-        sampling__history_hop=0,
+        **{f'text__{k}': v for k, v in text.items()},
+        **{f'expert__{k}': v for k, v in expert.items()},
         **{f'vision__{k}': v for k, v in vision.items()},
     )
-
-    def size(l):
-        with torch.device('meta'):
-            return count(HaloModel(base.but(text__layers=l)))
-
-    return base.but(
-        text__layers=max(2, 2 + round((target - size(2)) / (size(3) - size(2))))
-    )
+    return base.but(text__layers=_layers_for(target, base))
 
 # %% ../../nbs/studies/04_bench.ipynb #e3ef2f5e
 _PI0 = dict(width=2048, mlp=16384, heads=8, expert_width=1024, expert_mlp=4096)
@@ -1102,11 +1075,9 @@ _BESIDE_SMOLVLA = dict(
     mrope=(8, 12, 12),
     tokenizer='tiny',
 )
-# π0 at its published sizes, or at their widths and a third of the depth for a CPU; SmolVLA
-# is small enough to stay whole
-PEERS = dict(full=(18, 16), third=(6, 16))
+PEERS = dict(full=(18, 16), third=(6, 16))  # layers of π0 and of SmolVLA
 
-
+# %% ../../nbs/studies/04_bench.ipynb #53e54b9d
 def peers(size: str, chunk: int, dtype: str) -> dict[str, tuple[nn.Module, dict]]:
     """LeRobot's π0 and SmolVLA with random weights, each with the widths of the HALO that
     is put beside it.
@@ -1117,40 +1088,50 @@ def peers(size: str, chunk: int, dtype: str) -> dict[str, tuple[nn.Module, dict]
         'SmolVLA': (partial(smolvla, chunk, dtype, shallow), _BESIDE_SMOLVLA),
     }
 
+# %% ../../nbs/studies/04_bench.ipynb #c0b4c2a2
+def _peer_call(other: nn.Module, noise: Tensor, dtype, dev) -> Callable:
+    "A chunk of a peer from two views of 224 pixels and 16 words."
+    images = [
+        torch.rand(1, 3, 224, 224, device=dev).to(dtype) * 2 - 1 for _ in range(2)
+    ]
+    there = [torch.ones(1, dtype=torch.bool, device=dev)] * 2
+    words = torch.randint(20, 400, (1, 16), device=dev)
+    state = torch.randn(1, 32, device=dev).to(other.state_proj.weight.dtype)
+    start = noise.to(other.action_in_proj.weight.dtype)
+
+    def call():
+        mask = torch.ones_like(words, dtype=torch.bool)
+        seen = (images, there, words, mask, state)
+        return other.sample_actions(*seen, noise=start, num_steps=10)
+
+    return call
+
+
+def _say_peer(name: str, n: dict, t: dict, layers: int) -> None:
+    print(
+        f"parameters: {name} {n[name]:,}, HALO without history {n['HALO']:,}"
+        f" ({n['HALO'] / n[name] - 1:+.1%}; {layers} layers)"
+    )
+    for k, x in t.items():
+        share = x['ms'] / t[name]['ms']
+        print(f"{k:12}: {x['ms']:.1f} ms a chunk, {share:.2f} of {name}'s time")
+
 # %% ../../nbs/studies/04_bench.ipynb #c0275323
 @torch.inference_mode()
 def compare_peer(name: str, make: Callable, beside: dict, args, chunk: int = 50) -> dict:
     """Chunk times of a peer and of HALO without history at its size, eager, in turns: two
     views of 224 pixels, 16 words, ten steps.
     """
-    dev, kind = args.device, args.dtype
+    dev = args.device
     torch.manual_seed(0)
     with torch.device(dev):
         other = make().to(dev)
-    cfg = like_sized(count(other), chunk, kind, **beside)
+    cfg = like_sized(count(other), chunk, args.dtype, **beside)
     model = build(cfg, dev)
     obs = next(episode(cfg, range(1), device=dev))
     noise = torch.randn(1, chunk, 32, device=dev)
-    images = [
-        torch.rand(1, 3, 224, 224, device=dev).to(getattr(torch, kind)) * 2 - 1
-        for _ in range(2)
-    ]
-    there = [torch.ones(1, dtype=torch.bool, device=dev)] * 2
-    words = torch.randint(20, 400, (1, 16), device=dev)
-    state, start = (
-        torch.randn(1, 32, device=dev).to(other.state_proj.weight.dtype),
-        noise.to(other.action_in_proj.weight.dtype),
-    )
     runs = {
-        name: lambda: other.sample_actions(
-            images,
-            there,
-            words,
-            torch.ones_like(words, dtype=torch.bool),
-            state,
-            noise=start,
-            num_steps=10,
-        ),
+        name: _peer_call(other, noise, getattr(torch, args.dtype), dev),
         'HALO': lambda: cached(model, obs, noise),
     }
     if args.graph:
@@ -1158,21 +1139,9 @@ def compare_peer(name: str, make: Callable, beside: dict, args, chunk: int = 50)
         runs['HALO, graph'] = lambda: program.sample(obs, noise)
     t = summary(alternate(runs, args.rounds, dev))
     n = {name: count(other), 'HALO': count(model)}
-    print(
-        f"parameters: {name} {n[name]:,}, HALO without history {n['HALO']:,}"
-        f" ({n['HALO'] / n[name] - 1:+.1%}; {cfg.text.layers} layers)"
-    )
-    for k, x in t.items():
-        print(
-            f"{k:12}: {x['ms']:.1f} ms a chunk, {x['ms'] / t[name]['ms']:.2f} of {name}'s"
-            " time"
-        )
-    return dict(
-        t,
-        parameters=n,
-        layers=cfg.text.layers,
-        ratio=round(t['HALO']['ms'] / t[name]['ms'], 3),
-    )
+    _say_peer(name, n, t, cfg.text.layers)
+    ratio = round(t['HALO']['ms'] / t[name]['ms'], 3)
+    return dict(t, parameters=n, layers=cfg.text.layers, ratio=ratio)
 
 # %% ../../nbs/studies/04_bench.ipynb #db3bdc19
 def bench_peers(args) -> dict:
@@ -1215,75 +1184,69 @@ def keep(file: Path, name: str, result: dict) -> None:
     part.write_text(json.dumps(known | {name: result}, indent=1))
     os.replace(part, file)
 
+# %% ../../nbs/studies/04_bench.ipynb #eafa7cd4
+def _model_options(p: argparse.ArgumentParser) -> None:
+    "Which model, on which device, in which form."
+    add, flag = p.add_argument, partial(p.add_argument, action='store_true')
+    add('--preset', default='small')
+    add('--layers', type=int, default=0, help='cut the preset to this many layers')
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--dtype', default='float32', choices=['float32', 'bfloat16'])
+    flag('--graph', help='static programs, replayed as CUDA graphs on a GPU')
+    flag('--compile', help='with --graph: layers through torch.compile')
+    flag('--no-eager', help='with --graph: graphs alone')
+    add('--history', type=int, default=80)
+    add('--hop', type=int, default=16)
+
 # %% ../../nbs/studies/04_bench.ipynb #87e0edc8
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog='python -m halo.studies.bench',
         description='Time HALO: medians of things timed in turns.',
     )
-    p.add_argument('what', choices=sorted(BENCHES))
-    p.add_argument('--preset', default='small')
-    p.add_argument(
-        '--layers', type=int, default=0, help='cut the preset to this many layers'
-    )
-    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    p.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
-    p.add_argument(
-        '--graph',
-        action='store_true',
-        help='static programs, replayed as CUDA graphs on a GPU',
-    )
-    p.add_argument(
-        '--compile', action='store_true', help='with --graph: layers through torch.compile'
-    )
-    p.add_argument('--no-eager', action='store_true', help='with --graph: graphs alone')
-    p.add_argument('--history', type=int, default=80)
-    p.add_argument('--hop', type=int, default=16)
-    p.add_argument('--ticks', type=int, default=40)
-    p.add_argument(
-        '--no-plain', action='store_true', help='leave HaloModel.sample out of `tick`'
-    )
-    p.add_argument('--rounds', type=int, default=20)
-    p.add_argument('--batch', type=int, default=1)
-    p.add_argument(
-        '--checkpoint', default='', help='a shipped policy for the errors of `options`'
-    )
-    p.add_argument('--no-int8', action='store_true')
-    p.add_argument(
-        '--size', default='third', choices=sorted(PEERS), help='sizes for `peers`'
-    )
-    p.add_argument('--out', type=Path, help='JSON file to add the result to')
-    p.add_argument('--name', help='its name there')
+    add = p.add_argument
+    add('what', choices=sorted(BENCHES))
+    _model_options(p)
+    add('--ticks', type=int, default=40)
+    plain = 'leave HaloModel.sample out of `tick`'
+    add('--no-plain', action='store_true', help=plain)
+    add('--rounds', type=int, default=20)
+    add('--batch', type=int, default=1)
+    add('--checkpoint', default='', help='a shipped policy for the errors of `options`')
+    add('--no-int8', action='store_true')
+    add('--size', default='third', choices=sorted(PEERS), help='sizes for `peers`')
+    add('--out', type=Path, help='JSON file to add the result to')
+    add('--name', help='its name there')
     return p
 
 # %% ../../nbs/studies/04_bench.ipynb #fe065125
-def main(argv: list[str] | None = None) -> int:
-    "Run one bench; exit status 0."
-    p = parser()
-    args = p.parse_args(argv)
+def _refuse(p: argparse.ArgumentParser, args) -> None:
+    "Exit for options that contradict each other or a device that is not there."
     if (args.compile or args.no_eager) and not args.graph:
         p.error('--compile and --no-eager speak of static programs: add --graph')
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         sys.exit(
             f"--device {args.device}: torch sees no CUDA device here; use --device cpu"
         )
+
+
+def main(argv: list[str] | None = None) -> int:
+    "Run one bench; exit status 0."
+    p = parser()
+    args = p.parse_args(argv)
+    _refuse(p, args)
     # a tick that recomputes has a shape for every length of the history
     if args.compile:
         torch._dynamo.config.recompile_limit = 64
     began = time.perf_counter()
-    result = BENCHES[args.what](args)
-    settings = {k: v for k, v in vars(args).items() if k not in ('out', 'name', 'what')}
+    row = dict(result=BENCHES[args.what](args))
+    row['settings'] = {
+        k: v for k, v in vars(args).items() if k not in ('out', 'name', 'what')
+    }
     if args.out:
-        keep(
-            args.out,
-            args.name or args.what,
-            dict(
-                result=result,
-                settings=settings,
-                machine=machine(args.device),
-                seconds=round(time.perf_counter() - began, 1),
-            ),
-        )
+        seconds = round(time.perf_counter() - began, 1)
+        row |= dict(machine=machine(args.device), seconds=seconds)
+        keep(args.out, args.name or args.what, row)
     return 0
 
 # %% ../../nbs/studies/04_bench.ipynb #bd952962

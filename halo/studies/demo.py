@@ -52,20 +52,23 @@ CHECKPOINTS, DATA = shipped('checkpoints/flash_place'), place('data')
 RUNS, OUT = place('runs/flash_place'), place('outputs/demo')
 
 # %% ../../nbs/studies/02_demo.ipynb #72860a1a
+def _shipped_files(run: Path) -> list[Path]:
+    "What ships of a training run: its checkpoint without the optimizer, log, masks."
+    made = [f for f in (run / 'checkpoint').iterdir() if f.is_file()]
+    beside = [f for f in (run / 'log.jsonl', run / 'masks.safetensors') if f.exists()]
+    return made + beside
+
+
 def ship(run: Path, target: Path) -> Path:
     """Copy the policy of a training run (`run/checkpoint`, its log, its masks along
     training) to `target`, whole or not at all.
     """
-    tmp, old = (
-        target.with_name(target.name + '.tmp'),
-        target.with_name(target.name + '.old'),
-    )
+    tmp = target.with_name(target.name + '.tmp')
+    old = target.with_name(target.name + '.old')
     for d in (tmp, old):
         shutil.rmtree(d, ignore_errors=True)
     tmp.mkdir(parents=True)
-    for f in [f for f in (run / 'checkpoint').iterdir() if f.is_file()] + [
-        f for f in (run / 'log.jsonl', run / 'masks.safetensors') if f.exists()
-    ]:
+    for f in _shipped_files(run):
         shutil.copy2(f, tmp)
     if target.exists():
         target.rename(old)
@@ -129,6 +132,19 @@ def device() -> str:
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 # %% ../../nbs/studies/02_demo.ipynb #00bf1486
+def _gentle(steps: int, batch: int) -> TrainConfig:
+    "Settings for a few more steps: a twentieth of the rate, every step logged."
+    return replace(
+        TRAIN,
+        steps=steps,
+        batch=batch,
+        lr=TRAIN.lr / 20,
+        warmup=1,
+        log_every=1,
+        save_every=steps,
+    )
+
+
 def continue_training(
     dataset: LeRobotDataset,
     checkpoint: Path,
@@ -140,20 +156,10 @@ def continue_training(
     its learning rate; returns the log.
     """
     shutil.rmtree(out, ignore_errors=True)
-    tc = replace(
-        TRAIN,
-        steps=steps,
-        batch=batch,
-        lr=TRAIN.lr / 20,
-        warmup=1,
-        log_every=1,
-        save_every=steps,
-    )
     # what was trained, whatever the preset says today
     model = PreTrainedConfig.from_pretrained(checkpoint).model
-    train(
-        dataset, out, tc, resume=False, init_from=checkpoint, device=device(), model=model
-    )
+    tc, start = _gentle(steps, batch), dict(resume=False, init_from=checkpoint)
+    train(dataset, out, tc, **start, device=device(), model=model)
     log = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
     print(f'      {continued_text(log)}')
     return log
@@ -214,6 +220,18 @@ def evaluate_all(
     )
     return results
 
+# %% ../../nbs/studies/02_demo.ipynb #f3036192
+def _judge(args, checkpoints: dict[str, Path]) -> dict[str, EvalResult]:
+    "Roll out all policies on the first `args.seeds` evaluation seeds."
+    films = min(FILMS, args.seeds)
+    return evaluate_all(checkpoints, SEEDS[: args.seeds], args.out / 'results', films)
+
+
+def _report(args, results, checkpoints, continued: list[dict] | None = None) -> Path:
+    "Write the report; `--quick` leaves the explorers out."
+    path, inside = args.out / 'report.html', not args.quick
+    return write_report(path, results, checkpoints, args.command, continued, inside)
+
 # %% ../../nbs/studies/02_demo.ipynb #de7a4d39
 def run_demo(args) -> Path:
     "Record, continue training, roll out three checkpoints, report. Returns the report."
@@ -224,23 +242,12 @@ def run_demo(args) -> Path:
     ):
         data = demonstrations(args.data, args.episodes, FRESH_SEED)
     with stage(f'{args.steps} more training steps from the shipped weights of full HALO'):
-        log = continue_training(
-            data, checkpoints['full'], args.out / 'continued', args.steps, args.batch
-        )
+        out = args.out / 'continued'
+        log = continue_training(data, checkpoints['full'], out, args.steps, args.batch)
     with stage(f'three policies on the same {args.seeds} unseen seeds'):
-        results = evaluate_all(
-            checkpoints, SEEDS[: args.seeds], args.out / 'results', min(FILMS, args.seeds)
-        )
+        results = _judge(args, checkpoints)
     with stage('the report'):
-        report = write_report(
-            args.out / 'report.html',
-            results,
-            checkpoints,
-            args.command,
-            log,
-            not args.quick,
-        )
-    return report
+        return _report(args, results, checkpoints, log)
 
 # %% ../../nbs/studies/02_demo.ipynb #a099f945
 def train_variants(
@@ -260,15 +267,8 @@ def train_variants(
             pretrain(vlm, **(dict(steps=4, batch=4) if quick else {}))
     for name, changes in VARIANTS.items():
         with stage(f'train {name}: {tc.steps} steps of {tc.batch}'):
-            train(
-                dataset,
-                runs / name,
-                tc,
-                device=device(),
-                vlm_id=os.path.relpath(vlm),
-                n_action_steps=ACTIONS,
-                **changes,
-            )
+            config = dict(vlm_id=os.path.relpath(vlm), n_action_steps=ACTIONS, **changes)
+            train(dataset, runs / name, tc, device=device(), **config)
             shipped[name] = ship(runs / name, checkpoints / name)
     return shipped
 
@@ -278,124 +278,91 @@ def run_training(args) -> Path:
 
     Returns the report.
     """
-    stage, tc = (
-        Stages(3 + len(VARIANTS) + (not (args.runs / 'vlm').exists())),
-        replace(
-            TRAIN,
-            steps=args.steps,
-            batch=args.batch,
-            save_every=min(TRAIN.save_every, args.steps),
-        ),
-    )
+    stage = Stages(3 + len(VARIANTS) + (not (args.runs / 'vlm').exists()))
+    save_every = min(TRAIN.save_every, args.steps)
+    tc = replace(TRAIN, steps=args.steps, batch=args.batch, save_every=save_every)
     with stage(f'{args.episodes} demonstrations by the scripted expert'):
         data = demonstrations(args.data, args.episodes, 0)
     checkpoints = train_variants(data, args.runs, args.checkpoints, tc, stage, args.quick)
     with stage(f'three policies on the same {args.seeds} unseen seeds'):
-        results = evaluate_all(
-            checkpoints, SEEDS[: args.seeds], args.out / 'results', min(FILMS, args.seeds)
-        )
+        results = _judge(args, checkpoints)
     for name, r in results.items():
-        EvalResult(r.episodes, r.conventions, r.seconds).save(
-            checkpoints[name] / 'evaluation.json'
-        )
+        light = EvalResult(r.episodes, r.conventions, r.seconds)
+        light.save(checkpoints[name] / 'evaluation.json')
     with stage('the report'):
-        report = write_report(
-            args.out / 'report.html',
-            results,
-            checkpoints,
-            args.command,
-            inside=not args.quick,
-        )
-    return report
+        return _report(args, results, checkpoints)
 
 # %% ../../nbs/studies/02_demo.ipynb #8a17c60e
+_COUNTS = dict(
+    episodes='demonstrations to record (100; 400 for training)',
+    seeds=f'evaluation episodes per policy, at most {len(SEEDS)} ({len(SEEDS)})',
+    steps=f'training steps (20 more; {TRAIN.steps} from scratch)',
+    batch=f'observations per training step ({TRAIN.batch})',
+)
+_FOLDERS = dict(
+    data='folder of the demonstrations (data/flash_place_demo; data/flash_place for'
+    ' training)',
+    checkpoints='folder of the trained policies (checkpoints/flash_place)',
+    runs='folder of unfinished training (runs/flash_place)',
+    out='folder of results and report (outputs/demo)',
+)
+
+# %% ../../nbs/studies/02_demo.ipynb #570006b8
 def parser() -> argparse.ArgumentParser:
     "Options of the demonstration; those left out depend on the mode (see `defaults`)."
     p = argparse.ArgumentParser(
         prog='python -m halo.studies.demo',
         description='Three HALO policies on a task that needs memory, and one HTML report.',
     )
-    p.add_argument(
-        '--train-from-scratch',
-        action='store_true',
-        help=(
-            'train the three policies first (hours on two cores); go on where an'
-            ' interrupted run was'
-        ),
+    scratch = (
+        'train the three policies first (hours on two cores); go on where an interrupted'
+        ' run was'
     )
-    p.add_argument(
-        '--episodes', type=int, help='demonstrations to record (100; 400 for training)'
-    )
-    p.add_argument(
-        '--seeds',
-        type=int,
-        help=f'evaluation episodes per policy, at most {len(SEEDS)} ({len(SEEDS)})',
-    )
-    p.add_argument(
-        '--steps', type=int, help=f'training steps (20 more; {TRAIN.steps} from scratch)'
-    )
-    p.add_argument(
-        '--batch', type=int, help=f'observations per training step ({TRAIN.batch})'
-    )
-    p.add_argument(
-        '--data',
-        type=Path,
-        help=(
-            'folder of the demonstrations (data/flash_place_demo; data/flash_place for'
-            ' training)'
-        ),
-    )
-    p.add_argument(
-        '--checkpoints',
-        type=Path,
-        help='folder of the trained policies (checkpoints/flash_place)',
-    )
-    p.add_argument(
-        '--runs', type=Path, help='folder of unfinished training (runs/flash_place)'
-    )
-    p.add_argument('--out', type=Path, help='folder of results and report (outputs/demo)')
-    p.add_argument(
-        '--quick',
-        action='store_true',
-        help='every stage in miniature: checks the machinery only',
-    )
+    p.add_argument('--train-from-scratch', action='store_true', help=scratch)
+    for name, text in _COUNTS.items():
+        p.add_argument(f'--{name}', type=int, help=text)
+    for name, text in _FOLDERS.items():
+        p.add_argument(f'--{name}', type=Path, help=text)
+    quick = 'every stage in miniature: checks the machinery only'
+    p.add_argument('--quick', action='store_true', help=quick)
     return p
 
-# %% ../../nbs/studies/02_demo.ipynb #08c63740
-def defaults(args) -> argparse.Namespace:
-    "Fill in what was left out. Raises `ValueError` for counts that cannot be."
-    scratch, base = args.train_from_scratch, place('outputs/quick') if args.quick else None
-    ours = place('checkpoints/flash_place')  # what training replaces
-    usual = dict(
+# %% ../../nbs/studies/02_demo.ipynb #53439bfb
+def _usual(scratch: bool) -> dict:
+    "Counts and folders of a full run."
+    return dict(
         episodes=400 if scratch else 100,
         seeds=len(SEEDS),
         steps=TRAIN.steps if scratch else 20,
         batch=TRAIN.batch,
         data=DATA / ('flash_place' if scratch else 'flash_place_demo'),
-        checkpoints=ours,
+        checkpoints=place('checkpoints/flash_place'),  # what training replaces
         runs=RUNS,
         out=OUT,
     )
+
+
+def _miniature(scratch: bool) -> dict:
+    "Counts and folders of `--quick`; a demonstration still starts from what ships."
+    base = place('outputs/quick')
+    ours = dict(checkpoints=base / 'checkpoints') if scratch else {}
+    data = base / ('data' if scratch else 'data_demo')
+    counts = dict(episodes=2, seeds=2, steps=3, batch=4)
+    return counts | dict(data=data, runs=base / 'runs', out=base / 'out') | ours
+
+# %% ../../nbs/studies/02_demo.ipynb #08c63740
+_MOST = dict(episodes=FRESH_SEED, seeds=len(SEEDS), steps=10**9, batch=10**6)
+
+
+def defaults(args) -> argparse.Namespace:
+    "Fill in what was left out. Raises `ValueError` for counts that cannot be."
+    usual = _usual(args.train_from_scratch)
     if args.quick:
-        usual |= dict(
-            episodes=2,
-            seeds=2,
-            steps=3,
-            batch=4,
-            data=base / ('data' if scratch else 'data_demo'),
-            checkpoints=base / 'checkpoints' if scratch else ours,
-            runs=base / 'runs',
-            out=base / 'out',
-        )
+        usual |= _miniature(args.train_from_scratch)
     for k, v in usual.items():
         if getattr(args, k) is None:
             setattr(args, k, v)
-    for k, most in (
-        ('episodes', FRESH_SEED),
-        ('seeds', len(SEEDS)),
-        ('steps', 10**9),
-        ('batch', 10**6),
-    ):
+    for k, most in _MOST.items():
         if not 1 <= getattr(args, k) <= most:
             raise ValueError(
                 f'--{k} is {getattr(args, k)}: give a number between 1 and {most}'

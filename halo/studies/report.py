@@ -43,7 +43,7 @@ __all__ = ['NAMES', 'COLOURS', 'OUTCOMES', 'CHANCE', 'CSS', 'JS', 'styled', 'col
            'figure_observation', 'figure_filmstrip', 'svg', 'encode_video', 'held', 'data_uri', 'flash_strip', 'table',
            'percent', 'dot', 'success_table', 'paired_table', 'film_cell', 'films', 'player', 'provenance_of',
            'provenance_table', 'evaluation_table', 'numbers', 'section', 'drawing', 'page', 'first_section',
-           'denoising_section', 'pick_seed', 'twin', 'every', 'inside_section', 'continued_text', 'write_report']
+           'pick_seed', 'denoising_section', 'twin', 'every', 'inside_section', 'continued_text', 'write_report']
 
 # %% ../../nbs/studies/01_report.ipynb #1f668b0c
 NAMES = {'full': 'full HALO', 'no_history': 'no history', 'no_salr': 'no SALR'}
@@ -62,7 +62,7 @@ def styled(make):
 
     return inside
 
-
+# %% ../../nbs/studies/01_report.ipynb #f638ebd5
 def colour(name: str) -> str:
     return COLOURS.get(name, '#CC79A7')
 
@@ -81,38 +81,31 @@ def outcome(e: dict) -> str:
         else 'not placed'
     )
 
+# %% ../../nbs/studies/01_report.ipynb #cf0d299c
+def _draw_rate(ax, y: int, name: str, s: dict) -> None:
+    "One policy's rate `s` and its interval in row `y`."
+    band = [100 * s['lo'], 100 * s['hi']]
+    ax.plot(band, [y, y], color=colour(name), lw=7, alpha=0.35, solid_capstyle='butt')
+    ax.plot(100 * s['rate'], y, 'o', color=colour(name), ms=8)
+    right = s['hi'] < 0.85
+    ax.annotate(
+        f"{100 * s['rate']:.1f} %",
+        (100 * s['hi' if right else 'lo'], y),
+        (7 if right else -7, 0),
+        textcoords='offset points',
+        ha='left' if right else 'right',
+        va='center',
+    )
+
 # %% ../../nbs/studies/01_report.ipynb #9c4b4199
 def draw_rates(ax, results: dict[str, EvalResult], chance: float | None = CHANCE) -> None:
     "Rates in percent with intervals, one row per policy, on `ax`."
     for y, (name, r) in enumerate(results.items()):
-        s = r.success
-        ax.plot(
-            [100 * s['lo'], 100 * s['hi']],
-            [y, y],
-            color=colour(name),
-            lw=7,
-            alpha=0.35,
-            solid_capstyle='butt',
-        )
-        ax.plot(100 * s['rate'], y, 'o', color=colour(name), ms=8)
-        right = s['hi'] < 0.85
-        ax.annotate(
-            f"{100 * s['rate']:.1f} %",
-            (100 * s['hi' if right else 'lo'], y),
-            (7 if right else -7, 0),
-            textcoords='offset points',
-            ha='left' if right else 'right',
-            va='center',
-        )
+        _draw_rate(ax, y, name, r.success)
     if chance is not None:
         ax.axvline(100 * chance, color=INK, lw=1, ls='--')
-        ax.annotate(
-            'chance',
-            (100 * chance, len(results) - 0.45),
-            (4, 0),
-            textcoords='offset points',
-            fontsize=8,
-        )
+        place = (100 * chance, len(results) - 0.45)
+        ax.annotate('chance', place, (4, 0), textcoords='offset points', fontsize=8)
     ax.set(
         yticks=range(len(results)),
         yticklabels=map(title, results),
@@ -121,25 +114,23 @@ def draw_rates(ax, results: dict[str, EvalResult], chance: float | None = CHANCE
         xlabel='success / % of episodes (band: 95 % interval)',
     )
 
+# %% ../../nbs/studies/01_report.ipynb #f54528b6
+def _draw_shares(ax, y: int, r: EvalResult) -> None:
+    "One policy's outcomes as a stacked bar in row `y`."
+    left, ends = 0.0, [outcome(e) for e in r.episodes]
+    for k, c in OUTCOMES.items():
+        share = 100 * ends.count(k) / len(ends)
+        ax.barh(y, share, left=left, color=c, height=0.55, label=k if y == 0 else None)
+        if share >= 8:
+            place = dict(ha='center', va='center', color='white', fontsize=8)
+            ax.text(left + share / 2, y, f'{ends.count(k)}', **place)
+        left += share
+
 # %% ../../nbs/studies/01_report.ipynb #9e5dfee0
 def draw_outcomes(ax, results: dict[str, EvalResult]) -> None:
     "Shares of the outcomes in percent, stacked, one row per policy, on `ax`."
     for y, r in enumerate(results.values()):
-        left, ends = 0.0, [outcome(e) for e in r.episodes]
-        for k, c in OUTCOMES.items():
-            share = 100 * ends.count(k) / len(ends)
-            ax.barh(y, share, left=left, color=c, height=0.55, label=k if y == 0 else None)
-            if share >= 8:
-                ax.text(
-                    left + share / 2,
-                    y,
-                    f'{ends.count(k)}',
-                    ha='center',
-                    va='center',
-                    color='white',
-                    fontsize=8,
-                )
-            left += share
+        _draw_shares(ax, y, r)
     ax.set(
         yticks=[],
         xlim=(0, 100),
@@ -182,6 +173,20 @@ def running_mean(y: np.ndarray, half: int = 6) -> np.ndarray:
     reach = [min(half, i, len(y) - 1 - i) for i in range(len(y))]
     return np.array([y[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
 
+# %% ../../nbs/studies/01_report.ipynb #9cac0e97
+def _loss_axis(ax) -> None:
+    "Labels and ticks of a loss curve."
+    ax.set(
+        xlabel='training step',
+        ylabel='flow-matching loss\n(mean square, normalised actions)',
+        yscale='log',
+    )
+    ax.yaxis.set(
+        major_locator=mpl.ticker.LogLocator(subs=(1, 2, 5)),
+        major_formatter=mpl.ticker.FuncFormatter(lambda v, _: f'{v:g}'),
+        minor_locator=mpl.ticker.NullLocator(),
+    )
+
 # %% ../../nbs/studies/01_report.ipynb #443a4ef0
 @styled
 def figure_loss(logs: dict[str, list[dict]]) -> Figure:
@@ -193,22 +198,10 @@ def figure_loss(logs: dict[str, list[dict]]) -> Figure:
             continue
         x, y = np.array([r['step'] for r in rows]), np.array([r['loss'] for r in rows])
         ax.plot(x, y, color=colour(name), lw=0.6, alpha=0.35)
-        ax.plot(
-            x,
-            running_mean(y),
-            color=colour(name),
-            label=f'{title(name)} (last {running_mean(y)[-1]:.3f})',
-        )
-    ax.set(
-        xlabel='training step',
-        ylabel='flow-matching loss\n(mean square, normalised actions)',
-        yscale='log',
-    )
-    ax.yaxis.set(
-        major_locator=mpl.ticker.LogLocator(subs=(1, 2, 5)),
-        major_formatter=mpl.ticker.FuncFormatter(lambda v, _: f'{v:g}'),
-        minor_locator=mpl.ticker.NullLocator(),
-    )
+        mean = running_mean(y)
+        label = f'{title(name)} (last {mean[-1]:.3f})'
+        ax.plot(x, mean, color=colour(name), label=label)
+    _loss_axis(ax)
     if any(logs.values()):
         ax.legend()
     return fig
@@ -218,22 +211,24 @@ def masks(policy) -> dict[str, np.ndarray]:
     """Masks of all layers, {'K': (layers, i*j, h), 'V': ...}; empty for a policy without
     SALR.
     """
-    found = [
+    salrs = [
         b.rerep
         for b in policy.model.blocks
         if hasattr(b.rerep, 'k') and hasattr(b.rerep.k, 'gate')
     ]
-    if not found:
+    if not salrs:
         return {}
-    return {
-        which.upper(): np.stack(
-            [
-                getattr(r, which).gate().detach().float().cpu().flatten(0, 1).numpy()
-                for r in found
-            ]
-        )
-        for which in 'kv'
-    }
+
+    def mask(salr, which):
+        gate = getattr(salr, which).gate()
+        return gate.detach().float().cpu().flatten(0, 1).numpy()
+
+    return {k.upper(): np.stack([mask(s, k) for s in salrs]) for k in 'kv'}
+
+# %% ../../nbs/studies/01_report.ipynb #702e1e99
+def _reach(found: dict[str, np.ndarray]) -> float:
+    "The largest distance of any mask entry from 1."
+    return max(float(np.abs(m - 1).max()) for m in found.values()) or 1e-6
 
 # %% ../../nbs/studies/01_report.ipynb #f4465d10
 @styled
@@ -244,10 +239,7 @@ def figure_masks(policy) -> Figure:
     found = masks(policy)
     if not found:
         raise ValueError("this policy has no SALR masks; show one with salr enabled")
-    layers, top = (
-        len(found['K']),
-        max(float(np.abs(m - 1).max()) for m in found.values()) or 1e-6,
-    )
+    layers, top = len(found['K']), _reach(found)
     fig = Figure(figsize=(10, 4.2), layout='constrained')
     axes = fig.subplots(2, layers, sharex=True, sharey=True, squeeze=False)
     for row, (which, m) in zip(axes, found.items()):
@@ -269,19 +261,15 @@ def figure_masks(policy) -> Figure:
 def figure_mask_distribution(policy) -> Figure:
     "Histograms of M - 1, one line per layer."
     found = masks(policy)
-    top = max(float(np.abs(m - 1).max()) for m in found.values()) or 1e-6
+    top = _reach(found)
     fig = Figure(figsize=(10, 2.5), layout='constrained')
     axes = fig.subplots(1, 2, sharey=True)
     shades = mpl.colormaps['viridis'](np.linspace(0.05, 0.85, len(found['K'])))
+    bins = np.linspace(-top, top, 61)
     for ax, (which, m) in zip(axes, found.items()):
         for l, c in enumerate(shades):
-            ax.hist(
-                (m[l] - 1).ravel(),
-                bins=np.linspace(-top, top, 61),
-                histtype='step',
-                color=c,
-                label=f'layer {l} (sd {m[l].std():.3f})',
-            )
+            label = f'layer {l} (sd {m[l].std():.3f})'
+            ax.hist((m[l] - 1).ravel(), bins=bins, histtype='step', color=c, label=label)
         ax.set(xlabel=f'$M_{which.lower()} - 1$')
         ax.legend()
     axes[0].set_ylabel('mask entries')
@@ -294,11 +282,9 @@ def denoising_paths(
     """Chunks (steps + 1, n, s, d) in the environment's units at every stage of denoising,
     for `n` noise draws on one recorded observation.
     """
-    p, f = (
-        DenoisingProbe(policy, pre, post, record, task, tick, n, seed),
-        policy.config.model.flow,
-    )
-    return p.units(p.path(f.method, f.steps))
+    probe = DenoisingProbe(policy, pre, post, record, task, tick, n, seed)
+    flow = policy.config.model.flow
+    return probe.units(probe.path(flow.method, flow.steps))
 
 # %% ../../nbs/studies/01_report.ipynb #5da3127d
 def project(points: np.ndarray, size: int) -> np.ndarray:
@@ -325,17 +311,36 @@ def denoising_panels(
     recorded observation.
     """
     start = record['state'][tick][:3].astype(float)
-    return {
-        name: project(
-            hand_paths(start, denoising_paths(*parts, record, task, tick, n)), size
-        )
-        for name, parts in policies.items()
-    }
+
+    def panel(parts):
+        chunks = denoising_paths(*parts, record, task, tick, n)
+        return project(hand_paths(start, chunks), size)
+
+    return {name: panel(parts) for name, parts in policies.items()}
 
 # %% ../../nbs/studies/01_report.ipynb #eb0a2e3e
 def pale(image: np.ndarray, share: float = 0.45) -> np.ndarray:
     "An image (H, W, 3) faded towards white, for drawing upon."
     return (255 - (255 - image.astype(float)) * share).astype(np.uint8)
+
+# %% ../../nbs/studies/01_report.ipynb #fcd43de5
+def _draw_paths(ax, paths, image: np.ndarray, target: np.ndarray | None, c: str) -> None:
+    "Hand paths (n, s + 1, 2) over the faded picture, with the outline of the right pad."
+    height, width = image.shape[:2]
+    ax.imshow(pale(image), extent=(0, width, height, 0))
+    for p in paths:
+        ax.plot(*p.T, color=c, lw=0.8, alpha=0.65)
+        ax.plot(*p[-1], '.', color=c, ms=4)
+    if target is not None:
+        ax.plot(*target.T, color=INK, lw=1, ls='--')
+    ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+
+
+def _stage_title(k: int, steps: int) -> str:
+    end = ' (noise)' if k == 0 else ' (plan)' if k == steps else ''
+    return f't = {1 - k / steps:.1f}' + end
 
 # %% ../../nbs/studies/01_report.ipynb #43c90c83
 @styled
@@ -354,49 +359,43 @@ def figure_denoising(
     axes = fig.subplots(len(panels), columns, squeeze=False)
     for row, (name, path) in zip(axes, panels.items()):
         for ax, k in zip(row, np.linspace(0, steps, columns).round().astype(int)):
-            ax.imshow(pale(image), extent=(0, image.shape[1], image.shape[0], 0))
-            for p in path[k]:
-                ax.plot(*p.T, color=colour(name), lw=0.8, alpha=0.65)
-                ax.plot(*p[-1], '.', color=colour(name), ms=4)
-            if target is not None:
-                ax.plot(*target.T, color=INK, lw=1, ls='--')
-            ax.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0), xticks=[], yticks=[])
-            ax.grid(False)
-            ax.spines[:].set_visible(False)
+            _draw_paths(ax, path[k], image, target, colour(name))
             if name == next(iter(panels)):
-                ax.set_title(
-                    f't = {1 - k / steps:.1f}'
-                    + (' (noise)' if k == 0 else ' (plan)' if k == steps else '')
-                )
+                ax.set_title(_stage_title(k, steps))
         row[0].set_ylabel(title(name))
     return fig
+
+# %% ../../nbs/studies/01_report.ipynb #847c0fb5
+def _past_frames(policy, record: dict, tick: int, fps: float) -> list[tuple]:
+    "(image, text) of every history frame of the first camera, at the size the model reads."
+    from halo.method.sampling import downsample, history_ticks
+
+    s, view = policy.config.model.sampling, policy.cameras[0].split('.')[-1]
+
+    def small(t):
+        frame = torch.from_numpy(record[f'frames.{view}'][t]).permute(2, 0, 1)
+        return downsample(frame, s.history_size).permute(1, 2, 0).numpy()
+
+    past = history_ticks(tick, s.history_frames, s.history_stride)
+    return [(small(t), f'−{(tick - t) / fps:.1f} s') for t in past]
+
+
+def _present_views(policy, record: dict, tick: int) -> list[tuple]:
+    "(image, text) of every camera that was recorded."
+    views = [k.split('.')[-1] for k in policy.cameras]
+    return [
+        (record[f'frames.{v}'][tick], f'{v}, now') for v in views if f'frames.{v}' in record
+    ]
 
 # %% ../../nbs/studies/01_report.ipynb #c07a4eaa
 @styled
 def figure_observation(policy, record: dict, tick: int, fps: float) -> Figure:
     "History frames and present views at `tick` of a recorded episode."
-    from halo.method.sampling import downsample, history_ticks
-
-    s, views = policy.config.model.sampling, [k.split('.')[-1] for k in policy.cameras]
-    past = history_ticks(tick, s.history_frames, s.history_stride)
-    small = lambda t: (
-        downsample(
-            torch.from_numpy(record[f'frames.{views[0]}'][t]).permute(2, 0, 1),
-            s.history_size,
-        )
-        .permute(1, 2, 0)
-        .numpy()
-    )
-    shown = [(small(t), f'−{(tick - t) / fps:.1f} s') for t in past] + [
-        (record[f'frames.{v}'][tick], f'{v}, now') for v in views if f'frames.{v}' in record
-    ]
+    past = _past_frames(policy, record, tick, fps)
+    shown = past + _present_views(policy, record, tick)
     fig = Figure(figsize=(min(10, 1.1 * len(shown) + 0.7), 1.5), layout='constrained')
-    axes = fig.subplots(
-        1,
-        len(shown),
-        width_ratios=[1] * len(past) + [1.35] * (len(shown) - len(past)),
-        squeeze=False,
-    )[0]
+    widths = [1] * len(past) + [1.35] * (len(shown) - len(past))
+    axes = fig.subplots(1, len(shown), width_ratios=widths, squeeze=False)[0]
     for ax, (image, text) in zip(axes, shown):
         ax.imshow(image)
         ax.set_title(text)
@@ -408,9 +407,8 @@ def figure_observation(policy, record: dict, tick: int, fps: float) -> Figure:
 def figure_filmstrip(record: dict, fps: float, n: int = 8, caption: str = '') -> Figure:
     "`n` pictures of a recorded episode, evenly spaced, first and last included."
     fig = Figure(figsize=(10, 10 / n + 0.45), layout='constrained')
-    for ax, t in zip(
-        fig.subplots(1, n), np.linspace(0, len(record['scene']) - 1, n).round().astype(int)
-    ):
+    ticks = np.linspace(0, len(record['scene']) - 1, n).round().astype(int)
+    for ax, t in zip(fig.subplots(1, n), ticks):
         ax.imshow(record['scene'][t])
         ax.set_title(f't = {t / fps:.1f} s')
         ax.axis('off')
@@ -419,19 +417,22 @@ def figure_filmstrip(record: dict, fps: float, n: int = 8, caption: str = '') ->
     return fig
 
 # %% ../../nbs/studies/01_report.ipynb #7d85be73
-def svg(fig: Figure, label: str = '') -> str:
-    "A figure as inline SVG that takes its ink from the page."
+def _saved(fig: Figure, salt: str) -> str:
+    "A figure as SVG text from its first tag on; `salt` keeps its identifiers the same."
     out = io.StringIO()
-    with mpl.rc_context(STYLE | {'svg.hashsalt': label or 'halo'}):
+    with mpl.rc_context(STYLE | {'svg.hashsalt': salt}):
         fig.savefig(
             out, format='svg', transparent=True, metadata={'Date': None, 'Creator': None}
         )
-    text = out.getvalue()[out.getvalue().index('<svg') :]
-    text = (
-        re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.S)
-        .replace(INK, 'var(--ink)')
-        .replace(LINE, 'var(--line)')
+    return out.getvalue()[out.getvalue().index('<svg') :]
+
+
+def svg(fig: Figure, label: str = '') -> str:
+    "A figure as inline SVG that takes its ink from the page."
+    text = re.sub(
+        r'<metadata>.*?</metadata>', '', _saved(fig, label or 'halo'), flags=re.S
     )
+    text = text.replace(INK, 'var(--ink)').replace(LINE, 'var(--line)')
     text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', '', text, count=1)
     return text.replace(
         '<svg',
@@ -439,6 +440,27 @@ def svg(fig: Figure, label: str = '') -> str:
         f' aria-label="{html.escape(label, quote=True)}"',
         1,
     )
+
+# %% ../../nbs/studies/01_report.ipynb #0a5c22ad
+def _encoded(frames: np.ndarray, fps: float, crf: int) -> bytes:
+    "MP4 bytes of frames (T, H, W, 3); one thread, so that the bytes do not vary."
+    import av
+
+    out = io.BytesIO()
+    options = {
+        'crf': str(crf),
+        'preset': 'slow',
+        'g': '10',
+        'x264-params': 'threads=1',
+    }
+    with av.open(out, 'w', format='mp4') as container:
+        stream = container.add_stream('libx264', rate=round(fps), options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
+        for f in frames:
+            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format='rgb24')
+            container.mux(stream.encode(image))
+        container.mux(stream.encode())
+    return out.getvalue()
 
 # %% ../../nbs/studies/01_report.ipynb #5086df8e
 def encode_video(frames: np.ndarray, fps: float, crf: int = 23) -> bytes:
@@ -452,64 +474,42 @@ def encode_video(frames: np.ndarray, fps: float, crf: int = 23) -> bytes:
             f"frames of {frames.shape[1:3]} pixels cannot be encoded in 4:2:0; give even"
             " sides"
         )
-    out, level = io.BytesIO(), av.logging.get_level()
+    level = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)
     try:
-        with av.open(out, 'w', format='mp4') as container:
-            stream = container.add_stream(
-                'libx264',
-                rate=round(fps),
-                options={
-                    'crf': str(crf),
-                    'preset': 'slow',
-                    'g': '10',
-                    'x264-params': 'threads=1',
-                },
-            )
-            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
-            for f in frames:
-                container.mux(
-                    stream.encode(
-                        av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format='rgb24')
-                    )
-                )
-            container.mux(stream.encode())
+        return _encoded(frames, fps, crf)
     finally:
         av.logging.set_level(level)
-    return out.getvalue()
 
 # %% ../../nbs/studies/01_report.ipynb #b784098e
 def held(frames: np.ndarray, length: int) -> np.ndarray:
     "Frames (T, ...) with the last one repeated up to `length`."
-    return (
-        np.concatenate([frames, np.repeat(frames[-1:], length - len(frames), 0)])
-        if len(frames) < length
-        else frames
-    )
+    if len(frames) >= length:
+        return frames
+    return np.concatenate([frames, np.repeat(frames[-1:], length - len(frames), 0)])
 
 
 def data_uri(data: bytes, mime: str) -> str:
     return f'data:{mime};base64,{base64.b64encode(data).decode()}'
 
 # %% ../../nbs/studies/01_report.ipynb #f1781221
+def _jpeg_uri(image: np.ndarray) -> str:
+    "A picture (H, W, 3) as a small JPEG in a data URI."
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, 'JPEG', quality=88)
+    return data_uri(out.getvalue(), 'image/jpeg')
+
+
 def flash_strip(record: dict, size: int = 96) -> str:
     "The scene at the flash, after it, and at the end, as one small JPEG in an `<img>`."
     scene = record['scene']
     picks = [scene[0], scene[min(FlashPlaceSpec().flash_ticks, len(scene) - 1)], scene[-1]]
-    row, out = (
-        np.concatenate(
-            [
-                np.asarray(Image.fromarray(p).resize((size, size), Image.LANCZOS))
-                for p in picks
-            ],
-            1,
-        ),
-        io.BytesIO(),
-    )
-    Image.fromarray(row).save(out, 'JPEG', quality=88)
+    small = [
+        np.asarray(Image.fromarray(p).resize((size, size), Image.LANCZOS)) for p in picks
+    ]
     return (
         f'<img class="strip" width="{3 * size}" height="{size}" alt="the flash, the pads'
-        f' after it, and the end" src="{data_uri(out.getvalue(), "image/jpeg")}">'
+        f' after it, and the end" src="{_jpeg_uri(np.concatenate(small, 1))}">'
     )
 
 # %% ../../nbs/studies/01_report.ipynb #67c97174
@@ -518,16 +518,19 @@ def table(head: list[str], rows: list[list], numeric=()) -> str:
 
     Cells that are lists hold ready HTML.
     """
-    cell = lambda v: v[0] if isinstance(v, list) else html.escape(str(v))
-    kind = lambda i: ' class="n"' if i in numeric else ''
-    line = lambda tag, row: (
-        '<tr>'
-        + ''.join(f'<{tag}{kind(i)}>{cell(v)}</{tag}>' for i, v in enumerate(row))
-        + '</tr>'
-    )
+
+    def cell(tag, i, v):
+        kind = ' class="n"' if i in numeric else ''
+        text = v[0] if isinstance(v, list) else html.escape(str(v))
+        return f'<{tag}{kind}>{text}</{tag}>'
+
+    def line(tag, row):
+        return f'<tr>{"".join(cell(tag, i, v) for i, v in enumerate(row))}</tr>'
+
+    body = ''.join(line('td', r) for r in rows)
     return (
-        '<div'
-        f' class="scroll"><table><thead>{line("th", head)}</thead><tbody>{"".join(line("td", r) for r in rows)}</tbody></table></div>'
+        f'<div class="scroll"><table><thead>{line("th", head)}</thead>'
+        f'<tbody>{body}</tbody></table></div>'
     )
 
 # %% ../../nbs/studies/01_report.ipynb #af11a8a6
@@ -537,8 +540,8 @@ def percent(s: dict) -> str:
 
 def dot(name: str) -> str:
     return (
-        '<span class="dot"'
-        f' style="background:{colour(name)}"></span>{html.escape(title(name))}'
+        f'<span class="dot" style="background:{colour(name)}"></span>'
+        f'{html.escape(title(name))}'
     )
 
 # %% ../../nbs/studies/01_report.ipynb #3494b40b
@@ -554,18 +557,22 @@ def success_table(results: dict[str, EvalResult]) -> str:
         ]
         for k, r in results.items()
     ]
-    return table(
-        [
-            'policy',
-            'successes',
-            'rate [95 % interval]',
-            *(f'“… {t.split()[-1]}”' for t in tasks),
-        ],
-        rows,
-        numeric=range(1, 3 + len(tasks)),
-    )
+    goals = [f'“… {t.split()[-1]}”' for t in tasks]
+    head = ['policy', 'successes', 'rate [95 % interval]', *goals]
+    return table(head, rows, numeric=range(1, 3 + len(tasks)))
 
 # %% ../../nbs/studies/01_report.ipynb #476cf061
+_PAIRED = (
+    'pair',
+    'both succeed',
+    'only the first',
+    'only the second',
+    'neither',
+    'difference',
+    'exact McNemar p',
+)
+
+
 def paired_table(results: dict[str, EvalResult], first: str = 'full') -> str:
     "Every policy against `first` on the same seeds."
     rows = []
@@ -573,77 +580,76 @@ def paired_table(results: dict[str, EvalResult], first: str = 'full') -> str:
         if name == first or first not in results:
             continue
         c = compare(results[first], r)
-        rows.append(
-            [
-                [f'{dot(first)} against {dot(name)}'],
-                c['both'],
-                c['only_a'],
-                c['only_b'],
-                c['neither'],
-                f"{100 * c['difference']:+.1f} points",
-                f"{c['p']:.2g}",
-            ]
-        )
-    return (
-        table(
-            [
-                'pair',
-                'both succeed',
-                'only the first',
-                'only the second',
-                'neither',
-                'difference',
-                'exact McNemar p',
-            ],
-            rows,
-            numeric=range(1, 7),
-        )
-        if rows
-        else ''
-    )
+        pair = [f'{dot(first)} against {dot(name)}']
+        counts = [c[k] for k in ('both', 'only_a', 'only_b', 'neither')]
+        difference = f"{100 * c['difference']:+.1f} points"
+        rows.append([pair, *counts, difference, f"{c['p']:.2g}"])
+    return table(list(_PAIRED), rows, numeric=range(1, 7)) if rows else ''
 
 # %% ../../nbs/studies/01_report.ipynb #546b83c1
 def film_cell(name: str, e: dict, record: dict, length: int, fps: float) -> str:
     "One policy's film of one seed, with how it ended and a strip of the flash."
-    film, says = (
-        encode_video(held(record['scene'], length), fps),
-        {'right pad': 'right pad', 'wrong pad': 'wrong pad', 'not placed': 'not placed'}[
-            outcome(e)
-        ],
-    )
-    when = (
-        f'after {e["ticks"] / fps:.1f} s'
-        if e['success']
-        else f'at the end ({e["ticks"] / fps:.1f} s)'
-    )
+    film = encode_video(held(record['scene'], length), fps)
+    seconds = f'{e["ticks"] / fps:.1f} s'
+    when = f'after {seconds}' if e['success'] else f'at the end ({seconds})'
     mark = '<b class="yes">success</b>' if e['success'] else '<b class="no">failure</b>'
     return (
-        f'<figure><figcaption>{dot(name)}</figcaption><video muted playsinline'
-        ' preload="auto"'
-        f' src="{data_uri(film, "video/mp4")}"></video>{flash_strip(record)}<figcaption>{mark}:'
-        f' {says} {when}</figcaption></figure>'
+        f'<figure><figcaption>{dot(name)}</figcaption>'
+        '<video muted playsinline preload="auto"'
+        f' src="{data_uri(film, "video/mp4")}"></video>'
+        f'{flash_strip(record)}'
+        f'<figcaption>{mark}: {outcome(e)} {when}</figcaption></figure>'
     )
 
 # %% ../../nbs/studies/01_report.ipynb #0f5c1808
+def _film_row(have: dict[str, EvalResult], seed: int, fps: float) -> str:
+    "The films of one seed under all policies that recorded it."
+    length = max(len(r.records[seed]['scene']) for r in have.values())
+    cells = ''.join(
+        film_cell(k, r.episode(seed), r.records[seed], length, fps) for k, r in have.items()
+    )
+    task = next(iter(have.values())).episode(seed)['task']
+    return (
+        f'<section class="row"><h3>“{html.escape(task)}” <small>seed {seed}</small></h3>'
+        f'<div class="films">{cells}</div><div class="controls">'
+        '<button type="button">play</button>'
+        f'<input type="range" min="0" max="{length / fps:.2f}" step="{1 / fps}" value="0"'
+        ' aria-label="time in seconds"><output>0.0 s</output></div></section>'
+    )
+
+
 def films(results: dict[str, EvalResult], seeds: list[int], fps: float) -> str:
     "A row of films per seed, one per policy, with common controls."
     rows = []
     for seed in seeds:
         have = {k: r for k, r in results.items() if seed in r.records}
-        length = max(len(r.records[seed]['scene']) for r in have.values())
-        cells = ''.join(
-            film_cell(k, r.episode(seed), r.records[seed], length, fps)
-            for k, r in have.items()
-        )
-        task = next(iter(have.values())).episode(seed)['task']
-        rows.append(
-            f'<section class="row"><h3>“{html.escape(task)}” <small>seed'
-            f' {seed}</small></h3><div class="films">{cells}</div><div'
-            ' class="controls"><button type="button">play</button><input type="range"'
-            f' min="0" max="{length / fps:.2f}" step="{1 / fps}" value="0" aria-label="time'
-            ' in seconds"><output>0.0 s</output></div></section>'
-        )
+        rows.append(_film_row(have, seed, fps))
     return ''.join(rows)
+
+# %% ../../nbs/studies/01_report.ipynb #5653c40c
+def _points(path) -> str:
+    "The points of a path as SVG wants them, without those that no camera sees."
+    return ' '.join(f'{x:.1f},{y:.1f}' for x, y in path if np.isfinite([x, y]).all())
+
+
+def _stage(k: int, steps: int, paths) -> str:
+    "The paths of one stage as a group of lines; only the last stage is shown at first."
+    lines = ''.join(
+        f'<polyline points="{_points(p)}"/><circle cx="{p[-1, 0]:.1f}"'
+        f' cy="{p[-1, 1]:.1f}" r="2"/>'
+        for p in paths
+    )
+    return f'<g data-stage="{k}"{"" if k == steps else " hidden"}>{lines}</g>'
+
+
+def _ring(target: np.ndarray | None) -> str:
+    "The outline of the right pad."
+    if target is None:
+        return ''
+    return (
+        f'<polyline points="{_points(target)}" fill="none" stroke="#1b1f24"'
+        ' stroke-width="1" stroke-dasharray="4 3"/>'
+    )
 
 # %% ../../nbs/studies/01_report.ipynb #8f30080e
 def player(
@@ -652,42 +658,25 @@ def player(
     """Pictures with hand paths at every stage of denoising, and one slider from t = 1 to t
     = 0.
     """
-    out, steps = io.BytesIO(), len(next(iter(panels.values()))) - 1
-    Image.fromarray(pale(image)).save(out, 'JPEG', quality=88)
-    line = lambda p: ' '.join(f'{x:.1f},{y:.1f}' for x, y in p if np.isfinite([x, y]).all())
-    ring = (
-        ''
-        if target is None
-        else (
-            f'<polyline points="{line(target)}" fill="none" stroke="#1b1f24"'
-            ' stroke-width="1" stroke-dasharray="4 3"/>'
-        )
-    )
+    steps = len(next(iter(panels.values()))) - 1
+    height, width = image.shape[:2]
+    size = f'width="{width}" height="{height}"'
+    picture = f'<image href="{_jpeg_uri(pale(image))}" {size}/>{_ring(target)}'
 
-    def picture(name, path):
-        stages = ''.join(
-            f'<g data-stage="{k}"{"" if k == steps else " hidden"}>'
-            + ''.join(
-                f'<polyline points="{line(p)}"/><circle cx="{p[-1, 0]:.1f}"'
-                f' cy="{p[-1, 1]:.1f}" r="2"/>'
-                for p in stage
-            )
-            + '</g>'
-            for k, stage in enumerate(path)
-        )
+    def panel(name, path):
+        stages = ''.join(_stage(k, steps, paths) for k, paths in enumerate(path))
         return (
-            f'<figure><figcaption>{dot(name)}</figcaption><svg class="paths" viewBox="0 0'
-            f' {image.shape[1]} {image.shape[0]}" style="--c:{colour(name)}"><image'
-            f' href="{data_uri(out.getvalue(), "image/jpeg")}" width="{image.shape[1]}"'
-            f' height="{image.shape[0]}"/>{ring}{stages}</svg></figure>'
+            f'<figure><figcaption>{dot(name)}</figcaption><svg class="paths"'
+            f' viewBox="0 0 {width} {height}" style="--c:{colour(name)}">'
+            f'{picture}{stages}</svg></figure>'
         )
 
     return (
-        f'<section class="denoise" data-steps="{steps}"><div'
-        f' class="films">{"".join(picture(*p) for p in panels.items())}</div><div'
-        ' class="controls"><button type="button">play</button><input type="range" min="0"'
-        f' max="{steps}" step="1" value="{steps}" aria-label="denoising step"><output>t ='
-        ' 0.0</output></div></section>'
+        f'<section class="denoise" data-steps="{steps}"><div class="films">'
+        f'{"".join(panel(*p) for p in panels.items())}</div><div class="controls">'
+        f'<button type="button">play</button><input type="range" min="0" max="{steps}"'
+        f' step="1" value="{steps}" aria-label="denoising step"><output>t = 0.0</output>'
+        '</div></section>'
     )
 
 # %% ../../nbs/studies/01_report.ipynb #322c674f
@@ -696,153 +685,221 @@ def provenance_of(folder: str | Path) -> dict:
     f = Path(folder) / 'provenance.json'
     return json.loads(f.read_text()) if f.exists() else {}
 
+# %% ../../nbs/studies/01_report.ipynb #4e5ade52
+def _entry(d, *keys: str):
+    "What the nested `d` holds under `keys`; '–' if it holds nothing there."
+    if keys and isinstance(d, dict):
+        return _entry(d.get(keys[0], {}), *keys[1:])
+    return '–' if keys or d == {} else d
+
+
+def _short(value) -> str:
+    return str(value)[:16] if value != '–' else value
+
+
+def _said(value, say) -> str:
+    "`say` of a value that is there, or '–'."
+    return say(value) if value != '–' else '–'
+
+# %% ../../nbs/studies/01_report.ipynb #0ba7f3f1
+def _weights_lines(conventions: dict) -> list[tuple[str, str]]:
+    "What was judged: weights, size, history and SALR."
+    policy = lambda k: _entry(conventions, 'policy', k)
+    history = lambda k: _entry(conventions, 'history', k)
+    on = _entry(conventions, 'salr', 'enabled') is True
+    return [
+        ('weights, SHA-256', _short(policy('checkpoint_sha256'))),
+        ('configuration, SHA-256', _short(policy('config_sha256'))),
+        ('parameters', _said(policy('parameters'), lambda n: f'{n:,}')),
+        (
+            'history',
+            f"{history('history_frames')} frames, {history('history_stride')} ticks apart",
+        ),
+        ('SALR', 'on' if on else 'off'),
+    ]
+
+# %% ../../nbs/studies/01_report.ipynb #957ae383
+def _training_lines(provenance: dict, last: int | str) -> list[tuple[str, str]]:
+    "How it was trained, up to step `last`: data, schedule, time and code."
+    get = lambda *keys: _entry(provenance, *keys)
+    minutes = lambda s: f"{s / 60:.0f} min on {get('threads')} thread(s)"
+    listed = lambda versions: ', '.join(f'{n} {v}' for n, v in versions.items())
+    frames = f"{get('data', 'episodes')} episodes, {get('data', 'frames')} frames"
+    return [
+        ('training data', frames),
+        ('data fingerprint', _short(get('data', 'fingerprint'))),
+        ('steps × batch', f"{last} × {get('train', 'batch')}"),
+        ('learning rate, seed', f"{get('train', 'lr')}, {get('train', 'seed')}"),
+        ('training time', _said(get('seconds'), minutes)),
+        ('commit', _short(get('commit'))),
+        ('versions in training', _said(get('versions'), listed)),
+    ]
+
 # %% ../../nbs/studies/01_report.ipynb #a7fa6ca2
 def provenance_table(results: dict[str, EvalResult], checkpoints: dict[str, Path]) -> str:
     "Training and weights of every policy, one column each."
-    p, c = (
-        {k: provenance_of(f) for k, f in checkpoints.items()},
-        {k: r.conventions for k, r in results.items()},
-    )
     last = {k: rows[-1]['step'] for k, f in checkpoints.items() if (rows := read_log(f))}
-    get = lambda d, *keys: (
-        get(d.get(keys[0], {}), *keys[1:])
-        if keys and isinstance(d, dict)
-        else ('–' if keys or d == {} else d)
-    )
-    short = lambda v: str(v)[:16] if v != '–' else v
-    lines = [
-        ('weights, SHA-256', lambda k: short(get(c[k], 'policy', 'checkpoint_sha256'))),
-        ('configuration, SHA-256', lambda k: short(get(c[k], 'policy', 'config_sha256'))),
-        (
-            'parameters',
-            lambda k: (
-                f"{get(c[k], 'policy', 'parameters'):,}"
-                if get(c[k], 'policy', 'parameters') != '–'
-                else '–'
-            ),
-        ),
-        (
-            'history',
-            lambda k: (
-                f"{get(c[k], 'history', 'history_frames')} frames,"
-                f" {get(c[k], 'history', 'history_stride')} ticks apart"
-            ),
-        ),
-        ('SALR', lambda k: 'on' if get(c[k], 'salr', 'enabled') is True else 'off'),
-        (
-            'training data',
-            lambda k: (
-                f"{get(p[k], 'data', 'episodes')} episodes, {get(p[k], 'data', 'frames')}"
-                " frames"
-            ),
-        ),
-        ('data fingerprint', lambda k: short(get(p[k], 'data', 'fingerprint'))),
-        ('steps × batch', lambda k: f"{last.get(k, '–')} × {get(p[k], 'train', 'batch')}"),
-        (
-            'learning rate, seed',
-            lambda k: f"{get(p[k], 'train', 'lr')}, {get(p[k], 'train', 'seed')}",
-        ),
-        (
-            'training time',
-            lambda k: (
-                f"{get(p[k], 'seconds') / 60:.0f} min on {get(p[k], 'threads')} thread(s)"
-                if get(p[k], 'seconds') != '–'
-                else '–'
-            ),
-        ),
-        ('commit', lambda k: short(get(p[k], 'commit'))),
-        (
-            'versions in training',
-            lambda k: (
-                ', '.join(f'{n} {v}' for n, v in get(p[k], 'versions').items())
-                if get(p[k], 'versions') != '–'
-                else '–'
-            ),
-        ),
+    columns = [
+        _weights_lines(r.conventions)
+        + _training_lines(provenance_of(checkpoints[k]), last.get(k, '–'))
+        for k, r in results.items()
     ]
-    return table(
-        ['', *map(title, results)], [[name, *(f(k) for k in results)] for name, f in lines]
+    rows = [[line[0][0], *(text for _, text in line)] for line in zip(*columns)]
+    return table(['', *map(title, results)], rows)
+
+# %% ../../nbs/studies/01_report.ipynb #abf470df
+def _camera_text(conventions: dict) -> str:
+    "Cameras and their pixels."
+    return ', '.join(
+        f"{k.split('.')[-1]} {v['shape'][-1]}×{v['shape'][-2]}"
+        for k, v in conventions['cameras'].items()
     )
+
+
+def _call_text(results: dict[str, EvalResult], conventions: dict) -> str:
+    "Mean time of a model call of every policy."
+    times = ', '.join(
+        f"{title(k)} {np.mean([e['inference_ms'] for e in r.episodes]):.0f} ms"
+        for k, r in results.items()
+    )
+    n, dev = conventions['envs_per_batch'], conventions['device']
+    return times + f' for {n} environments at once on {dev}'
+
+
+def _listed(d: dict) -> str:
+    return ', '.join(f'{k} {v}' for k, v in d.items())
 
 # %% ../../nbs/studies/01_report.ipynb #b45b8a53
 def evaluation_table(results: dict[str, EvalResult], command: str) -> str:
     "How the rates were measured."
-    c, r = next(iter(results.values())).conventions, next(iter(results.values()))
+    r = next(iter(results.values()))
+    c = r.conventions
+    seeds = (
+        f'{min(r.seeds)} … {max(r.seeds)} ({len(r.seeds)}, the same for every policy, none'
+        ' of them in the demonstrations)'
+    )
+    actions = (
+        f"{c['chunk']} predicted, {c['n_action_steps']} executed, {c['denoising']['steps']}"
+        f" {c['denoising']['method']} steps"
+    )
     rows = [
-        ('environment', f"{c['env']['type']}, {c['fps']} control ticks per second"),
-        (
-            'seeds',
-            (
-                f'{min(r.seeds)} … {max(r.seeds)} ({len(r.seeds)}, the same for every'
-                ' policy, none of them in the demonstrations)'
-            ),
-        ),
-        (
-            'actions',
-            (
-                f"{c['chunk']} predicted, {c['n_action_steps']} executed,"
-                f" {c['denoising']['steps']} {c['denoising']['method']} steps"
-            ),
-        ),
-        ('noise', c['noise']),
-        ('normalisation', ', '.join(f'{k} {v}' for k, v in c['normalisation'].items())),
-        (
-            'cameras',
-            ', '.join(
-                f"{k.split('.')[-1]} {v['shape'][-1]}×{v['shape'][-2]}"
-                for k, v in c['cameras'].items()
-            ),
-        ),
-        (
-            'model call',
-            ', '.join(
-                f"{title(k)} {np.mean([e['inference_ms'] for e in x.episodes]):.0f} ms"
-                for k, x in results.items()
-            )
-            + f" for {c['envs_per_batch']} environments at once on {c['device']}",
-        ),
-        ('versions', ', '.join(f'{k} {v}' for k, v in c['versions'].items())),
-        ('command', [f'<code>{html.escape(command)}</code>']),
+        ['environment', f"{c['env']['type']}, {c['fps']} control ticks per second"],
+        ['seeds', seeds],
+        ['actions', actions],
+        ['noise', c['noise']],
+        ['normalisation', _listed(c['normalisation'])],
+        ['cameras', _camera_text(c)],
+        ['model call', _call_text(results, c)],
+        ['versions', _listed(c['versions'])],
+        ['command', [f'<code>{html.escape(command)}</code>']],
     ]
-    return table(['', ''], [list(x) for x in rows])
+    return table(['', ''], rows)
+
+# %% ../../nbs/studies/01_report.ipynb #c60d78e3
+def _joined(text: str) -> str:
+    r"`text` with every line that ends in a `\` joined to the next, less its indentation."
+    return re.sub(r'\\\n\s*', '', text)
 
 # %% ../../nbs/studies/01_report.ipynb #21ad14e8
-CSS = """
-:root{color-scheme:light dark;--paper:#fcfcfa;--ink:#1b1f24;--soft:#59626c;--line:#d8dce0;--card:#ffffff;--yes:#0b6e4f;--no:#b3400e;--link:#0b5cad}
-@media (prefers-color-scheme:dark){:root{--paper:#14171a;--ink:#e6e9ec;--soft:#9aa4ae;--line:#343a40;--card:#1b1f23;--yes:#58c79b;--no:#f2935c;--link:#7db7f0}}
-*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-main{max-width:1120px;margin:0 auto;padding:40px 24px 80px}h1{font-size:32px;line-height:1.2;margin:0 0 8px;letter-spacing:-.01em}h2{font-size:22px;margin:56px 0 8px;padding-top:16px;border-top:1px solid var(--line)}
-h3{font-size:16px;margin:28px 0 8px;font-weight:600}p{max-width:74ch;margin:8px 0 16px}small,.soft{color:var(--soft);font-weight:400}.lead{font-size:18px;max-width:70ch}
-.numbers{display:grid;grid-template-columns:repeat(auto-fit,minmax(220px,1fr));gap:16px;margin:24px 0}.numbers div{background:var(--card);border:1px solid var(--line);border-top:4px solid var(--c);border-radius:6px;padding:14px 18px}
-.numbers b{display:block;font-size:34px;line-height:1.15;font-variant-numeric:tabular-nums}.numbers span{color:var(--soft);font-size:14px}
-.fig{margin:16px 0;overflow-x:auto}.fig svg{display:block;width:100%;height:auto}svg text{font-family:inherit!important}
-.scroll{overflow-x:auto;margin:12px 0 20px}table{border-collapse:collapse;font-size:14px;width:100%}th,td{text-align:left;vertical-align:top;padding:6px 14px 6px 0;border-bottom:1px solid var(--line)}
-th{font-weight:600;color:var(--soft)}.n{text-align:right;font-variant-numeric:tabular-nums}.dot{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:6px}
-.films{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:20px}figure{margin:0}figcaption{font-size:14px;margin:4px 0}video,.paths{width:100%;aspect-ratio:1;display:block;border-radius:4px;background:#222}
-.strip{display:block;width:100%;height:auto;margin-top:4px;border-radius:3px}.controls{display:flex;gap:12px;align-items:center;margin:10px 0 0}.controls input{flex:1;accent-color:#0072B2}
-.controls output{width:64px;font-size:14px;font-variant-numeric:tabular-nums}button{font:inherit;font-size:14px;padding:4px 16px;border:1px solid var(--line);border-radius:5px;background:var(--card);color:var(--ink);cursor:pointer}
-.yes{color:var(--yes)}.no{color:var(--no)}.paths polyline{fill:none;stroke:var(--c);stroke-width:1;opacity:.75}.paths circle{fill:var(--c)}g[hidden]{display:none}.paths>polyline{stroke:#1b1f24}code{font-size:13px;background:var(--card);border:1px solid var(--line);border-radius:4px;padding:1px 5px}
+_CSS_PAGE = r"""
+:root{color-scheme:light dark;--paper:#fcfcfa;--ink:#1b1f24;--soft:#59626c;\
+    --line:#d8dce0;--card:#ffffff;--yes:#0b6e4f;--no:#b3400e;--link:#0b5cad}
+@media (prefers-color-scheme:dark){:root{--paper:#14171a;--ink:#e6e9ec;--soft:#9aa4ae;\
+    --line:#343a40;--card:#1b1f23;--yes:#58c79b;--no:#f2935c;--link:#7db7f0}}
+*{box-sizing:border-box}\
+body{margin:0;background:var(--paper);color:var(--ink);\
+    font:16px/1.55 system-ui,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+main{max-width:1120px;margin:0 auto;padding:40px 24px 80px}\
+h1{font-size:32px;line-height:1.2;margin:0 0 8px;letter-spacing:-.01em}\
+h2{font-size:22px;margin:56px 0 8px;padding-top:16px;border-top:1px solid var(--line)}
+h3{font-size:16px;margin:28px 0 8px;font-weight:600}\
+p{max-width:74ch;margin:8px 0 16px}\
+small,.soft{color:var(--soft);font-weight:400}\
+.lead{font-size:18px;max-width:70ch}
+.numbers{display:grid;grid-template-columns:repeat(auto-fit,minmax(220px,1fr));\
+    gap:16px;margin:24px 0}\
+.numbers div{background:var(--card);border:1px solid var(--line);\
+    border-top:4px solid var(--c);border-radius:6px;padding:14px 18px}
+.numbers b{display:block;font-size:34px;line-height:1.15;\
+    font-variant-numeric:tabular-nums}\
+.numbers span{color:var(--soft);font-size:14px}
+.fig{margin:16px 0;overflow-x:auto}\
+.fig svg{display:block;width:100%;height:auto}\
+svg text{font-family:inherit!important}
+.scroll{overflow-x:auto;margin:12px 0 20px}\
+table{border-collapse:collapse;font-size:14px;width:100%}\
+th,td{text-align:left;vertical-align:top;padding:6px 14px 6px 0;\
+    border-bottom:1px solid var(--line)}
+th{font-weight:600;color:var(--soft)}\
+.n{text-align:right;font-variant-numeric:tabular-nums}\
+.dot{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:6px}
+"""
+
+# %% ../../nbs/studies/01_report.ipynb #b36081d8
+_CSS_FILMS = r"""\
+.films{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:20px}\
+figure{margin:0}\
+figcaption{font-size:14px;margin:4px 0}\
+video,.paths{width:100%;aspect-ratio:1;display:block;border-radius:4px;background:#222}
+.strip{display:block;width:100%;height:auto;margin-top:4px;border-radius:3px}\
+.controls{display:flex;gap:12px;align-items:center;margin:10px 0 0}\
+.controls input{flex:1;accent-color:#0072B2}
+.controls output{width:64px;font-size:14px;font-variant-numeric:tabular-nums}\
+button{font:inherit;font-size:14px;padding:4px 16px;border:1px solid var(--line);\
+    border-radius:5px;background:var(--card);color:var(--ink);cursor:pointer}
+.yes{color:var(--yes)}\
+.no{color:var(--no)}\
+.paths polyline{fill:none;stroke:var(--c);stroke-width:1;opacity:.75}\
+.paths circle{fill:var(--c)}\
+g[hidden]{display:none}\
+.paths>polyline{stroke:#1b1f24}\
+code{font-size:13px;background:var(--card);border:1px solid var(--line);\
+    border-radius:4px;padding:1px 5px}
 @media (max-width:700px){.films{grid-template-columns:1fr}}
 """
 
+
+CSS = _joined(_CSS_PAGE + _CSS_FILMS)
+
 # %% ../../nbs/studies/01_report.ipynb #b9cc8974
-JS = """
+_JS_FILMS = r"""
 for (const row of document.querySelectorAll('.row')) {
-  const films = [...row.querySelectorAll('video')], slider = row.querySelector('input'), button = row.querySelector('button'), out = row.querySelector('output');
-  const show = t => { slider.value = t; out.textContent = Number(t).toFixed(1) + ' s'; };
+  const films = [...row.querySelectorAll('video')], \
+        slider = row.querySelector('input'), \
+        button = row.querySelector('button'), \
+        out = row.querySelector('output');
+  const show = t => { slider.value = t; \
+                      out.textContent = Number(t).toFixed(1) + ' s'; };
   button.onclick = () => {
     const start = films[0].paused;
-    for (const f of films) { if (f.ended) f.currentTime = 0; if (!start) { f.pause(); continue; } f.play(); }
+    for (const f of films) { \
+      if (f.ended) f.currentTime = 0; \
+      if (!start) { f.pause(); continue; } \
+      f.play(); }
     button.textContent = start ? 'pause' : 'play';
   };
   films[0].ontimeupdate = () => show(films[0].currentTime);
   films[0].onended = () => { button.textContent = 'play'; };
-  slider.oninput = () => { for (const f of films) { f.pause(); f.currentTime = slider.value; } button.textContent = 'play'; show(slider.value); };
+  slider.oninput = () => { \
+    for (const f of films) { f.pause(); f.currentTime = slider.value; } \
+    button.textContent = 'play'; \
+    show(slider.value); };
 }
+"""
+
+# %% ../../nbs/studies/01_report.ipynb #ba3afdac
+_JS_DENOISE = r"""\
 for (const box of document.querySelectorAll('.denoise')) {
-  const steps = Number(box.dataset.steps), slider = box.querySelector('input'), button = box.querySelector('button'), out = box.querySelector('output');
+  const steps = Number(box.dataset.steps), \
+        slider = box.querySelector('input'), \
+        button = box.querySelector('button'), \
+        out = box.querySelector('output');
   let timer = null;
-  const show = k => { slider.value = k; out.textContent = 't = ' + (1 - k / steps).toFixed(1); for (const g of box.querySelectorAll('[data-stage]')) g.toggleAttribute('hidden', g.dataset.stage != k); };
+  const show = k => { \
+    slider.value = k; \
+    out.textContent = 't = ' + (1 - k / steps).toFixed(1); \
+    for (const g of box.querySelectorAll('[data-stage]')) \
+      g.toggleAttribute('hidden', g.dataset.stage != k); };
   const stop = () => { clearInterval(timer); timer = null; button.textContent = 'play'; };
   slider.oninput = () => { stop(); show(Number(slider.value)); };
   button.onclick = () => {
@@ -853,20 +910,25 @@ for (const box of document.querySelectorAll('.denoise')) {
   };
 }
 """
+JS = _joined(_JS_FILMS + _JS_DENOISE)
 
 # %% ../../nbs/studies/01_report.ipynb #627b420d
+def _card(name: str, s: dict) -> str:
+    "One policy's rate, large, with its counts and its interval."
+    return (
+        f'<div style="--c:{colour(name)}">{html.escape(title(name))}'
+        f'<b>{100 * s["rate"]:.1f} %</b>'
+        f'<span>{s["successes"]} of {s["n"]} episodes; 95 % interval'
+        f' {100 * s["lo"]:.1f} to {100 * s["hi"]:.1f} %</span></div>'
+    )
+
+
 def numbers(results: dict[str, EvalResult]) -> str:
     "The headline: one card per policy."
-    cards = [
-        '<div'
-        f' style="--c:{colour(k)}">{html.escape(title(k))}<b>{100 * r.success["rate"]:.1f}'
-        f' %</b><span>{r.success["successes"]} of {r.success["n"]} episodes; 95 % interval'
-        f' {100 * r.success["lo"]:.1f} to {100 * r.success["hi"]:.1f} %</span></div>'
-        for k, r in results.items()
-    ]
-    return f'<div class="numbers">{"".join(cards)}</div>'
+    cards = ''.join(_card(k, r.success) for k, r in results.items())
+    return f'<div class="numbers">{cards}</div>'
 
-
+# %% ../../nbs/studies/01_report.ipynb #4489729c
 def section(name: str, text: str, *parts: str) -> str:
     return f'<h2>{html.escape(name)}</h2><p>{text}</p>' + ''.join(parts)
 
@@ -879,8 +941,9 @@ def page(heading: str, body: str) -> str:
     "A whole HTML document."
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
-        f' content="width=device-width,initial-scale=1"><title>{html.escape(heading)}</title>'
-        f'<style>{CSS}</style></head><body><main>{body}</main><script>{JS}</script></body></html>'
+        ' content="width=device-width,initial-scale=1">'
+        f'<title>{html.escape(heading)}</title><style>{CSS}</style></head>'
+        f'<body><main>{body}</main><script>{JS}</script></body></html>'
     )
 
 # %% ../../nbs/studies/01_report.ipynb #64accb7e
@@ -902,43 +965,10 @@ def first_section(results: dict[str, EvalResult]) -> str:
         + paired_table(results)
     )
 
-# %% ../../nbs/studies/01_report.ipynb #a8846316
-def denoising_section(
-    results: dict[str, EvalResult], policies: dict[str, tuple], seed: int
-) -> str:
-    "The chunk after the grasp, denoised by every policy on the same recorded observation."
-    owner = 'full' if 'full' in results else next(iter(results))
-    record, e, fps = (
-        results[owner].records[seed],
-        results[owner].episode(seed),
-        results[owner].conventions['fps'],
-    )
-    tick = decisive_tick(record)
-    image = record['scene'][tick]
-    size = image.shape[0]
-    held = record['info.grasped'][:tick].any()
-    panels, target = (
-        denoising_panels(policies, record, e['task'], tick, size=size),
-        project(pad_outline(e['target']), size),
-    )
-    text = (
-        f'Seed {seed}, “{html.escape(e["task"])}”, {tick / fps:.1f} s into an episode of'
-        f' {html.escape(title(owner))}:'
-        f' {"the first plan made after the grasp" if held else "the puck was never grasped"}.'
-        ' The same observation is given to each policy with 16 draws of noise. Each line'
-        ' is one chunk, drawn as the path of the point between the fingers; it starts as'
-        ' noise (t = 1) and is a plan at t = 0. The dashed ring is the pad that flashed.'
-    )
-    return section(
-        'A plan is denoised',
-        text,
-        drawing(
-            figure_observation(policies[owner][0], record, tick, fps),
-            'history frames and present views',
-        ),
-        player(panels, image, target),
-        drawing(figure_denoising(panels, image, target), 'hand paths over denoising time'),
-    )
+# %% ../../nbs/studies/01_report.ipynb #e716532a
+def _owner(results: dict[str, EvalResult]) -> str:
+    "The policy whose episodes are explained."
+    return 'full' if 'full' in results else next(iter(results))
 
 # %% ../../nbs/studies/01_report.ipynb #37b49aae
 def pick_seed(result: EvalResult) -> int:
@@ -951,6 +981,43 @@ def pick_seed(result: EvalResult) -> int:
     ]
     return (good or seeds)[0]
 
+# %% ../../nbs/studies/01_report.ipynb #ba3bbd9e
+def _denoising_text(owner: str, seed: int, e: dict, seconds: float, held: bool) -> str:
+    "What the denoising section shows; `held`: the puck was grasped before it."
+    moment = (
+        'the first plan made after the grasp' if held else 'the puck was never grasped'
+    )
+    return (
+        f'Seed {seed}, “{html.escape(e["task"])}”, {seconds:.1f} s into an episode of'
+        f' {html.escape(title(owner))}: {moment}.'
+        ' The same observation is given to each policy with 16 draws of noise. Each line'
+        ' is one chunk, drawn as the path of the point between the fingers; it starts as'
+        ' noise (t = 1) and is a plan at t = 0. The dashed ring is the pad that flashed.'
+    )
+
+# %% ../../nbs/studies/01_report.ipynb #a8846316
+def denoising_section(
+    results: dict[str, EvalResult], policies: dict[str, tuple], seed: int
+) -> str:
+    "The chunk after the grasp, denoised by every policy on the same recorded observation."
+    owner = _owner(results)
+    r = results[owner]
+    record, e, fps = r.records[seed], r.episode(seed), r.conventions['fps']
+    tick = decisive_tick(record)
+    image = record['scene'][tick]
+    size = image.shape[0]
+    panels = denoising_panels(policies, record, e['task'], tick, size=size)
+    target = project(pad_outline(e['target']), size)
+    held = record['info.grasped'][:tick].any()
+    seen = figure_observation(policies[owner][0], record, tick, fps)
+    return section(
+        'A plan is denoised',
+        _denoising_text(owner, seed, e, tick / fps, held),
+        drawing(seen, 'history frames and present views'),
+        player(panels, image, target),
+        drawing(figure_denoising(panels, image, target), 'hand paths over denoising time'),
+    )
+
 # %% ../../nbs/studies/01_report.ipynb #ea74889b
 def twin(explorer, keep: dict) -> str:
     return f'<div class="fig">{explorer.static(keep)._repr_html_()}</div>'
@@ -958,14 +1025,27 @@ def twin(explorer, keep: dict) -> str:
 
 def every(n: int, control) -> list[int]:
     "At most about `n` of a control's values: evenly spaced indices, its start among them."
-    return sorted(
-        {
-            *np.linspace(0, len(control.values) - 1, min(n, len(control.values)))
-            .round()
-            .astype(int)
-            .tolist(),
-            control.start,
-        }
+    count = len(control.values)
+    spaced = np.linspace(0, count - 1, min(n, count)).round().astype(int)
+    return sorted({*spaced.tolist(), control.start})
+
+
+def _thinned(explorer, **most: int) -> str:
+    "The twin of an explorer with at most about so many values of each control."
+    return twin(explorer, {n: every(k, explorer.controls[n]) for n, k in most.items()})
+
+# %% ../../nbs/studies/01_report.ipynb #3f4c6240
+def _recording(result: EvalResult, owner: str, seed: int) -> Recording:
+    "The recorded episode of `seed`, as the explorers read it."
+    e = result.episode(seed)
+    return Recording(
+        result.records[seed] | fixed_cameras(),
+        e['task'],
+        float(result.conventions['fps']),
+        owner,
+        seed,
+        e['success'],
+        VECTOR_NAMES,
     )
 
 # %% ../../nbs/studies/01_report.ipynb #cf66465f
@@ -975,34 +1055,17 @@ def inside_section(
     """Masks along training, attention along one episode and denoising at its decisive
     moment, to move.
     """
-    owner = 'full' if 'full' in results else next(iter(results))
-    r, e, parts, out = results[owner], results[owner].episode(seed), policies[owner], ''
-    rec = Recording(
-        r.records[seed] | fixed_cameras(),
-        e['task'],
-        float(r.conventions['fps']),
-        owner,
-        seed,
-        e['success'],
-        VECTOR_NAMES,
-    )
+    owner = _owner(results)
+    parts, out = policies[owner], ''
+    rec = _recording(results[owner], owner, seed)
     if masks(parts[0]):
-        x = mask_explorer(
-            mask_film(folders[owner], parts[0]), parts[0].config.model.text.mrope_section
-        )
-        out += twin(x, dict(step=every(9, x.controls['step'])))
+        film = mask_film(folders[owner], parts[0])
+        x = mask_explorer(film, parts[0].config.model.text.mrope_section)
+        out += _thinned(x, step=9)
     x = attention_explorer(AttentionFilm(*parts, rec))
-    out += twin(
-        x, {n: every(k, x.controls[n]) for n, k in dict(tick=6, step=3, action=4).items()}
-    )
+    out += _thinned(x, tick=6, step=3, action=4)
     x = denoising_explorer(policies, rec, (decisive_tick(rec.record),))
-    out += twin(
-        x,
-        {
-            n: every(k, x.controls[n])
-            for n, k in dict(stage=6, steps=2, action=1, pair=2).items()
-        },
-    )
+    out += _thinned(x, stage=6, steps=2, action=1, pair=2)
     return section(
         'Look inside',
         f'Masks along training; where the expert looks in seed {seed}, and what dropping'
@@ -1023,6 +1086,53 @@ def continued_text(log: list[dict], n: int = 5) -> str:
         f' its last {n}'
     )
 
+# %% ../../nbs/studies/01_report.ipynb #70e7309f
+def _episodes_section(results, policies, checkpoints, inside: bool) -> str:
+    "Films, a plan being denoised, explorers if `inside`; nothing without recordings."
+    owner = _owner(results)
+    seeds = list(results[owner].records)
+    if not seeds:
+        return ''
+    said = (
+        f'The first {len(seeds)} evaluation seeds, whatever came of them. Under each film:'
+        ' the flash, the pads after it, and the end.'
+    )
+    rows = films(results, seeds, results[owner].conventions['fps'])
+    chosen = pick_seed(results[owner])
+    body = section('The same seeds, side by side', said, rows)
+    body += denoising_section(results, policies, chosen)
+    if inside:
+        body += inside_section(results, policies, checkpoints, chosen)
+    return body
+
+# %% ../../nbs/studies/01_report.ipynb #349353d0
+def _masks_section(policies: dict[str, tuple], owner: str) -> str:
+    "What training did to the masks of SALR; nothing without them."
+    if owner not in policies or not masks(policies[owner][0]):
+        return ''
+    policy = policies[owner][0]
+    return section(
+        'What the masks learned',
+        'SALR multiplies the state with the cached keys and values of the vision-language'
+        ' model and lets a learned mask choose among the products. Every mask starts at 1;'
+        ' this is what training added. Orange: amplified, purple: suppressed.',
+        drawing(figure_masks(policy), 'masks minus one'),
+        drawing(figure_mask_distribution(policy), 'distribution of the masks'),
+    )
+
+# %% ../../nbs/studies/01_report.ipynb #8918e07f
+def _loss_section(checkpoints: dict, owner: str, continued: list[dict] | None) -> str:
+    "Loss curves of all policies, and how a short continuation went on."
+    text = 'Flow-matching loss in training: thin as logged, thick its running mean.'
+    if continued:
+        text += (
+            f' Training goes on from the weights of {html.escape(title(owner))}:'
+            f' {continued[-1]["step"]} further steps on fresh demonstrations,'
+            f' {continued_text(continued)}.'
+        )
+    curves = figure_loss({k: read_log(f) for k, f in checkpoints.items()})
+    return section('Loss curves', text, drawing(curves, 'loss curves'))
+
 # %% ../../nbs/studies/01_report.ipynb #74c54581
 def write_report(
     path: str | Path,
@@ -1040,56 +1150,18 @@ def write_report(
     was one. `inside`: explorers too (half a minute).
     """
     policies = {k: load_policy(f) for k, f in checkpoints.items() if k in results}
-    owner = 'full' if 'full' in results else next(iter(results))
-    fps, seeds = results[owner].conventions['fps'], list(results[owner].records)
-    body = first_section(results)
-    if seeds:
-        body += section(
-            'The same seeds, side by side',
-            f'The first {len(seeds)} evaluation seeds, whatever came of them. Under each'
-            ' film: the flash, the pads after it, and the end.',
-            films(results, seeds, fps),
-        )
-        body += denoising_section(results, policies, pick_seed(results[owner]))
-        if inside:
-            body += inside_section(
-                results, policies, checkpoints, pick_seed(results[owner])
-            )
-    if owner in policies and masks(policies[owner][0]):
-        text = (
-            'SALR multiplies the state with the cached keys and values of the'
-            ' vision-language model and lets a learned mask choose among the products.'
-            ' Every mask starts at 1; this is what training added. Orange: amplified,'
-            ' purple: suppressed.'
-        )
-        body += section(
-            'What the masks learned',
-            text,
-            drawing(figure_masks(policies[owner][0]), 'masks minus one'),
-            drawing(
-                figure_mask_distribution(policies[owner][0]), 'distribution of the masks'
-            ),
-        )
-    more = (
-        ''
-        if not continued
-        else (
-            f' Training goes on from the weights of {html.escape(title(owner))}:'
-            f' {continued[-1]["step"]} further steps on fresh demonstrations,'
-            f' {continued_text(continued)}.'
-        )
-    )
-    body += section(
-        'Loss curves',
-        'Flow-matching loss in training: thin as logged, thick its running mean.' + more,
-        drawing(
-            figure_loss({k: read_log(f) for k, f in checkpoints.items()}), 'loss curves'
-        ),
-    )
-    body += section(
+    owner = _owner(results)
+    origin = section(
         'Where it came from',
         'Weights, data and code of each policy, and how the rates were measured.',
         provenance_table(results, checkpoints),
         evaluation_table(results, command),
+    )
+    body = (
+        first_section(results)
+        + _episodes_section(results, policies, checkpoints, inside)
+        + _masks_section(policies, owner)
+        + _loss_section(checkpoints, owner, continued)
+        + origin
     )
     return write_whole(path, page('HALO on flash_place', body))
