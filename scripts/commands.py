@@ -134,7 +134,7 @@ def notebook(path):
             yield from markdown(source)
         elif re.match(r'%%(bash|sh)\b', source):
             yield shell_lines(source.partition('\n')[2])
-        elif found := re.findall(r'^\s*!(.+)$', source, re.M):
+        elif found := re.findall(r'^\s*!(?!=)(.+)$', source, re.M):
             yield shell_lines('\n'.join(found))
 
 
@@ -386,7 +386,9 @@ RULES = (
         ('demonstrations',),
         slow=True,
     ),
-    Rule(r'halo\.train\.scale (?!.*--dry-run)|halo train (?!--)', needs=('run',), slow=True),
+    Rule(
+        r'halo\.train\.scale (?!.*--dry-run)|halo train (?!--)', needs=('run',), slow=True
+    ),
     Rule(
         r'accelerate launch',
         (
@@ -399,7 +401,10 @@ RULES = (
     Rule(r'test_scale\.py', ((r'NAME', 'parts'),), slow=True),
     Rule(r'halo\.data\.mixture show MIXTURE', needs=('mixture',), slow=True),
     Rule(
-        r'halo\.data\.mixture (check|stats|store)', ((r'$', ' --quiet'),), ('mixture',), slow=True
+        r'halo\.data\.mixture (check|stats|store)',
+        ((r'$', ' --quiet'),),
+        ('mixture',),
+        slow=True,
     ),
     Rule(r'halo\.data\.mixture check oxe', ((r'check oxe', 'check LITTLE'),)),
     Rule(r'halo\.data\.mixture (check|stats|store)(?!.*--root)', ((r'$', ' --root data'),)),

@@ -981,7 +981,7 @@ def test_as_a_program(base, tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env=os.environ | dict(PYTHONPATH=str(Path(check.__file__).parent.parent)),
+        env=os.environ | dict(PYTHONPATH=str(Path(check.__file__).parents[2])),
     )
     assert (
         done.returncode == 0 and done.stderr == '' and '0 errors, 0 warnings' in done.stdout

@@ -355,7 +355,6 @@ def pretrain(
     torch.manual_seed(seed)
     g = torch.Generator().manual_seed(seed)
     qwen = build_qwen(cfg)
-    layers = list(qwen.language_model.layers)
     model, tc, log, recent, t0 = (
         HaloModel(cfg, qwen).train(),
         TrainConfig(steps=steps, lr=lr),

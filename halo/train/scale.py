@@ -631,10 +631,8 @@ def save(
         try:
             return fn(*a)
         except (Exception, dcp.api.CheckpointException) as e:
-            why = (
-                why
-                or f'{type(e).__name__}: {str(e).strip().splitlines()[-1] if str(e).strip() else e}'
-            )
+            last = str(e).strip().splitlines()[-1:] or [e]
+            why = why or f'{type(e).__name__}: {last[0]}'
 
     if rank == 0:
         attempt(lambda: (shutil.rmtree(tmp, ignore_errors=True), tmp.mkdir(parents=True)))
@@ -1538,9 +1536,9 @@ def dry_run_policy(c: dict, world: int) -> list[tuple[str, bool, str]]:
 
 # %% ../../nbs/train/03_scale.ipynb #83501fa6
 def main(argv=None) -> int:
-    """`python -m halo.train.scale RUN.yaml` (or through torchrun / accelerate launch): train;
-    `--dry-run` checks everything first, `--export DIR` writes the newest checkpoint as a
-    policy folder.
+    """`python -m halo.train.scale RUN.yaml` (or through torchrun / accelerate launch):
+    train; `--dry-run` checks everything first, `--export DIR` writes the newest checkpoint
+    as a policy folder.
     """
     p = argparse.ArgumentParser(prog='halo train', description=main.__doc__)
     p.add_argument('config')

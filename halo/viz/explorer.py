@@ -25,9 +25,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # %% auto #0
-__all__ = ['INK', 'LINE', 'MAGNITUDE', 'SIGNED', 'CATEGORIES', 'STYLE', 'HEAT', 'SMALL', 'SCRIPT', 'CSS', 'symmetric', 'fading',
-           'Control', 'Panel', 'small_ints', 'Heat', 'Picture', 'Lines', 'Bars', 'Words', 'Explorer', 'png',
-           'control_markup', 'Twin']
+__all__ = ['INK', 'LINE', 'MAGNITUDE', 'SIGNED', 'CATEGORIES', 'STYLE', 'HEAT', 'SMALL', 'SCRIPT_STATE', 'PAINT_PICTURES',
+           'PAINT_LINES', 'PAINT_WORDS', 'SCRIPT_DRAW', 'SCRIPT_CONTROLS', 'SCRIPT_START', 'PAINT', 'SCRIPT', 'CSS',
+           'symmetric', 'fading', 'Control', 'Panel', 'small_ints', 'Heat', 'Picture', 'Lines', 'Bars', 'Words',
+           'Explorer', 'png', 'control_markup', 'Twin']
 
 # %% ../../nbs/viz/01_explorer.ipynb #abb131c4
 INK, LINE = '#1b1f24', '#c8ccd1'
@@ -780,106 +781,225 @@ def axes_svg(self: Explorer) -> str:
     return s.replace('DejaVu Sans', 'DejaVu Sans, Verdana, sans-serif')
 
 # %% ../../nbs/viz/01_explorer.ipynb #e5ae45d8
-SCRIPT = r'''
-const spec = JSON.parse(document.getElementById('spec').textContent), frame = document.getElementById('frame'), canvas = document.getElementById('canvas');
-const state = spec.controls.map(c => c.start), bytes64 = s => Uint8Array.from(atob(s), c => c.charCodeAt(0)), images = new Map();
+SCRIPT_STATE = r'''
+const $ = id => document.getElementById(id);
+const spec = JSON.parse($('spec').textContent), frame = $('frame'), canvas = $('canvas');
+const state = spec.controls.map(c => c.start), images = new Map();
+const bytes64 = s => Uint8Array.from(atob(s), c => c.charCodeAt(0));
 for (const p of spec.panels) if (p.table) p.colours = bytes64(p.table);
 let blob = null, drawn = 0;
 const key = () => state.map((v, i) => spec.controls[i].index[v]).join(',');
-const piece = k => { const [at, size] = spec.pieces[k]; return blob.subarray(at, at + size); };
-const shorts = b => new Int16Array(b.buffer.slice(b.byteOffset, b.byteOffset + b.byteLength));
+const piece = k => {
+  const [at, size] = spec.pieces[k];
+  return blob.subarray(at, at + size);
+};
+const shorts = b =>
+  new Int16Array(b.buffer.slice(b.byteOffset, b.byteOffset + b.byteLength));
 const row = () => spec.states[key()];
 async function image(k) {
-  if (!images.has(k)) images.set(k, createImageBitmap(new Blob([piece(k)], {type: 'image/webp'})));
+  if (!images.has(k)) {
+    images.set(k, createImageBitmap(new Blob([piece(k)], {type: 'image/webp'})));
+  }
   return images.get(k);
 }
+'''
+
+# %% ../../nbs/viz/01_explorer.ipynb #e5ae45d9
+PAINT_PICTURES = r'''
 const paint = {
   heat(g, p, b, x, y, w, h) {
-    const small = document.createElement('canvas'); small.width = p.cols; small.height = p.rows;
+    const small = document.createElement('canvas');
+    small.width = p.cols;
+    small.height = p.rows;
     const s = small.getContext('2d'), d = s.createImageData(p.cols, p.rows);
-    for (let i = 0; i < b.length; i++) if (b[i]) for (let c = 0; c < 4; c++) d.data[4 * i + c] = p.colours[4 * b[i] + c];
+    for (let i = 0; i < b.length; i++) {
+      if (b[i]) for (let c = 0; c < 4; c++) d.data[4 * i + c] = p.colours[4 * b[i] + c];
+    }
     s.putImageData(d, 0, 0);
-    const [x0, y0, x1, y1] = p.at; g.imageSmoothingEnabled = p.smooth;
+    const [x0, y0, x1, y1] = p.at;
+    g.imageSmoothingEnabled = p.smooth;
     g.drawImage(small, x + x0 * w, y + (1 - y0) * h, (x1 - x0) * w, (y0 - y1) * h);
   },
-  picture(g, p, b, x, y, w, h, bitmap) { g.imageSmoothingEnabled = true; g.imageSmoothingQuality = 'high'; g.drawImage(bitmap, x, y, w, h); },
+  picture(g, p, b, x, y, w, h, bitmap) {
+    g.imageSmoothingEnabled = true;
+    g.imageSmoothingQuality = 'high';
+    g.drawImage(bitmap, x, y, w, h);
+  },
+'''
+
+# %% ../../nbs/viz/01_explorer.ipynb #e5ae45da
+PAINT_LINES = r'''
   lines(g, p, b, x, y, w, h, _, unit) {
-    const v = shorts(b), n = p.styles.length; let at = n;
+    const v = shorts(b), n = p.styles.length;
+    let at = n;
     p.styles.forEach((s, k) => {
-      g.globalAlpha = s.alpha; g.strokeStyle = g.fillStyle = s.color; g.lineWidth = s.width * unit; g.lineJoin = 'round';
-      g.setLineDash(s.dash ? [4 * s.width * unit, 2 * s.width * unit] : []); g.beginPath(); let open = false; const dots = [];
+      g.globalAlpha = s.alpha;
+      g.strokeStyle = g.fillStyle = s.color;
+      g.lineWidth = s.width * unit;
+      g.lineJoin = 'round';
+      g.setLineDash(s.dash ? [4 * s.width * unit, 2 * s.width * unit] : []);
+      g.beginPath();
+      let open = false;
+      const dots = [];
       for (let i = 0; i < v[k]; i++, at += 2) {
         if (v[at] == -32768 || v[at + 1] == -32768) { open = false; continue; }
         const px = x + v[at] / 1e4 * w, py = y + (1 - v[at + 1] / 1e4) * h;
-        open ? g.lineTo(px, py) : g.moveTo(px, py); open = true; dots.push([px, py]);
+        open ? g.lineTo(px, py) : g.moveTo(px, py);
+        open = true;
+        dots.push([px, py]);
       }
       if (s.width) g.stroke();
-      if (s.marker) for (const [px, py] of dots) { g.beginPath(); g.arc(px, py, s.marker * unit / 2, 0, 7); g.fill(); }
+      if (s.marker) for (const [px, py] of dots) {
+        g.beginPath();
+        g.arc(px, py, s.marker * unit / 2, 0, 7);
+        g.fill();
+      }
     });
-    g.globalAlpha = 1; g.setLineDash([]);
+    g.globalAlpha = 1;
+    g.setLineDash([]);
   },
+'''
+
+# %% ../../nbs/viz/01_explorer.ipynb #e5ae45db
+PAINT_WORDS = r'''
   bars(g, p, b, x, y, w, h) {
     const v = shorts(b);
     p.colors.forEach((c, i) => {
-      const [a0, b0, a1, b1] = v.subarray(4 * i, 4 * i + 4); if ([a0, b0, a1, b1].includes(-32768)) return;
-      g.fillStyle = c; g.fillRect(x + Math.min(a0, a1) / 1e4 * w, y + (1 - Math.max(b0, b1) / 1e4) * h, Math.abs(a1 - a0) / 1e4 * w, Math.abs(b1 - b0) / 1e4 * h);
+      const [a0, b0, a1, b1] = v.subarray(4 * i, 4 * i + 4);
+      if ([a0, b0, a1, b1].includes(-32768)) return;
+      const left = x + Math.min(a0, a1) / 1e4 * w;
+      const top = y + (1 - Math.max(b0, b1) / 1e4) * h;
+      g.fillStyle = c;
+      g.fillRect(left, top, Math.abs(a1 - a0) / 1e4 * w, Math.abs(b1 - b0) / 1e4 * h);
     });
   },
   words(g, p, b, x, y, w, h, _, unit, W) {
-    g.font = `${p.weight == 'bold' ? 'bold ' : ''}${p.size * W}px "DejaVu Sans", Verdana, sans-serif`; g.fillStyle = p.color; g.textAlign = p.align; g.textBaseline = 'alphabetic';
-    const lines = new TextDecoder().decode(b).split('\n'), step = 1.2 * p.size * W;
-    lines.forEach((t, i) => g.fillText(t, x + p.at[0] * w, y + (1 - p.at[1]) * h - 0.25 * p.size * W - (lines.length - 1 - i) * step));
+    const bold = p.weight == 'bold' ? 'bold ' : '', size = p.size * W;
+    g.font = `${bold}${size}px "DejaVu Sans", Verdana, sans-serif`;
+    g.fillStyle = p.color;
+    g.textAlign = p.align;
+    g.textBaseline = 'alphabetic';
+    const lines = new TextDecoder().decode(b).split('\n'), step = 1.2 * size;
+    const low = y + (1 - p.at[1]) * h - 0.25 * size;
+    lines.forEach((t, i) =>
+      g.fillText(t, x + p.at[0] * w, low - (lines.length - 1 - i) * step));
   }
 };
+'''
+
+# %% ../../nbs/viz/01_explorer.ipynb #e5ae45dc
+SCRIPT_DRAW = r'''
+function panel(g, p, i, now, bitmap, W, H) {
+  const [fx, fy, fw, fh] = p.box, x = fx * W, y = fy * H, w = fw * W, h = fh * H;
+  g.save();
+  if (p.kind != 'words') {
+    g.beginPath();
+    g.rect(x - 3, y - 3, w + 6, h + 6);
+    g.clip();
+  }
+  const unit = W / (spec.width * 0.72);
+  paint[p.kind](g, p, piece(now[i]), x, y, w, h, bitmap, unit, W);
+  g.restore();
+}
 async function draw() {
   if (!blob) return;
-  const mine = ++drawn, now = row(), W = frame.clientWidth, ratio = window.devicePixelRatio || 1, H = W * spec.ratio;
-  const bitmaps = await Promise.all(spec.panels.map((p, i) => p.kind == 'picture' ? image(now[i]) : null));
+  const mine = ++drawn, now = row(), W = frame.clientWidth;
+  const ratio = window.devicePixelRatio || 1, H = W * spec.ratio;
+  const bitmaps = await Promise.all(
+    spec.panels.map((p, i) => p.kind == 'picture' ? image(now[i]) : null));
   if (mine != drawn) return;
-  canvas.width = Math.round(W * ratio); canvas.height = Math.round(H * ratio);
-  const g = canvas.getContext('2d'); g.scale(ratio, ratio); g.clearRect(0, 0, W, H);
-  spec.panels.forEach((p, i) => {
-    const [fx, fy, fw, fh] = p.box, x = fx * W, y = fy * H, w = fw * W, h = fh * H;
-    g.save(); if (p.kind != 'words') { g.beginPath(); g.rect(x - 3, y - 3, w + 6, h + 6); g.clip(); }
-    paint[p.kind](g, p, piece(now[i]), x, y, w, h, bitmaps[i], W / (spec.width * 0.72), W); g.restore();
-  });
+  canvas.width = Math.round(W * ratio);
+  canvas.height = Math.round(H * ratio);
+  const g = canvas.getContext('2d');
+  g.scale(ratio, ratio);
+  g.clearRect(0, 0, W, H);
+  spec.panels.forEach((p, i) => panel(g, p, i, now, bitmaps[i], W, H));
   document.body.dataset.drawn = key();
 }
+'''
+
+# %% ../../nbs/viz/01_explorer.ipynb #e5ae45dd
+SCRIPT_CONTROLS = r'''
 function set(i, v) {
-  const c = spec.controls[i]; state[i] = v;
-  if (c.alone && v != c.start) spec.controls.forEach((o, k) => { if (k != i && o.alone == c.alone) state[k] = o.start; });
-  show(); draw();
+  const c = spec.controls[i];
+  state[i] = v;
+  if (c.alone && v != c.start) spec.controls.forEach((o, k) => {
+    if (k != i && o.alone == c.alone) state[k] = o.start;
+  });
+  show();
+  draw();
 }
 function show() {
   spec.controls.forEach((c, i) => {
-    const e = document.getElementById('c' + i), o = document.getElementById('o' + i);
+    const e = $('c' + i), o = $('o' + i);
     if (c.kind == 'toggle') e.checked = state[i] == 1; else e.value = state[i];
     if (o) o.textContent = c.texts[state[i]];
     if (c.kind == 'slider') e.setAttribute('aria-valuetext', c.texts[state[i]]);
   });
 }
-spec.controls.forEach((c, i) => {
-  const e = document.getElementById('c' + i);
-  e.addEventListener(c.kind == 'slider' ? 'input' : 'change', () => set(i, c.kind == 'toggle' ? +e.checked : +e.value));
-  const b = document.getElementById('p' + i); let timer = null; if (!b) return;
+function play(b, c, i) {
+  let timer = null;
   b.addEventListener('click', () => {
-    if (timer) { clearInterval(timer); timer = null; b.textContent = '\u25b6'; return; }
-    b.textContent = '\u2016'; timer = setInterval(() => set(i, (state[i] + 1) % c.texts.length), 150);
+    if (timer) {
+      clearInterval(timer);
+      timer = null;
+      b.textContent = '\u25b6';
+      return;
+    }
+    b.textContent = '\u2016';
+    timer = setInterval(() => set(i, (state[i] + 1) % c.texts.length), 150);
   });
-});
-const fit = () => { try { frameElement.style.height = document.getElementById('all').offsetHeight + 2 + 'px'; } catch (e) {} draw(); };
-new ResizeObserver(fit).observe(frame);
-window.halo = {spec, state, set: (name, v) => set(spec.controls.findIndex(c => c.name == name), v), piece: name => Array.from(piece(row()[spec.panels.findIndex(p => p.name == name)]))};
-show();
-new Response(new Blob([bytes64(spec.blob)]).stream().pipeThrough(new DecompressionStream('gzip'))).arrayBuffer().then(b => { blob = new Uint8Array(b); fit(); });
+}
 '''
+
+# %% ../../nbs/viz/01_explorer.ipynb #e5ae45de
+SCRIPT_START = r'''
+spec.controls.forEach((c, i) => {
+  const e = $('c' + i), b = $('p' + i), happens = c.kind == 'slider' ? 'input' : 'change';
+  e.addEventListener(happens, () => set(i, c.kind == 'toggle' ? +e.checked : +e.value));
+  if (b) play(b, c, i);
+});
+const fit = () => {
+  try { frameElement.style.height = $('all').offsetHeight + 2 + 'px'; } catch (e) {}
+  draw();
+};
+new ResizeObserver(fit).observe(frame);
+const find = (list, name) => list.findIndex(c => c.name == name);
+window.halo = {
+  spec, state,
+  set: (name, v) => set(find(spec.controls, name), v),
+  piece: name => Array.from(piece(row()[find(spec.panels, name)]))
+};
+show();
+const packed = new Blob([bytes64(spec.blob)]).stream();
+new Response(packed.pipeThrough(new DecompressionStream('gzip'))).arrayBuffer()
+  .then(b => { blob = new Uint8Array(b); fit(); });
+'''
+PAINT = PAINT_PICTURES + PAINT_LINES + PAINT_WORDS
+SCRIPT = SCRIPT_STATE + PAINT + SCRIPT_DRAW + SCRIPT_CONTROLS + SCRIPT_START
 
 # %% ../../nbs/viz/01_explorer.ipynb #6a0826cf
 CSS = '''
-:root { color-scheme: light; } * { box-sizing: border-box; } body { margin: 0; font: 13px/1.4 system-ui, "DejaVu Sans", sans-serif; color: #1b1f24; background: #fff; }
-#all { padding: 8px 10px; } h1 { font-size: 14px; margin: 0 0 4px; } #frame { position: relative; width: 100%; } #frame svg { display: block; width: 100%; height: auto; } #canvas { position: absolute; inset: 0; width: 100%; height: 100%; }
-#controls { display: flex; flex-wrap: wrap; gap: 4px 18px; align-items: center; margin-bottom: 4px; } #controls label { display: flex; gap: 6px; align-items: center; } input[type=range] { width: 130px; accent-color: #0072B2; }
-output { min-width: 5.5em; font-variant-numeric: tabular-nums; } button { width: 26px; height: 24px; padding: 0; border: 1px solid #c8ccd1; border-radius: 4px; background: #f5f6f7; cursor: pointer; } select { font: inherit; max-width: 22em; }
+:root { color-scheme: light; } * { box-sizing: border-box; }
+body {
+  margin: 0; font: 13px/1.4 system-ui, "DejaVu Sans", sans-serif;
+  color: #1b1f24; background: #fff;
+}
+#all { padding: 8px 10px; } h1 { font-size: 14px; margin: 0 0 4px; }
+#frame { position: relative; width: 100%; }
+#frame svg { display: block; width: 100%; height: auto; }
+#canvas { position: absolute; inset: 0; width: 100%; height: 100%; }
+#controls {
+  display: flex; flex-wrap: wrap; gap: 4px 18px; align-items: center; margin-bottom: 4px;
+}
+#controls label { display: flex; gap: 6px; align-items: center; }
+input[type=range] { width: 130px; accent-color: #0072B2; }
+output { min-width: 5.5em; font-variant-numeric: tabular-nums; }
+button {
+  width: 26px; height: 24px; padding: 0; border: 1px solid #c8ccd1; border-radius: 4px;
+  background: #f5f6f7; cursor: pointer;
+}
+select { font: inherit; max-width: 22em; }
 '''
 
 
@@ -932,7 +1052,8 @@ def page(self: Explorer, keep: dict[str, list[int]] | None = None) -> str:
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
-        f' content="width=device-width"><title>{html.escape(self.title)}</title><style>{CSS}</style></head><body><div'
+        f' content="width=device-width"><title>{html.escape(self.title)}</title>'
+        f'<style>{CSS}</style></head><body><div'
         f' id="all"><h1>{html.escape(self.title)}</h1><div'
         f' id="controls">{controls}{hidden}</div><div id="frame" role="img"'
         f' aria-label="{html.escape(self.title)}">{self.axes_svg()}<canvas'
