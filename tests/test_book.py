@@ -115,3 +115,18 @@ def test_no_old_path_is_left():
         text=True,
     )
     assert done.stdout == ''
+
+
+def test_every_part_has_one_opening_page():
+    for part in PARTS:
+        page = json.loads((root / f'nbs/{part}/index.ipynb').read_text(encoding='utf-8'))
+        text = ''.join(''.join(c['source']) for c in page['cells'])
+        for path in (root / 'nbs' / part).glob('[0-9]*.ipynb'):
+            book = json.loads(path.read_text(encoding='utf-8'))
+            title = ''.join(book['cells'][0]['source']).splitlines()[0].removeprefix('# ')
+            assert f'[{title}]({path.name})' in text, path
+
+
+def test_the_maps_are_drawn():
+    command = [sys.executable, root / 'scripts/tick_map.py', '--check']
+    assert subprocess.run(command).returncode == 0

@@ -127,7 +127,7 @@ def open_benchmark(name: str, **options) -> Benchmark:
 # %% ../../nbs/benchmarks/01_suite.ipynb #ad370ca0
 @register('flash_place')
 def flash_place(size: int = 112) -> Benchmark:
-    "HALO's demonstration task (notebook 12): 60 seeds from `EVAL_SEED` on."
+    "HALO's demonstration task: 60 seeds from `EVAL_SEED` on."
     from halo.sim.flash_place import (
         CAMERAS,
         EVAL_SEED,

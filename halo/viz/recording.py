@@ -272,6 +272,7 @@ def record_policy(checkpoint: str | Path, seed: int) -> Recording:
     "Roll out a checkpoint on one evaluation seed of flash_place."
     from lerobot.envs.factory import make_env_config
 
+    import halo.sim.flash_place  # noqa: F401, registers flash_place
     from halo.sim.evaluate import evaluate, load_policy
 
     r = evaluate(
