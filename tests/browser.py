@@ -91,6 +91,7 @@ class Lab:
     def __init__(self, folder, notebooks, leave_out=()):
         "`leave_out`: code cells that hold one of these strings are not copied."
         self.folder = Path(folder)
+        shutil.copytree(root / 'nbs/map', self.folder / 'map')
         for n in notebooks:
             book = json.loads((root / 'nbs' / n).read_text())
             book['cells'] = [
