@@ -60,6 +60,8 @@ PARTS = dict(
     benchmarks='Benchmarks',
 )
 FURTHER = 'Further'  # notebooks of no part
+# What scripts/site/after.html adds to every page
+TWINS = re.compile(r'<script>\s*// Explorers follow the page.*?</script>\s*', re.S)
 MATHS = re.compile(r'https://[^"\']*/katex@[\d.]+/dist/')
 
 
@@ -194,6 +196,8 @@ def relinked(markdown, pages, folder):
         page = pages.get(m[1], m[1])
         return f'](./{posixpath.relpath(page, folder.as_posix())}{m[2]})'
 
+    # nbdev links a name also inside a link of the author's, whose own it would break
+    markdown = re.sub(r'\[\[(`[^`\n]+`)\]\(/[^)]*\)\]\(', r'[\1](', markdown)
     return re.sub(r'\]\(/+([\w/-]+\.html)(#[\w.]*)\)', link, markdown)
 
 
@@ -250,6 +254,35 @@ def lighter(data: str) -> str:
         256, dither=Image.Dither.NONE
     ).save(out, 'PNG', optimize=True)
     return min(data, base64.b64encode(out.getvalue()).decode(), key=len)
+
+
+def webp(data: str) -> str:
+    "A PNG (base64) as an image's source: the same pixels as lossless WebP, if smaller."
+    picture, out = Image.open(io.BytesIO(base64.b64decode(data))), io.BytesIO()
+    seen = 'RGBA' if 'A' in picture.mode or 'transparency' in picture.info else 'RGB'
+    picture.convert(seen).save(out, 'WEBP', lossless=True, quality=60, method=4)
+    made = base64.b64encode(out.getvalue()).decode()
+    return (
+        f'image/webp;base64,{made}' if len(made) < len(data) else f'image/png;base64,{data}'
+    )
+
+
+def slim(page: str) -> str:
+    """A rendered page without what nobody sees: marks of code that has the text's own
+    colour, a mark between two neighbours of one colour, the explorers' script where no
+    explorer is, and pictures larger than need be.
+    """
+    page = re.sub(r'<span class="bu">([^<]*)</span>', r'\1', page)
+    same = re.compile(
+        r'<span class="(\w\w)">([^<]*)</span>((?:<span class="\1">[^<]*</span>)+)'
+    )
+    inside = lambda m: re.sub(r'<[^>]*>', '', m[3])
+    page = same.sub(lambda m: f'<span class="{m[1]}">{m[2]}{inside(m)}</span>', page)
+    if '<iframe class="halo-twin"' not in page:
+        page = TWINS.sub('', page)
+    return re.sub(
+        r'(?<=src="data:)image/png;base64,([A-Za-z0-9+/=]+)', lambda m: webp(m[1]), page
+    )
 
 
 def process(path, to, pages):
@@ -336,6 +369,16 @@ def no_styles_from_elsewhere(folder):
             css.write_text(kept, encoding='utf-8')
 
 
+def one_icon_font(folder):
+    "WOFF2 is read by every browser that runs these pages: its elder stays behind."
+    for css in folder.rglob('bootstrap-icons.min.css'):
+        text = css.read_text(encoding='utf-8')
+        elder = r',url\("[^"]*\.woff\?[^"]*"\) format\("woff"\)'
+        css.write_text(re.sub(elder, '', text), encoding='utf-8')
+        for font in css.parent.rglob('*.woff'):
+            font.unlink()
+
+
 def own_maths(folder, bare):
     "Point the pages to the KaTeX beside them (or, bare, to none)."
     for page in folder.rglob('*.html'):
@@ -394,7 +437,10 @@ def build(to, offline=False, bare=False):
             sys.exit('The site was not rendered; the message is above.')
         rendered = built / made['project'].get('output-dir', '_site')
         no_styles_from_elsewhere(rendered)
+        one_icon_font(rendered)
         own_maths(rendered, bare)
+        for page in rendered.rglob('nbs/**/*.html'):
+            page.write_text(slim(page.read_text(encoding='utf-8')), encoding='utf-8')
         if bare:
             for css in rendered.rglob('*.css'):
                 css.write_text(

@@ -54,15 +54,9 @@ class Watched:
             ),
         )
         self.page.on('pageerror', lambda e: self.wrong.append(f'error: {e}'))
-        # ERR_ABORTED: the browser gave up a request because its page was left; what is
-        # missing answers with 404
         self.page.on(
             'requestfailed',
-            lambda r: (
-                None
-                if 'ERR_ABORTED' in str(r.failure)
-                else self.wrong.append(f'failed: {r.url[:200]} {r.failure}')
-            ),
+            lambda r: self.wrong.append(f'failed: {r.url[:200]} {r.failure}'),
         )
         self.page.on(
             'response',

@@ -4,6 +4,7 @@ every explorer draws what its controls say.
 
 import base64
 import gzip
+import html
 import io
 import json
 import posixpath
@@ -85,7 +86,7 @@ def test_the_site_is_whole(site):
     }
     assert pages == {'index.html', *(f'nbs/{name}.html' for name in books())}
     size = {f: f.stat().st_size for f in site.rglob('*') if f.is_file()}
-    assert sum(size.values()) < 18e6 and size[site / 'film.webp'] < 1.5e6
+    assert sum(size.values()) < 15e6 and size[site / 'film.webp'] < 1.5e6
     # what a reader waits for
     assert max(n for f, n in size.items() if f.suffix == '.html') < 1.2e6
 
@@ -204,14 +205,11 @@ def test_the_check_finds_faults_in_the_site(site, tmp_path):
     (copy / 'nbs/method/05_expert.html').unlink()
     found = check_site.check(copy)
     assert (
-        any(
-            'method/03_salr.html: dead anchor 04_flow.html#nobody' in f
-            for f in found
-        )
+        any('method/03_salr.html: dead anchor 04_flow.html#nobody' in f for f in found)
         and any(
             'method/03_salr.html: asks another machine for https://cdn' in f for f in found
         )
-        and sum('dead link ' in f and '05_expert.html' in f for f in found) > 20
+        and sum(bool(re.search(r'dead link (\S*/)?05_expert\.html', f)) for f in found) > 20
     )
 
 
@@ -553,12 +551,12 @@ def test_every_control_of_every_twin(served, name):
 @browses
 def test_every_page_opens_quietly_and_fits(served):
     b, url, site = served
-    watched = Watched(b, viewport=dict(width=390, height=800))
-    page = watched.page
     for f in sorted([site / 'index.html', *(site / 'nbs').rglob('*.html')]):
-        # the icon too, before the page is left
+        # a tab of its own: what a page asks for is not given up because the next is opened
+        watched = Watched(b, viewport=dict(width=390, height=800))
+        page = watched.page
         page.goto(f'{url}/{f.relative_to(site).as_posix()}')
-        page.wait_for_load_state('networkidle')
+        page.wait_for_load_state('networkidle')  # the icon too
         assert not watched.wrong, (f.name, watched.wrong)
         assert page.evaluate('document.documentElement.scrollWidth') <= 390, (
             f'{f.name} is wider than a phone'
@@ -569,6 +567,33 @@ def test_every_page_opens_quietly_and_fits(served):
                 f.name,
                 page.locator('.katex-error').first.text_content(),
             )
+        page.close()
+
+
+def words(page):
+    "What a page says outside of its code, scripts and explorers."
+    text = re.sub(r'<(pre|script|style)\b.*?</\1>', '', page.read_text(), flags=re.S)
+    text = re.sub(r'srcdoc="[^"]*"', '', text)
+    return html.unescape(re.sub(r'<[^>]+>', '', text))
+
+
+def test_no_link_is_left_as_it_was_written(site):
+    for page in (site / 'nbs').rglob('*.html'):
+        found = re.findall(r'.{0,40}\]\([^)\s]+\)', words(page))
+        assert not found, (page, found)
+
+
+@browses
+def test_no_code_scrolls_sideways(served):
+    b, url, site = served
+    page = b.new_page(viewport=dict(width=1280, height=900))
+    wide = '''() => [...document.querySelectorAll('pre.sourceCode')]
+        .filter(e => e.scrollWidth > e.clientWidth).map(e => e.textContent.slice(0, 200))'''
+    for f in sorted((site / 'nbs').rglob('*.html')):
+        page.goto(f'{url}/{f.relative_to(site).as_posix()}')
+        page.evaluate('document.fonts.ready')
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        assert not (found := page.evaluate(wide)), (f.name, found)
     page.close()
 
 
