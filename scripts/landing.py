@@ -220,6 +220,19 @@ def seeded():
     return about['seed'], about['task']
 
 
+def tick_map(workbook, live):
+    "The map of a control tick, which every chapter carries too, and the way into the book."
+    if '00_a_tick' not in live:
+        return ''
+    return f'''<h2 class="halo-h2" id="tick">One control tick</h2>
+<a class="halo-map" href="{workbook}/00_a_tick.html"><img src="{workbook}/map/whole.svg"
+width="976" height="185" alt="A control tick: scene, sampling, VLM, SALR, expert, flow,
+command; the state goes to SALR and to the expert as well"></a>
+<p class="halo-note">The same map opens each chapter with its stage lit. <a
+href="{workbook}/00_a_tick.html">The first chapter</a> goes along it once, from the cameras
+to the motors.</p>'''
+
+
 def markup(workbook='nbs', live=()):
     "The first page's HTML; `live`: the notebooks that exist."
     seed, task = seeded()
@@ -263,6 +276,7 @@ trained <code>tiny</code> policies on seed {seed}, in real time, each with its p
 below, the past that it reads.</figcaption>
 </figure>
 </div>
+{tick_map(workbook, live)}
 <h2 class="halo-h2" id="rates">Successes on unseen seeds</h2>
 <div class="halo-rates">{''.join(bar(*r) for r in rates())}</div>
 <p class="halo-note">Thin line: Wilson’s 95 % interval. A policy without history can only

@@ -14,6 +14,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from nbdev.config import get_config
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root / 'scripts'))
@@ -343,3 +344,16 @@ for flags, limit in (([], 120), (['slow'], 120), ([], 0.01)):
 def test_tests_have_no_network():
     with pytest.raises(AssertionError, match='without a network'):
         socket.create_connection(('192.0.2.1', 80), timeout=1)
+
+
+def test_no_address_is_made_up():
+    "Empty fields make no link; nbdev would make an address out of a user's name."
+    s = settings()
+    assert 'user' not in s
+    assert [s[k] for k in ('doc_host', 'doc_baseurl', 'git_url')] == ['', '', '']
+    about = get_config()
+    assert not about.git_url and not about.doc_host
+    made_up = re.compile(r'github\.com/halo|halo\.github\.io', re.I)
+    top = [root / 'README.md', root / '_quarto.yml']
+    held = [*(root / 'halo').rglob('*.py'), *notebooks, *top]
+    assert [p for p in held if made_up.search(p.read_text('utf-8'))] == []
