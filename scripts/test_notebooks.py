@@ -11,6 +11,7 @@ notebooks that have any.
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -23,6 +24,15 @@ import warnings
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
+# What nearly every notebook imports, ten seconds of a core; nothing of halo: notebooks
+# register its classes
+PRELOADED = (
+    'matplotlib.pyplot',
+    'nbdev.test',
+    'lerobot.datasets.lerobot_dataset',
+    'lerobot.policies.factory',
+    'transformers.models.qwen2_5_vl.modeling_qwen2_5_vl',
+)
 
 
 def notebooks():
@@ -53,8 +63,8 @@ def preload():
     import matplotlib
 
     matplotlib.use('agg')
-    import matplotlib.pyplot  # noqa: F401 (nothing of halo: notebooks register its classes)
-
+    for name in PRELOADED:
+        importlib.import_module(name)
     # the one thread is Arrow's allocator, which knows forks
     warnings.filterwarnings(
         'ignore', 'This process .* is multi-threaded', DeprecationWarning

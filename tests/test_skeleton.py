@@ -12,6 +12,7 @@ import sys
 from configparser import ConfigParser
 from importlib.metadata import distribution
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from nbdev.config import get_config
@@ -339,6 +340,17 @@ for flags, limit in (([], 120), (['slow'], 120), ([], 0.01)):
         '[False, False]',
         '[False, False]',
     ], out.stdout + out.stderr
+
+
+def test_libraries_are_imported_before_the_forks(monkeypatch):
+    "A formatter once took the imports for unused: every notebook paid for them again."
+    monkeypatch.chdir(root)
+    asked = []
+    noted = SimpleNamespace(import_module=asked.append)
+    monkeypatch.setattr(test_notebooks, 'importlib', noted)
+    test_notebooks.preload()
+    assert tuple(asked) == test_notebooks.PRELOADED
+    assert {name.split('.')[0] for name in asked} >= {'lerobot', 'transformers'}
 
 
 def test_tests_have_no_network():
