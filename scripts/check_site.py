@@ -35,6 +35,8 @@ IN_SCRIPT = re.compile(
 LOCAL = re.compile(
     r'(?<![\w./:-])(?:/home/[\w.-]+|/root|/Users/[\w.-]+|/work|/tmp|/private/var|[A-Z]:\\Users)(?=/[\w.])[\w./\\-]*'
 )
+# A coloured piece of code: four in five of all tags of a page, and neither links nor loads
+COLOURED = re.compile(r'<span class="\w\w">([^<]*)</span>')
 
 
 class Page(HTMLParser):
@@ -53,7 +55,7 @@ class Page(HTMLParser):
             self.silent,
             self._in,
         ) = ([], [], [], [], [], [], [], [], [])
-        self.feed(text)
+        self.feed(COLOURED.sub(r'\1', text))
         self.close()
 
     def handle_starttag(self, tag, attrs):

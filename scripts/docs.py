@@ -405,8 +405,9 @@ def build(to, offline=False, bare=False):
     paths = [p for p in nbglob(root / 'nbs', as_path=True) if p.suffix == '.ipynb']
     with tempfile.TemporaryDirectory(dir=to.parent, prefix='.site-') as temporary:
         built = Path(temporary) / 'source'
+        names = page_names(paths)
         for path in paths:
-            process(path, built / path.relative_to(root), page_names(paths))
+            process(path, built / path.relative_to(root), names)
         for media in (root / 'nbs').rglob('*'):
             if (
                 media.suffix
