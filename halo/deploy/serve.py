@@ -67,11 +67,11 @@ except ImportError as e:
     raise ModuleNotFoundError(f'halo.deploy.serve: {need}', name=e.name) from e
 log = logging.getLogger('halo.deploy.serve')
 
-# %% ../../nbs/deploy/02_serve.ipynb #9174f1be
+# %% ../../nbs/deploy/02_serve.ipynb #84c591c0
 # numbers and booleans of at most 8 bytes: no objects, no records, no text
 DTYPE = re.compile(r'[<>|=]?[biuf][1248]')
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #2cf45545
 def pack_array(x):
     """msgpack's hook for numpy arrays and scalars, in openpi's form.
 
@@ -120,7 +120,7 @@ def _plain_dtype(dtype) -> np.dtype:
             f"an array has dtype {str(dtype)[:40]!r}, which numpy does not know"
         ) from None
 
-# %% ../../nbs/deploy/02_serve.ipynb #29b0acaf
+# %% ../../nbs/deploy/02_serve.ipynb #59fe1a12
 def _read_scalar(dtype: np.dtype, data):
     if not isinstance(data, (bool, int, float)):
         raise Refused("a numpy scalar holds no number")
@@ -129,7 +129,7 @@ def _read_scalar(dtype: np.dtype, data):
     except (OverflowError, ValueError):
         raise Refused(f"a numpy scalar does not fit into {dtype}") from None
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #ec10223f
 def _read_numbers(dtype: np.dtype, data, shape) -> np.ndarray:
     "A read-only view of `data`."
     if (
@@ -179,7 +179,7 @@ class Limits:
     send: float = 20.0  # seconds for the client to take it
     grace: float = 10.0  # seconds for what is in flight when the server stops
 
-# %% ../../nbs/deploy/02_serve.ipynb #925c68cd
+# %% ../../nbs/deploy/02_serve.ipynb #a55fa682
 def _counting(limits: Limits):
     "A hook for maps and lists that refuses a message with too many of them."
     count = 0
@@ -193,7 +193,7 @@ def _counting(limits: Limits):
 
     return counted
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #a2672323
 def _no_extension(code, data):
     raise Refused(f"the message holds an extension type ({code})")
 
@@ -244,7 +244,7 @@ class Contract:
     def primary(self) -> str:
         return next(iter(self.cameras))
 
-# %% ../../nbs/deploy/02_serve.ipynb #7cd881b0
+# %% ../../nbs/deploy/02_serve.ipynb #9b5694ac
 def _camera_roles(config) -> dict[str, str]:
     "Feature key -> role of every camera."
     feats = config.image_features
@@ -257,7 +257,7 @@ def _camera_roles(config) -> dict[str, str]:
     except ValueError:
         return {k: 'primary' if i == 0 else 'secondary' for i, k in enumerate(feats)}
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #f09b78a2
 def _short(key: str) -> str:
     return key.split('.', 2 if key.startswith('observation.images.') else 1)[-1]
 
@@ -289,26 +289,26 @@ def contract(config) -> Contract:
         **history,
     )
 
-# %% ../../nbs/deploy/02_serve.ipynb #5a0c7e12
+# %% ../../nbs/deploy/02_serve.ipynb #b431bca7
 FULL_HD = 1080 * 1920  # pixels of a picture whose size is not known beforehand
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #b506a61a
 def picture_bytes(size: tuple[int, int], resize: bool = False) -> int:
     "Bytes of a camera's picture of `size` (height, width), or of any size with `resize`."
     pixels = size[0] * size[1]
     return 3 * (max(pixels, FULL_HD) if resize else pixels)
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #12edaced
 def observation_bytes(pact: Contract, limits: Limits = Limits(), resize=False) -> int:
     "Bytes that one observation of a policy can take on the wire."
     pictures = sum(picture_bytes(size, resize) for size in pact.cameras.values())
     return pictures + 9 * (pact.state or 0) + 4 * limits.prompt + (64 << 10)
 
-# %% ../../nbs/deploy/02_serve.ipynb #5a0c7e13
+# %% ../../nbs/deploy/02_serve.ipynb #14d60dd6
 LEAST = 8 << 20  # bytes of a message that are always allowed
 MOST = 256 << 20  # beyond this only an observation lifts the limit, no stack of frames
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #45741428
 def fit_limits(limits: Limits, pact: Contract, skipped: int, resize=False) -> Limits:
     """`limits` with a message size that holds an observation and `skipped` history frames.
 
@@ -427,10 +427,10 @@ def check_state(parts: list, size: int | None) -> np.ndarray:
         )
     return x
 
-# %% ../../nbs/deploy/02_serve.ipynb #28340d35
+# %% ../../nbs/deploy/02_serve.ipynb #482eb370
 CONTROL = ('tick', 'reset', 'frame_only', 'seed', 'history', 'history_ticks')
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #7caaaed9
 def integer(x, name: str, most: int = 1 << 53) -> int:
     "A whole number in [0, most]; `Refused` for anything else."
     if isinstance(x, np.integer) or (
@@ -443,7 +443,7 @@ def integer(x, name: str, most: int = 1 << 53) -> int:
         )
     return x
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #a100853d
 def flag(x, name: str) -> bool:
     "A boolean; `Refused` for anything else."
     if not isinstance(x, (bool, np.bool_)):
@@ -511,14 +511,14 @@ def read_history(
         )
     return list(zip(ticks, frames))
 
-# %% ../../nbs/deploy/02_serve.ipynb #8788b6d7
+# %% ../../nbs/deploy/02_serve.ipynb #a0cd9599
 def _check_prompt(x, limits: Limits) -> str:
     "An instruction, or `Refused`."
     if not isinstance(x, str) or not x.strip() or len(x) > limits.prompt:
         raise Refused(f"prompt must be an instruction of 1 to {limits.prompt} characters")
     return x
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #dcfc182b
 def _check_whole(r: Request, message: dict, pact: Contract) -> None:
     "Raise `Refused` for the first thing that is missing in a request."
     need = (pact.primary,) if r.frame_only else pact.need
@@ -569,10 +569,10 @@ def read_request(
         _check_whole(r, message, pact)
     return r
 
-# %% ../../nbs/deploy/02_serve.ipynb #ep150001
+# %% ../../nbs/deploy/02_serve.ipynb #cca78987
 MODES = ('warn', 'reset', 'ignore')  # what is done: said, also begun (when sure), nothing
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #51e64113
 @dataclass(frozen=True)
 class Signs:
     "When a new episode is supposed although no reset came, and what is done about it."
@@ -587,20 +587,20 @@ class Signs:
     still: float = 0.75  # and spreads of training that the state moved,
     speed: float = 2.5  # so many more for each second that went by
 
-# %% ../../nbs/deploy/02_serve.ipynb #ep150003
+# %% ../../nbs/deploy/02_serve.ipynb #f037ee58
 def thumbnail(image: np.ndarray) -> np.ndarray:
     "A picture (H, W, 3) uint8 as grey values (16, 16) float32, each the mean of 16 pixels."
     rows, columns = (np.linspace(0, n - 1, 64).round().astype(int) for n in image.shape[:2])
     grey = image[rows][:, columns].mean(-1, dtype=np.float32)
     return grey.reshape(16, 4, 16, 4).mean((1, 3))
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #4a70f82a
 def state_step(a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> float:
     "How far states (d,) lie apart in spreads, but for the numbers that moved most."
     apart = np.sort(np.abs(np.subtract(a, b, dtype=np.float64)) / scale)
     return float(apart[-1 if len(apart) < 3 else -max(2, math.ceil(len(apart) / 4))])
 
-# %% ../../nbs/deploy/02_serve.ipynb #ep150006
+# %% ../../nbs/deploy/02_serve.ipynb #83185461
 def state_scale(pre) -> np.ndarray | None:
     "Spread (d,) of the state in a preprocessor's statistics, infinite for 0; or None."
     for step in getattr(pre, 'steps', ()):
@@ -613,7 +613,7 @@ def state_scale(pre) -> np.ndarray | None:
             continue
         return np.where(spread > 0, spread, np.inf).reshape(-1)
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #2ff1af98
 def longest_episode(config, fps: float | None) -> int:
     "Ticks beyond which an episode is implausible: 5 mean ones of training, or 10 minutes."
     try:
@@ -622,7 +622,7 @@ def longest_episode(config, fps: float | None) -> int:
     except (OSError, ValueError, TypeError, KeyError, ArithmeticError):
         return round(600 * (fps or 50))
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #e23a8511
 def remembers(config, pact: Contract) -> bool:
     "Does what a policy does depend on earlier observations?"
     blends = getattr(config, 'temporal_ensemble_coeff', None) is not None
@@ -665,7 +665,7 @@ class Seen:
         if told:
             self.warned, self.warning = False, None
 
-# %% ../../nbs/deploy/02_serve.ipynb #ep15000a
+# %% ../../nbs/deploy/02_serve.ipynb #206a0043
 @dataclass
 class Look:
     "What one message shows, beside what was seen before."
@@ -677,7 +677,7 @@ class Look:
     why: list[str] = field(default_factory=list)  # signs of a new episode
     sure: bool = False  # picture and state jumped
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #1404a69e
 def look(seen: Seen, r: Request, tick: int, primary: str, signs: Signs) -> Look:
     "Look at a request of `tick`; nothing is changed."
     thumbs = [thumbnail(x) for x in [*(x for _, x in r.history), r.images[primary]]]
@@ -692,7 +692,7 @@ def look(seen: Seen, r: Request, tick: int, primary: str, signs: Signs) -> Look:
         judge(seen, out, r, tick, signs)
     return out
 
-# %% ../../nbs/deploy/02_serve.ipynb #ep15000b
+# %% ../../nbs/deploy/02_serve.ipynb #a453215b
 def jumped(seen: Seen, now: Look, tick: int, signs: Signs) -> bool:
     "Did picture and state jump at once?"
     if now.state is None or min(len(seen.states), len(seen.pictures)) < signs.steps:
@@ -702,7 +702,7 @@ def jumped(seen: Seen, now: Look, tick: int, signs: Signs) -> bool:
     changed = max([seen.moved, *now.pictures]) > signs.picture * np.median(seen.pictures)
     return bool(now.state > max(far, usual) and changed)
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #9c8497f3
 def judge(seen: Seen, now: Look, r: Request, tick: int, signs: Signs) -> None:
     "Write into `now` why the observation may be the first of a new episode."
     now.sure = jumped(seen, now, tick, signs)
@@ -730,13 +730,13 @@ def note(seen: Seen, now: Look, r: Request, tick: int) -> None:
             seen.states.append(now.state)
     seen.state, seen.tick, seen.prompt, seen.moved = r.state, tick, r.prompt, 0.0
 
-# %% ../../nbs/deploy/02_serve.ipynb #ep15000d
+# %% ../../nbs/deploy/02_serve.ipynb #feb8a5dc
 TELL = (
     "send reset: true with an episode's first observation "
     "(openpi's client.reset() sends nothing)"
 )
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #ce374747
 def warning(now: Look, begun: bool) -> str:
     "The sentence about a new episode that nobody told; `begun`: by the server."
     how = 'seems to have begun' if now.sure else 'may have begun'
@@ -835,7 +835,7 @@ class HaloEngine:
     def held(self, memory: dict) -> int:
         return len(memory['history'].rows[0])
 
-# %% ../../nbs/deploy/02_serve.ipynb #a05afe81
+# %% ../../nbs/deploy/02_serve.ipynb #a1da0b50
 @patch
 def prepare(self: HaloEngine, r: Request) -> dict:
     """The preprocessed batch of one request.
@@ -847,7 +847,7 @@ def prepare(self: HaloEngine, r: Request) -> dict:
     except ValueError as e:
         raise Refused(str(e)) from e
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #e8bc4e5f
 @patch
 def observation(self: HaloEngine, session: Session, batch: dict) -> Observation:
     "The model's observation (b = 1) with the session's history at its present tick."
@@ -856,7 +856,7 @@ def observation(self: HaloEngine, session: Session, batch: dict) -> Observation:
     history = stack_histories(past, s.history_frames, s.history_size)
     return self.policy.observation(batch, history)
 
-# %% ../../nbs/deploy/02_serve.ipynb #db77c325
+# %% ../../nbs/deploy/02_serve.ipynb #b52cb9a2
 @patch
 def noise(self: HaloEngine, session: Session) -> torch.Tensor:
     "Starting noise (1, s, max_action_dim) of the session's tick."
@@ -865,7 +865,7 @@ def noise(self: HaloEngine, session: Session) -> torch.Tensor:
         [noise_seed(session, self.seed)], session.tick, (m.chunk, m.max_action_dim)
     ).to(next(self.policy.parameters()).device)
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #d1f6b5a8
 @patch
 @torch.inference_mode()
 def act(self: HaloEngine, session: Session, batch: dict) -> np.ndarray:
@@ -991,10 +991,10 @@ def act(self: LeRobotEngine, session: Session, batch: dict) -> np.ndarray:
     session.memory['inner'] = self.inner()
     return actions.float().cpu().numpy().reshape(-1, self.contract.action)
 
-# %% ../../nbs/deploy/02_serve.ipynb #db81bfea
+# %% ../../nbs/deploy/02_serve.ipynb #e6399b57
 PARTS = ('model.safetensors', 'policy_preprocessor.json', 'policy_postprocessor.json')
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #b463ac15
 def policy_kind(folder: Path) -> str:
     "LeRobot's type of a folder's policy. Raises `ValueError` unless the folder is whole."
     give = 'give the folder that save_pretrained wrote'
@@ -1018,7 +1018,7 @@ def policy_kind(folder: Path) -> str:
             raise ValueError(f'{folder} is not a policy folder: {name} is missing; {give}')
     return kind
 
-# %% ../../nbs/deploy/02_serve.ipynb #23a57983
+# %% ../../nbs/deploy/02_serve.ipynb #0768d90c
 def open_policy(folder: str | Path, device: str | None = None):
     """Policy, preprocessor and postprocessor of any LeRobot policy folder, on `device`
     (default: the configuration's). Raises `ValueError` if there is none.
@@ -1039,7 +1039,7 @@ def open_policy(folder: str | Path, device: str | None = None):
         preprocessor_overrides={'device_processor': {'device': config.device}},
     )
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #fab3b55d
 def make_engine(policy, pre, post, **kwargs):
     "The engine for a policy."
     return (HaloEngine if policy.config.type == 'halo' else LeRobotEngine)(
@@ -1129,14 +1129,14 @@ class Worker:
             j.began = time.perf_counter()
         return self.engine.act_together([j.row for j in jobs], self.size)
 
-# %% ../../nbs/deploy/02_serve.ipynb #8064b6d4
+# %% ../../nbs/deploy/02_serve.ipynb #36c1c1ac
 @patch
 def submit(self: Worker, job: Job) -> None:
     "Queue a job (in the event loop)."
     self.waiting.append(job)
     self.wake.set()
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #8df5183c
 @patch
 async def call(self: Worker, fn, jobs: list[Job]) -> list:
     "Run `fn` in the thread; an exception becomes the answer of its jobs."
@@ -1190,13 +1190,13 @@ async def run(self: Worker) -> None:
             if not job.done.done():
                 job.done.set_result(actions)
 
-# %% ../../nbs/deploy/02_serve.ipynb #ep150014
+# %% ../../nbs/deploy/02_serve.ipynb #fe19ae46
 def chunk_length(config) -> int | None:
     "Actions in a policy's chunk, or None where its configuration does not say."
     own = getattr(getattr(config, 'model', None), 'chunk', None)
     return own or getattr(config, 'chunk_size', None) or getattr(config, 'horizon', None)
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #2addfd90
 def executed_actions(config, execute: int | None = None) -> int:
     """Actions of an answer that are executed: `execute`, or the policy's own number.
 
@@ -1250,7 +1250,7 @@ class PolicyServer:
             longest_ticks=self.signs.longest,
         )
 
-# %% ../../nbs/deploy/02_serve.ipynb #19cafd40
+# %% ../../nbs/deploy/02_serve.ipynb #52eceee6
 def _history_terms(c: Contract) -> dict | None:
     "What a client is told about the history that the policy reads."
     if not c.frames:
@@ -1266,7 +1266,7 @@ def _history_terms(c: Contract) -> dict | None:
         ),
     )
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #b7181d70
 def _camera_terms(c: Contract) -> dict:
     "Shape, dtype and role of every camera, and whether it must come."
     return {
@@ -1423,7 +1423,7 @@ async def answer(self: PolicyServer, session: Session, data, gone: asyncio.Futur
     said = await self.chunk_for(job, gone, start)
     return said | self.remarks(session, r)
 
-# %% ../../nbs/deploy/02_serve.ipynb #ep150016
+# %% ../../nbs/deploy/02_serve.ipynb #509f20e9
 @patch
 def place(self: PolicyServer, session: Session, r: Request) -> tuple[int, Look | None]:
     "A request's tick and what it shows; where the server may, it begins an episode."
@@ -1436,7 +1436,7 @@ def place(self: PolicyServer, session: Session, r: Request) -> tuple[int, Look |
         tick = session.next_tick(r, self.execute)
     return tick, now
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #df26b859
 @patch
 def remarks(self: PolicyServer, session: Session, r: Request) -> dict:
     "What an answer says about the episode: a warning goes out once."
@@ -1896,14 +1896,14 @@ _RUNNING = {
     ),
 }
 
-# %% ../../nbs/deploy/02_serve.ipynb #9e693c11
+# %% ../../nbs/deploy/02_serve.ipynb #6097a347
 _BOUNDS = {
     '--clients': 'connections at once',
     '--idle': 'seconds without a message',
     '--wait': 'seconds for an answer',
 }
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #232af64b
 def parser() -> argparse.ArgumentParser:
     "The command line of `halo serve`."
     p = argparse.ArgumentParser(
@@ -1920,10 +1920,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--message-mb', type=float, help=MESSAGE)
     return p
 
-# %% ../../nbs/deploy/02_serve.ipynb #0c0de003
+# %% ../../nbs/deploy/02_serve.ipynb #7d546330
 LEAST_OF = dict(batch=1, execute=1, episode_ticks=1, threads=1, clients=1, seed=0, port=0)
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #87bc08b8
 def check_numbers(args) -> None:
     "Raise `ValueError`, with one sentence, for a number that no server can have."
     option = lambda name: '--' + name.replace('_', '-')
@@ -1938,12 +1938,12 @@ def check_numbers(args) -> None:
         if x is not None and not 0 < x < math.inf:
             raise ValueError(f'{option(name)} {x:g}: give a number above 0')
 
-# %% ../../nbs/deploy/02_serve.ipynb #0c0de004
+# %% ../../nbs/deploy/02_serve.ipynb #6cf95a39
 def one_line(e: BaseException) -> str:
     "What an exception says, in one line."
     return ' '.join(str(e).split()) or type(e).__name__
 
-
+# %% ../../nbs/deploy/02_serve.ipynb #5ea0e25d
 def check_device(device: str | None) -> None:
     "Raise `ValueError` unless PyTorch can compute on `device`."
     if device is None:

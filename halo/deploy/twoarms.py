@@ -27,14 +27,14 @@ REST = np.array([2.4, -2.4])  # shoulder, elbow of a resting left arm, rad
 TOUCH = 0.06  # m between hand and button that count as a touch
 COLOURS = {'red': (200, 50, 45), 'blue': (50, 80, 200)}
 
-# %% ../../nbs/deploy/03_your_robot.ipynb #y0000007
+# %% ../../nbs/deploy/03_your_robot.ipynb #d51f1ff7
 def hand(side: int, shoulder: float, elbow: float) -> tuple[np.ndarray, np.ndarray]:
     "Elbow and hand (2,) in m of the left (0) or right (1) arm."
     upper, lower = shoulder, shoulder + elbow
     at = BASES[side] + LINKS[0] * np.array([np.cos(upper), np.sin(upper)])
     return at, at + LINKS[1] * np.array([np.cos(lower), np.sin(lower)])
 
-
+# %% ../../nbs/deploy/03_your_robot.ipynb #14c178d9
 def reach(side: int, goal: np.ndarray) -> np.ndarray:
     "Shoulder and elbow (2,) in rad that bring the hand to `goal` (2,), the elbow outside."
     d = np.asarray(goal) - BASES[side]
@@ -44,14 +44,14 @@ def reach(side: int, goal: np.ndarray) -> np.ndarray:
     inner = np.arctan2(LINKS[1] * np.sin(elbow), LINKS[0] + LINKS[1] * np.cos(elbow))
     return np.array([np.arctan2(d[1], d[0]) - inner, elbow])
 
-# %% ../../nbs/deploy/03_your_robot.ipynb #y000000a
+# %% ../../nbs/deploy/03_your_robot.ipynb #46e16443
 def segment(grid: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "Distance (H, W) of the points `grid` (H, W, 2) from the segment between `a` and `b`."
     ab = b - a
     t = np.clip(((grid - a) @ ab) / (ab @ ab), 0, 1)
     return np.linalg.norm(grid - a - t[..., None] * ab, axis=-1)
 
-
+# %% ../../nbs/deploy/03_your_robot.ipynb #d00dda05
 def picture(
     size: tuple[int, int], centre: np.ndarray, half: float, arms: list, buttons: dict
 ) -> np.ndarray:
@@ -102,13 +102,13 @@ class Desk:
         self.joints, self.ticks = self.joints + move, self.ticks + 1
         self.success |= self.touched()
 
-# %% ../../nbs/deploy/03_your_robot.ipynb #ddeecc06
+# %% ../../nbs/deploy/03_your_robot.ipynb #4c8b2bca
 @patch
 def hands(self: Desk) -> list[tuple]:
     "(base, elbow, hand) of both arms."
     return [(BASES[s], *hand(s, *self.joints[7 * s : 7 * s + 2])) for s in (0, 1)]
 
-
+# %% ../../nbs/deploy/03_your_robot.ipynb #b1463e59
 @patch
 def see(self: Desk) -> dict[str, np.ndarray]:
     "All cameras' pictures."
@@ -120,7 +120,7 @@ def see(self: Desk) -> dict[str, np.ndarray]:
     }
     return {c: picture(size, *at[c], arms, self.buttons) for c, size in CAMERAS.items()}
 
-
+# %% ../../nbs/deploy/03_your_robot.ipynb #f8d7079b
 @patch
 def touched(self: Desk) -> bool:
     "Whether a hand is on the button that the task names."
@@ -133,10 +133,10 @@ def full(two: np.ndarray) -> np.ndarray:
     s, e = two
     return np.array([s, e, 0.5 * s, -0.5 * e, 0.2 * (s + e), 0.1 * s, 0.02])
 
-# %% ../../nbs/deploy/03_your_robot.ipynb #y000000e
+# %% ../../nbs/deploy/03_your_robot.ipynb #a761daed
 TICKS = 54  # of an episode, 1.8 s
 
-
+# %% ../../nbs/deploy/03_your_robot.ipynb #b1c86504
 def expert(desk: Desk, rng: np.random.Generator) -> np.ndarray:
     "The demonstrator's target (14,) at the desk's present tick."
     place = desk.buttons[desk.task.split()[2]]
@@ -150,7 +150,7 @@ def expert(desk: Desk, rng: np.random.Generator) -> np.ndarray:
     out[6] = 0.02
     return out
 
-# %% ../../nbs/deploy/03_your_robot.ipynb #8cef6641
+# %% ../../nbs/deploy/03_your_robot.ipynb #83f6c64c
 def _features() -> dict:
     "What a frame of the data set holds."
     names = ['height', 'width', 'channels']
@@ -161,7 +161,7 @@ def _features() -> dict:
     joints = dict(dtype='float32', shape=(14,), names=JOINTS)
     return cameras | {k: dict(joints) for k in ('observation.state', 'action')}
 
-
+# %% ../../nbs/deploy/03_your_robot.ipynb #f58a0df5
 def _frames(seed: int):
     "Frames of one demonstration, and at its end the desk has been moved."
     desk, rng = Desk(seed), np.random.default_rng([seed, 1])
@@ -189,12 +189,12 @@ def record(folder, episodes: int, seed: int = 0):
     data.finalize()
     return LeRobotDataset('me/two_arms', folder)
 
-# %% ../../nbs/deploy/03_your_robot.ipynb #y000001d
+# %% ../../nbs/deploy/03_your_robot.ipynb #dc18ef71
 def planned_hands(chunk: np.ndarray) -> np.ndarray:
     "Paths (2, s, 2) in m of both hands along an action chunk (s, 14)."
     return np.array([[hand(s, *a[7 * s : 7 * s + 2])[1] for a in chunk] for s in (0, 1)])
 
-
+# %% ../../nbs/deploy/03_your_robot.ipynb #4efd5681
 def observation(desk: Desk, task: str | None = None) -> dict:
     "What the desk shows, as LeRobot's raw observation."
     import torch
