@@ -18,7 +18,9 @@ no page asks another machine for anything.
 import argparse
 import ast
 import base64
+import html
 import io
+import json
 import os
 import posixpath
 import re
@@ -379,6 +381,32 @@ def one_icon_font(folder):
             font.unlink()
 
 
+def names_once(code: str) -> str:
+    "The names in a piece of code, each once: what somebody would look for."
+    return ' '.join(dict.fromkeys(re.findall(r'[A-Za-z_]\w{2,}', code)))
+
+
+def lean_search(folder):
+    """The search index with prose as it is and, of code, the names:
+    nobody looks for a bracket, and the index is fetched whole.
+    """
+    index = folder / 'search.json'
+    if not index.exists():  # a site without a search
+        return
+    entries, codes = json.loads(index.read_text(encoding='utf-8')), {}
+    for e in entries:
+        page = e['href'].partition('#')[0]
+        if page not in codes:
+            text = (folder / page).read_text(encoding='utf-8')
+            pieces = re.findall(r'<pre\b[^>]*>(.*?)</pre>', text, re.S)
+            codes[page] = [
+                ' '.join(html.unescape(re.sub(r'<[^>]+>', '', c)).split()) for c in pieces
+            ]
+        for code in codes[page]:
+            e['text'] = e['text'].replace(code, names_once(code)) if code else e['text']
+    index.write_text(json.dumps(entries, ensure_ascii=False), encoding='utf-8')
+
+
 def own_maths(folder, bare):
     "Point the pages to the KaTeX beside them (or, bare, to none)."
     for page in folder.rglob('*.html'):
@@ -439,6 +467,7 @@ def build(to, offline=False, bare=False):
         rendered = built / made['project'].get('output-dir', '_site')
         no_styles_from_elsewhere(rendered)
         one_icon_font(rendered)
+        lean_search(rendered)
         own_maths(rendered, bare)
         for page in rendered.rglob('nbs/**/*.html'):
             page.write_text(slim(page.read_text(encoding='utf-8')), encoding='utf-8')
