@@ -39,7 +39,7 @@ __all__ = ['log', 'ROTATIONS', 'GRIPPERS', 'NORMALIZATIONS', 'TOPICS', 'STATISTI
            'make_mixture_policy', 'mixture_loss', 'mixture_loader', 'robot_statistics', 'robot_policy', 'aligned',
            'declared', 'needed', 'verification', 'timed', 'store_speed', 'bench_store', 'check_mixture', 'run', 'main']
 
-# %% ../../nbs/data/03_mixture.ipynb #dm000002
+# %% ../../nbs/data/03_mixture.ipynb #0ced60aa
 from .files import locate
 from halo.data.history import (
     FrameStore,
@@ -63,6 +63,8 @@ from halo.data.history import (
     tasks_by_index,
     warn_once,
 )
+
+# %% ../../nbs/data/03_mixture.ipynb #49008928
 from ..method.config import ModelConfig, at_least, one_of, preset
 from ..method.sampling import downsample, history_ticks, view_limit
 from ..policy.configuration_halo import ROLES, HaloConfig
@@ -131,13 +133,13 @@ class ActionSpace:
         at_least('arms', self.arms, 1)
         _check_space(self)
 
-# %% ../../nbs/data/03_mixture.ipynb #d243df45
+# %% ../../nbs/data/03_mixture.ipynb #368ad843
 @patch(as_prop=True)
 def arm(self: ActionSpace) -> int:
     "Numbers per arm of an 'ee' action."
     return 3 + ROTATIONS[self.rotation] + (self.gripper != 'none')
 
-
+# %% ../../nbs/data/03_mixture.ipynb #c7b7a9d8
 @patch(as_prop=True)
 def grippers(self: ActionSpace) -> list[int]:
     "Dimensions of the grippers."
@@ -147,11 +149,11 @@ def grippers(self: ActionSpace) -> list[int]:
         return list(self.gripper_at)
     return [(k + 1) * self.arm - 1 for k in range(self.arms)]
 
-# %% ../../nbs/data/03_mixture.ipynb #5866da6c
+# %% ../../nbs/data/03_mixture.ipynb #8213f558
 # of a declaration: 'state' is order and constant dimensions, 'control' the frame too
 TOPICS = ('id', 'cameras', 'state', 'control', 'rotation', 'gripper')
 
-
+# %% ../../nbs/data/03_mixture.ipynb #30f8957d
 def slot_role(slot: str) -> str:
     "The role of a camera slot: 'wrist' of 'wrist_left'."
     return slot.split('_')[0]
@@ -194,14 +196,13 @@ def _check_spec(spec: DatasetSpec) -> None:
     for k in spec.verified:
         one_of('topic of verified', k, TOPICS)
 
-# %% ../../nbs/data/03_mixture.ipynb #7bbcc509
+# %% ../../nbs/data/03_mixture.ipynb #2845ca43
 @dataclass(frozen=True)
 class DatasetSpec:
     "One dataset of a mixture."
 
     id: str  # folder or LeRobot hub id
-    # slot -> key: 'primary' (whose past is read), 'secondary', 'wrist', also 'wrist_left',
-    # 'secondary_2', ...
+    # slot -> key: 'primary' (whose past is read), 'secondary', 'wrist', 'wrist_left', ...
     cameras: dict[str, str]
     weight: float = 1.0
     action_space: ActionSpace = field(default_factory=ActionSpace)
@@ -288,14 +289,14 @@ class Mixture:
             one_of('rotation', self.rotation, tuple(ROTATIONS))
         _check_datasets(self.datasets, self.sources)
 
-# %% ../../nbs/data/03_mixture.ipynb #01118a56
+# %% ../../nbs/data/03_mixture.ipynb #15968b19
 def inside(where: str, k) -> str:
     """The place of field `k` in the place `where`: 'a.yaml:' -> 'a.yaml: k' -> 'a.yaml:
     k.j'.
     """
     return f"{where}{' ' if where.endswith(':') else '.'}{k}"
 
-
+# %% ../../nbs/data/03_mixture.ipynb #680500d6
 def _check_fields(d: dict, known: list[str], where: str) -> None:
     "Raise `ValueError` for a key of `d` that is not `known`."
     for k in d:
@@ -326,33 +327,42 @@ def from_dict(cls, d, where: str):
         said = str(e).replace(cls.__name__ + '.__init__()', cls.__name__)
         raise ValueError(f"{place}: {said}") from e
 
-# %% ../../nbs/data/03_mixture.ipynb #02d23456
+# %% ../../nbs/data/03_mixture.ipynb #2ccbbc91
 _KINDS = dict(str='text', float='number', int='whole number')
 
+# %% ../../nbs/data/03_mixture.ipynb #2fcbdac7
+def _convert_list(args, v, where: str) -> tuple:
+    "`v` as a tuple of the type `args[0]`."
+    if not isinstance(v, (list, tuple)):
+        raise ValueError(f"{where}={v!r} must be a list, e.g. [{v}]")
+    return tuple(convert(args[0], x, f'{where}[{i}]') for i, x in enumerate(v))
 
+
+def _convert_texts(v, where: str) -> dict[str, str]:
+    "`v` as names with texts."
+    if not isinstance(v, dict):
+        raise ValueError(
+            f"{where}={v!r} must map names to text, e.g. {{primary:"
+            " observation.images.front}"
+        )
+    return {str(k): str(x) for k, x in v.items()}
+
+# %% ../../nbs/data/03_mixture.ipynb #c8f4f5b9
 def convert(hint, v, where: str):
     "`v` as the type `hint`. Raises `ValueError` that begins with `where`."
-    args = typing.get_args(hint)
     if is_dataclass(hint):
         return from_dict(hint, v, where)
     if typing.get_origin(hint) is tuple:
-        if not isinstance(v, (list, tuple)):
-            raise ValueError(f"{where}={v!r} must be a list, e.g. [{v}]")
-        return tuple(convert(args[0], x, f'{where}[{i}]') for i, x in enumerate(v))
+        return _convert_list(typing.get_args(hint), v, where)
     if typing.get_origin(hint) is dict:
-        if not isinstance(v, dict):
-            raise ValueError(
-                f"{where}={v!r} must map names to text, e.g. {{primary:"
-                " observation.images.front}"
-            )
-        return {str(k): str(x) for k, x in v.items()}
+        return _convert_texts(v, where)
     if hint is float and isinstance(v, int) and not isinstance(v, bool):
         return float(v)
     if not isinstance(v, hint) or isinstance(v, bool):
         raise ValueError(f"{where}={v!r} must be a {_KINDS[hint.__name__]}")
     return v
 
-# %% ../../nbs/data/03_mixture.ipynb #85f6a7fb
+# %% ../../nbs/data/03_mixture.ipynb #8f0ddcde
 def _mixture_file(file) -> Path:
     "The YAML file of that path or name. Raises `ValueError` if there is none."
     path = Path(file)
@@ -367,7 +377,7 @@ def _mixture_file(file) -> Path:
         )
     return found
 
-
+# %% ../../nbs/data/03_mixture.ipynb #0b3ce686
 @patch(cls_method=True)
 def load(cls: Mixture, file) -> Mixture:
     """A mixture from a YAML file, or by its name in configs/mixtures.
@@ -384,7 +394,7 @@ def load(cls: Mixture, file) -> Mixture:
         d = {'name': found.stem} | said
     return from_dict(Mixture, d, f'{found.name}:')
 
-# %% ../../nbs/data/03_mixture.ipynb #af0a6766
+# %% ../../nbs/data/03_mixture.ipynb #602ada12
 def axis_rotation(angle: np.ndarray, axis: int) -> np.ndarray:
     "Rotations (..., 3, 3) by `angle` (...) about axis 0, 1 or 2."
     c, s, i, j = np.cos(angle), np.sin(angle), (axis + 1) % 3, (axis + 2) % 3
@@ -394,14 +404,14 @@ def axis_rotation(angle: np.ndarray, axis: int) -> np.ndarray:
     r[..., j, i], r[..., i, j] = s, -s
     return r
 
-
+# %% ../../nbs/data/03_mixture.ipynb #966b836f
 def cross_matrix(v: np.ndarray) -> np.ndarray:
     "(..., 3) -> (..., 3, 3) with `cross_matrix(v) @ x = v x x`."
     k = np.zeros((*v.shape, 3))
     k[..., 0, 1], k[..., 0, 2], k[..., 1, 2] = -v[..., 2], v[..., 1], -v[..., 0]
     return k - np.swapaxes(k, -1, -2)
 
-# %% ../../nbs/data/03_mixture.ipynb #575ad68a
+# %% ../../nbs/data/03_mixture.ipynb #df9d422c
 def _gram_schmidt(x: np.ndarray) -> np.ndarray:
     "Rotation matrices from their first two columns (..., 6), made orthonormal."
     a = x[..., :3] / np.linalg.norm(x[..., :3], axis=-1, keepdims=True)
@@ -409,7 +419,21 @@ def _gram_schmidt(x: np.ndarray) -> np.ndarray:
     b = b / np.linalg.norm(b, axis=-1, keepdims=True)
     return np.stack([a, b, np.cross(a, b)], -1)
 
+# %% ../../nbs/data/03_mixture.ipynb #6daa8574
+def _rodrigues(x: np.ndarray) -> np.ndarray:
+    "Rotation matrices from axis times angle (..., 3)."
+    a, k = np.linalg.norm(x, axis=-1)[..., None, None], cross_matrix(x)
+    once, twice = np.sinc(a / np.pi), 0.5 * np.sinc(a / 2 / np.pi) ** 2
+    return np.eye(3) + once * k + twice * k @ k
 
+# %% ../../nbs/data/03_mixture.ipynb #744f1fd8
+def _of_quaternion(x: np.ndarray) -> np.ndarray:
+    "Rotation matrices from quaternions (..., 4), x, y, z, w."
+    q = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    k = cross_matrix(q[..., :3])
+    return np.eye(3) + 2 * q[..., 3, None, None] * k + 2 * k @ k
+
+# %% ../../nbs/data/03_mixture.ipynb #f066bd8e
 def to_rotation(x: np.ndarray, form: str) -> np.ndarray:
     "Rotation matrices (..., 3, 3) from the numbers of `form`."
     x = np.asarray(x, np.float64)
@@ -417,43 +441,50 @@ def to_rotation(x: np.ndarray, form: str) -> np.ndarray:
         roll, pitch, yaw = (axis_rotation(x[..., axis], axis) for axis in range(3))
         return yaw @ pitch @ roll
     if form == 'axis_angle':
-        a, k = np.linalg.norm(x, axis=-1)[..., None, None], cross_matrix(x)
-        once, twice = np.sinc(a / np.pi), 0.5 * np.sinc(a / 2 / np.pi) ** 2
-        return np.eye(3) + once * k + twice * k @ k
+        return _rodrigues(x)
     if form == 'quaternion':
-        q = x / np.linalg.norm(x, axis=-1, keepdims=True)
-        k = cross_matrix(q[..., :3])
-        return np.eye(3) + 2 * q[..., 3, None, None] * k + 2 * k @ k
+        return _of_quaternion(x)
     return _gram_schmidt(x)
 
-# %% ../../nbs/data/03_mixture.ipynb #c331e5de
-def rotation_quaternion(r: np.ndarray) -> np.ndarray:
-    """Unit quaternions (..., 4), w >= 0, of rotation matrices: the best conditioned of four
-    ways for each.
-    """
+# %% ../../nbs/data/03_mixture.ipynb #c2562f8a
+def _four_ways(r: np.ndarray) -> np.ndarray:
+    "(..., 4, 4): row i is 4 q_i q, for the quaternions q of rotation matrices."
     d = np.diagonal(r, axis1=-2, axis2=-1)
     m, t = r + np.swapaxes(r, -1, -2), d.sum(-1)
     pairs = ((2, 1), (0, 2), (1, 0))
     skew = np.stack([r[..., i, j] - r[..., j, i] for i, j in pairs], -1)
-    k = np.zeros((*r.shape[:-2], 4, 4))  # each row is 4 q_i q
+    k = np.zeros((*r.shape[:-2], 4, 4))
     for i in range(3):
         k[..., i, :3], k[..., i, 3], k[..., 3, i] = m[..., i, :], skew[..., i], skew[..., i]
         k[..., i, i] = 1 + 2 * d[..., i] - t
     k[..., 3, 3] = 1 + t
+    return k
+
+# %% ../../nbs/data/03_mixture.ipynb #6d143ed8
+def rotation_quaternion(r: np.ndarray) -> np.ndarray:
+    """Unit quaternions (..., 4), w >= 0, of rotation matrices: the best conditioned of four
+    ways for each.
+    """
+    k = _four_ways(r)
     best = np.diagonal(k, axis1=-2, axis2=-1).argmax(-1)
     q = np.take_along_axis(k, best[..., None, None], -2)[..., 0, :]
     q = q / np.linalg.norm(q, axis=-1, keepdims=True)
     return np.where(q[..., 3:] < 0, -q, q)
 
-# %% ../../nbs/data/03_mixture.ipynb #68af340c
+# %% ../../nbs/data/03_mixture.ipynb #29b4e246
+def _euler(r: np.ndarray) -> np.ndarray:
+    "Roll, pitch, yaw (..., 3) of rotation matrices."
+    roll = np.arctan2(r[..., 2, 1], r[..., 2, 2])
+    pitch = np.arcsin(np.clip(-r[..., 2, 0], -1, 1))
+    return np.stack([roll, pitch, np.arctan2(r[..., 1, 0], r[..., 0, 0])], -1)
+
+# %% ../../nbs/data/03_mixture.ipynb #2fbed558
 def from_rotation(r: np.ndarray, form: str) -> np.ndarray:
     "The numbers of `form` for rotation matrices (..., 3, 3)."
     if form == 'rot6d':
         return np.concatenate([r[..., 0], r[..., 1]], -1)
     if form == 'euler':
-        roll = np.arctan2(r[..., 2, 1], r[..., 2, 2])
-        pitch = np.arcsin(np.clip(-r[..., 2, 0], -1, 1))
-        return np.stack([roll, pitch, np.arctan2(r[..., 1, 0], r[..., 0, 0])], -1)
+        return _euler(r)
     q = rotation_quaternion(r)
     if form == 'quaternion':
         return q
@@ -461,19 +492,19 @@ def from_rotation(r: np.ndarray, form: str) -> np.ndarray:
     angle = 2 * np.arctan2(s, q[..., 3:]) / np.maximum(s, 1e-9)
     return q[..., :3] * np.where(s < 1e-9, 2.0, angle)
 
-# %% ../../nbs/data/03_mixture.ipynb #e86e8c76
+# %% ../../nbs/data/03_mixture.ipynb #bdd831ee
 def _open_sign(space: ActionSpace) -> int:
     "1 where the high end of a gripper's range is open, else -1."
     return 1 if space.gripper == 'open_high' else -1
 
-
+# %% ../../nbs/data/03_mixture.ipynb #3144c521
 def _turns(space: ActionSpace, rotation: str) -> bool:
     "Whether `unify` writes the rotations of `space` in another form."
     if space.frame != 'ee' or rotation in ('', 'none', space.rotation):
         return False
     return space.rotation != 'none'
 
-
+# %% ../../nbs/data/03_mixture.ipynb #4991dcb0
 def unify(x: np.ndarray, space: ActionSpace, rotation: str = '') -> np.ndarray:
     """Actions (..., d) in the mixture's convention: grippers -1 closed ...
 
@@ -489,7 +520,7 @@ def unify(x: np.ndarray, space: ActionSpace, rotation: str = '') -> np.ndarray:
     arms = np.concatenate([arms[..., :3], turned, arms[..., 3 + n :]], -1)
     return arms.reshape(*x.shape[:-1], -1).astype(np.float32)
 
-# %% ../../nbs/data/03_mixture.ipynb #4ba3aa86
+# %% ../../nbs/data/03_mixture.ipynb #fb0664fb
 def unified(space: ActionSpace, rotation: str = '') -> ActionSpace:
     "The space that `unify` leads to."
     new = asdict(space)
@@ -499,7 +530,7 @@ def unified(space: ActionSpace, rotation: str = '') -> ActionSpace:
         new |= dict(rotation=rotation)
     return ActionSpace(**new)
 
-
+# %% ../../nbs/data/03_mixture.ipynb #d3d78c31
 def to_robot(x: np.ndarray, space: ActionSpace, rotation: str = '') -> np.ndarray:
     """Actions of the mixture's convention (..., d) back in the robot's own: the inverse of
     `unify`.
@@ -510,14 +541,14 @@ def to_robot(x: np.ndarray, space: ActionSpace, rotation: str = '') -> np.ndarra
         y[..., g] = lo + (hi - lo) * (y[..., g] * _open_sign(space) + 1) / 2
     return y
 
-# %% ../../nbs/data/03_mixture.ipynb #bbd66e9d
+# %% ../../nbs/data/03_mixture.ipynb #de7150c7
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     "Coloured squares of 16 pixels with noise, uint8, 128 pixels larger than a picture."
     squares = (-(-height // 16) + 8, -(-width // 16) + 8, 3)
     coarse = np.kron(rng.uniform(40, 190, squares), np.ones((16, 16, 1)))
     return (coarse + rng.normal(0, 12, coarse.shape)).clip(0, 255).astype(np.uint8)
 
-
+# %% ../../nbs/data/03_mixture.ipynb #fe82bd1a
 def _hand(x: np.ndarray, y: np.ndarray, angle: float, size: int) -> np.ndarray:
     "Which of the points `x`, `y` lie on a clock's hand at `angle` from twelve."
     along = x * np.sin(angle) - y * np.cos(angle)
@@ -558,13 +589,13 @@ def silent():
         av.logging.set_libav_level(av.logging.INFO)
         datasets.enable_progress_bars()
 
-# %% ../../nbs/data/03_mixture.ipynb #dm000028
+# %% ../../nbs/data/03_mixture.ipynb #5fd7d64b
 def _waves(rng: np.random.Generator, t: np.ndarray, d: int) -> np.ndarray:
     "Waves (frames, d) at times `t` (frames,), s, with noise."
     phase = t[:, None] * np.linspace(0.5, 2, d) + rng.uniform(0, 6, d)
     return np.sin(phase) + 0.05 * rng.standard_normal((len(t), d))
 
-
+# %% ../../nbs/data/03_mixture.ipynb #310abb03
 def _new_dataset(folder, fps, cameras, state_dim, action_dim, encoder) -> LeRobotDataset:
     "An empty LeRobot dataset in `folder` with videos of `cameras` {key: (height, width)}."
     vector = lambda d: dict(dtype='float32', shape=(d,), names=None)
@@ -582,7 +613,31 @@ def _new_dataset(folder, fps, cameras, state_dim, action_dim, encoder) -> LeRobo
         rgb_encoder=encoder,
     )
 
-# %% ../../nbs/data/03_mixture.ipynb #2e2c0e04
+# %% ../../nbs/data/03_mixture.ipynb #403a0f8e
+def _clock_pictures(cameras: dict, n: int, fps: int, seed: int) -> dict[str, np.ndarray]:
+    "{camera: (n, height, width, 3)}: `n` frames of every camera, uint8."
+    t = np.arange(n) / fps
+    return {
+        c: clock_frames(t, *hw, seed=seed + j) for j, (c, hw) in enumerate(cameras.items())
+    }
+
+# %% ../../nbs/data/03_mixture.ipynb #e64611fd
+def _add_clock(ds, n: int, pictures: dict, numbers: dict, task: str) -> None:
+    "Write one episode of `n` frames: `pictures` and `numbers` (n, ...) by key."
+    for k in range(n):
+        frame = {c: p[k] for c, p in pictures.items()}
+        frame |= {c: x[k].astype(np.float32) for c, x in numbers.items()}
+        ds.add_frame(frame | dict(task=task))
+    ds.save_episode(parallel_encoding=False)
+
+# %% ../../nbs/data/03_mixture.ipynb #2f24305d
+def _clock_numbers(state, action, t: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    "State and action (frames, d) at times `t` (frames,), s: as given, or waves of a size."
+    rng = np.random.default_rng(seed)
+    wave = lambda x: _waves(rng, t, x) if isinstance(x, int) else x
+    return {'observation.state': wave(state), 'action': wave(action)}
+
+# %% ../../nbs/data/03_mixture.ipynb #52e23744
 @silent()
 def record_clock(
     folder,
@@ -598,29 +653,20 @@ def record_clock(
     """Record a LeRobot video dataset of `clock_frames`, one episode for each of `seconds`;
     `state`, `action`: sizes, or (frames, d).
     """
-    rng, lengths = np.random.default_rng(seed), [round(s * fps) for s in seconds]
-    t = np.arange(sum(lengths)) / fps
-    wave = lambda x: _waves(rng, t, x) if isinstance(x, int) else x
-    state, action = wave(state), wave(action)
-    numbers = {'observation.state': state, 'action': action}
-    ds = _new_dataset(folder, fps, cameras, state.shape[1], action.shape[1], encoder)
+    lengths = [round(s * fps) for s in seconds]
+    numbers = _clock_numbers(state, action, np.arange(sum(lengths)) / fps, seed)
+    dims = [x.shape[1] for x in numbers.values()]
+    ds = _new_dataset(folder, fps, cameras, *dims, encoder)
     for first, n in zip(np.cumsum([0, *lengths]), lengths):
-        pictures = {
-            c: clock_frames(np.arange(n) / fps, *hw, seed=seed + j)
-            for j, (c, hw) in enumerate(cameras.items())
-        }
-        for k in range(n):
-            frame = {c: p[k] for c, p in pictures.items()}
-            frame |= {c: x[first + k].astype(np.float32) for c, x in numbers.items()}
-            ds.add_frame(frame | dict(task=task))
-        ds.save_episode(parallel_encoding=False)
+        part = {c: x[first : first + n] for c, x in numbers.items()}
+        _add_clock(ds, n, _clock_pictures(cameras, n, fps, seed), part, task)
     ds.finalize()
     return LeRobotDataset(f'local/{Path(folder).name}', folder)
 
-# %% ../../nbs/data/03_mixture.ipynb #3d78d9f1
+# %% ../../nbs/data/03_mixture.ipynb #c20215ed
 STATISTICS = ('mean', 'std', 'min', 'max', 'q01', 'q99')
 
-
+# %% ../../nbs/data/03_mixture.ipynb #780fa910
 def compute_statistics(
     x: np.ndarray, label: str = 'statistics', progress: bool = True
 ) -> dict[str, np.ndarray]:
@@ -688,7 +734,7 @@ def _check_ends(a: float, b: float, v: np.ndarray, mode: str, i: int, refuse) ->
             fix="recompute the statistics, or choose quantiles",
         )
 
-# %% ../../nbs/data/03_mixture.ipynb #07ed692f
+# %% ../../nbs/data/03_mixture.ipynb #06422529
 def check_dimension(
     v: np.ndarray, a: float, b: float, mode: str, i: int, refuse, key: str
 ) -> None:
@@ -701,7 +747,7 @@ def check_dimension(
     else:
         _check_ends(a, b, v, mode, i, refuse)
 
-
+# %% ../../nbs/data/03_mixture.ipynb #cf870d4b
 def _check_present(stats: dict, mode: str, d: int, refuse, fix: str) -> None:
     "Call `refuse` unless `stats` has the `d` finite numbers that `mode` needs."
     for name in NORMALIZATIONS[mode]:
@@ -764,7 +810,7 @@ def scale(
         return (np.asarray(x) * half + centre).astype(np.float32)
     return np.where(still, 0.0, (x - centre) / half).astype(np.float32)
 
-# %% ../../nbs/data/03_mixture.ipynb #80a31e7c
+# %% ../../nbs/data/03_mixture.ipynb #732fd784
 def _write_statistics(file: Path, stats: dict[str, dict[str, np.ndarray]]) -> None:
     "Write `stats` to `file` in one step."
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -773,7 +819,7 @@ def _write_statistics(file: Path, stats: dict[str, dict[str, np.ndarray]]) -> No
     tmp.write_text(json.dumps(lists))
     os.replace(tmp, file)
 
-
+# %% ../../nbs/data/03_mixture.ipynb #e9ff7548
 def kept_statistics(
     file: Path, compute, recompute: bool = False
 ) -> dict[str, dict[str, np.ndarray]]:
@@ -847,7 +893,7 @@ def open_dataset(spec: DatasetSpec, root=None) -> LeRobotDataset:
             " version 3.0 go through lerobot's convert_dataset_v21_to_v30"
         ) from e
 
-# %% ../../nbs/data/03_mixture.ipynb #667e3bf8
+# %% ../../nbs/data/03_mixture.ipynb #bb69532d
 def _columns_size(meta, spec: DatasetSpec, columns: tuple[str, ...]) -> int:
     "Numbers in `columns` together. Raises `ValueError` for one that is not there."
     for c in columns:
@@ -859,7 +905,7 @@ def _columns_size(meta, spec: DatasetSpec, columns: tuple[str, ...]) -> int:
             )
     return sum(int(np.prod(meta.features[c]['shape'])) for c in columns)
 
-
+# %% ../../nbs/data/03_mixture.ipynb #ff2dc7ce
 def _check_layout(spec: DatasetSpec, d: int) -> None:
     "Raise `ValueError` unless an 'ee' action of `spec` has `d` numbers."
     s = spec.action_space
@@ -909,7 +955,7 @@ def view_sizes(meta, spec: DatasetSpec, cfg: ModelConfig) -> tuple[dict, dict]:
         add(slot, c, View(cfg.vision.factor, view_limit(s, slot_role(slot))))
     return sizes, names
 
-# %% ../../nbs/data/03_mixture.ipynb #5b2691ff
+# %% ../../nbs/data/03_mixture.ipynb #0afddfb9
 class Member:
     "One dataset of a mixture: its frames, numbers, statistics and conventions."
 
@@ -932,21 +978,32 @@ class Member:
         dataset = open_dataset(spec, root)
         self.meta = as_meta(dataset)
         self._check(dataset, allow_short, tolerance_s)
-        self._read_index(dataset)
-        self.space = unified(spec.action_space, rotation)
-        self.read_numbers(dataset, rotation)
-        self.read_statistics(rotation, recompute, progress)
+        self._read(dataset, rotation, recompute, progress)
         sizes, self.names = view_sizes(self.meta, spec, cfg)
-        self.store = None
-        if frames:
-            place = store_root or default_store(self.meta, sizes)
-            how = (workers, progress, tolerance_s)
-            self.store = FrameStore.build(dataset, sizes, place, *how)
+        how = (workers, progress, tolerance_s)
+        self.store = self._open(dataset, sizes, store_root, *how) if frames else None
 
-    def __len__(self):
-        return len(self.rows)
+# %% ../../nbs/data/03_mixture.ipynb #cec567ab
+@patch
+def __len__(self: Member) -> int:
+    return len(self.rows)
 
-# %% ../../nbs/data/03_mixture.ipynb #dm000047
+# %% ../../nbs/data/03_mixture.ipynb #1fe4c741
+@patch
+def _read(self: Member, dataset, rotation: str, recompute: bool, progress: bool) -> None:
+    "Index, numbers in the mixture's convention, and their statistics."
+    self._read_index(dataset)
+    self.space = unified(self.spec.action_space, rotation)
+    self.read_numbers(dataset, rotation)
+    self.read_statistics(rotation, recompute, progress)
+
+# %% ../../nbs/data/03_mixture.ipynb #d8eb6d1e
+@patch
+def _open(self: Member, dataset, sizes: dict, root, *how) -> FrameStore:
+    "Open or build the frame store of `sizes`; `how`: as `FrameStore.build` takes it."
+    return FrameStore.build(dataset, sizes, root or default_store(self.meta, sizes), *how)
+
+# %% ../../nbs/data/03_mixture.ipynb #9545ed7b
 @patch
 def _check(self: Member, dataset, allow_short: bool, tolerance_s: float | None) -> None:
     "Raise `ValueError` where the dataset's files do not fit its declaration."
@@ -962,7 +1019,7 @@ def _check(self: Member, dataset, allow_short: bool, tolerance_s: float | None) 
     self.notices = notices(dataset, steps)
     warn_once(log, self.notices)
 
-
+# %% ../../nbs/data/03_mixture.ipynb #fe73493d
 @patch
 def _read_index(self: Member, dataset) -> None:
     "Where each row stands: its episode, its frame, its task."
@@ -973,7 +1030,7 @@ def _read_index(self: Member, dataset) -> None:
     self.episodes = episodes_of(dataset)
     self.rows = np.concatenate([np.arange(*self.bounds[e]) for e in self.episodes])
 
-# %% ../../nbs/data/03_mixture.ipynb #dm000049
+# %% ../../nbs/data/03_mixture.ipynb #af8ba7db
 @patch
 def _check_finite(self: Member, key: str, x: np.ndarray) -> None:
     "Raise `ValueError` for the first NaN or infinity among the rows of `x` (frames, d)."
@@ -987,7 +1044,7 @@ def _check_finite(self: Member, key: str, x: np.ndarray) -> None:
             " delete_episodes)"
         )
 
-
+# %% ../../nbs/data/03_mixture.ipynb #5465f79d
 @patch
 def _check_room(self: Member, key: str, n: int, most: int) -> None:
     "Raise `ValueError` unless the policy's vectors have room for `n` numbers."
@@ -997,14 +1054,26 @@ def _check_room(self: Member, key: str, n: int, most: int) -> None:
             f" takes {most}; raise max_{key}_dim"
         )
 
-# %% ../../nbs/data/03_mixture.ipynb #5c98e6eb
+# %% ../../nbs/data/03_mixture.ipynb #2c0bc020
+@patch
+def _check_sums(self: Member) -> None:
+    "Raise `ValueError` for displacements that cannot be added up along the clock."
+    summed = self.actions == 'resampled' and self.space.control == 'delta'
+    if summed and self.space.rotation in ('quaternion', 'rot6d'):
+        raise ValueError(
+            f"delta rotations of dataset {self.spec.name} as {self.space.rotation!r} cannot"
+            " be added up over time; set rotation: axis_angle in the mixture, or actions:"
+            " native"
+        )
+
+# %% ../../nbs/data/03_mixture.ipynb #bf60c806
 @patch
 def read_numbers(self: Member, dataset, rotation: str) -> None:
     """State and unified action of every frame.
 
     Raises `ValueError` for NaN, and for sizes beyond the policy's.
     """
-    spec, cfg, space = self.spec, self.cfg, self.space
+    spec, cfg = self.spec, self.cfg
     x = read_columns(dataset, [*spec.state, *spec.action])
     none = np.zeros((self.meta.total_frames, 0), np.float32)
     join = lambda names: np.concatenate([none, *(matrix(x[c]) for c in names)], 1)
@@ -1014,15 +1083,9 @@ def read_numbers(self: Member, dataset, rotation: str) -> None:
     self.action = unify(action, spec.action_space, rotation)
     self._check_room('state', self.state.shape[1], cfg.max_state_dim)
     self._check_room('action', self.action.shape[1], cfg.max_action_dim)
-    summed = self.actions == 'resampled' and space.control == 'delta'
-    if summed and space.rotation in ('quaternion', 'rot6d'):
-        raise ValueError(
-            f"delta rotations of dataset {spec.name} as {space.rotation!r} cannot be"
-            " added up over time; set rotation: axis_angle in the mixture, or actions:"
-            " native"
-        )
+    self._check_sums()
 
-# %% ../../nbs/data/03_mixture.ipynb #dm000052
+# %% ../../nbs/data/03_mixture.ipynb #6ddc26b1
 @patch
 def _statistics_file(self: Member, rotation: str) -> Path:
     "Where the statistics of this dataset under this declaration are kept."
@@ -1039,7 +1102,7 @@ def _statistics_file(self: Member, rotation: str) -> Path:
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     return near_dataset(self.meta, 'statistics', f'{digest[:12]}.json')
 
-
+# %% ../../nbs/data/03_mixture.ipynb #4ee378ee
 @patch
 def _seen(self: Member, rows: np.ndarray) -> dict[str, np.ndarray]:
     "State and action (b, d) at `rows` as the policy sees them; without those of no number."
@@ -1109,17 +1172,17 @@ def history(self: Member, rows: np.ndarray) -> tuple[Tensor, Tensor]:
             mask[i, n - len(ticks) :] = True
     return torch.from_numpy(frames), torch.from_numpy(mask)
 
-# %% ../../nbs/data/03_mixture.ipynb #ef7b5b6b
+# %% ../../nbs/data/03_mixture.ipynb #5215da48
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
 
-
+# %% ../../nbs/data/03_mixture.ipynb #88199756
 def weyl(i: np.ndarray, offset: int) -> np.ndarray:
     "Evenly spread numbers in [0, 1) for draw numbers `i`."
     with np.errstate(over='ignore'):
         u = np.asarray(i, np.uint64) * GOLDEN + np.uint64(offset)
     return (u >> np.uint64(11)).astype(np.float64) / 2.0**53
 
-
+# %% ../../nbs/data/03_mixture.ipynb #6c05d3a9
 def dataset_of(i: np.ndarray, weights: np.ndarray, offset: int) -> np.ndarray:
     "Dataset of each of the draws `i` under `weights` that sum to 1."
     return np.minimum(
@@ -1222,7 +1285,7 @@ def picks(self: MixtureSampler, step: int) -> list[tuple[int, int, int]]:
             sample[mine[turn == t]] = shuffled(place[turn == t], n, key)
     return list(zip(which.tolist(), sample.tolist(), draws.tolist()))
 
-# %% ../../nbs/data/03_mixture.ipynb #b1ccd6f5
+# %% ../../nbs/data/03_mixture.ipynb #8854898d
 @patch
 def state_dict(self: MixtureSampler, step: int | None = None) -> dict:
     """Position after `step` batches (default: those handed out; give the trained ones where
@@ -1236,7 +1299,7 @@ def state_dict(self: MixtureSampler, step: int | None = None) -> dict:
         step=self.step if step is None else int(step),
     )
 
-
+# %% ../../nbs/data/03_mixture.ipynb #ed5e9cc5
 @patch
 def load_state_dict(self: MixtureSampler, state: dict) -> None:
     """Continue at a saved position, on any number of processes.
@@ -1253,7 +1316,7 @@ def load_state_dict(self: MixtureSampler, state: dict) -> None:
             )
     self.step = int(state['step'])
 
-# %% ../../nbs/data/03_mixture.ipynb #879bb64a
+# %% ../../nbs/data/03_mixture.ipynb #7eb35611
 def _crop(x: Tensor, keep: float, top: float, left: float) -> Tensor:
     "A share `keep` of the sides, `top` and `left` of what is cut off, at the old size."
     h, w = x.shape[-2:]
@@ -1261,7 +1324,7 @@ def _crop(x: Tensor, keep: float, top: float, left: float) -> Tensor:
     corner = (round(top * (h - ch)), round(left * (w - cw)))
     return tvf.resized_crop(x, *corner, ch, cw, [h, w], antialias=True)
 
-
+# %% ../../nbs/data/03_mixture.ipynb #4a4d823d
 def augment(
     pictures: list[Tensor],  # (..., 3, h, w) uint8 of one camera; sizes may differ
     a: Augmentation,
@@ -1282,14 +1345,25 @@ def augment(
         done = jitter([tv_tensors.Image(x) for x in out])
     return [x.as_subclass(Tensor) for x in done]
 
-# %% ../../nbs/data/03_mixture.ipynb #029ee192
+# %% ../../nbs/data/03_mixture.ipynb #36ad526c
 VIEW = 'observation.images.'
 
+# %% ../../nbs/data/03_mixture.ipynb #570504fd
+def _slots_of(mixture: Mixture) -> list[str]:
+    "All camera slots of `mixture`, primary first."
+    slots = {s for d in mixture.datasets for s in d.cameras}
+    return sorted(slots, key=lambda s: (ROLES.index(slot_role(s)), s))
 
+# %% ../../nbs/data/03_mixture.ipynb #61e71833
+def _open_members(mixture: Mixture, cfg: ModelConfig, root, store_root, *how):
+    "Every dataset of `mixture` as a `Member`; `how`: its further arguments, in order."
+    place = lambda d: None if store_root is None else Path(store_root) / d.name
+    common = (cfg, mixture.rotation, mixture.actions, root)
+    return [Member(d, *common, place(d), *how) for d in mixture.datasets]
+
+# %% ../../nbs/data/03_mixture.ipynb #63405e3e
 class MixtureDataset(torch.utils.data.Dataset):
-    """Samples of all datasets of a mixture, normalised and padded; indices are the picks of
-    a `MixtureSampler`.
-    """
+    "Samples of a mixture, normalised and padded; indices: picks of a `MixtureSampler`."
 
     def __init__(
         self,
@@ -1306,21 +1380,16 @@ class MixtureDataset(torch.utils.data.Dataset):
         tolerance_s: float | None = None,  # of time stamps, s; None = LeRobot's 1e-4
     ):
         self.mixture, self.cfg, self.seed = mixture, cfg, seed
-        place = lambda d: None if store_root is None else Path(store_root) / d.name
         how = (recompute, workers, progress, frames, allow_short, tolerance_s)
-        self.members = [
-            Member(d, cfg, mixture.rotation, mixture.actions, root, place(d), *how)
-            for d in mixture.datasets
-        ]
-        slots = {s for d in mixture.datasets for s in d.cameras}
-        self.slots = sorted(slots, key=lambda s: (ROLES.index(slot_role(s)), s))
+        self.members = _open_members(mixture, cfg, root, store_root, *how)
+        self.slots = _slots_of(mixture)
         self.notices = [text for m in self.members for text in m.notices]
         self.names = [d.name for d in mixture.datasets]
 
     def __len__(self):
         return sum(map(len, self.members))
 
-# %% ../../nbs/data/03_mixture.ipynb #dm000066
+# %% ../../nbs/data/03_mixture.ipynb #a9af52a2
 @patch(as_prop=True)
 def weights(self: MixtureDataset) -> np.ndarray:
     "Share of each dataset in the draws."
@@ -1329,19 +1398,19 @@ def weights(self: MixtureDataset) -> np.ndarray:
     w = np.array(each, np.float64)
     return w / w.sum()
 
-
+# %% ../../nbs/data/03_mixture.ipynb #93950d22
 @patch(as_prop=True)
 def fingerprint(self: MixtureDataset) -> str:
     "16 hexadecimal digits that change with any dataset or declaration."
     what = [asdict(self.mixture), [m.fingerprint for m in self.members]]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
-
+# %% ../../nbs/data/03_mixture.ipynb #3bf52c01
 @patch
 def __getitems__(self: MixtureDataset, picks) -> dict:
     return self.batch(picks)
 
-# %% ../../nbs/data/03_mixture.ipynb #25c85b4d
+# %% ../../nbs/data/03_mixture.ipynb #a110da1d
 @patch
 def sampler(
     self: MixtureDataset, batch: int, rank: int = 0, world: int = 1
@@ -1351,7 +1420,7 @@ def sampler(
         [len(m) for m in self.members], self.weights, batch, self.seed, rank, world
     )
 
-
+# %% ../../nbs/data/03_mixture.ipynb #2f89fecb
 @patch
 def features(self: MixtureDataset) -> dict[str, PolicyFeature]:
     """LeRobot features of a batch: one camera per slot, state and action at the policy's
@@ -1387,7 +1456,7 @@ def numbers(self: Member, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     pad[..., [i for i in range(d) if i not in spec.action_constant]] = behind[..., None]
     return torch.from_numpy(state), torch.from_numpy(action), torch.from_numpy(pad)
 
-# %% ../../nbs/data/03_mixture.ipynb #0e34feda
+# %% ../../nbs/data/03_mixture.ipynb #7731a5e3
 def _vary(views, frames, mask, i: int, a: Augmentation, seed: list) -> None:
     "Augment sample `i` of the present `views` and of the history `frames`, in place."
     for k, slot in enumerate(views):
@@ -1397,7 +1466,7 @@ def _vary(views, frames, mask, i: int, a: Augmentation, seed: list) -> None:
         if past:
             frames[i] = past[0] * mask[i, :, None, None, None]
 
-
+# %% ../../nbs/data/03_mixture.ipynb #da1856e1
 @patch
 def pictures(
     self: Member, rows: np.ndarray, a: Augmentation, seeds: list
@@ -1413,7 +1482,7 @@ def pictures(
             _vary(views, frames, mask, i, a, seed)
     return frames, mask, views
 
-# %% ../../nbs/data/03_mixture.ipynb #fd48f6ae
+# %% ../../nbs/data/03_mixture.ipynb #4ef75de7
 def _padding(cfg: ModelConfig, b: int) -> dict[str, Tensor]:
     "A batch of `b` samples in which everything is padded."
     s, chunk, d = cfg.sampling, cfg.chunk, cfg.max_action_dim
@@ -1426,7 +1495,7 @@ def _padding(cfg: ModelConfig, b: int) -> dict[str, Tensor]:
         'action_is_pad': torch.ones(b, chunk, d, dtype=torch.bool),
     }
 
-
+# %% ../../nbs/data/03_mixture.ipynb #28cd4f20
 def _row_facts(members: list[Member], which: np.ndarray, rows: np.ndarray) -> dict:
     "Instruction, dataset, episode and frame of `rows` (b,) of the datasets `which` (b,)."
     at = lambda k: [int(members[m].columns[k][r].item()) for m, r in zip(which, rows)]
@@ -1494,15 +1563,15 @@ def make_mixture_policy(
     )
     return HaloPolicy(cfg), *make_halo_pre_post_processors(cfg, {}, tokenizer)
 
-# %% ../../nbs/data/03_mixture.ipynb #ceb9eb79
+# %% ../../nbs/data/03_mixture.ipynb #b5e6e30e
 _INDICES = ('dataset_index', 'episode_index', 'frame_index')
 
-
+# %% ../../nbs/data/03_mixture.ipynb #4f61c97e
 def _inputs(batch: dict) -> dict:
     "A batch without the entries that only say where its samples come from."
     return {k: v for k, v in batch.items() if k not in _INDICES}
 
-
+# %% ../../nbs/data/03_mixture.ipynb #842e7b7c
 def mixture_loss(
     policy, pre, batch: dict, names: list[str]
 ) -> tuple[Tensor, dict[str, float]]:
@@ -1585,13 +1654,13 @@ def robot_policy(
     robot.model = policy.model
     return robot, *make_halo_pre_post_processors(cfg, robot_statistics(member))
 
-# %% ../../nbs/data/03_mixture.ipynb #105314d6
+# %% ../../nbs/data/03_mixture.ipynb #2c8dfe55
 def aligned(rows: list[tuple]) -> str:
     "Rows of texts as columns."
     wide = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     return '\n'.join('  '.join(x.ljust(w) for x, w in zip(r, wide)).rstrip() for r in rows)
 
-
+# %% ../../nbs/data/03_mixture.ipynb #0e928b0c
 def _declared_row(d: DatasetSpec) -> tuple[str, ...]:
     "One dataset as texts: weight, id, actions, rotation, gripper, constants, cameras."
     s, constants = d.action_space, {'state': d.state_constant, 'action': d.action_constant}
@@ -1609,13 +1678,13 @@ def _declared_row(d: DatasetSpec) -> tuple[str, ...]:
         ' '.join(f'{slot}={key}' for slot, key in keys.items()),
     )
 
-
+# %% ../../nbs/data/03_mixture.ipynb #94fa751c
 def declared(mixture: Mixture) -> str:
     "Table of what the datasets of a mixture are declared to be."
     head = ('weight', 'dataset', 'actions', 'rotation', 'gripper', 'constant', 'cameras')
     return aligned([head, *map(_declared_row, mixture.datasets)])
 
-# %% ../../nbs/data/03_mixture.ipynb #3094b5a2
+# %% ../../nbs/data/03_mixture.ipynb #2f9ee4e5
 def needed(d: DatasetSpec) -> list[str]:
     """Topics that a dataset's declaration has: one without rotations or grippers has
     nothing to verify there.
@@ -1624,13 +1693,13 @@ def needed(d: DatasetSpec) -> list[str]:
     absent = {'rotation': s.rotation == 'none', 'gripper': not s.grippers}
     return [t for t in TOPICS if not absent.get(t)]
 
-
+# %% ../../nbs/data/03_mixture.ipynb #313d871a
 def _verified_row(d: DatasetSpec) -> tuple[str, ...]:
     "One dataset as texts: its name, and the sources of each topic."
     topics = {t: d.verified.get(t, '-') for t in needed(d)}
     return d.name.removesuffix('_lerobot'), *(topics.get(t, '') for t in TOPICS)
 
-
+# %% ../../nbs/data/03_mixture.ipynb #4465bc72
 def verification(mixture: Mixture) -> str:
     """Table of the sources that confirm each topic of each dataset; '-' is not confirmed,
     '' not needed.
@@ -1640,14 +1709,14 @@ def verification(mixture: Mixture) -> str:
     table = aligned([('confirmed by', *TOPICS), *map(_verified_row, mixture.datasets)])
     return f'{table}\n{have} of {len(topics)} declarations confirmed by a published source'
 
-# %% ../../nbs/data/03_mixture.ipynb #ff1ecdbc
+# %% ../../nbs/data/03_mixture.ipynb #05a817d7
 def timed(f) -> tuple:
     "`f()` and its seconds."
     t = time.perf_counter()
     out = f()
     return out, time.perf_counter() - t
 
-
+# %% ../../nbs/data/03_mixture.ipynb #fe7758f3
 def _lerobot_histories(dataset, n: int, chunk: int, camera: str, other: str):
     "`dataset` with `n` past frames of `camera` for every sample, by `delta_timestamps`."
     fps = dataset.meta.fps
@@ -1660,7 +1729,7 @@ def _lerobot_histories(dataset, n: int, chunk: int, camera: str, other: str):
         dataset.repo_id, dataset.root, delta_timestamps=offsets, return_uint8=True
     )
 
-
+# %% ../../nbs/data/03_mixture.ipynb #79f0f3fd
 def _rows_with_history(data: HistoryDataset, n: int, samples: int) -> list[int]:
     "Random rows that lie at least `n` ticks into their episode."
     first = data.bounds[data.columns['episode_index'], 0]
@@ -1693,10 +1762,10 @@ def store_speed(
     rates = dict(lerobot=samples / slow, store=samples / fast, ratio=slow / fast)
     return dict(frames=n, **rates, worst=worst)
 
-# %% ../../nbs/data/03_mixture.ipynb #dm000082
+# %% ../../nbs/data/03_mixture.ipynb #14548252
 _BENCH_CAMERAS = ('observation.images.top', 'observation.images.wrist')
 
-
+# %% ../../nbs/data/03_mixture.ipynb #817e405d
 def _bench_dataset(folder: Path, seconds, size: tuple[int, int]) -> LeRobotDataset:
     "The dataset of `bench_store` in `folder`, recorded if missing; prints its size."
     made = (folder / 'video/meta/info.json').is_file()
@@ -1715,7 +1784,7 @@ def _bench_dataset(folder: Path, seconds, size: tuple[int, int]) -> LeRobotDatas
     )
     return dataset
 
-
+# %% ../../nbs/data/03_mixture.ipynb #ff451455
 def _print_store(data: HistoryDataset, frames: int, made: bool, took: float) -> None:
     "The size of a frame store, and how long it took to open or to build it."
     history = data.store.maps[data.names['observation.history']].nbytes
@@ -1726,7 +1795,22 @@ def _print_store(data: HistoryDataset, frames: int, made: bool, took: float) -> 
         f" frame), {f'opened in {took:.1f} s' if made else built}"
     )
 
-# %% ../../nbs/data/03_mixture.ipynb #62c9ed6b
+# %% ../../nbs/data/03_mixture.ipynb #f7bf2710
+def _print_speed(r: dict) -> None:
+    "One answer of `store_speed`."
+    print(
+        f"{r['frames']} frames: LeRobot {r['lerobot']:.2f} samples/s, frame store"
+        f" {r['store']:.0f}, {r['ratio']:.0f} times as many; largest difference"
+        f" {r['worst']}/255"
+    )
+
+# %% ../../nbs/data/03_mixture.ipynb #5ba15c7f
+def _bench_config() -> ModelConfig:
+    "The `tiny` policy with the paper's sizes of pictures."
+    sizes = dict(history_size=112, history_stride=1, view_size=224, wrist_size=224)
+    return preset('tiny', **{f'sampling__{k}': v for k, v in sizes.items()})
+
+# %% ../../nbs/data/03_mixture.ipynb #49dd2a1e
 def bench_store(
     folder,
     frames=(40, 80),
@@ -1741,9 +1825,8 @@ def bench_store(
     folder, cams = Path(folder), _BENCH_CAMERAS
     made = (folder / 'video/meta/info.json').is_file()
     dataset = _bench_dataset(folder, seconds, size)
-    sizes = dict(history_size=112, history_stride=1, view_size=224, wrist_size=224)
-    cfg = preset('tiny', **{f'sampling__{k}': v for k, v in sizes.items()})
-    roles, kept = dict(zip(cams, ('primary', 'wrist'))), folder / 'store'
+    cfg, kept = _bench_config(), folder / 'store'
+    roles = dict(zip(cams, ('primary', 'wrist')))
 
     def data(n):
         longer = cfg.but(sampling__history_frames=n)
@@ -1753,11 +1836,7 @@ def bench_store(
     _print_store(first, dataset.meta.total_frames, made, took)
     rows = [store_speed(dataset, data(n), n, samples, *cams, progress) for n in frames]
     for r in rows:
-        print(
-            f"{r['frames']} frames: LeRobot {r['lerobot']:.2f} samples/s, frame store"
-            f" {r['store']:.0f}, {r['ratio']:.0f} times as many; largest difference"
-            f" {r['worst']}/255"
-        )
+        _print_speed(r)
     return rows
 
 # %% ../../nbs/data/03_mixture.ipynb #79e5c040
@@ -1787,7 +1866,7 @@ def check_mixture(
             )
     return bad
 
-# %% ../../nbs/data/03_mixture.ipynb #dm000085
+# %% ../../nbs/data/03_mixture.ipynb #20238446
 def _show(mixture: Mixture) -> None:
     "Print what is declared, and who confirms it."
     sources = '\n'.join(f'{k}: {v}' for k, v in mixture.sources.items())
@@ -1795,7 +1874,7 @@ def _show(mixture: Mixture) -> None:
     tables = [declared(mixture), verification(mixture)]
     print(*(t for t in (mixture.note, *tables, sources, notes) if t), sep='\n\n')
 
-
+# %% ../../nbs/data/03_mixture.ipynb #6427d68e
 def _store(data: MixtureDataset) -> None:
     "Print the size of each dataset's frame store, and its share of the draws."
     for m, w in zip(data.members, data.weights):

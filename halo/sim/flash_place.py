@@ -11,7 +11,7 @@ __all__ = ['COLOURS', 'CAMERAS', 'EVAL_SEED', 'NO_GL', 'PUCK', 'PAD_GREY', 'TABL
            'write_json', 'save_checkpoint', 'restore_checkpoint', 'stop_gently', 'open_log', 'recording_lock',
            'finished', 'record_some', 'record_demonstrations', 'main']
 
-# %% ../../nbs/sim/01_flash_place.ipynb #e86c3879
+# %% ../../nbs/sim/01_flash_place.ipynb #f7517384
 """The demonstration task `flash_place`: MuJoCo manipulation whose goal is visible only in
 the past.
 
@@ -36,6 +36,7 @@ import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# %% ../../nbs/sim/01_flash_place.ipynb #02fa53cd
 import gymnasium as gym
 import numpy as np
 from fastcore.basics import patch
@@ -91,7 +92,16 @@ NO_GL = (
     " Python starts"
 )
 
-# %% ../../nbs/sim/01_flash_place.ipynb #d58caf65
+# %% ../../nbs/sim/01_flash_place.ipynb #0205df58
+def _found_gl() -> str | None:
+    "The renderer to use: the first of this machine's libraries, or its window system."
+    libraries = {"egl": "EGL", "osmesa": "OSMesa"}
+    has = {name: ctypes.util.find_library(lib) for name, lib in libraries.items()}
+    order = ("egl", "osmesa") if os.path.exists("/dev/nvidiactl") else ("osmesa", "egl")
+    window = "glfw" if os.environ.get("DISPLAY") else None
+    return next((name for name in order if has[name]), window)
+
+# %% ../../nbs/sim/01_flash_place.ipynb #0d50b50a
 def choose_gl() -> str:
     """Set `MUJOCO_GL`, if it is unset, to what this machine offers and return it ('' = the
     system's default).
@@ -99,11 +109,7 @@ def choose_gl() -> str:
     late = "mujoco" in sys.modules  # too late to choose: MuJoCo has read the variable
     if "MUJOCO_GL" in os.environ or late or not sys.platform.startswith("linux"):
         return os.environ.get("MUJOCO_GL", "")
-    libraries = {"egl": "EGL", "osmesa": "OSMesa"}
-    has = {name: ctypes.util.find_library(lib) for name, lib in libraries.items()}
-    order = ("egl", "osmesa") if os.path.exists("/dev/nvidiactl") else ("osmesa", "egl")
-    window = "glfw" if os.environ.get("DISPLAY") else None
-    found = next((name for name in order if has[name]), window)
+    found = _found_gl()
     if found is None:
         raise RuntimeError(NO_GL.format(reason="neither libOSMesa nor libEGL was found"))
     os.environ["MUJOCO_GL"] = found
@@ -275,7 +281,7 @@ def close_all(renderers: dict):
     while renderers:
         renderers.popitem()[1].close()
 
-# %% ../../nbs/sim/01_flash_place.ipynb #a8ff08a1
+# %% ../../nbs/sim/01_flash_place.ipynb #f4b48324
 def _check_pixels(**sizes: int) -> None:
     "Raise for the first of `sizes` that is no sensible number of pixels."
     for name, size in sizes.items():
@@ -284,7 +290,7 @@ def _check_pixels(**sizes: int) -> None:
                 f"{name} is {size!r}: use an integer between 16 and 480 (pixels)"
             )
 
-
+# %% ../../nbs/sim/01_flash_place.ipynb #0c246749
 def _observation_space(image_size: int, cameras: tuple) -> gym.spaces.Dict:
     "Pictures of `cameras` under `pixels`, the state under `agent_pos`."
     image = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
@@ -324,19 +330,19 @@ class FlashPlaceEnv(gym.Env):
         self.observation_space = _observation_space(image_size, self.cameras)
         self.action_space = gym.spaces.Box(-1, 1, (4,), np.float32)
 
-# %% ../../nbs/sim/01_flash_place.ipynb #27a9a1bf
+# %% ../../nbs/sim/01_flash_place.ipynb #ea2999f4
 @patch(as_prop=True)
 def task_description(self: FlashPlaceEnv) -> str:
     "The instruction of this episode."
     return instruction(COLOURS[self.goal])
 
-
+# %% ../../nbs/sim/01_flash_place.ipynb #02ce90a3
 @patch(as_prop=True)
 def target(self: FlashPlaceEnv) -> int:
     "Index of the pad that flashed in the goal's colour (privileged)."
     return int(np.flatnonzero(self.order == self.goal)[0])
 
-
+# %% ../../nbs/sim/01_flash_place.ipynb #39f09db2
 @patch(as_prop=True)
 def scene(self: FlashPlaceEnv):
     """The Meta-World scene, made on first use: an environment is built and pickled without
@@ -347,32 +353,32 @@ def scene(self: FlashPlaceEnv):
         weakref.finalize(self, close_all, self._renderers)
     return self._scene
 
-# %% ../../nbs/sim/01_flash_place.ipynb #5b66389f
+# %% ../../nbs/sim/01_flash_place.ipynb #12b34d45
 @patch(as_prop=True)
 def hand(self: FlashPlaceEnv) -> np.ndarray:
     "Position (3,) of the hand in metres."
     return self.scene.get_endeff_pos().copy()
 
-
+# %% ../../nbs/sim/01_flash_place.ipynb #7acf98c7
 @patch(as_prop=True)
 def puck(self: FlashPlaceEnv) -> np.ndarray:
     "Position (3,) of the puck's centre in metres (privileged)."
     return self.scene.get_body_com("obj").copy()
 
-
+# %% ../../nbs/sim/01_flash_place.ipynb #710cc5bc
 @patch(as_prop=True)
 def opening(self: FlashPlaceEnv) -> float:
     "How far the gripper is open: 0 shut … 1 fully open."
     apart = self.scene.get_body_com("leftclaw") - self.scene.get_body_com("rightclaw")
     return float(np.clip(np.linalg.norm(apart) / 0.1, 0, 1))
 
-# %% ../../nbs/sim/01_flash_place.ipynb #ed1985a3
+# %% ../../nbs/sim/01_flash_place.ipynb #e7c3802d
 @patch(as_prop=True)
 def grasped(self: FlashPlaceEnv) -> bool:
     "Both fingers press on the puck (privileged)."
     return bool(self.scene.touching_main_object)
 
-
+# %% ../../nbs/sim/01_flash_place.ipynb #f00b547b
 @patch(as_prop=True)
 def placed(self: FlashPlaceEnv) -> int:
     """The pad on which the puck lies low, still and released; −1 if there is none
@@ -392,7 +398,15 @@ def _check_camera(name: str) -> None:
     if name not in CAMERAS:
         raise ValueError(f"unknown camera {name!r}: use one of {', '.join(CAMERAS)}")
 
-# %% ../../nbs/sim/01_flash_place.ipynb #8abe5068
+# %% ../../nbs/sim/01_flash_place.ipynb #b4ebdd1b
+@patch
+def _paint_pads(self: FlashPlaceEnv) -> None:
+    "Give the pads the colours of the present tick."
+    for pad, colour in enumerate(self.order):
+        paint = FLASH[colour] if self.tick < self.rules.flash_ticks else PAD_GREY
+        self.scene.model.geom(f"pad{pad}").rgba[:3] = paint
+
+# %% ../../nbs/sim/01_flash_place.ipynb #b4238c66
 @patch
 def picture(
     self: FlashPlaceEnv, camera: str = "primary", size: int | None = None
@@ -400,16 +414,14 @@ def picture(
     "What `camera` sees now, (size, size, 3) uint8 RGB; `size` defaults to `image_size`."
     _check_camera(camera)
     scene, size, option = self.scene, size or self.image_size, require_sim().MjvOption()
-    for pad, colour in enumerate(self.order):
-        paint = FLASH[colour] if self.tick < self.rules.flash_ticks else PAD_GREY
-        scene.model.geom(f"pad{pad}").rgba[:3] = paint
+    self._paint_pads()
     option.sitegroup[:] = 0
     if size not in self._renderers:
         self._renderers[size] = make_renderer(scene.model, size)
     self._renderers[size].update_scene(scene.data, camera=camera, scene_option=option)
     return self._renderers[size].render().copy()
 
-# %% ../../nbs/sim/01_flash_place.ipynb #bf6430b0
+# %% ../../nbs/sim/01_flash_place.ipynb #468bbddd
 @patch
 def observe(self: FlashPlaceEnv) -> dict:
     "The observation of the present moment."
@@ -418,7 +430,7 @@ def observe(self: FlashPlaceEnv) -> dict:
         "agent_pos": np.array([*self.hand, self.opening], np.float32),
     }
 
-
+# %% ../../nbs/sim/01_flash_place.ipynb #275f8066
 @patch
 def report(self: FlashPlaceEnv, success: bool = False) -> dict:
     "The info dictionary: what happened, for judges and statistics; no policy sees it."
@@ -459,17 +471,24 @@ def _four_numbers(action) -> np.ndarray:
         )
     return np.clip(action, -1, 1)
 
-# %% ../../nbs/sim/01_flash_place.ipynb #fc03833f
+# %% ../../nbs/sim/01_flash_place.ipynb #8c42ea32
+@patch
+def _move(self: FlashPlaceEnv, action: np.ndarray) -> None:
+    "Let the simulation carry out `action` (4,) for one tick."
+    scene, rules = self.scene, self.rules
+    for i in range(rules.move_steps + rules.hold_steps):
+        scene.set_xyz_action(action[:3] * (i < rules.move_steps))
+        scene.do_simulation([action[3], -action[3]], scene.frame_skip)
+
+# %% ../../nbs/sim/01_flash_place.ipynb #3d4a71de
 @patch
 def step(self: FlashPlaceEnv, action):
     """Carry out `action` (4,) for one tick (0.1 s).
 
     Returns (obs, reward, terminated, truncated, info).
     """
-    action, scene, rules, before = _four_numbers(action), self.scene, self.rules, self.puck
-    for i in range(rules.move_steps + rules.hold_steps):
-        scene.set_xyz_action(action[:3] * (i < rules.move_steps))
-        scene.do_simulation([action[3], -action[3]], scene.frame_skip)
+    action, rules, before = _four_numbers(action), self.rules, self.puck
+    self._move(action)
     self.tick += 1
     self.speed = float(np.linalg.norm(self.puck - before) * rules.fps)
     self.rest = self.rest + 1 if self.placed == self.target else 0
@@ -479,13 +498,13 @@ def step(self: FlashPlaceEnv, action):
         info["final_info"] = dict(info)
     return self.observe(), float(success), success, late and not success, info
 
-# %% ../../nbs/sim/01_flash_place.ipynb #6dfef08d
+# %% ../../nbs/sim/01_flash_place.ipynb #e80c7628
 @patch
 def render(self: FlashPlaceEnv) -> np.ndarray:
     "The primary camera's picture at `render_size`, for videos."
     return self.picture("primary", self.render_size)
 
-
+# %% ../../nbs/sim/01_flash_place.ipynb #7d9d2d37
 @patch
 def close(self: FlashPlaceEnv):
     "Free the renderers; the next reset starts a new scene."
@@ -568,7 +587,7 @@ def aim(self: FlashPlaceExpert) -> tuple:
     down = self.grip if np.linalg.norm(way) < 0.03 else hand[2]
     return (*(hand[:2] + way), self.carry if phase == "carry" else down), 1
 
-# %% ../../nbs/sim/01_flash_place.ipynb #45378ee4
+# %% ../../nbs/sim/01_flash_place.ipynb #880bc1d2
 def _lost(expert: FlashPlaceExpert, off: float, held: bool) -> bool:
     "The present phase has failed; `off`: metres from hand to puck, `held`: in the hand."
     env = expert.env
@@ -581,7 +600,7 @@ def _lost(expert: FlashPlaceExpert, off: float, held: bool) -> bool:
         "rise": expert.ticks > 4 and env.placed != env.target,
     }.get(expert.phase, False)
 
-
+# %% ../../nbs/sim/01_flash_place.ipynb #05f23f88
 def _done(expert: FlashPlaceExpert, off: float, left: float) -> bool:
     "The present phase has done its work; `left`: from the puck to the middle of its pad."
     env, height = expert.env, expert.env.hand[2]
@@ -679,7 +698,7 @@ def make_one(**kwargs) -> gym.Env:
     """
     return FreezeUntilReset(FlashPlaceEnv(**kwargs))
 
-# %% ../../nbs/sim/01_flash_place.ipynb #754a31d6
+# %% ../../nbs/sim/01_flash_place.ipynb #c00cad3b
 def _features() -> dict[str, PolicyFeature]:
     "What the environment takes and hands out, pictures aside."
     return {
@@ -687,13 +706,13 @@ def _features() -> dict[str, PolicyFeature]:
         "agent_pos": PolicyFeature(FeatureType.STATE, (4,)),
     }
 
-
+# %% ../../nbs/sim/01_flash_place.ipynb #2bd1f7b6
 def _features_map() -> dict[str, str]:
     "The policy's name of every feature."
     pictures = {f"pixels/{name}": f"{OBS_IMAGES}.{name}" for name in CAMERAS}
     return {ACTION: ACTION, "agent_pos": OBS_STATE, **pictures}
 
-
+# %% ../../nbs/sim/01_flash_place.ipynb #b9232fe5
 def _vector(makers: list, in_processes: bool) -> gym.vector.VectorEnv:
     "The environments of `makers` side by side; a finished one restarts at the next step."
     mode = gym.vector.AutoresetMode.NEXT_STEP
@@ -701,7 +720,13 @@ def _vector(makers: list, in_processes: bool) -> gym.vector.VectorEnv:
         return gym.vector.AsyncVectorEnv(makers, context="forkserver", autoreset_mode=mode)
     return gym.vector.SyncVectorEnv(makers, autoreset_mode=mode)
 
-# %% ../../nbs/sim/01_flash_place.ipynb #3db9c8c0
+# %% ../../nbs/sim/01_flash_place.ipynb #0f51ae9b
+def _picture_features(size: int) -> dict[str, PolicyFeature]:
+    "The cameras' features at `size` pixels a side."
+    seen = PolicyFeature(FeatureType.VISUAL, (size, size, 3))
+    return {f"pixels/{name}": seen for name in CAMERAS}
+
+# %% ../../nbs/sim/01_flash_place.ipynb #2a791733
 @dataclass
 class FlashPlaceEnvConfig(EnvConfig):
     "LeRobot's description of `flash_place` (`--env.type=flash_place`)."
@@ -714,12 +739,10 @@ class FlashPlaceEnvConfig(EnvConfig):
     features_map: dict[str, str] = field(default_factory=_features_map)
 
     def __post_init__(self):
-        fps, shape = FlashPlaceSpec().fps, (self.image_size, self.image_size, 3)
+        fps = FlashPlaceSpec().fps
         if self.fps != fps:
             raise ValueError(f"fps is {self.fps}: flash_place runs at {fps}")
-        self.features |= {
-            f"pixels/{name}": PolicyFeature(FeatureType.VISUAL, shape) for name in CAMERAS
-        }
+        self.features |= _picture_features(self.image_size)
 
     @property
     def gym_kwargs(self) -> dict:
@@ -907,14 +930,9 @@ def open_log(root: Path, settings: dict) -> dict:
             )
     return log
 
-# %% ../../nbs/sim/01_flash_place.ipynb #b7c1e0a2
-@contextlib.contextmanager
-def recording_lock(root: Path):
-    """Hold the folder `root` within this block.
-
-    Raises `ValueError` while another recording does, or where nothing can be written.
-    """
-    root, lock = root.absolute(), None
+# %% ../../nbs/sim/01_flash_place.ipynb #07751657
+def _locked(root: Path) -> FileLock:
+    "The lock of the folder `root`, held; `ValueError` if that cannot be."
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root.with_name(f".{root.name}.lock"))
@@ -928,6 +946,16 @@ def recording_lock(root: Path):
         raise ValueError(
             f"{root} cannot be written ({e.strerror}): choose another folder"
         ) from e
+    return lock
+
+# %% ../../nbs/sim/01_flash_place.ipynb #27934036
+@contextlib.contextmanager
+def recording_lock(root: Path):
+    """Hold the folder `root` within this block.
+
+    Raises `ValueError` while another recording does, or where nothing can be written.
+    """
+    lock = _locked(root.absolute())
     try:
         yield
     finally:
@@ -963,7 +991,7 @@ def record_some(env, dataset, log: dict, episodes: int, root: Path, bar, stop):
     write_json(root / LOG, {**log, "episodes": dataset.num_episodes, "open": False})
     save_checkpoint(root)
 
-# %% ../../nbs/sim/01_flash_place.ipynb #8d3a0826
+# %% ../../nbs/sim/01_flash_place.ipynb #19859304
 def _record_all(env, log: dict, episodes: int, root: Path, repo_id: str, bar, stop) -> int:
     "Record from checkpoint to checkpoint; returns how many episodes `root` holds then."
     done = log["episodes"]
@@ -978,7 +1006,7 @@ def _record_all(env, log: dict, episodes: int, root: Path, repo_id: str, bar, st
         done = log["episodes"] = dataset.num_episodes
     return done
 
-
+# %% ../../nbs/sim/01_flash_place.ipynb #5124097b
 def _progress(episodes: int, done: int):
     "A bar of `episodes` of which `done` stand already."
     from tqdm.auto import tqdm
@@ -987,7 +1015,19 @@ def _progress(episodes: int, done: int):
         total=episodes, initial=min(done, episodes), desc="demonstrations", unit="episode"
     )
 
-# %% ../../nbs/sim/01_flash_place.ipynb #d7647f17
+# %% ../../nbs/sim/01_flash_place.ipynb #28cfe09d
+def _record_in(root: Path, settings: dict, episodes: int, repo_id: str) -> int:
+    "Go on recording into `root`; returns how many episodes it holds then."
+    with contextlib.ExitStack() as held:
+        held.enter_context(recording_lock(root))
+        log = open_log(root, settings)
+        env = FlashPlaceEnv(settings["image_size"])
+        held.enter_context(contextlib.closing(env))
+        bar = held.enter_context(contextlib.closing(_progress(episodes, log["episodes"])))
+        stop = held.enter_context(stop_gently())
+        return _record_all(env, log, episodes, root, repo_id, bar, stop)
+
+# %% ../../nbs/sim/01_flash_place.ipynb #c70a59e2
 def record_demonstrations(
     root,
     episodes: int = 100,
@@ -1006,13 +1046,7 @@ def record_demonstrations(
     root, settings = Path(root), {"seed": seed, "noise": noise, "image_size": image_size}
     if finished(root, settings, episodes):
         return root
-    with contextlib.ExitStack() as held:
-        held.enter_context(recording_lock(root))
-        log = open_log(root, settings)
-        env = held.enter_context(contextlib.closing(FlashPlaceEnv(image_size)))
-        bar = held.enter_context(contextlib.closing(_progress(episodes, log["episodes"])))
-        stop = held.enter_context(stop_gently())
-        done = _record_all(env, log, episodes, root, repo_id, bar, stop)
+    done = _record_in(root, settings, episodes, repo_id)
     if done < episodes:
         raise KeyboardInterrupt(
             f"{done} of {episodes} demonstrations are in {root}; the same call goes on from"

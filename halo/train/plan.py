@@ -58,14 +58,14 @@ class Work:
 
     __rmul__ = __mul__
 
-# %% ../../nbs/train/04_plan.ipynb #1906d615
+# %% ../../nbs/train/04_plan.ipynb #45fdf853
 def linear(m: float, k: int, n: int, size: float = 2, wide: float = 0) -> Work:
     """(m, k) times a weight (k, n); `size` bytes per value, `wide` bytes per weight if that
     differs.
     """
     return Work(2 * m * k * n, 0, k * n * (wide or size), (m * k + m * n) * size)
 
-
+# %% ../../nbs/train/04_plan.ipynb #e4f0ff7e
 def attend(q: float, l: float, heads: int, kv_heads: int, d: int, size: float = 2) -> Work:
     "`q` queries over `l` keys in a fused kernel: scores are never written."
     return Work(
@@ -98,11 +98,11 @@ class Load:
         ends = 2 * (bool(self.pairs) + len(self.views))
         return self.history + self.current + self.words + ends
 
-# %% ../../nbs/train/04_plan.ipynb #eb43a154
+# %% ../../nbs/train/04_plan.ipynb #25658ff3
 # one primary and one further camera, as most data sets have
 VIEWS = ((480, 640), (480, 640))
 
-
+# %% ../../nbs/train/04_plan.ipynb #b0495013
 def load_of(
     cfg: ModelConfig, history: int | None = None, views=VIEWS, words: int = 20
 ) -> Load:
@@ -125,7 +125,7 @@ def pieces(h: int, w: int, window: int) -> list[int]:
     cut = lambda n: [min(window, n - a) for a in range(0, n, window)]
     return [a * b for a, b in product(cut(h), cut(w))]
 
-# %% ../../nbs/train/04_plan.ipynb #ca37b46d
+# %% ../../nbs/train/04_plan.ipynb #873a8dbe
 def _vision_ends(cfg: ModelConfig, n: float, size: float) -> Work:
     "Pixels to `n` patches at the bottom, merged patches to tokens at the top."
     v, m = cfg.vision, cfg.vision.merge**2
@@ -135,7 +135,7 @@ def _vision_ends(cfg: ModelConfig, n: float, size: float) -> Work:
         + linear(n / m, m * v.width, cfg.text.width, size)
     )
 
-
+# %% ../../nbs/train/04_plan.ipynb #807ae1d3
 def _vision_layer(cfg: ModelConfig, n: float, size: float) -> Work:
     "The products with weights of one block over `n` patches."
     v = cfg.vision
@@ -202,13 +202,13 @@ def state_work(cfg: ModelConfig, size: float = 2) -> Work:
         + linear(n, w, w, size)
     ) + linear(n, w, w, size)
 
-# %% ../../nbs/train/04_plan.ipynb #30fdaa88
+# %% ../../nbs/train/04_plan.ipynb #33601331
 def _head_widths(cfg: ModelConfig) -> tuple[int, int]:
     "All KV heads of a token side by side, in the VLM and in the expert."
     d = cfg.text.head_dim
     return cfg.text.kv_heads * d, cfg.expert.kv_heads * d
 
-
+# %% ../../nbs/train/04_plan.ipynb #1ab35de8
 def _converted(cfg: ModelConfig, l: float, size: float) -> Work:
     "Heads converted by an MLP with a skip, without SALR."
     narrow, out = _head_widths(cfg)
@@ -218,7 +218,7 @@ def _converted(cfg: ModelConfig, l: float, size: float) -> Work:
         + linear(l, narrow, out, size, 4)
     )
 
-
+# %% ../../nbs/train/04_plan.ipynb #a64c972f
 def _fused(cfg: ModelConfig, l: float, size: float) -> Work:
     "The state's map made once, then applied to every token."
     narrow, out = _head_widths(cfg)
@@ -264,7 +264,21 @@ def expert_work(cfg: ModelConfig, l: float, size: float = 2) -> Work:
     sizes = (e.width, e.heads, e.kv_heads, t.head_dim, e.mlp)
     return t.layers * decoder_layer(q, l + q, *sizes, size) + ends
 
-# %% ../../nbs/train/04_plan.ipynb #6a0e3299
+# %% ../../nbs/train/04_plan.ipynb #64eae746
+def _computed(load: Load, streaming: bool | str) -> tuple[int, int]:
+    "Pairs of history frames and tokens of the language model that a tick computes."
+    pairs = min(1, load.pairs) if streaming else load.pairs
+    kept = streaming is True and load.pairs > 1
+    stands = 1 + (load.pairs - 1) * load.side**2 if kept else 0
+    return pairs, load.tokens - stands
+
+# %% ../../nbs/train/04_plan.ipynb #5f42c4fa
+def _evaluations(cfg: ModelConfig, steps: int | None) -> int:
+    "Evaluations of the velocity in a tick; `steps` None: the configuration's."
+    calls = cfg.flow.steps if steps is None else steps
+    return calls * (2 if cfg.flow.method == 'heun' else 1)
+
+# %% ../../nbs/train/04_plan.ipynb #54d98991
 def tick_cost(
     cfg: str | ModelConfig,  # preset or configuration
     history: int | None = None,  # frames; default: the configuration's
@@ -282,17 +296,13 @@ def tick_cost(
     one_of('streaming', streaming, (True, False, 'hop'))
     cfg = preset(cfg) if isinstance(cfg, str) else cfg
     load = load_of(cfg, history, views, words)
-    square = (load.side, load.side)
-    pairs = min(1, load.pairs) if streaming else load.pairs
-    kept = streaming is True and load.pairs > 1
-    stands = 1 + (load.pairs - 1) * load.side**2 if kept else 0
-    calls = cfg.flow.steps if steps is None else steps
-    calls *= 2 if cfg.flow.method == 'heun' else 1
+    pairs, new = _computed(load, streaming)
+    images = [(load.side, load.side)] * pairs + list(load.views)
     return dict(
-        vision=vision_work(cfg, [square] * pairs + list(load.views), size),
-        language=language_work(cfg, load.tokens - stands, load.tokens, size),
+        vision=vision_work(cfg, images, size),
+        language=language_work(cfg, new, load.tokens, size),
         salr=salr_work(cfg, load.tokens, size),
-        expert=calls * expert_work(cfg, load.tokens, size),
+        expert=_evaluations(cfg, steps) * expert_work(cfg, load.tokens, size),
     )
 
 # %% ../../nbs/train/04_plan.ipynb #fc73e8f5
@@ -325,8 +335,8 @@ _RATES = {
     'thor': (258.75e12, 128, 0.273e12, 12.5e9),
 }
 
-# %% ../../nbs/train/04_plan.ipynb #29ef59b6
-_SOURCES = {
+# %% ../../nbs/train/04_plan.ipynb #e2889a83
+_SERVER_SOURCES = {
     'a100-40g': "NVIDIA A100 data sheet (SXM, 40 GB); half of NVLink's 600 GB/s",
     'a100-80g': "NVIDIA A100 data sheet (SXM, 80 GB); half of NVLink's 600 GB/s",
     'h100': (
@@ -335,11 +345,15 @@ _SOURCES = {
     'h200': (
         "NVIDIA H200 data sheet (SXM): half the sparse 1979; half of NVLink's 900 GB/s"
     ),
+    'l40s': 'NVIDIA L40S data sheet: 362.05, sparse 733; PCIe 4 x16',
+}
+
+# %% ../../nbs/train/04_plan.ipynb #94c1cfd5
+_DESK_SOURCES = {
     'a6000': (
         'NVIDIA Ampere GA102 white paper (RTX A6000): half the sparse 309.7; PCIe 4 x16 (an'
         ' NVLink bridge joins two: 56 GB/s)'
     ),
-    'l40s': 'NVIDIA L40S data sheet: 362.05, sparse 733; PCIe 4 x16',
     'rtx4090': 'NVIDIA Ada white paper: FP32 sums (330.3 with FP16 sums); PCIe 4 x16',
     'rtx5090': (
         'NVIDIA RTX Blackwell white paper: FP32 sums (419 with FP16 sums; 3352 is sparse'
@@ -368,7 +382,7 @@ _UNCONFIRMED = {
     ),
 }
 
-# %% ../../nbs/train/04_plan.ipynb #6d6817ba
+# %% ../../nbs/train/04_plan.ipynb #9a36d10f
 _GITHUB, _NVIDIA = 'https://github.com/', 'https://www.nvidia.com/en-us/'
 _LIGHTNING = (
     _GITHUB + 'Lightning-AI/pytorch-lightning/blob/master/'
@@ -379,6 +393,7 @@ _NANOCHAT = _GITHUB + 'karpathy/nanochat/blob/master/nanochat/common.py'
 _THROTTLE = 'https://torring.dev/blog/2026/rtx-spark-throttling/'
 _GLENN = 'https://glennklockwood.com/garden/processors/'
 
+# %% ../../nbs/train/04_plan.ipynb #bfcfbd24
 _SERVER_PAGES = {
     'a100-40g': (_GLENN + 'A100', _LIGHTNING),
     'a100-80g': (_GLENN + 'A100', _LIGHTNING),
@@ -396,7 +411,7 @@ _SERVER_PAGES = {
     ),
 }
 
-# %% ../../nbs/train/04_plan.ipynb #92f1aef5
+# %% ../../nbs/train/04_plan.ipynb #a0a31e3f
 _DESK_PAGES = {
     'a6000': (
         'https://servethehome.com/nvidia-rtx-a6000-48gb-gpu-drops-quadro-designation',
@@ -410,6 +425,10 @@ _DESK_PAGES = {
         _NANOCHAT,
         _THROTTLE,
     ),
+}
+
+# %% ../../nbs/train/04_plan.ipynb #39a5c3ac
+_ROBOT_PAGES = {
     'orin': (
         'http://mzph.cn/web/30785.shtml',
         'https://mm.digikey.com/Volume0/opasdata/d220001/medias/docus/5380/'
@@ -425,8 +444,9 @@ _DESK_PAGES = {
     ),
 }
 
-# %% ../../nbs/train/04_plan.ipynb #98bed542
-_PAGES = _SERVER_PAGES | _DESK_PAGES
+# %% ../../nbs/train/04_plan.ipynb #0499c1af
+_SOURCES = _SERVER_SOURCES | _DESK_SOURCES
+_PAGES = _SERVER_PAGES | _DESK_PAGES | _ROBOT_PAGES
 GPUS = {
     name: GPU(*rates, _SOURCES[name], _PAGES[name], _UNCONFIRMED.get(name, ''))
     for name, rates in _RATES.items()
@@ -466,9 +486,29 @@ def weight_bytes(cfg: ModelConfig, size: float = 2) -> float:
 # %% ../../nbs/train/04_plan.ipynb #13f4f165
 PARTS = ('vision', 'embedding', 'vlm', 'expert', 'salr')
 
-# %% ../../nbs/train/04_plan.ipynb #ac866197
+# %% ../../nbs/train/04_plan.ipynb #2910a0fc
+class _Derived:
+    "What follows from the fields of a `Run`."
+
+    @property
+    def shards(self) -> int:
+        return self.shard or self.count // self.replicate
+
+    @property
+    def batch(self) -> int:
+        return self.count * self.micro * self.accumulate
+
+    @property
+    def size(self) -> int:
+        return 2 if self.dtype == 'bfloat16' else 4
+
+    @property
+    def load(self) -> Load:
+        return load_of(self.model, self.history, self.views, self.words)
+
+# %% ../../nbs/train/04_plan.ipynb #378eb854
 @dataclass(frozen=True)
-class Run:
+class Run(_Derived):
     "A training run to be planned; names as in the training configuration."
 
     model: ModelConfig
@@ -492,22 +532,6 @@ class Run:
 
     def __post_init__(self):
         _check_run(self)
-
-    @property
-    def shards(self) -> int:
-        return self.shard or self.count // self.replicate
-
-    @property
-    def batch(self) -> int:
-        return self.count * self.micro * self.accumulate
-
-    @property
-    def size(self) -> int:
-        return 2 if self.dtype == 'bfloat16' else 4
-
-    @property
-    def load(self) -> Load:
-        return load_of(self.model, self.history, self.views, self.words)
 
 # %% ../../nbs/train/04_plan.ipynb #bcb7894d
 def _check_run(run: Run) -> None:
@@ -544,7 +568,7 @@ def modes(run: Run) -> dict[str, str]:
     idle = {p for p in PARTS if own[p] == 'pass' and not learns_below[p]}
     return {p: 'none' if p in idle else own[p] for p in PARTS}
 
-# %% ../../nbs/train/04_plan.ipynb #cb5d57b1
+# %% ../../nbs/train/04_plan.ipynb #ffb498b4
 def part_of(name: str) -> str:
     "The part of parameter `name` of a `HaloModel`."
     if name.startswith('embed.visual.'):
@@ -555,7 +579,7 @@ def part_of(name: str) -> str:
         return 'expert'
     return 'vlm' if '.vlm.' in name else 'salr'
 
-
+# %% ../../nbs/train/04_plan.ipynb #48cdce66
 def group_of(name: str) -> str:
     "The unit in which parameter `name` is gathered: 'vision.N', 'block.N' or 'root'."
     words = name.split('.')
@@ -658,12 +682,12 @@ def layer_bytes(
     wide = ((2 + copies) * heads_d + (3 + inputs) * mlp) * size
     return tokens * (norms + wide + 8) + 2 * keys * kv_d * size
 
-# %% ../../nbs/train/04_plan.ipynb #cc38fd2a
+# %% ../../nbs/train/04_plan.ipynb #ef000ef2
 def _patches(run: Run) -> int:
     "Patches of all images of one sample."
     return run.model.vision.merge**2 * (run.load.history + run.load.current)
 
-
+# %% ../../nbs/train/04_plan.ipynb #97ac2442
 def vision_bytes(run: Run, mode: str) -> tuple[float, float, float]:
     """Bytes kept for one sample by a block of the tower, by its ends (pixels, merger), and
     of a block's input.
@@ -699,7 +723,7 @@ def _vlm_bytes(run: Run, mode: str, last: bool) -> float:
     q_width, kv_width = t.heads * t.head_dim, t.kv_heads * t.head_dim
     return layer_bytes(l, t.width, q_width, kv_width, t.mlp, size, mode)
 
-# %% ../../nbs/train/04_plan.ipynb #0c53fe17
+# %% ../../nbs/train/04_plan.ipynb #23b06722
 def _expert_bytes(run: Run, mode: str) -> float:
     "Bytes kept for one sample by an expert layer over all draws."
     e, d, size = run.model.expert, run.model.text.head_dim, run.size
@@ -710,7 +734,7 @@ def _expert_bytes(run: Run, mode: str) -> float:
     mask = e.heads // e.kv_heads * q * keys * size
     return run.model.flow.draws * (layer_bytes(q, *widths, size, mode, keys=keys) + mask)
 
-
+# %% ../../nbs/train/04_plan.ipynb #96d708ea
 def block_bytes(
     run: Run, how: dict[str, str], last: bool = False
 ) -> tuple[float, float, float]:
@@ -729,7 +753,7 @@ class Stage:
     working: float  # beyond `kept`, while it is differentiated
     gradient: float  # of its own weights
 
-# %% ../../nbs/train/04_plan.ipynb #b6f903d5
+# %% ../../nbs/train/04_plan.ipynb #19f84c6b
 def _gradients(run: Run, weights: list[Weights] | None) -> dict[str, float]:
     "Bytes of the gradients of every group, on one card."
     how, made = modes(run), {}
@@ -738,7 +762,7 @@ def _gradients(run: Run, weights: list[Weights] | None) -> dict[str, float]:
         made[w.group] = made.get(w.group, 0) + own
     return made
 
-
+# %% ../../nbs/train/04_plan.ipynb #e0190731
 def _vision_stages(run: Run, made: dict[str, float]) -> list[Stage]:
     "Ends of the tower, then its blocks."
     v, b, mode = run.model.vision, run.micro, modes(run)['vision']
@@ -761,7 +785,7 @@ def _enter_and_width(run: Run) -> tuple[float, float]:
     expert = draws * (2 * q * e.mlp + 2 * (l + q) * e.heads * t.head_dim)
     return enter, run.micro * run.size * max(vlm, expert)
 
-# %% ../../nbs/train/04_plan.ipynb #bfd7b552
+# %% ../../nbs/train/04_plan.ipynb #15e8764f
 def _block_stages(run: Run, made: dict[str, float]) -> list[Stage]:
     "The HALO blocks."
     how, layers, again = modes(run), run.model.text.layers, run.checkpointing != 'none'
@@ -772,7 +796,7 @@ def _block_stages(run: Run, made: dict[str, float]) -> list[Stage]:
         out.append(Stage(f'block {i}', 'blocks', kept, working, made[f'block.{i}']))
     return out
 
-
+# %% ../../nbs/train/04_plan.ipynb #14144570
 def stages(run: Run, weights: list[Weights] | None = None) -> list[Stage]:
     "All stages in order: ends of the tower, its blocks, HALO blocks."
     made = _gradients(run, weights)
@@ -795,11 +819,11 @@ def step_curve(run: Run, weights: list[Weights] | None = None) -> list[tuple[str
         grads += fresh
     return out + [('step', grads)]
 
-# %% ../../nbs/train/04_plan.ipynb #2606b8b4
+# %% ../../nbs/train/04_plan.ipynb #01788923
 # CUDA's context and libraries; share of all else lost to fragments of the allocator
 CONTEXT, SLACK = 0.8 * 2**30, 0.05
 
-
+# %% ../../nbs/train/04_plan.ipynb #a0ca4d2e
 def memory(run: Run, weights: list[Weights] | None = None) -> dict[str, float]:
     """Peak bytes on one card, by what they are.
 
@@ -811,7 +835,7 @@ def memory(run: Run, weights: list[Weights] | None = None) -> dict[str, float]:
     out |= dict(activations=max(0.0, peak - out['gradients']), gathered=gathered)
     return out | dict(overhead=CONTEXT + SLACK * sum(out.values()))
 
-# %% ../../nbs/train/04_plan.ipynb #46ef143c
+# %% ../../nbs/train/04_plan.ipynb #ae83cc14
 def _forward(run: Run) -> dict[str, Work]:
     "The forward pass of one sample."
     cfg, load = run.model, run.load
@@ -823,7 +847,7 @@ def _forward(run: Run) -> dict[str, Work]:
         expert=cfg.flow.draws * expert_work(cfg, load.tokens),
     )
 
-
+# %% ../../nbs/train/04_plan.ipynb #aa4bb97f
 def _pixel_flops(run: Run) -> int:
     "Operations of the product that makes patches of pixels."
     v = run.model.vision
@@ -886,7 +910,14 @@ class Rates:
     network: float = 25e9  # bytes per second and card between nodes (200 Gb/s)
     host: float = 20e9  # bytes per second and card to host memory (offloading)
 
-# %% ../../nbs/train/04_plan.ipynb #b0412e12
+# %% ../../nbs/train/04_plan.ipynb #179cdeb9
+def _links(run: Run, rates: Rates) -> tuple[float, float]:
+    "Bytes per second and card among the cards of one copy, and between copies."
+    own = GPUS[run.gpu].link
+    within = own if run.shards <= rates.node else rates.network
+    return within, rates.network if run.count > rates.node else own
+
+# %% ../../nbs/train/04_plan.ipynb #1c7772c2
 def step_seconds(
     run: Run, rates: Rates = Rates(), weights: list[Weights] | None = None
 ) -> dict[str, float]:
@@ -897,8 +928,7 @@ def step_seconds(
     count = sum(w.count for w in weights)
     trained = sum(w.trained(how[w.part]) for w in weights)
     flops = sum(sum(x.values()) for x in step_flops(run).values())
-    link = g.link if s <= rates.node else rates.network
-    between = rates.network if run.count > rates.node else g.link
+    link, between = _links(run, rates)
     traffic = run.accumulate * (2 * run.size * count + 4 * trained)
     out = dict(
         computing=run.accumulate * flops / (g.flops * rates.use),
@@ -912,7 +942,7 @@ def step_seconds(
     hidden = max(out['computing'], out['sharing'])
     return out | {'all': hidden + out['averaging'] + out['optimizer']}
 
-# %% ../../nbs/train/04_plan.ipynb #a3698bb5
+# %% ../../nbs/train/04_plan.ipynb #6d9a3497
 def _part_rows(run: Run, weights: list[Weights]) -> dict[str, dict]:
     "Mode, parameters and trained parameters of every part."
     how, rows = modes(run), {}
@@ -925,7 +955,7 @@ def _part_rows(run: Run, weights: list[Weights]) -> dict[str, dict]:
         )
     return rows
 
-
+# %% ../../nbs/train/04_plan.ipynb #0a996664
 def _facts(run: Run) -> dict:
     "What was asked for, as plain values."
     return dict(
@@ -1018,7 +1048,7 @@ def advise(run: Run) -> tuple[list[str], Run | None]:
             return words, run
     return words, None
 
-# %% ../../nbs/train/04_plan.ipynb #986cffb1
+# %% ../../nbs/train/04_plan.ipynb #9115a657
 def _said_run(p: dict) -> list[str]:
     "The run in a line, then its parameters."
     first = (
@@ -1034,7 +1064,7 @@ def _said_run(p: dict) -> list[str]:
     ]
     return [first, '', head, *rows]
 
-
+# %% ../../nbs/train/04_plan.ipynb #74306801
 def _said_memory(p: dict) -> list[str]:
     "Memory of one card, line by line."
     rows = [f'  {k:12}{v / 2**30:12.2f}' for k, v in p['memory'].items()]
@@ -1042,7 +1072,7 @@ def _said_memory(p: dict) -> list[str]:
     of = f"{p['total'] / 2**30:12.2f} of {p['limit'] / 2**30:.0f}"
     return ['', f"{'one card':14}{'GiB':>12}", *rows, f"  {'total':12}{of}: {verdict}"]
 
-# %% ../../nbs/train/04_plan.ipynb #28908857
+# %% ../../nbs/train/04_plan.ipynb #83c15948
 def _said_flops(p: dict) -> list[str]:
     "Operations of a micro batch, a line for each part."
     names = ''.join(f'{k:>11}' for k in p['flops'])
@@ -1054,7 +1084,7 @@ def _said_flops(p: dict) -> list[str]:
     ]
     return ['', head, *rows]
 
-
+# %% ../../nbs/train/04_plan.ipynb #2dcbe7b5
 def _said_time(p: dict) -> list[str]:
     "Seconds of a step, and days where steps are known."
     rate = f"(at {p['assumed']['use']:.0%} of the peak rate)"
@@ -1083,7 +1113,7 @@ def table(p: dict, advice: list[str] | None = None, changed: dict | None = None)
     lines = _said_run(p) + _said_memory(p) + _said_flops(p) + _said_time(p)
     return '\n'.join(lines + (_said_advice(p, advice, changed) if advice else []))
 
-# %% ../../nbs/train/04_plan.ipynb #b6c343c2
+# %% ../../nbs/train/04_plan.ipynb #b6c5db10
 COLOURS = dict(
     weights='#0072B2',
     gradients='#56B4E9',
@@ -1093,7 +1123,7 @@ COLOURS = dict(
     overhead='#999999',
 )
 
-
+# %% ../../nbs/train/04_plan.ipynb #7a16df51
 def _bar(ax, y: int, run: Run) -> None:
     "One run as a bar at height `y`, its card as a line."
     left, line = 0.0, GPUS[run.gpu].memory
@@ -1130,7 +1160,7 @@ def sizes(text: str) -> tuple[tuple[int, int], ...]:
             f"{text!r} is not a list of sizes; write height x width, as 480x640,224x224"
         ) from None
 
-# %% ../../nbs/train/04_plan.ipynb #be1f040c
+# %% ../../nbs/train/04_plan.ipynb #dfbd178e
 _names = lambda s: tuple(x for x in s.split(',') if x)
 _COPIES = 'copies of the model; default: one per 8 cards'
 _BATCH = 'global batch; with --accumulate it sets --micro'
@@ -1152,6 +1182,8 @@ _OPTIONS = {
     '--days': dict(type=float, default=0.0),
     '--use': dict(type=float, default=0.4, help='share of the peak rate in training'),
 }
+
+# %% ../../nbs/train/04_plan.ipynb #c904fc9e
 _SWITCHES = {
     '--offload': 'weights and optimizer in host memory',
     '--json': 'print numbers for programs',
@@ -1226,7 +1258,7 @@ def tick_table(run: Run) -> dict:
         )
     return out
 
-# %% ../../nbs/train/04_plan.ipynb #15dab9d8
+# %% ../../nbs/train/04_plan.ipynb #1987bc99
 def _answer_tick(run: Run, as_json: bool) -> str:
     "The plan of inference as text."
     p = tick_table(run)
@@ -1235,7 +1267,7 @@ def _answer_tick(run: Run, as_json: bool) -> str:
     row = lambda r: ''.join(f'{n} {x:.1f}  ' for n, x in r.items())
     return '\n'.join(f'{k:12}{row(r)}' for k, r in p.items())
 
-
+# %% ../../nbs/train/04_plan.ipynb #922554fc
 def _answer_run(run: Run, a) -> tuple[str, bool]:
     "The plan of training as text, and whether it fits as it is."
     rates = Rates(use=a.use)
