@@ -974,6 +974,7 @@ def test_random_damage_is_never_a_traceback(seed, base, tmp_path):
     assert cli.main(['check', str(root)]) in (0, 1, 2)
 
 
+@pytest.mark.slow
 def test_as_a_program(base, tmp_path):
     "The module as a script: report on stdout, nothing else on stderr."
     done = subprocess.run(

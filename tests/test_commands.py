@@ -220,6 +220,7 @@ def elsewhere(tmp_path_factory):
     return clone.Clone(tmp_path_factory.mktemp('elsewhere'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('text', BROKEN)
 def test_a_broken_command_is_caught(text, elsewhere):
     [[line]] = commands.markdown(f'```sh\n{text}  # a remark\n```')
@@ -227,6 +228,7 @@ def test_a_broken_command_is_caught(text, elsewhere):
     assert BROKEN[text] in wrong, wrong
 
 
+@pytest.mark.slow
 def test_a_broken_help_is_caught(elsewhere):
     said = elsewhere.helps(
         ['halo --help', 'halo nothing --help', 'python scripts/none.py --help']

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.sim
+pytestmark = [pytest.mark.sim, pytest.mark.slow]  # real programs, a minute together
 bin_dir = Path(sys.executable).parent
 
 
@@ -124,7 +124,6 @@ def test_resume_goes_on(work):
     assert (work / 'out/checkpoints/000003/pretrained_model/model.safetensors').exists()
 
 
-@pytest.mark.slow
 def test_eval_runs_the_registered_environment(work):
     run(
         bin_dir / 'lerobot-eval',

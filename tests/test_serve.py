@@ -384,6 +384,7 @@ def test_only_an_untrained_policy_says_so(engine):
     )
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     (tmp_path / 'token').write_text('hush\n')
     process = subprocess.Popen(
@@ -881,6 +882,7 @@ def test_the_command_fails_in_one_line(folders, tmp_path, capsys):
             ), (argv, err)
 
 
+@pytest.mark.slow
 def test_the_command_fails_in_one_line_as_a_process():
     with socket.create_server(('127.0.0.1', 0)) as taken:
         command = [

@@ -132,6 +132,7 @@ def test_constraints_admit_the_requirements():
             )
 
 
+@pytest.mark.slow
 def test_lerobot_finds_the_plugin_by_itself():
     done = python(
         'from lerobot.utils.import_utils import register_third_party_plugins as register;'

@@ -17,6 +17,7 @@ import pytest
 
 from halo.data.files import SHIPS, ships
 
+# Two builds, an installation and dozens of processes: what needs them is slow
 root = Path(__file__).resolve().parent.parent
 shared = Path(sys.executable).parent  # the environment's commands
 pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
@@ -125,15 +126,10 @@ def door(request, tmp_path):
         assert state(home) == door.before, 'something was written among the modules'
 
 
-# What is dear is asked of a clone in the slow tests only
-dear = pytest.mark.parametrize(
-    'door', ['wheel', pytest.param('clone', marks=pytest.mark.slow)], indirect=True
-)
-
-
 # What is in it
 
 
+@pytest.mark.slow
 def test_a_wheel_of_an_sdist_is_the_wheel_of_the_clone(clone, wheel, tmp_path):
     source = tmp_path / 'source'
     shutil.copytree(clone, source)
@@ -154,6 +150,7 @@ def test_a_wheel_of_an_sdist_is_the_wheel_of_the_clone(clone, wheel, tmp_path):
     assert content[0] == content[1]
 
 
+@pytest.mark.slow
 def test_everything_that_ships_is_in_it(clone, installed):
     held = {
         p.relative_to(clone) for s in SHIPS for p in [clone / s, *(clone / s).rglob('*')]
@@ -191,6 +188,7 @@ def test_no_text_names_what_a_wheel_lacks(path):
 # What it does
 
 
+@pytest.mark.slow
 def test_it_is_the_one_that_is_meant(door):
     code = "import halo, halo.data.files as f; print(halo.__file__); print(f.CLONE)"
     file, clone = door(sys.executable, '-c', code)[0].splitlines()
@@ -202,6 +200,7 @@ def test_it_is_the_one_that_is_meant(door):
         assert door(door.home / 'bin/halo', '--version') == door.halo('--version')
 
 
+@pytest.mark.slow
 def test_shipped_files_are_named_where_they_are(door):
     for name in (
         'configs/requirements/libero.txt',
@@ -218,6 +217,7 @@ def test_shipped_files_are_named_where_they_are(door):
     assert 'does not come with HALO' in door.halo('files', 'bench/cpu.json', status=1)[1]
 
 
+@pytest.mark.slow
 def test_commands_that_read_what_ships(door):
     "One process for all: what takes the time is to import PyTorch and LeRobot."
     commands = [
@@ -246,7 +246,7 @@ def test_commands_that_read_what_ships(door):
     assert 'holds no evaluation' not in out and not list(door.cwd.iterdir())
 
 
-@dear
+@pytest.mark.slow
 def test_a_shipped_policy_is_served(door):
     policy = door.halo('files', 'checkpoints/flash_place/full')[0].strip()
     server = door.start(
@@ -267,7 +267,7 @@ def test_a_shipped_policy_is_served(door):
         server.wait()
 
 
-@dear
+@pytest.mark.slow
 def test_lerobot_finds_the_plugin(door):
     code = (
         'from importlib.metadata import distribution as d;'
@@ -291,6 +291,7 @@ def test_lerobot_finds_the_plugin(door):
     assert "'type': 'halo'" in err and 'none' in err.splitlines()[-1], err[-2000:]
 
 
+@pytest.mark.slow
 def test_a_client_needs_no_installation(door):
     client = door.halo('files', 'clients/calvin.py')[0].strip()
     door.env.pop('CALVIN_ROOT', None)
