@@ -153,7 +153,7 @@ class ExpertHeads(nn.Module):
         self.action_out = nn.Linear(w, cfg.max_action_dim)
         self.rotary = Qwen2RotaryEmbedding(expert_config(cfg))
 
-# %% ../../nbs/method/05_expert.ipynb #ea38bcfa
+# %% ../../nbs/method/05_expert.ipynb #25646d43
 @patch
 def embed_actions(self: ExpertHeads, x_t: Tensor, t: Tensor) -> Tensor:
     "Noisy actions (b, s, d), flow time (b,) -> tokens (b, s, width)."
@@ -162,7 +162,7 @@ def embed_actions(self: ExpertHeads, x_t: Tensor, t: Tensor) -> Tensor:
     e = e.to(a.dtype)[:, None].expand_as(a)
     return self.time_in(torch.cat([a, e], -1))
 
-
+# %% ../../nbs/method/05_expert.ipynb #e0b1bd0a
 @patch
 def embed(self: ExpertHeads, state: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """state (b, d_state), noisy actions (b, s, d), flow time (b,) -> tokens (b, q, width),
@@ -174,13 +174,13 @@ def embed(self: ExpertHeads, state: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     token = self.state_in(state.to(a.dtype))[:, None]
     return torch.cat([token, a], 1)
 
-# %% ../../nbs/method/05_expert.ipynb #b2919482
+# %% ../../nbs/method/05_expert.ipynb #cb8eae2a
 @patch
 def velocity(self: ExpertHeads, a: Tensor) -> Tensor:
     "Action tokens (b, s, width) -> velocity (b, s, d) in float32."
     return self.action_out(self.norm(a)).float()
 
-
+# %% ../../nbs/method/05_expert.ipynb #256914df
 @patch
 def read(self: ExpertHeads, x: Tensor) -> Tensor:
     "Tokens (b, q, width) -> velocity (b, s, d) in float32."
@@ -199,11 +199,11 @@ def context(self: ExpertHeads, ctx: Context, s: int, like: Tensor) -> ExpertCont
         self.rotary(like, ctx.positions) if before else None,
     )
 
-# %% ../../nbs/method/05_expert.ipynb #05scores
+# %% ../../nbs/method/05_expert.ipynb #61b4c073
 # rows (samples, heads and queries together) up to which a GPU runs attention as products
 FEW = 1024
 
-
+# %% ../../nbs/method/05_expert.ipynb #7aa6ce6a
 def _scores(query: Tensor, key: Tensor) -> Tensor:
     "Products (b, o, r, l) of queries (b, o, r, h) and keys (b, o, l, h) in FP32."
     a, b = query.flatten(0, 1), key.flatten(0, 1).mT

@@ -33,12 +33,12 @@ from halo.method.vlm import (
 # %% auto #0
 __all__ = ['HaloBlock', 'HaloModel', 'Prefix', 'state_config', 'StateTokens', 'StateLayer', 'parameter_table']
 
-# %% ../../nbs/method/06_model.ipynb #06reprs0
+# %% ../../nbs/method/06_model.ipynb #4f11ae94
 def _deep_state(cfg: ModelConfig) -> bool:
     "Does a transformer make the state's heads?"
     return cfg.salr.enabled and cfg.salr.state_encoder == 'transformer'
 
-
+# %% ../../nbs/method/06_model.ipynb #e6579f24
 def _rerepresentation(cfg: ModelConfig) -> SALR | HeadConverter:
     "What stands between a VLM layer and an expert layer."
     s, h = cfg.salr, cfg.text.head_dim
@@ -93,12 +93,12 @@ def encode(
     x, k, v = self.vlm(x, ctx)
     return x, *self.represent(k, v, state, ctx, ectx)
 
-# %% ../../nbs/method/06_model.ipynb #c7aac21f
+# %% ../../nbs/method/06_model.ipynb #d2bf8d80
 def _rows(x: Tensor, r: int) -> Tensor:
     "Every row of `x` r times in a row; `x` itself for r = 1."
     return x.repeat_interleave(r, 0) if r > 1 else x
 
-
+# %% ../../nbs/method/06_model.ipynb #32015572
 @patch
 def forward(
     self: HaloBlock, x: Tensor, state: Tensor, a: Tensor, ctx: Context, ectx: ExpertContext
@@ -288,7 +288,7 @@ class StateTokens(nn.Module):
     def forward(self, state: Tensor) -> Tensor:
         return state.to(self.scale.dtype)[..., None] * self.scale + self.place
 
-# %% ../../nbs/method/06_model.ipynb #0bb2baea
+# %% ../../nbs/method/06_model.ipynb #a611108d
 class StateLayer(nn.Module):
     """One layer of the state transformer: tokens (b, d, width) -> next tokens, F_r (b, i,
     h).
@@ -303,31 +303,37 @@ class StateLayer(nn.Module):
         else:
             self.layer = layer
 
-    def state_heads(self, x: Tensor) -> Tensor:
-        "F_r (b, i, h): the mean of the tokens' queries."
-        norm, q = (
-            (self.norm, self.q_proj)
-            if self.last
-            else (self.layer.input_layernorm, self.layer.self_attn.q_proj)
-        )
-        return q(norm(x)).mean(1).unflatten(-1, (self.heads, -1)).float()
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         heads = self.state_heads(x)
-        if self.last:
-            return x, heads
-        b, d, h = *x.shape[:2], heads.shape[-1]
-        one = x.new_ones(b, d, h)
-        all_see_all = torch.ones(1, 1, d, d, dtype=torch.bool, device=x.device)
-        rope = one, torch.zeros_like(one)
-        return self.layer(x, position_embeddings=rope, attention_mask=all_see_all), heads
+        return (x if self.last else self.next_tokens(x)), heads
 
-# %% ../../nbs/method/06_model.ipynb #06count0
+# %% ../../nbs/method/06_model.ipynb #d644fbbd
+@patch
+def state_heads(self: StateLayer, x: Tensor) -> Tensor:
+    "F_r (b, i, h): the mean of the tokens' queries."
+    norm, q = (
+        (self.norm, self.q_proj)
+        if self.last
+        else (self.layer.input_layernorm, self.layer.self_attn.q_proj)
+    )
+    return q(norm(x)).mean(1).unflatten(-1, (self.heads, -1)).float()
+
+# %% ../../nbs/method/06_model.ipynb #cffac800
+@patch
+def next_tokens(self: StateLayer, x: Tensor) -> Tensor:
+    "Tokens (b, d, width) after the layer: all see all, and nothing is rotated."
+    b, d, _ = x.shape
+    one = x.new_ones(b, d, self.layer.self_attn.head_dim)
+    all_see_all = torch.ones(1, 1, d, d, dtype=torch.bool, device=x.device)
+    rope = one, torch.zeros_like(one)
+    return self.layer(x, position_embeddings=rope, attention_mask=all_see_all)
+
+# %% ../../nbs/method/06_model.ipynb #48fc038e
 def _count(module: nn.Module) -> int:
     "Parameters of a module."
     return sum(p.numel() for p in module.parameters())
 
-
+# %% ../../nbs/method/06_model.ipynb #7682f3c0
 def _count_between(m: HaloModel) -> dict[str, int]:
     "Parameters of SALR and of the state's encoder, or of the converters in their place."
     sizes = {n: p.numel() for n, p in m.named_parameters()}

@@ -13,10 +13,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../../nbs/method/03_salr.ipynb #e31d6099
+# %% ../../nbs/method/03_salr.ipynb #a0b73fbf
 _AXES = dict(b='batch', l='tokens', i='state heads', j='VLM KV heads', h='head_dim')
 
-
+# %% ../../nbs/method/03_salr.ipynb #2dd4177c
 def _check(name: str, x: Tensor, axes: str, **sizes: int) -> None:
     "Raise unless `x` has the `axes` (one letter each) and every size that `sizes` names."
     known = {a: x.shape[axes.index(a)] for a in sizes} if x.ndim == len(axes) else None
@@ -36,12 +36,12 @@ def _wide(*xs: Tensor) -> torch.dtype:
         dtype = torch.promote_types(dtype, x.dtype)
     return dtype
 
-# %% ../../nbs/method/03_salr.ipynb #453a2642
+# %% ../../nbs/method/03_salr.ipynb #98c21f75
 def _tokens(x: Tensor) -> Tensor:
     "(b, j, l, h) -> (b, l, j*h): the heads of a token side by side."
     return x.transpose(1, 2).flatten(2)
 
-
+# %% ../../nbs/method/03_salr.ipynb #754b6a6a
 def _heads(y: Tensor, like: Tensor) -> Tensor:
     "(b, l, o*h) -> (b, o, l, h), with the head dimension and dtype of `like`."
     return y.unflatten(-1, (-1, like.shape[-1])).transpose(1, 2).to(like.dtype)
@@ -221,17 +221,17 @@ def forward(self: StateProjection, state: Tensor) -> Tensor:
         flat = self.linear(state.to(self.linear.weight.dtype))
         return flat.unflatten(-1, (self.n_heads, self.head_dim))
 
-# %% ../../nbs/method/03_salr.ipynb #723ec602
+# %% ../../nbs/method/03_salr.ipynb #b1a93653
 MASK_START = {'real': 1.0, 'sigmoid': 0.95}
 
-
+# %% ../../nbs/method/03_salr.ipynb #59c9fee0
 def _choose(name: str, value: str, options) -> str:
     "`value` if it is one of `options`, else an error that lists them."
     if value not in options:
         raise ValueError(f'{name}={value!r}: choose one of {sorted(options)}')
     return value
 
-
+# %% ../../nbs/method/03_salr.ipynb #45decb1a
 def _stored(kind: str, start: float) -> float:
     "What a mask of this kind stores where its gate is `start`: itself or its logit."
     if kind == 'real':
@@ -241,7 +241,7 @@ def _stored(kind: str, start: float) -> float:
         raise ValueError(f'mask_init={start}: {rule}')
     return math.log(start / (1 - start))
 
-# %% ../../nbs/method/03_salr.ipynb #2b164fb8
+# %% ../../nbs/method/03_salr.ipynb #46e159d4
 class LatentMap(KeepFP32):
     """Mask and compression for keys or for values of one layer: (b, j, l, h) and state
     heads (b, i, h) -> (b, o, l, h).
@@ -267,14 +267,20 @@ class LatentMap(KeepFP32):
         self.mask_kind = _choose('mask', mask, MASK_START)
         self.mask_init = MASK_START[mask] if mask_init is None else mask_init
         self.branch_scale, self.eps = branch_scale, eps
-        latent, narrow = (n_state_heads, n_vlm_heads, head_dim), n_vlm_heads * head_dim
-        out, linear = n_out_heads * head_dim, compression == 'linear'
-        new = lambda *shape: nn.Parameter(torch.empty(*shape, dtype=torch.float32))
-        self.mask = new(*latent)
-        self.weight = new(math.prod(latent), out if linear else narrow)
-        self.gain = None if linear else new(*latent)
-        self.out_weight = None if linear else new(narrow, out)
+        self._make_parameters((n_state_heads, n_vlm_heads, head_dim), n_out_heads)
         self.reset_parameters()
+
+# %% ../../nbs/method/03_salr.ipynb #380f3e23
+@patch
+def _make_parameters(self: LatentMap, latent: tuple[int, int, int], o: int) -> None:
+    "Empty parameters for a latent space (i, j, h) and `o` heads of the expert."
+    _, j, h = latent
+    linear, narrow, out = self.compression == 'linear', j * h, o * h
+    new = lambda *shape: nn.Parameter(torch.empty(*shape, dtype=torch.float32))
+    self.mask = new(*latent)
+    self.weight = new(math.prod(latent), out if linear else narrow)
+    self.gain = None if linear else new(*latent)
+    self.out_weight = None if linear else new(narrow, out)
 
 # %% ../../nbs/method/03_salr.ipynb #03latmp2
 @patch
@@ -290,7 +296,7 @@ def reset_parameters(self: LatentMap) -> None:
     nn.init.ones_(self.gain)
     nn.init.normal_(self.out_weight, std=1 / math.sqrt(self.out_weight.shape[0]))
 
-# %% ../../nbs/method/03_salr.ipynb #03latmp4
+# %% ../../nbs/method/03_salr.ipynb #a69e577e
 @patch
 def gate(self: LatentMap) -> Tensor:
     """The factors that multiply the latent space, (i, j, h): the mask itself, or its
@@ -298,7 +304,7 @@ def gate(self: LatentMap) -> Tensor:
     """
     return self.mask.sigmoid() if self.mask_kind == 'sigmoid' else self.mask
 
-
+# %% ../../nbs/method/03_salr.ipynb #17401667
 @patch
 def forward(self: LatentMap, x: Tensor, state_heads: Tensor, fused: bool = True) -> Tensor:
     "Re-represent `x`; the fused and the literal form give the same numbers."
@@ -363,7 +369,7 @@ class SALR(KeepFP32):
         options = compression, mask, mask_init, branch_scale, eps
         self.k, self.v = (LatentMap(*sizes.values(), *options) for _ in 'kv')
 
-# %% ../../nbs/method/03_salr.ipynb #03salr02
+# %% ../../nbs/method/03_salr.ipynb #822d8e6f
 @patch
 def state_heads(self: SALR, state: Tensor) -> Tensor:
     "F_r (b, i, h): `state` itself if it has three axes, else its projection."
@@ -376,7 +382,7 @@ def state_heads(self: SALR, state: Tensor) -> Tensor:
     _check('state_heads', state, 'bih', i=self.n_state_heads, h=self.head_dim)
     return state
 
-
+# %% ../../nbs/method/03_salr.ipynb #34e057aa
 @patch
 def forward(
     self: SALR, keys: Tensor, values: Tensor, state: Tensor, fused: bool | None = None
@@ -387,7 +393,7 @@ def forward(
         _check(name, x, 'bjlh', b=len(heads), j=self.n_vlm_heads, h=self.head_dim)
     return self.k(keys, heads, fused), self.v(values, heads, fused)
 
-# %% ../../nbs/method/03_salr.ipynb #03salr04
+# %% ../../nbs/method/03_salr.ipynb #9603cff9
 @patch
 def forward_literal(
     self: SALR, keys: Tensor, values: Tensor, state: Tensor
@@ -395,7 +401,7 @@ def forward_literal(
     "The reference, which materialises the latent space."
     return self(keys, values, state, fused=False)
 
-
+# %% ../../nbs/method/03_salr.ipynb #6c5a5fc0
 @patch
 def forward_fused(
     self: SALR, keys: Tensor, values: Tensor, state: Tensor
@@ -403,7 +409,7 @@ def forward_fused(
     "The form that never does."
     return self(keys, values, state, fused=True)
 
-
+# %% ../../nbs/method/03_salr.ipynb #ea4f55a4
 @patch
 def state_map(self: SALR, state: Tensor, which: str = 'k', rms: float = 1.0) -> Tensor:
     "A(s) for keys ('k') or values ('v'), (b, o*h, j*h): see `LatentMap.state_map`."

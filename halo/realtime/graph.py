@@ -86,7 +86,7 @@ def _lay_patches(self: VisionPlan, grid: Tensor, order: Tensor) -> None:
     turn = self.visual.rot_pos_emb(grid)[self.patches]
     self.rope = tuple(f(torch.cat((turn, turn), -1)) for f in (torch.cos, torch.sin))
 
-# %% ../../nbs/realtime/02_graph.ipynb #f2a0c008
+# %% ../../nbs/realtime/02_graph.ipynb #1cc493d0
 @patch
 def _lay_pieces(self: VisionPlan, grid: Tensor, windows: list[int]) -> None:
     "Boundaries of whole frames and of windows."
@@ -95,7 +95,7 @@ def _lay_pieces(self: VisionPlan, grid: Tensor, windows: list[int]) -> None:
     inner = torch.tensor(windows, device=grid.device).unique_consecutive()
     self.whole, self.windows = self.laid(ends.int()), self.laid(inner.int())
 
-
+# %% ../../nbs/realtime/02_graph.ipynb #14f71169
 @patch
 def __call__(self: VisionPlan, patches: Tensor, run: Callable | None = None) -> Tensor:
     """Patches (n, values) -> tokens (n / 4, width), as the tower's own forward gives them;
@@ -108,7 +108,7 @@ def __call__(self: VisionPlan, patches: Tensor, run: Callable | None = None) -> 
         x = run(block, x, pieces, self.rope)
     return visual.merger(x)[self.back]
 
-# %% ../../nbs/realtime/02_graph.ipynb #09f6db4e
+# %% ../../nbs/realtime/02_graph.ipynb #1e039a83
 def _zero_linear(old: nn.Linear, n_in: int, n_out: int) -> nn.Linear:
     "A layer of zeros of another size, otherwise like `old`."
     bias, weight = old.bias is not None, old.weight
@@ -117,7 +117,7 @@ def _zero_linear(old: nn.Linear, n_in: int, n_out: int) -> nn.Linear:
         p.zero_()
     return new
 
-
+# %% ../../nbs/realtime/02_graph.ipynb #15afc304
 def padded_mlp(mlp: nn.Module, of: int = 64) -> nn.Module:
     """A copy of a gated MLP whose inner width is the next multiple of `of`: the rest are
     zeros, the results are the same. `refill` brings it up to date.
@@ -166,14 +166,14 @@ class Inputs:
         "The shapes: one program for each."
         return tuple(tuple(x.shape) for x in vars(self).values())
 
-# %% ../../nbs/realtime/02_graph.ipynb #4bb532b7
+# %% ../../nbs/realtime/02_graph.ipynb #16c062b2
 def vlm_layer(
     layer, x: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor], slots: Slots
 ) -> Tensor:
     "A VLM layer over tokens x (1, q, width), keys and values in `slots`."
     return layer(x, attention_mask=mask, position_embeddings=rope, past_key_values=slots)
 
-
+# %% ../../nbs/realtime/02_graph.ipynb #065e897c
 def through(
     layer, x: Tensor, ctx: Context, slots: Slots, run: Callable = vlm_layer
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,12 +185,12 @@ def through(
     x, k, v = layer(x, ctx)
     return x, *slots.update(k, v)
 
-# %% ../../nbs/realtime/02_graph.ipynb #b576e7f0
+# %% ../../nbs/realtime/02_graph.ipynb #86a63702
 @lru_cache
 def compiled_vlm() -> Callable:
     return torch.compile(vlm_layer, dynamic=False)
 
-
+# %% ../../nbs/realtime/02_graph.ipynb #eff48084
 @lru_cache
 def compiled_vision() -> Callable:
     return torch.compile(vision_block, dynamic=False)
@@ -280,7 +280,7 @@ def prefix(self: TickProgram, x: Tensor, ctx: Context) -> Prefix:
         cache.append((k, v))
     return Prefix(cache, i.state, ctx)
 
-# %% ../../nbs/realtime/02_graph.ipynb #f2a0c013
+# %% ../../nbs/realtime/02_graph.ipynb #d6f4b4c6
 @patch
 def compute(self: TickProgram) -> Tensor:
     "The chunk (1, s, d), with the model laid out."
@@ -291,7 +291,7 @@ def compute(self: TickProgram) -> Tensor:
     masked = lambda x_t, t: velocity(x_t, t) * dims
     return self.model.integrate(masked, noise, self.steps, self.method)
 
-
+# %% ../../nbs/realtime/02_graph.ipynb #5384cbd6
 @patch
 def run(self: TickProgram) -> Tensor:
     "The chunk (1, s, d)."
@@ -423,7 +423,7 @@ def split(
         known.append(found)
     return pairs, keep, known, pairs[keep + len(known) :]
 
-# %% ../../nbs/realtime/02_graph.ipynb #f2a0c01d
+# %% ../../nbs/realtime/02_graph.ipynb #d6f81951
 @patch
 def pixels(
     self: GraphStreamer, pictures: list[Tensor], device
@@ -436,7 +436,7 @@ def pixels(
     cut = lambda x: patchify(normalize_pixels(x)[None], v.patch, v.merge, v.temporal_patch)
     return torch.cat([cut(x) for x in pictures]), grids
 
-
+# %% ../../nbs/realtime/02_graph.ipynb #13af9cb5
 @patch
 def known_features(self: GraphStreamer, known: list[Tensor], device) -> Tensor:
     "Features (m, width) of known pairs side by side."
@@ -445,7 +445,17 @@ def known_features(self: GraphStreamer, known: list[Tensor], device) -> Tensor:
     width, dtype = self.model.cfg.text.width, self.model.embed.visual.dtype
     return torch.zeros(0, width, dtype=dtype, device=device)
 
-# %% ../../nbs/realtime/02_graph.ipynb #c7ef5b2a
+# %% ../../nbs/realtime/02_graph.ipynb #799cc601
+@patch
+def _pictures(
+    self: GraphStreamer, new: list[Tensor], views: list[Tensor], device
+) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    "Patches and grids of new pairs, then of views (3, H, W) shown twice."
+    times = self.model.cfg.vision.temporal_patch
+    twice = [x[None].expand(times, -1, -1, -1) for x in views]
+    return self.pixels([*new, *twice], device)
+
+# %% ../../nbs/realtime/02_graph.ipynb #ae699d7d
 @patch
 def inputs(
     self: GraphStreamer, obs: Observation, noise: Tensor, dims: Tensor | None = None
@@ -453,14 +463,13 @@ def inputs(
     """The program's inputs, the row's length, the grids of its pictures, all pairs and the
     new ones.
     """
-    cfg, v, dev = self.model.cfg, self.model.cfg.vision, obs.state.device
+    cfg, dev = self.model.cfg, obs.state.device
     pairs, keep, known, new = self.split(obs)
     views = [x[0] for x, there in zip(obs.views, obs.view_mask[0]) if there]
+    patches, grids = self._pictures(new, views, dev)
     ids, pos = self.follow.row(obs, pairs, views)
-    side = cfg.sampling.history_size // v.factor
+    side = cfg.sampling.history_size // cfg.vision.factor
     start = 1 + keep * side**2 if keep else 0
-    twice = [x[None].expand(v.temporal_patch, -1, -1, -1) for x in views]
-    patches, grids = self.pixels([*new, *twice], dev)
     made = Inputs(
         patches=patches,
         known=self.known_features(known, dev),

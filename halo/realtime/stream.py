@@ -62,7 +62,7 @@ class PairFeatures:
         while len(self.known) > self.limit:
             self.known.popitem(last=False)
 
-# %% ../../nbs/realtime/01_stream.ipynb #f1a0c007
+# %% ../../nbs/realtime/01_stream.ipynb #e428dbaf
 @patch
 def patches(self: PairFeatures, pairs: list[Tensor]) -> Tensor:
     "Patches of pairs (m, 2, 3, S, S) for the tower."
@@ -71,7 +71,7 @@ def patches(self: PairFeatures, pairs: list[Tensor]) -> Tensor:
         normalize_pixels(torch.stack(pairs)), v.patch, v.merge, v.temporal_patch
     )
 
-
+# %% ../../nbs/realtime/01_stream.ipynb #6c45299c
 @patch
 def view_patches(self: PairFeatures, view: Tensor) -> Tensor:
     "Patches of one view (3, H, W), shown twice."
@@ -332,14 +332,14 @@ class ExpertBuffer(Cache):
             end = self.k.shape[2]
         return self.k[:, :, :end], self.v[:, :, :end]
 
-# %% ../../nbs/realtime/01_stream.ipynb #574f0236
+# %% ../../nbs/realtime/01_stream.ipynb #5dfa715c
 def expert_layer(
     layer, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor], buffer: ExpertBuffer
 ) -> Tensor:
     "One layer over tokens (b, q, width), keys and values in `buffer`."
     return layer(x, attention_mask=mask, position_embeddings=rope, past_key_values=buffer)
 
-
+# %% ../../nbs/realtime/01_stream.ipynb #c6ff9017
 @lru_cache
 def compiled_layer():
     "`expert_layer` through torch.compile: the same code for every layer."
@@ -370,7 +370,7 @@ class Denoiser:
         self.mask = None if whole else self._action_mask(ectx, x.dtype)
         self.rope = tuple(r[:, n:] for r in ectx.rope)
 
-# %% ../../nbs/realtime/01_stream.ipynb #f1a0c01d
+# %% ../../nbs/realtime/01_stream.ipynb #0cacd9b2
 @patch
 def _start(self: Denoiser, s: int):
     "Tokens and context of the expert for empty actions: their layout is all that counts."
@@ -383,7 +383,7 @@ def _start(self: Denoiser, s: int):
         torch.zeros(b, device=dev),
     )
 
-
+# %% ../../nbs/realtime/01_stream.ipynb #d21a8767
 @patch
 def _lay_prefix(self: Denoiser, x: Tensor, whole: bool) -> None:
     "A buffer for each layer, with the prefix in it and room for tokens x (b, q, width)."
@@ -392,7 +392,7 @@ def _lay_prefix(self: Denoiser, x: Tensor, whole: bool) -> None:
         ExpertBuffer(k, v, x.shape[1], x.dtype, of) for k, v in self.prefix.cache
     ]
 
-# %% ../../nbs/realtime/01_stream.ipynb #f1a0c01f
+# %% ../../nbs/realtime/01_stream.ipynb #0b7a4701
 @patch
 def through(
     self: Denoiser,
@@ -406,7 +406,7 @@ def through(
         x = run(block.expert.layer, x, mask, rope, buffer)
     return x
 
-
+# %% ../../nbs/realtime/01_stream.ipynb #3e38622f
 @patch
 def _lay_state(self: Denoiser, x: Tensor, ectx, s: int, full: bool) -> None:
     "State tokens x (b, n, width) into the buffers, for `s` actions behind them."
@@ -418,7 +418,7 @@ def _lay_state(self: Denoiser, x: Tensor, ectx, s: int, full: bool) -> None:
         buffer.at += n
         buffer.full = full
 
-# %% ../../nbs/realtime/01_stream.ipynb #f1a0c021
+# %% ../../nbs/realtime/01_stream.ipynb #b44eca96
 @patch
 def _action_mask(self: Denoiser, ectx, dtype: torch.dtype) -> Tensor:
     "What every action may see, (b, 1, 1, buffer): 0, or -inf for padding and empty room."
@@ -426,7 +426,7 @@ def _action_mask(self: Denoiser, ectx, dtype: torch.dtype) -> Tensor:
     own = nn.functional.pad(ectx.mask[:, :, -1:], (0, room))
     return torch.zeros_like(own, dtype=dtype).masked_fill(~own, -torch.inf)
 
-
+# %% ../../nbs/realtime/01_stream.ipynb #12c4a48c
 @patch
 def __call__(self: Denoiser, x_t: Tensor, t: Tensor) -> Tensor:
     "Velocity (b, s, d)."
