@@ -39,8 +39,8 @@ __all__ = ['log', 'ROTATIONS', 'GRIPPERS', 'NORMALIZATIONS', 'TOPICS', 'STATISTI
            'make_mixture_policy', 'mixture_loss', 'mixture_loader', 'robot_statistics', 'robot_policy', 'aligned',
            'declared', 'needed', 'verification', 'timed', 'store_speed', 'bench_store', 'check_mixture', 'run', 'main']
 
-# %% ../../nbs/data/03_mixture.ipynb #0ced60aa
-from .files import locate
+# %% ../../nbs/data/03_mixture.ipynb #10626c14
+from .files import locate, write_whole
 from halo.data.history import (
     FrameStore,
     HistoryDataset,
@@ -810,14 +810,11 @@ def scale(
         return (np.asarray(x) * half + centre).astype(np.float32)
     return np.where(still, 0.0, (x - centre) / half).astype(np.float32)
 
-# %% ../../nbs/data/03_mixture.ipynb #732fd784
+# %% ../../nbs/data/03_mixture.ipynb #ad539d00
 def _write_statistics(file: Path, stats: dict[str, dict[str, np.ndarray]]) -> None:
     "Write `stats` to `file` in one step."
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_name(f'{file.name}.{os.getpid()}.tmp')
     lists = {k: {n: v.tolist() for n, v in s.items()} for k, s in stats.items()}
-    tmp.write_text(json.dumps(lists))
-    os.replace(tmp, file)
+    write_whole(file, json.dumps(lists))
 
 # %% ../../nbs/data/03_mixture.ipynb #e9ff7548
 def kept_statistics(

@@ -29,14 +29,13 @@ from lerobot.utils.constants import ACTION
 from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['MEASURED_WITH', 'wilson', 'rate', 'sha256', 'config_hash', 'checkpoint_hash', 'versions', 'conventions',
-           'write_whole', 'EvalResult', 'open_envs', 'split_seeds', 'episode_noise', 'watch', 'row_info', 'Recorder',
-           'choose_action', 'batch_noise', 'run_batch', 'evaluate', 'policy_folder', 'load_policy', 'observation_at',
-           'compare', 'summary']
+__all__ = ['MEASURED_WITH', 'wilson', 'rate', 'sha256', 'config_hash', 'checkpoint_hash', 'versions', 'conventions', 'EvalResult',
+           'open_envs', 'split_seeds', 'episode_noise', 'watch', 'row_info', 'Recorder', 'choose_action', 'batch_noise',
+           'run_batch', 'evaluate', 'policy_folder', 'load_policy', 'observation_at', 'compare', 'summary']
 
-# %% ../../nbs/sim/02_evaluate.ipynb #79a18988
+# %% ../../nbs/sim/02_evaluate.ipynb #489edfb9
 import halo.policy.processor_halo  # registers the tokenizer step that saved processors name
-from ..data.files import locate, shown
+from ..data.files import locate, shown, whole, write_whole
 from ..policy.modeling_halo import HaloPolicy
 
 # %% ../../nbs/sim/02_evaluate.ipynb #06cee2fd
@@ -167,16 +166,6 @@ def conventions(policy, env_cfg, n_envs: int) -> dict:
         ),
     )
 
-# %% ../../nbs/sim/02_evaluate.ipynb #29ebf890
-def write_whole(path: str | Path, data: bytes | str) -> Path:
-    "Write a file under a temporary name, then rename it: a reader never sees half of it."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + '.tmp')
-    tmp.write_bytes(data if isinstance(data, bytes) else data.encode())
-    tmp.replace(path)
-    return path
-
 # %% ../../nbs/sim/02_evaluate.ipynb #bc822889
 def _rates_by_task(episodes: list[dict]) -> dict[str, dict]:
     "The rate of every instruction among `episodes`."
@@ -214,14 +203,12 @@ class EvalResult:
     def episode(self, seed: int) -> dict:
         return next(e for e in self.episodes if e['seed'] == seed)
 
-# %% ../../nbs/sim/02_evaluate.ipynb #23fa4e88
+# %% ../../nbs/sim/02_evaluate.ipynb #c1c61e65
 def _save_records(path: Path, records: dict[int, dict[str, np.ndarray]]) -> None:
     "The arrays of `records`, under `SEED/NAME`, whole or not at all."
     arrays = {f'{s}/{name}': x for s, r in records.items() for name, x in r.items()}
-    tmp = path.with_name(path.name + '.tmp')
-    with tmp.open('wb') as f:
-        np.savez_compressed(f, **arrays)
-    tmp.replace(path)
+    with whole(path) as part:
+        np.savez_compressed(part, **arrays)
 
 # %% ../../nbs/sim/02_evaluate.ipynb #8563d2c6
 @patch

@@ -8,8 +8,8 @@ __all__ = ['COLOURS', 'CAMERAS', 'EVAL_SEED', 'NO_GL', 'PUCK', 'PAD_GREY', 'TABL
            'add_pads', 'repaint', 'hide_unseen', 'scene_class', 'make_renderer', 'close_all', 'FlashPlaceEnv',
            'FlashPlaceExpert', 'disturb', 'demonstrate', 'expert_success', 'FreezeUntilReset', 'make_one',
            'FlashPlaceEnvConfig', 'dataset_features', 'video_encoder', 'open_dataset', 'quiet', 'add_episode',
-           'write_json', 'save_checkpoint', 'restore_checkpoint', 'stop_gently', 'open_log', 'recording_lock',
-           'finished', 'record_some', 'record_demonstrations', 'main']
+           'save_checkpoint', 'restore_checkpoint', 'stop_gently', 'open_log', 'recording_lock', 'finished',
+           'record_some', 'record_demonstrations', 'main']
 
 # %% ../../nbs/sim/01_flash_place.ipynb #f7517384
 """The demonstration task `flash_place`: MuJoCo manipulation whose goal is visible only in
@@ -36,7 +36,7 @@ import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# %% ../../nbs/sim/01_flash_place.ipynb #02fa53cd
+# %% ../../nbs/sim/01_flash_place.ipynb #3bbec6c5
 import gymnasium as gym
 import numpy as np
 from fastcore.basics import patch
@@ -45,6 +45,8 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.utils import NEW_ROLLOUT_OPTION, FreezeAfterEpisodeEnd
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+
+from ..data.files import write_whole
 
 # %% ../../nbs/sim/01_flash_place.ipynb #c479fe4b
 COLOURS = ("red", "green", "blue")  # the goals; the order also numbers them
@@ -839,14 +841,7 @@ CHECKPOINT = 50  # episodes between two checkpoints of a recording
 # settings, seeds used, episodes dropped, and whether a recording is under way
 LOG = "meta/flash_place.json"
 
-# %% ../../nbs/sim/01_flash_place.ipynb #a6432ebf
-def write_json(path: Path, value):
-    "Write `value` to `path` by way of a temporary name: a reader never sees half a file."
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value))
-    temporary.replace(path)
-
-# %% ../../nbs/sim/01_flash_place.ipynb #a449b7e8
+# %% ../../nbs/sim/01_flash_place.ipynb #5998c4ac
 def save_checkpoint(root: Path):
     """Remember the closed dataset in `root`: the names of its files, and a copy of those in
     `meta/` that change in place.
@@ -861,7 +856,7 @@ def save_checkpoint(root: Path):
     (new / "meta").mkdir(parents=True)
     for path in (root / "meta").glob("*.*"):
         shutil.copy2(path, new / "meta")
-    write_json(new / "files.json", files)
+    write_whole(new / "files.json", json.dumps(files))
     shutil.rmtree(keep, ignore_errors=True)
     new.rename(keep)
 
@@ -971,7 +966,7 @@ def finished(root: Path, settings: dict, episodes: int) -> bool:
         return False
     return open_log(root, settings)["episodes"] >= episodes
 
-# %% ../../nbs/sim/01_flash_place.ipynb #9d7607c2
+# %% ../../nbs/sim/01_flash_place.ipynb #e5cb3df6
 def record_some(env, dataset, log: dict, episodes: int, root: Path, bar, stop):
     """Record until `dataset` holds `episodes` episodes or `stop` is set; failed episodes
     are dropped and counted in `log`.
@@ -988,10 +983,11 @@ def record_some(env, dataset, log: dict, episodes: int, root: Path, bar, stop):
             add_episode(dataset, episode)
             bar.update()
     dataset.finalize()
-    write_json(root / LOG, {**log, "episodes": dataset.num_episodes, "open": False})
+    said = {**log, "episodes": dataset.num_episodes, "open": False}
+    write_whole(root / LOG, json.dumps(said))
     save_checkpoint(root)
 
-# %% ../../nbs/sim/01_flash_place.ipynb #19859304
+# %% ../../nbs/sim/01_flash_place.ipynb #36fd4d20
 def _record_all(env, log: dict, episodes: int, root: Path, repo_id: str, bar, stop) -> int:
     "Record from checkpoint to checkpoint; returns how many episodes `root` holds then."
     done = log["episodes"]
@@ -1000,7 +996,7 @@ def _record_all(env, log: dict, episodes: int, root: Path, repo_id: str, bar, st
         if not done:
             shutil.rmtree(root, ignore_errors=True)
         dataset = open_dataset(root, repo_id, env.image_size)
-        write_json(root / LOG, {**log, "open": True})
+        write_whole(root / LOG, json.dumps({**log, "open": True}))
         portion = min(episodes, done + CHECKPOINT)
         record_some(env, dataset, log, portion, root, bar, stop)
         done = log["episodes"] = dataset.num_episodes

@@ -45,9 +45,10 @@ __all__ = ['SEVERITIES', 'AGAIN', 'RECOMPUTE', 'SIZES', 'OLD', 'VECTORS', 'INDEX
            'check_history', 'store_sizes', 'store_bytes', 'free_bytes', 'check_disk', 'card', 'planned',
            'training_bytes', 'check_memory', 'quiet', 'tried', 'examine', 'plain', 'flat', 'hub_id', 'train_command',
            'fitted', 'run_fields', 'run_file', 'lines', 'status', 'report', 'indented', 'as_json', 'draw_findings',
-           'policy_fields', 'write_whole', 'parser', 'case_of', 'answer', 'main']
+           'policy_fields', 'save_text', 'parser', 'case_of', 'answer', 'main']
 
-# %% ../../nbs/train/05_check.ipynb #4aef6502
+# %% ../../nbs/train/05_check.ipynb #78decc4d
+from ..data.files import write_whole
 from halo.data.history import (
     View,
     as_meta,
@@ -1616,16 +1617,13 @@ def policy_fields(argv: list[str]) -> tuple[dict, list[str]]:
     found.pop('type', None)
     return found, rest
 
-# %% ../../nbs/train/05_check.ipynb #112884a6
-def write_whole(file: str | Path, text: str) -> None:
-    "Write `file` under another name first. Raises `ValueError` where that is not possible."
-    file = Path(file)
-    part = file.with_name(f'.{file.name}.part')
+# %% ../../nbs/train/05_check.ipynb #19f1dcff
+def save_text(file: str | Path, text: str) -> None:
+    "Write `file`, whole. Raises `ValueError` where that is not possible."
     try:
-        part.write_text(text)
-        os.replace(part, file)
+        Path(file).parent.lstat()  # a folder that is not there is a slip of the pen
+        write_whole(file, text)
     except OSError as e:
-        part.unlink(missing_ok=True) if part.parent.is_dir() else None
         raise ValueError(
             f'{file} cannot be written ({e.strerror}); name another file'
         ) from e
@@ -1688,7 +1686,7 @@ def case_of(a: argparse.Namespace, policy: dict) -> Case:
         store=a.store,
     )
 
-# %% ../../nbs/train/05_check.ipynb #1724611a
+# %% ../../nbs/train/05_check.ipynb #cf50d0f6
 def answer(argv: list[str]) -> int:
     "Examine, print and write what the arguments ask for. Raises `ValueError`."
     policy, rest = policy_fields(argv)
@@ -1699,9 +1697,9 @@ def answer(argv: list[str]) -> int:
     if a.run and not case.roles:
         raise ValueError('--run needs to know the primary camera; name it with --primary')
     if a.run:
-        write_whole(a.run, run_file(case, a.steps))
+        save_text(a.run, run_file(case, a.steps))
     if a.json:
-        write_whole(a.json, json.dumps(as_json(case, found, a.strict, a.steps), indent=1))
+        save_text(a.json, json.dumps(as_json(case, found, a.strict, a.steps), indent=1))
     return status(found, a.strict)
 
 # %% ../../nbs/train/05_check.ipynb #6fd03417
