@@ -1115,6 +1115,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'halo/method/sampling.py'),
                                       'halo.method.sampling.HistoryBuffer.reset': ( 'method/sampling.html#historybuffer.reset',
                                                                                     'halo/method/sampling.py'),
+                                      'halo.method.sampling._latest': ('method/sampling.html#_latest', 'halo/method/sampling.py'),
+                                      'halo.method.sampling._resized': ('method/sampling.html#_resized', 'halo/method/sampling.py'),
                                       'halo.method.sampling.delta_indices': ( 'method/sampling.html#delta_indices',
                                                                               'halo/method/sampling.py'),
                                       'halo.method.sampling.downsample': ('method/sampling.html#downsample', 'halo/method/sampling.py'),
