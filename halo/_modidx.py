@@ -1313,6 +1313,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                   'halo/policy/modeling_halo.py'),
                                            'halo.policy.modeling_halo._differing': ( 'policy/modeling.html#_differing',
                                                                                      'halo/policy/modeling_halo.py'),
+                                           'halo.policy.modeling_halo._finite': ( 'policy/modeling.html#_finite',
+                                                                                  'halo/policy/modeling_halo.py'),
                                            'halo.policy.modeling_halo._in_row': ( 'policy/modeling.html#_in_row',
                                                                                   'halo/policy/modeling_halo.py'),
                                            'halo.policy.modeling_halo._meet': ( 'policy/modeling.html#_meet',
