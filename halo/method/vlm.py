@@ -263,12 +263,12 @@ def special_ids(tokenizer: str) -> dict[str, int]:
         return {s: i for i, s in enumerate(SPECIAL)}
     return dict(zip(SPECIAL, (151643, 151644, 151645, 151652, 151653, 151655, 151656)))
 
-# %% ../../nbs/method/02_vlm.ipynb #554df614
+# %% ../../nbs/method/02_vlm.ipynb #4ff9f00c
 def _patches(x: Tensor, v: VisionSizes) -> Tensor:
     "Normalised frames (m, t, 3, H, W), t even -> patches (m, patches of each, 1176)."
     return patchify(x, v.patch, v.merge, v.temporal_patch).unflatten(0, (len(x), -1))
 
-
+# %% ../../nbs/method/02_vlm.ipynb #298eb71c
 def _cut_views(obs: Observation, v: VisionSizes) -> tuple[list[Tensor], list[list]]:
     "Patches of every view that exists, row by row; per row the grids of its views."
     still = lambda x: normalize_pixels(x)[:, None].expand(-1, v.temporal_patch, -1, -1, -1)
@@ -522,14 +522,14 @@ class MatmulPatchEmbed(Qwen2_5_VisionPatchEmbed):
         w = self.proj.weight
         return F.linear(hidden_states.to(w.dtype), w.flatten(1))
 
-# %% ../../nbs/method/02_vlm.ipynb #1c66db87
+# %% ../../nbs/method/02_vlm.ipynb #8c7eba3c
 def _recast(old: nn.Module, cls: type) -> nn.Module:
     "An object of `cls` that owns the parameters and settings of `old`."
     new = cls.__new__(cls)
     new.__dict__.update(old.__dict__)
     return new
 
-
+# %% ../../nbs/method/02_vlm.ipynb #3f586eb3
 def exchange_vision_parts(visual) -> None:
     """Put `StackedVisionAttention` and `MatmulPatchEmbed` into a Qwen2.5-VL vision tower,
     keeping its parameters.
