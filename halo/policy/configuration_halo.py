@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 __all__ = ['log', 'ROLES', 'ModelChanges', 'infer_role', 'assign_roles', 'optional_twin', 'given', 'deep_update', 'changed_model',
            'HaloConfig', 'is_picture', 'weights_origin']
 
-# %% ../../nbs/policy/01_configuration.ipynb #da7fbb5f
+# %% ../../nbs/policy/01_configuration.ipynb #5ad22451
 ROLES = ('primary', 'secondary', 'wrist')
 _HINTS = {
     'wrist': ('wrist', 'hand', 'gripper'),
     'primary': ('primary', 'front', 'agentview', 'base', 'main', 'head', 'image', 'top'),
 }
 
-
+# %% ../../nbs/policy/01_configuration.ipynb #a1a49302
 def infer_role(key: str) -> str:
     "The role that a camera's name suggests."
     name = key.split('.')[-1].lower()
@@ -92,7 +92,7 @@ def assign_roles(
     demoted = {k: 'secondary' if r == 'primary' else r for k, r in others.items()}
     return {first: 'primary'} | demoted
 
-# %% ../../nbs/policy/01_configuration.ipynb #a7d0c0a2
+# %% ../../nbs/policy/01_configuration.ipynb #f82cf510
 def optional_twin(cls: type) -> type:
     "A dataclass with the fields of `cls`, level by level, each None where nothing is said."
     hints = get_type_hints(cls)
@@ -103,13 +103,13 @@ def optional_twin(cls: type) -> type:
 
 ModelChanges = optional_twin(ModelConfig)
 
-
+# %% ../../nbs/policy/01_configuration.ipynb #ea8c7101
 def given(changes) -> dict:
     "The values of an `optional_twin` that are not None, as a nested dictionary."
     said = {f.name: getattr(changes, f.name) for f in fields(changes)}
     return {k: given(v) if is_dataclass(v) else v for k, v in said.items() if v is not None}
 
-# %% ../../nbs/policy/01_configuration.ipynb #a7d0c0a4
+# %% ../../nbs/policy/01_configuration.ipynb #5f40b44a
 def deep_update(old: dict, new: dict, where: str = 'model') -> dict:
     """`old` with the values of `new`, level by level.
 
@@ -122,7 +122,7 @@ def deep_update(old: dict, new: dict, where: str = 'model') -> dict:
     )
     return old | {k: deeper(k, v) for k, v in new.items()}
 
-
+# %% ../../nbs/policy/01_configuration.ipynb #89148afb
 def changed_model(base: ModelConfig, changes: dict) -> ModelConfig:
     "`base` with a nested dictionary of changes."
     return decode_dataclass(ModelConfig, deep_update(draccus.encode(base), changes))
@@ -153,13 +153,13 @@ class _AboutModel(PreTrainedConfig):
     vlm_source: str = ''  # where they came from; never read again
     tokenizer: str | None = None  # hub id or folder; 'tiny' = offline
 
-# %% ../../nbs/policy/01_configuration.ipynb #f3a0c00b
+# %% ../../nbs/policy/01_configuration.ipynb #f95fad97
 def _normalization() -> dict[str, NormalizationMode]:
     "Pictures as they are, state and action by mean and standard deviation."
     standard = NormalizationMode.MEAN_STD
     return dict(VISUAL=NormalizationMode.IDENTITY, STATE=standard, ACTION=standard)
 
-
+# %% ../../nbs/policy/01_configuration.ipynb #b465decf
 @dataclass
 class _AboutActing(_AboutModel):
     "Cameras, clock and how a tick is computed."
@@ -271,7 +271,7 @@ def _resolved(self: HaloConfig) -> ModelConfig:
     short = {long: getattr(self, short) for short, long in _SHORT.items()}
     return m.but(**{k: v for k, v in short.items() if v is not None})
 
-# %% ../../nbs/policy/01_configuration.ipynb #9935fb43
+# %% ../../nbs/policy/01_configuration.ipynb #6bef39b4
 @patch(as_prop=True)
 def observation_delta_indices(self: HaloConfig) -> list[int]:
     # here, so that listing policies does not load transformers
@@ -280,7 +280,7 @@ def observation_delta_indices(self: HaloConfig) -> list[int]:
     s = self.model.sampling
     return delta_indices(s.history_frames, s.history_stride)
 
-
+# %% ../../nbs/policy/01_configuration.ipynb #68afbf2d
 @patch(as_prop=True)
 def state_observation_delta_indices(self: HaloConfig) -> list[int]:
     return [0]
@@ -295,14 +295,14 @@ def action_delta_indices(self: HaloConfig) -> list[int]:
 def reward_delta_indices(self: HaloConfig):
     return None
 
-# %% ../../nbs/policy/01_configuration.ipynb #a7d0c002
+# %% ../../nbs/policy/01_configuration.ipynb #3d4d9c18
 def is_picture(feature: PolicyFeature) -> bool:
     """Whether a visual feature has three channels, first (3, H, W) or last (H, W, 3); depth
     maps have one.
     """
     return len(feature.shape) == 3 and 3 in (feature.shape[0], feature.shape[2])
 
-
+# %% ../../nbs/policy/01_configuration.ipynb #7e490929
 @patch(as_prop=True)
 def image_features(self: HaloConfig) -> dict[str, PolicyFeature]:
     "Visual features that are pictures."
@@ -351,7 +351,7 @@ def validate_features(self: HaloConfig) -> None:
                 " grow)"
             )
 
-# %% ../../nbs/policy/01_configuration.ipynb #66fb2dc7
+# %% ../../nbs/policy/01_configuration.ipynb #27dbeaee
 @patch
 def get_optimizer_preset(self: HaloConfig) -> AdamWConfig:
     return AdamWConfig(
@@ -362,7 +362,7 @@ def get_optimizer_preset(self: HaloConfig) -> AdamWConfig:
         grad_clip_norm=self.optimizer_grad_clip_norm,
     )
 
-
+# %% ../../nbs/policy/01_configuration.ipynb #4e367c4d
 @patch
 def get_scheduler_preset(self: HaloConfig) -> CosineDecayWithWarmupSchedulerConfig:
     return CosineDecayWithWarmupSchedulerConfig(

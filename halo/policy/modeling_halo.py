@@ -95,7 +95,7 @@ def present_state(x: Tensor, d: int, frames: int = 1) -> Tensor:
         )
     return now
 
-# %% ../../nbs/policy/03_modeling.ipynb #c9d0c005
+# %% ../../nbs/policy/03_modeling.ipynb #3d7f7229
 def _way_out(shape: tuple[int, ...]) -> str:
     "What to do with pictures of this shape."
     if len(shape) in (4, 5) and shape[-1] == 3:
@@ -106,7 +106,7 @@ def _way_out(shape: tuple[int, ...]) -> str:
         return "add the batch axis: x[None]"
     return "give (batch, 3, height, width)"
 
-
+# %% ../../nbs/policy/03_modeling.ipynb #427e3ee2
 def check_picture(key: str, x: Tensor) -> Tensor:
     """`x` if it is (b, 3, H, W) or (b, T, 3, H, W).
 
@@ -123,14 +123,14 @@ def check_picture(key: str, x: Tensor) -> Tensor:
     shape = tuple(x.shape)
     raise ValueError(f"picture {key!r} has shape {shape}; {_way_out(shape)}")
 
-# %% ../../nbs/policy/03_modeling.ipynb #80c0b98a
+# %% ../../nbs/policy/03_modeling.ipynb #9c2634aa
 def _renamed_flags(batch: dict, shape: tuple[int, int]) -> dict[str, Tensor]:
     "Flags of this shape (b, frames) in a batch whose own key has gone."
     keys = [k for k in batch if k.startswith('observation.') and k.endswith('_is_pad')]
     gone = [k for k in keys if k.removesuffix('_is_pad') not in batch]
     return {k: batch[k].bool() for k in gone if batch[k].shape == shape}
 
-
+# %% ../../nbs/policy/03_modeling.ipynb #e1687e52
 def history_flags(batch: dict, key: str, frames: int) -> Tensor:
     """Flags (b, frames) of a camera's frames that lie before the episode.
 
@@ -185,7 +185,7 @@ def drop_oldest(exists: Tensor, hop: int, stride: int) -> Tensor:
         | ~exists.all(1, keepdim=True)
     )
 
-# %% ../../nbs/policy/03_modeling.ipynb #8d97f944
+# %% ../../nbs/policy/03_modeling.ipynb #b9e017ef
 _RESIZED = "%r has shape %s in the data (the policy had %s)"
 
 
@@ -200,7 +200,7 @@ def take_shapes(config: HaloConfig, meta) -> None:
                 log.info(_RESIZED, k, have[k].shape, f.shape)
                 features[k] = have[k]
 
-
+# %% ../../nbs/policy/03_modeling.ipynb #ab03319c
 def check_rate(config: HaloConfig, meta) -> None:
     "Raise `ValueError` unless the dataset runs at the policy's control rate."
     fps = config.model.sampling.fps
@@ -253,7 +253,7 @@ def _meet(config: HaloConfig, meta) -> None:
     if config.pretrained_path:
         meta.stats = processor_halo.steady_stats(config, meta.stats)
 
-# %% ../../nbs/policy/03_modeling.ipynb #6fdd7a5b
+# %% ../../nbs/policy/03_modeling.ipynb #fce1bdb5
 @patch
 def freeze(self: HaloPolicy) -> None:
     "Freeze what the configuration says."
@@ -265,7 +265,7 @@ def freeze(self: HaloPolicy) -> None:
         for b in self.model.blocks:
             b.vlm.requires_grad_(False)
 
-
+# %% ../../nbs/policy/03_modeling.ipynb #dfba0fcb
 @patch
 def get_optim_params(self: HaloPolicy):
     return [p for p in self.parameters() if p.requires_grad]
@@ -277,7 +277,7 @@ def entries(batch: dict, camera: str) -> list[str]:
     """
     return [k for k in batch if k.partition('@')[0] == camera and not k.endswith('_is_pad')]
 
-# %% ../../nbs/policy/03_modeling.ipynb #4fee6585
+# %% ../../nbs/policy/03_modeling.ipynb #77c4eadd
 def _no_primary(camera: str, batch: dict) -> ValueError:
     "The error that says which pictures are there instead of the primary one."
     return ValueError(
@@ -285,7 +285,7 @@ def _no_primary(camera: str, batch: dict) -> ValueError:
         f"{[k for k in batch if 'image' in k]}"
     )
 
-
+# %% ../../nbs/policy/03_modeling.ipynb #7cc7b8ee
 @patch
 def pictures(self: HaloPolicy, batch: dict) -> dict[str, Tensor]:
     """A batch's pictures by key, the primary camera's first; all checked.
@@ -297,7 +297,7 @@ def pictures(self: HaloPolicy, batch: dict) -> dict[str, Tensor]:
         raise _no_primary(first, batch)
     return {k: check_picture(k, batch[k]) for c in self.cameras for k in entries(batch, c)}
 
-# %% ../../nbs/policy/03_modeling.ipynb #89182b2f
+# %% ../../nbs/policy/03_modeling.ipynb #b7569dc7
 def _in_row(batch: dict, key: str, x: Tensor) -> Tensor:
     "Which rows (b,) have this picture."
     pad = batch.get(f'{key}_is_pad')
@@ -305,7 +305,7 @@ def _in_row(batch: dict, key: str, x: Tensor) -> Tensor:
         return (~pad.bool()).to(x.device)
     return torch.ones(len(x), dtype=torch.bool).to(x.device)
 
-
+# %% ../../nbs/policy/03_modeling.ipynb #a5b385a5
 @patch
 def views(
     self: HaloPolicy, batch: dict, present: dict[str, Tensor]
@@ -522,13 +522,13 @@ def _noise(
         noise = torch.randn(len(obs), m.chunk, m.max_action_dim, device=obs.state.device)
     return pad_last(noise, m.max_action_dim) * dims, dims
 
-# %% ../../nbs/policy/03_modeling.ipynb #7ca9920a
+# %% ../../nbs/policy/03_modeling.ipynb #9a134c60
 @patch
 def _alone(self: HaloPolicy, obs: Observation) -> bool:
     "Whether this is one robot in evaluation."
     return len(obs) == 1 and not (self.training or torch.is_grad_enabled())
 
-
+# %% ../../nbs/policy/03_modeling.ipynb #196670b0
 @patch
 def encode(self: HaloPolicy, obs: Observation) -> Prefix:
     """VLM and SALR of an observation; for one robot in evaluation mode only what is new
@@ -549,7 +549,7 @@ def _static(self: HaloPolicy) -> GraphStreamer:
     )
     return self._graphs
 
-# %% ../../nbs/policy/03_modeling.ipynb #a4cb5648
+# %% ../../nbs/policy/03_modeling.ipynb #4af3c4f8
 @patch
 def _integrated(self: HaloPolicy, obs: Observation, x: Tensor, dims: Tensor, **rtc):
     "The denoised chunk (b, s, max_action_dim) from noise `x`."
@@ -565,7 +565,7 @@ def _integrated(self: HaloPolicy, obs: Observation, x: Tensor, dims: Tensor, **r
     rtc |= dict(rtc_processor=self.rtc_processor, rtc_enabled=True)
     return euler_integrate(fn, x, self.config.model.flow.steps, **rtc)
 
-
+# %% ../../nbs/policy/03_modeling.ipynb #457dd027
 @patch
 def denoise(
     self: HaloPolicy, obs: Observation, noise: Tensor | None = None, **rtc
@@ -578,10 +578,20 @@ def denoise(
         out = self._integrated(obs, x, dims, **rtc)
     return out[..., : self.config.action_feature.shape[0]]
 
-# %% ../../nbs/policy/03_modeling.ipynb #37bfd88e
+# %% ../../nbs/policy/03_modeling.ipynb #f5b8a5cc
 _RTC = ('inference_delay', 'prev_chunk_left_over', 'execution_horizon')
 
 
+def _finite(actions: Tensor, tick: int) -> Tensor:
+    "`actions` if they are finite. Raises `ValueError` where one is not."
+    if not torch.isfinite(actions).all():
+        raise ValueError(
+            f"the policy produced NaN or infinity at tick {tick}; nothing is sent to the"
+            " robot: look for NaN in the pictures, or load the checkpoint again"
+        )
+    return actions
+
+# %% ../../nbs/policy/03_modeling.ipynb #3de4f179
 @patch
 @torch.no_grad()
 def predict_action_chunk(
@@ -604,12 +614,7 @@ def predict_action_chunk(
         tick = self._clock() if wall else self._tick
     history = self.history(self.observe(batch, tick))
     rtc = {k: kwargs.get(k) for k in _RTC} if guided else {}
-    out = self.denoise(self.observation(batch, history), noise, **rtc)
-    if not torch.isfinite(out).all():
-        raise ValueError(
-            f"the policy produced NaN or infinity at tick {tick}; nothing is sent to the"
-            " robot: look for NaN in the pictures, or load the checkpoint again"
-        )
+    out = _finite(self.denoise(self.observation(batch, history), noise, **rtc), tick)
     self._tick = tick + 1
     return out
 
@@ -635,12 +640,12 @@ def select_action(
         self._queue.extend(chunk.transpose(0, 1)[: self.config.n_action_steps])
     return self._queue.popleft()
 
-# %% ../../nbs/policy/03_modeling.ipynb #3ff99cf7
+# %% ../../nbs/policy/03_modeling.ipynb #50ca6bc6
 @patch
 def supports_rtc(self: HaloPolicy) -> bool:
     return True
 
-
+# %% ../../nbs/policy/03_modeling.ipynb #305d77fb
 @patch
 def init_rtc_processor(self: HaloPolicy) -> None:
     "Create LeRobot's RTC processor if configured (called by its rollout too)."
@@ -648,12 +653,12 @@ def init_rtc_processor(self: HaloPolicy) -> None:
         None if self.config.rtc_config is None else RTCProcessor(self.config.rtc_config)
     )
 
-
+# %% ../../nbs/policy/03_modeling.ipynb #19ee7591
 @patch
 def _rtc_enabled(self: HaloPolicy) -> bool:
     return self.config.rtc_config is not None and self.config.rtc_config.enabled
 
-# %% ../../nbs/policy/03_modeling.ipynb #172f4ce6
+# %% ../../nbs/policy/03_modeling.ipynb #1ffc25a5
 def _saved_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
     "Names and shapes of a safetensors file. Raises `ValueError` where it cannot be read."
     try:
@@ -665,7 +670,7 @@ def _saved_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
             " download it again"
         ) from e
 
-
+# %% ../../nbs/policy/03_modeling.ipynb #6d791012
 def check_checkpoint(file: str | Path, model: torch.nn.Module) -> None:
     """Raise `ValueError` unless the safetensors `file` holds exactly the tensors of
     `model`, in its shapes.
@@ -686,13 +691,13 @@ def check_checkpoint(file: str | Path, model: torch.nn.Module) -> None:
                 " with its own config.json"
             )
 
-# %% ../../nbs/policy/03_modeling.ipynb #c255c0d7
+# %% ../../nbs/policy/03_modeling.ipynb #fe55b02b
 def _only_adapters(folder: Path) -> bool:
     "Whether a folder holds LoRA adapters and no whole policy."
     whole = (folder / 'model.safetensors').exists()
     return (folder / 'adapter_config.json').is_file() and not whole
 
-
+# %% ../../nbs/policy/03_modeling.ipynb #5c99f65e
 @patch(cls_method=True)
 def _load_as_safetensor(
     cls: HaloPolicy, model, model_file: str, map_location: str, strict: bool
@@ -701,7 +706,7 @@ def _load_as_safetensor(
     check_checkpoint(model_file, model)
     return super(HaloPolicy, cls)._load_as_safetensor(model, model_file, map_location, True)
 
-
+# %% ../../nbs/policy/03_modeling.ipynb #c3c401b3
 @patch(cls_method=True)
 def from_pretrained(cls: HaloPolicy, pretrained_name_or_path, *, config=None, **kwargs):
     """LeRobot's `from_pretrained`, which never reads the VLM's own weights; a folder of
@@ -718,13 +723,13 @@ def from_pretrained(cls: HaloPolicy, pretrained_name_or_path, *, config=None, **
     config.use_peft = False  # merged below
     return merge_adapters(load(adapter_base(folder), config=config, **kwargs), folder)
 
-# %% ../../nbs/policy/03_modeling.ipynb #c9d0c00a
+# %% ../../nbs/policy/03_modeling.ipynb #ef032745
 LORA_LAYERS = (
     r'model\.blocks\.\d+\.(vlm|expert)\..*'
     r'(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)'
 )
 
-
+# %% ../../nbs/policy/03_modeling.ipynb #3790a969
 @patch
 def _get_default_peft_targets(self: HaloPolicy) -> dict:
     "What `--peft.*` adapts where nothing is said, and what it trains whole."
@@ -821,7 +826,7 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     flat = lambda x: x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(flat(a), flat(b))
 
-# %% ../../nbs/policy/03_modeling.ipynb #bcfe8db8
+# %% ../../nbs/policy/03_modeling.ipynb #40304a2b
 def _differing(file: Path, tensors: dict[str, Tensor]) -> list[str]:
     "Names that `file` and `tensors` do not share, or whose tensors differ."
     with safe_open(str(file), 'pt') as f:
@@ -829,7 +834,7 @@ def _differing(file: Path, tensors: dict[str, Tensor]) -> list[str]:
             k for k, t in tensors.items() if not same_bytes(f.get_tensor(k), t)
         ]
 
-
+# %% ../../nbs/policy/03_modeling.ipynb #2f93c3fd
 def write_weights(
     policy: HaloPolicy, folder: str | Path, tensors: dict[str, Tensor]
 ) -> Path:

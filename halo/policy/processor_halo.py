@@ -31,7 +31,7 @@ __all__ = ['log', 'NEEDS', 'tokenizer_bytes', 'tokenizer_from_bytes', 'HaloToken
            'check_stats', 'array', 'constant_dimensions', 'flat_quantiles', 'replaced', 'steady', 'steady_stats',
            'make_halo_pre_post_processors']
 
-# %% ../../nbs/policy/02_processor.ipynb #74f9b228
+# %% ../../nbs/policy/02_processor.ipynb #c5ec4b39
 def tokenizer_bytes(tokenizer) -> Tensor | None:
     "A fast tokenizer as uint8 (n,), or None for one that has no such form."
     backend = getattr(tokenizer, 'backend_tokenizer', None)
@@ -43,7 +43,7 @@ def tokenizer_bytes(tokenizer) -> Tensor | None:
     text = json.dumps(dict(tokenizer=backend.to_str(), special=special))
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
-
+# %% ../../nbs/policy/02_processor.ipynb #12032f16
 def tokenizer_from_bytes(x: Tensor):
     "Inverse of `tokenizer_bytes`."
     from tokenizers import Tokenizer
@@ -100,7 +100,7 @@ def saved_tokenizer(folder: str | Path | None):
                 load_file(str(file.parent / s['state_file']))['tokenizer']
             )
 
-# %% ../../nbs/policy/02_processor.ipynb #c777abf7
+# %% ../../nbs/policy/02_processor.ipynb #af3ee9b9
 def _check_words(texts: list[str]) -> None:
     "Raise `ValueError` for an instruction without words."
     for i, t in enumerate(texts):
@@ -110,7 +110,7 @@ def _check_words(texts: list[str]) -> None:
                 " dataset's 'task', the environment's task_description)"
             )
 
-
+# %% ../../nbs/policy/02_processor.ipynb #cfb2572d
 @patch
 def _tokenize_text(
     self: HaloTokenizerStep, text: str | list[str]
@@ -127,7 +127,7 @@ def _tokenize_text(
         )
     return {'input_ids': out['input_ids'], 'attention_mask': out['attention_mask']}
 
-# %% ../../nbs/policy/02_processor.ipynb #dca04e27
+# %% ../../nbs/policy/02_processor.ipynb #8dc2bcf7
 NEEDS = {
     'MEAN_STD': ('mean', 'std'),
     'MIN_MAX': ('min', 'max'),
@@ -135,7 +135,7 @@ NEEDS = {
     'QUANTILE10': ('q10', 'q90'),
 }
 
-
+# %% ../../nbs/policy/02_processor.ipynb #5b99f562
 def needed_stats(config: HaloConfig) -> list[tuple[str, int, tuple[str, ...]]]:
     """(key, dimensions, names of statistics) that normalising state and action takes; only
     of known features.
@@ -180,12 +180,12 @@ def check_stats(config: HaloConfig, stats: dict[str, dict[str, Any]] | None) -> 
         for name in names:
             _check_statistic(key, name, have, size)
 
-# %% ../../nbs/policy/02_processor.ipynb #b8d0c004
+# %% ../../nbs/policy/02_processor.ipynb #a4c0625d
 def array(x) -> Tensor:
     "A statistic as a flat vector (d,) of doubles."
     return torch.as_tensor(x, dtype=torch.float64).flatten()
 
-
+# %% ../../nbs/policy/02_processor.ipynb #388e04f9
 def constant_dimensions(stats: dict[str, Any]) -> list[int]:
     "Dimensions whose statistics (min and max, or std) say that they never change."
     if 'min' in stats and 'max' in stats:
@@ -219,7 +219,7 @@ def replaced(value, at: list[int], to: Tensor):
     dtype = kept.dtype if kept.dtype.kind == 'f' else float
     return new.numpy().reshape(kept.shape).astype(dtype)
 
-# %% ../../nbs/policy/02_processor.ipynb #23df8dbf
+# %% ../../nbs/policy/02_processor.ipynb #c368c821
 def _unit_width(stats: dict[str, Any]) -> dict[str, Tensor]:
     "Statistics (d,) of a vector that moves by ±1 around where this one is."
     centre = array(stats.get('mean', stats.get('min', [0.0])))
@@ -227,7 +227,7 @@ def _unit_width(stats: dict[str, Any]) -> dict[str, Tensor]:
     high = {n: centre + 1 for n in ('max', 'q99', 'q90')}
     return low | high | dict(std=torch.ones_like(centre))
 
-
+# %% ../../nbs/policy/02_processor.ipynb #5c345cee
 def steady(
     stats: dict[str, Any], names: tuple[str, ...]
 ) -> tuple[dict[str, Any], list[int], list[int]]:
@@ -263,7 +263,7 @@ def steady_stats(
             log.warning(says, key, equal, ', '.join(map(str, flat)), 'its whole range')
     return out
 
-# %% ../../nbs/policy/02_processor.ipynb #65c0dc78
+# %% ../../nbs/policy/02_processor.ipynb #845b79f3
 def make_halo_pre_post_processors(
     config: HaloConfig,
     dataset_stats: dict[str, dict[str, Any]] | None = None,
@@ -281,13 +281,7 @@ def make_halo_pre_post_processors(
     )
     tokens.input_tokenizer = tokenizer
     tokens.words()  # a tokenizer that cannot be had is said now
+    into = [s.rename_observations, s.add_batch_dim, tokens, s.to_device, s.normalize]
     return make_policy_processor_pipelines(
-        input_steps=[
-            s.rename_observations,
-            s.add_batch_dim,
-            tokens,
-            s.to_device,
-            s.normalize,
-        ],
-        output_steps=[s.unnormalize, s.to_cpu],
+        input_steps=into, output_steps=[s.unnormalize, s.to_cpu]
     )
