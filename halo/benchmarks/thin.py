@@ -18,20 +18,26 @@ import numpy as np
 log = logging.getLogger('halo.benchmarks.thin')
 
 # %% auto #0
-__all__ = ['log', 'FRAMES', 'connect', 'check_chunk', 'Player', 'executed', 'wilson', 'rate', 'start_hash', 'Ledger',
-           'differences', 'run_episode', 'run_benchmark', 'parser']
+__all__ = ['log', 'FRAMES', 'connect', 'check_chunk', 'Player', 'executed', 'wilson', 'rate', 'start_hash', 'differences',
+           'Ledger', 'run_episode', 'run_benchmark', 'parser']
 
-# %% ../../nbs/benchmarks/03_thin.ipynb #0b529b52
-def connect(address: str, token: str | None = None):
-    """openpi's websocket client for `host:port` or `ws://host:port`.
-
-    Raises `ImportError` without openpi-client, `ConnectionError` when nobody answers.
-    """
+# %% ../../nbs/benchmarks/03_thin.ipynb #ac39a1b1
+def _host_and_port(address: str) -> tuple[str, int]:
+    "`host:port` or `ws://host:port` in two. Raises `ValueError` for anything else."
     host, _, port = address.removeprefix('ws://').removeprefix('wss://').rpartition(':')
     if not host or not port.isdigit():
         raise ValueError(
             f"{address!r} is not an address; give host:port, such as 127.0.0.1:8000"
         )
+    return host, int(port)
+
+# %% ../../nbs/benchmarks/03_thin.ipynb #e3b411bc
+def connect(address: str, token: str | None = None):
+    """openpi's websocket client for `host:port` or `ws://host:port`.
+
+    Raises `ImportError` without openpi-client, `ConnectionError` when nobody answers.
+    """
+    host, port = _host_and_port(address)
     try:
         from openpi_client.websocket_client_policy import WebsocketClientPolicy
     except ImportError as e:
@@ -41,19 +47,16 @@ def connect(address: str, token: str | None = None):
         ) from e
     prefix = 'wss://' if address.startswith('wss://') else 'ws://'
     try:
-        return WebsocketClientPolicy(prefix + host, int(port), api_key=token)
+        return WebsocketClientPolicy(prefix + host, port, api_key=token)
     except OSError as e:
         raise ConnectionError(
             f"no policy server answers at {address} ({e}); start one with python -m"
             " halo.deploy.serve"
         ) from e
 
-# %% ../../nbs/benchmarks/03_thin.ipynb #d84a82dd
-def check_chunk(answer: dict, dim: int | None = None) -> np.ndarray:
-    """The actions (s, d) float32 of an answer.
-
-    Raises `ValueError` for anything but finite numbers in that shape.
-    """
+# %% ../../nbs/benchmarks/03_thin.ipynb #0d82f57b
+def _as_chunk(answer: dict) -> np.ndarray:
+    "The actions (s, d) float32 of an answer, whatever their numbers. Raises `ValueError`."
     if 'actions' not in answer:
         raise ValueError(f"the server's answer has no 'actions'; it has {sorted(answer)}")
     a = np.asarray(answer['actions'], np.float32)
@@ -61,6 +64,15 @@ def check_chunk(answer: dict, dim: int | None = None) -> np.ndarray:
         raise ValueError(
             f"the server sent actions of shape {a.shape}, not (steps, dimensions)"
         )
+    return a
+
+# %% ../../nbs/benchmarks/03_thin.ipynb #c725958e
+def check_chunk(answer: dict, dim: int | None = None) -> np.ndarray:
+    """The actions (s, d) float32 of an answer.
+
+    Raises `ValueError` for anything but finite numbers in that shape.
+    """
+    a = _as_chunk(answer)
     if dim is not None and a.shape[1] != dim:
         raise ValueError(
             f"the server sent {a.shape[1]} action dimensions, this robot has {dim}; serve"
@@ -73,48 +85,86 @@ def check_chunk(answer: dict, dim: int | None = None) -> np.ndarray:
         )
     return a
 
-# %% ../../nbs/benchmarks/03_thin.ipynb #a386173c
+# %% ../../nbs/benchmarks/03_thin.ipynb #55f6511a
 FRAMES = ('each', 'stack', 'skip')
 
+# %% ../../nbs/benchmarks/03_thin.ipynb #a28881d9
+class _Between:
+    "Frames between two requests: sent as they come, kept for the next one, or let go."
 
+    def __init__(self, policy, how: str):
+        about = getattr(policy, 'get_server_metadata', dict)() or {}
+        self.camera = (about.get('history') or {}).get('camera')  # None: unknown, send all
+        self.policy, self.how, self.kept = policy, how, []
+
+    def frame(self, images: dict, tick: int):
+        "A frame for which nothing is asked."
+        if self.camera in images:
+            images = {self.camera: images[self.camera]}
+        if self.how == 'each':
+            self.policy.infer({'frame_only': True, 'images': images, 'tick': tick})
+        elif self.how == 'stack':
+            self.kept.append((tick, images))
+
+    def message(self) -> dict:
+        "What of them goes along with the next request."
+        if not self.kept:
+            return {}
+        stack = {k: np.stack([i[k] for _, i in self.kept]) for k in self.kept[0][1]}
+        return dict(history=stack, history_ticks=[t for t, _ in self.kept])
+
+# %% ../../nbs/benchmarks/03_thin.ipynb #b4abe95e
+def _observation(images: dict, state, prompt: str, tick: int) -> dict:
+    "What every request holds."
+    state = np.asarray(state, np.float32)
+    return dict(images=images, state=state, prompt=prompt, tick=tick)
+
+# %% ../../nbs/benchmarks/03_thin.ipynb #325dad08
+def _opening(fresh: bool, seed: int | None) -> dict:
+    "Whether an episode begins with a request, and from which seed its noise is drawn."
+    if fresh and seed is not None:
+        return dict(reset=fresh, seed=int(seed))
+    return dict(reset=fresh)
+
+# %% ../../nbs/benchmarks/03_thin.ipynb #408b64ea
+def _answered(policy, obs: dict, dim: int | None) -> tuple[np.ndarray, int | None, float]:
+    "Ask: a checked chunk (s, d), how much of it to execute, and the milliseconds it took."
+    start = time.perf_counter()
+    answer = policy.infer(obs)
+    chunk = check_chunk(answer, dim)
+    ms = 1000 * (time.perf_counter() - start)
+    if 'warning' in answer:
+        log.warning('the policy server says: %s', answer['warning'])
+    return chunk, answer.get('execute'), ms
+
+# %% ../../nbs/benchmarks/03_thin.ipynb #5b853e7b
+def _check_manner(replan: int | None, frames: str) -> None:
+    "Raise for a manner of playing that there is not."
+    if frames not in FRAMES:
+        raise ValueError(f"frames is {frames!r}; choose one of {FRAMES}")
+    if replan is not None and replan < 1:
+        raise ValueError(f"replan is {replan}; execute at least 1 action of each chunk")
+
+# %% ../../nbs/benchmarks/03_thin.ipynb #174e515e
 class Player:
     """Plays a served policy: keeps the tick, executes chunks, hands over the frames in
     between. One per running episode; `reset()` starts the next.
     """
 
     def __init__(
-        self,
-        policy,
-        replan: int | None = None,
-        frames: str = 'each',
-        dim: int | None = None,
+        self, policy, replan: int | None = None, frames='each', dim: int | None = None
     ):
-        if frames not in FRAMES:
-            raise ValueError(f"frames is {frames!r}; choose one of {FRAMES}")
-        if replan is not None and replan < 1:
-            raise ValueError(f"replan is {replan}; execute at least 1 action of each chunk")
-        self.policy, self.replan, self.frames, self.dim, self.ms = (
-            policy,
-            replan,
-            frames,
-            dim,
-            [],
-        )
-        about = getattr(policy, 'get_server_metadata', dict)() or {}
-        self.camera = (about.get('history') or {}).get('camera')  # None: unknown, send all
+        _check_manner(replan, frames)
+        self.policy, self.replan, self.dim = policy, replan, dim
+        self.between, self.ms = _Between(policy, frames), []
         self.reset()
 
     def reset(self, seed: int | None = None):
         """Begin an episode: the next observation tells the server to forget, and to draw
         its noise from `seed`.
         """
-        self.tick, self.fresh, self.queue, self.between, self.seed = (
-            0,
-            True,
-            deque(),
-            [],
-            seed,
-        )
+        self.tick, self.fresh, self.queue, self.seed = 0, True, deque(), seed
+        self.between.kept = []
 
     def interrupt(self):
         "Drop what is left of the chunk: the instruction changed, the history stays."
@@ -131,37 +181,16 @@ class Player:
 
     def keep(self, images: dict, tick: int):
         "A frame for which nothing is asked."
-        if self.camera in images:
-            images = {self.camera: images[self.camera]}
-        if self.frames == 'each':
-            self.policy.infer({'frame_only': True, 'images': images, 'tick': tick})
-        elif self.frames == 'stack':
-            self.between.append((tick, images))
+        self.between.frame(images, tick)
 
     def ask(self, images: dict, state, prompt: str, tick: int) -> np.ndarray:
         "The actions (s, d) to execute of the server's next chunk."
-        obs = dict(
-            images=images,
-            state=np.asarray(state, np.float32),
-            prompt=prompt,
-            tick=tick,
-            reset=self.fresh,
-        )
-        if self.fresh and self.seed is not None:
-            obs['seed'] = int(self.seed)
-        if self.between:
-            obs['history'] = {
-                k: np.stack([i[k] for _, i in self.between]) for k in self.between[0][1]
-            }
-            obs['history_ticks'] = [t for t, _ in self.between]
-        start = time.perf_counter()
-        answer = self.policy.infer(obs)
-        chunk = check_chunk(answer, self.dim)
-        self.ms.append(1000 * (time.perf_counter() - start))
-        self.fresh, self.between = False, []
-        if 'warning' in answer:
-            log.warning('the policy server says: %s', answer['warning'])
-        return chunk[: self.replan or answer.get('execute')]
+        obs = _observation(images, state, prompt, tick)
+        obs |= _opening(self.fresh, self.seed) | self.between.message()
+        chunk, execute, ms = _answered(self.policy, obs, self.dim)
+        self.ms.append(ms)
+        self.fresh, self.between.kept = False, []
+        return chunk[: self.replan or execute]
 
 # %% ../../nbs/benchmarks/03_thin.ipynb #7e9a0002
 def executed(replan: int | None, metadata: dict):
@@ -187,18 +216,65 @@ def rate(outcomes) -> dict:
     lo, hi = wilson(k, n)
     return dict(successes=k, n=n, rate=k / n, lo=lo, hi=hi, interval='Wilson 95 %')
 
-# %% ../../nbs/benchmarks/03_thin.ipynb #cc4b8a22
+# %% ../../nbs/benchmarks/03_thin.ipynb #0d0e7788
 def start_hash(images: dict, state) -> str:
-    """SHA-256 of an episode's first state and pictures, as `halo.benchmarks.suite` makes
-    it: two
-    results are comparable if their episodes began alike.
+    """SHA-256 of an episode's first state and pictures: two results are comparable if their
+    episodes began alike.
     """
     h = hashlib.sha256(np.asarray(state, np.float32).tobytes())
     for _, v in sorted(images.items()):
         h.update(np.ascontiguousarray(v).tobytes())
     return h.hexdigest()
 
-# %% ../../nbs/benchmarks/03_thin.ipynb #151c5c21
+# %% ../../nbs/benchmarks/03_thin.ipynb #f6e715a8
+def _flat(d: dict, before: str = '') -> dict:
+    "{'a': {'b': 1}} -> {'a.b': 1}."
+    out = {}
+    for k, v in d.items():
+        inner = _flat(v, f'{before}{k}.') if isinstance(v, dict) else {f'{before}{k}': v}
+        out.update(inner)
+    return out
+
+# %% ../../nbs/benchmarks/03_thin.ipynb #24be9c16
+def differences(standard: dict, actual: dict) -> list[str]:
+    """One line per entry of `standard` that `actual` has otherwise, or lacks, and per new
+    entry.
+    """
+    a, b = _flat(standard), _flat(actual)
+    return [
+        f"{k}: {b.get(k, 'absent')!r} instead of {a.get(k, 'absent')!r}"
+        for k in [*a, *(k for k in b if k not in a)]
+        if a.get(k, 'absent') != b.get(k, 'absent')
+    ]
+
+# %% ../../nbs/benchmarks/03_thin.ipynb #e2d1f33f
+def _by_task(episodes: list[dict]) -> dict[str, dict]:
+    "The rate of every task."
+    tasks = sorted({e['task'] for e in episodes})
+    return {t: rate([e['success'] for e in episodes if e['task'] == t]) for t in tasks}
+
+# %% ../../nbs/benchmarks/03_thin.ipynb #52d7bada
+def _summary(episodes: list[dict]) -> dict:
+    "Rates in total and by task, prompts and seeds."
+    goals, total = _by_task(episodes), rate([e['success'] for e in episodes])
+    return dict(
+        success=total,
+        total=total,
+        goals=goals,
+        per_task=goals,
+        prompts=sorted({e.get('prompt', e['task']) for e in episodes}),
+        seeds=[e['seed'] for e in episodes],
+    )
+
+# %% ../../nbs/benchmarks/03_thin.ipynb #38fdede7
+def _write_whole(path: Path, text: str) -> None:
+    "A reader of `path` never sees half of it."
+    tmp = path.with_name(path.name + '.tmp')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp.write_text(text)
+    tmp.replace(path)
+
+# %% ../../nbs/benchmarks/03_thin.ipynb #43134773
 class Ledger:
     """The result file of an evaluation, written whole after each episode and continued from
     where it ends.
@@ -206,11 +282,8 @@ class Ledger:
 
     def __init__(self, path, conventions: dict, more=None):
         self.path, self.more, self.begun = Path(path), more, time.perf_counter()
-        self.conventions, self.episodes, self.spent = (
-            json.loads(json.dumps(conventions)),
-            [],
-            0.0,
-        )
+        self.conventions = json.loads(json.dumps(conventions))
+        self.episodes, self.spent = [], 0.0
         if self.path.exists():
             self.resume()
 
@@ -235,54 +308,28 @@ class Ledger:
         "Append an episode and write the file."
         self.episodes.append(json.loads(json.dumps(episode)))
         self.episodes.sort(key=lambda e: e['seed'])
-        tmp = self.path.with_name(self.path.name + '.tmp')
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        tmp.write_text(json.dumps(self.document(), indent=1))
-        tmp.replace(self.path)
+        _write_whole(self.path, json.dumps(self.document(), indent=1))
 
     def document(self) -> dict:
         "Everything that the file holds."
-        e, tasks = self.episodes, sorted({e['task'] for e in self.episodes})
-        goals, total = (
-            {t: rate([x['success'] for x in e if x['task'] == t]) for t in tasks},
-            rate([x['success'] for x in e]),
-        )
-        head = dict(
-            benchmark=self.conventions.get('benchmark'),
-            success=total,
-            total=total,
-            goals=goals,
-            per_task=goals,
-            prompts=sorted({x.get('prompt', x['task']) for x in e}),
-            seeds=[x['seed'] for x in e],
-        )
-        return (
-            head
-            | dict(seconds=round(self.spent + time.perf_counter() - self.begun, 1))
-            | (self.more(e) if self.more else {})
-            | dict(conventions=self.conventions, episodes=e)
-        )
+        e, spent = self.episodes, self.spent + time.perf_counter() - self.begun
+        head = dict(benchmark=self.conventions.get('benchmark')) | _summary(e)
+        head |= dict(seconds=round(spent, 1)) | (self.more(e) if self.more else {})
+        return head | dict(conventions=self.conventions, episodes=e)
 
-# %% ../../nbs/benchmarks/03_thin.ipynb #b7a28215
-def differences(standard: dict, actual: dict) -> list[str]:
-    """One line per entry of `standard` that `actual` has otherwise, or lacks, and per new
-    entry.
-    """
-    flat = lambda d, p='': {
-        k: v
-        for a, b in d.items()
-        for k, v in (
-            flat(b, f'{p}{a}.') if isinstance(b, dict) else {p + str(a): b}
-        ).items()
-    }
-    a, b = flat(standard), flat(actual)
-    return [
-        f"{k}: {b.get(k, 'absent')!r} instead of {a.get(k, 'absent')!r}"
-        for k in [*a, *(k for k in b if k not in a)]
-        if a.get(k, 'absent') != b.get(k, 'absent')
-    ]
+# %% ../../nbs/benchmarks/03_thin.ipynb #3193adc9
+def _play(env, player: Player, seen: tuple, limit: int, on_frame) -> tuple[bool, int]:
+    "Step from the observation `seen` to the end or the limit; success, and steps taken."
+    success, done, ticks = False, False, 0
+    images, state, prompt = seen
+    while ticks < limit and not done:
+        if on_frame:
+            on_frame(images)
+        images, state, prompt, done, now = env.step(player.act(images, state, prompt))
+        success, ticks = success or bool(now), ticks + 1
+    return success, ticks
 
-# %% ../../nbs/benchmarks/03_thin.ipynb #60ef5556
+# %% ../../nbs/benchmarks/03_thin.ipynb #e7643339
 def run_episode(
     env, player: Player, seed: int, limit: int, on_frame=None, start=None
 ) -> dict:
@@ -291,34 +338,31 @@ def run_episode(
     `start(player, seed)`, after the environment's reset, replaces `player.reset`.
     """
     asked = len(player.ms)
-    images, state, prompt = env.reset(seed)
+    seen = images, state, prompt = env.reset(seed)
     start(player, seed) if start else player.reset(seed)
-    success, done, ticks, first = (
-        False,
-        False,
-        0,
-        dict(
-            task=getattr(env, 'task', prompt),
-            episode=int(seed),
-            prompt=prompt,
-            start_sha256=start_hash(images, state),
-        ),
-    )
-    while ticks < limit and not done:
-        if on_frame:
-            on_frame(images)
-        images, state, prompt, done, now = env.step(player.act(images, state, prompt))
-        success, ticks = success or bool(now), ticks + 1
+    task, began = getattr(env, 'task', prompt), start_hash(images, state)
+    success, ticks = _play(env, player, seen, limit, on_frame)
     ms = player.ms[asked:]
     return dict(
         seed=int(seed),
         success=success,
         ticks=ticks,
-        **first,
+        task=task,
+        episode=int(seed),
+        prompt=prompt,
+        start_sha256=began,
         inference_ms=round(float(np.mean(ms)), 2) if ms else None,
     )
 
-# %% ../../nbs/benchmarks/03_thin.ipynb #f9eea0cf
+# %% ../../nbs/benchmarks/03_thin.ipynb #47b66041
+def _bound_to(conventions: dict, standard: dict) -> dict:
+    "What a result file is bound to: benchmark, protocol, standard, and the rest."
+    own = {k: conventions.get(k, 'not stated') for k in standard}
+    rest = {k: v for k, v in conventions.items() if k not in standard}
+    head = dict(benchmark=standard.get('benchmark'), protocol=own, standard=standard)
+    return head | rest
+
+# %% ../../nbs/benchmarks/03_thin.ipynb #1a84fb0a
 def run_benchmark(
     env,
     player: Player,
@@ -334,14 +378,9 @@ def run_benchmark(
     """Every seed that the file at `path` lacks; prints the differences from `standard`
     first. Returns the document.
     """
-    own = {k: conventions.get(k, 'not stated') for k in standard}
-    ledger = Ledger(
-        path,
-        dict(benchmark=standard.get('benchmark'), protocol=own, standard=standard)
-        | {k: v for k, v in conventions.items() if k not in standard},
-        more,
-    )
-    for line in differences(standard, own):
+    said = _bound_to(conventions, standard)
+    ledger = Ledger(path, said, more)
+    for line in differences(standard, said['protocol']):
         log(f"differs from the standard protocol – {line}")
     for seed in seeds:
         if seed in ledger.done:
@@ -353,38 +392,29 @@ def run_benchmark(
         )
     return ledger.document()
 
-# %% ../../nbs/benchmarks/03_thin.ipynb #48d085f7
+# %% ../../nbs/benchmarks/03_thin.ipynb #56a4e560
+def _server_options(p) -> None:
+    "Where the policy is, and how it is played."
+    where = 'the policy server, host:port'
+    p.add_argument('--address', default='127.0.0.1:8000', help=where)
+    p.add_argument('--token', help='the server\'s token, if it wants one')
+    actions = 'actions executed of each chunk; default: as the server says'
+    p.add_argument('--replan', type=int, help=actions)
+    between = 'how frames between two requests reach the server'
+    p.add_argument('--frames', choices=FRAMES, default='each', help=between)
+
+# %% ../../nbs/benchmarks/03_thin.ipynb #59f5c82b
 def parser(name: str, description: str):
     "The options that every thin client has."
     import argparse
 
+    shows = argparse.ArgumentDefaultsHelpFormatter
     p = argparse.ArgumentParser(
-        prog=name,
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog=name, description=description, formatter_class=shows
     )
-    p.add_argument(
-        '--address', default='127.0.0.1:8000', help='the policy server, host:port'
-    )
-    p.add_argument('--token', help='the server\'s token, if it wants one')
-    p.add_argument(
-        '--replan',
-        type=int,
-        help='actions executed of each chunk; default: as the server says',
-    )
-    p.add_argument(
-        '--frames',
-        choices=FRAMES,
-        default='each',
-        help='how frames between two requests reach the server',
-    )
-    p.add_argument(
-        '--episodes',
-        type=int,
-        default=1,
-        help='episodes (chains) to run, from the first of the benchmark\'s list',
-    )
-    p.add_argument(
-        '--out', default='result.json', help='result file; an unfinished one is continued'
-    )
+    _server_options(p)
+    first = 'episodes (chains) to run, from the first of the benchmark\'s list'
+    p.add_argument('--episodes', type=int, default=1, help=first)
+    out = 'result file; an unfinished one is continued'
+    p.add_argument('--out', default='result.json', help=out)
     return p
