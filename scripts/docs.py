@@ -199,7 +199,9 @@ def relinked(markdown, pages, folder):
         return f'](./{posixpath.relpath(page, folder.as_posix())}{m[2]})'
 
     # nbdev links a name also inside a link of the author's, whose own it would break
-    markdown = re.sub(r'\[\[(`[^`\n]+`)\]\(/[^)]*\)\]\(', r'[\1](', markdown)
+    nested = re.compile(r'\[[^\[\]\n]*(?:\[`[^`\n]+`\]\(/[^)]*\)[^\[\]\n]*)+\]\(')
+    plain = re.compile(r'\[(`[^`\n]+`)\]\(/[^)]*\)')
+    markdown = nested.sub(lambda m: '[' + plain.sub(r'\1', m[0][1:-2]) + '](', markdown)
     return re.sub(r'\]\(/+([\w/-]+\.html)(#[\w.]*)\)', link, markdown)
 
 
@@ -269,6 +271,28 @@ def webp(data: str) -> str:
     )
 
 
+def folded_solutions(page: str) -> str:
+    "What a solution prints and draws is a part of it: inside of the fold."
+    out, rest = [], page
+    while (at := rest.find('<summary>Solution</summary>')) >= 0:
+        shut = rest.index('</details>', at)
+        after = shut + len('</details>')
+        end = after + cell_end(rest[after:])
+        out += [rest[:shut], rest[after:end], '</details>']
+        rest = rest[end:]
+    return ''.join(out) + rest
+
+
+def cell_end(markup: str) -> int:
+    "Where the `div` ends in which `markup` begins."
+    depth = 0
+    for m in re.finditer(r'<(/?)div\b', markup):
+        depth += -1 if m[1] else 1
+        if depth < 0:
+            return m.start()
+    raise ValueError('a cell of the page does not end')
+
+
 def slim(page: str) -> str:
     """A rendered page without what nobody sees: marks of code that has the text's own
     colour, a mark between two neighbours of one colour, the explorers' script where no
@@ -280,6 +304,8 @@ def slim(page: str) -> str:
     )
     inside = lambda m: re.sub(r'<[^>]*>', '', m[3])
     page = same.sub(lambda m: f'<span class="{m[1]}">{m[2]}{inside(m)}</span>', page)
+    # two in five marks are operators: an `i` (style/halo.css) is a third as long
+    page = re.sub(r'<span class="op">([^<]*)</span>', r'<i>\1</i>', page)
     if '<iframe class="halo-twin"' not in page:
         page = TWINS.sub('', page)
     return re.sub(
@@ -470,7 +496,8 @@ def build(to, offline=False, bare=False):
         lean_search(rendered)
         own_maths(rendered, bare)
         for page in rendered.rglob('nbs/**/*.html'):
-            page.write_text(slim(page.read_text(encoding='utf-8')), encoding='utf-8')
+            text = folded_solutions(slim(page.read_text(encoding='utf-8')))
+            page.write_text(text, encoding='utf-8')
         if bare:
             for css in rendered.rglob('*.css'):
                 css.write_text(

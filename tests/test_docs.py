@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -581,6 +582,23 @@ def test_no_link_is_left_as_it_was_written(site):
     for page in (site / 'nbs').rglob('*.html'):
         found = re.findall(r'.{0,40}\]\([^)\s]+\)', words(page))
         assert not found, (page, found)
+
+
+def test_a_link_keeps_its_own_target():
+    "nbdev links names in the text of a link too; the author's own link wins."
+    written = '[[`encode`](/m/vlm.html#encode) of a block](#two), [`x`](/m/vlm.html#x)'
+    made = docs.relinked(written, {}, Path('method'))
+    assert made == '[`encode` of a block](#two), [`x`](./../m/vlm.html#x)'
+
+
+def test_a_solution_is_folded_with_what_it_prints(site):
+    page = (site / 'nbs/method/04_flow.html').read_text()
+    solutions = page.split('<summary>Solution</summary>')[1:]
+    assert solutions
+    for text in solutions:
+        inside, _, after = text.partition('</details>')
+        assert 'cell-output' in inside, 'a solution that shows nothing'
+        assert after.lstrip().startswith('</div>'), 'something of it stands open'
 
 
 @browses
