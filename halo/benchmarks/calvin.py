@@ -83,10 +83,10 @@ def block_rules(c: str) -> dict:
         f'lift_{b}_drawer': [({b: 'drawer', 'drawer': 'open'}, up)],
     }
 
-# %% ../../nbs/benchmarks/04_calvin.ipynb #52a2c3f6
+# %% ../../nbs/benchmarks/04_calvin.ipynb #e3b47bfa
 _HELD = [f'{c}_block' for c in BLOCKS]
 
-
+# %% ../../nbs/benchmarks/04_calvin.ipynb #bed3ef9c
 def _place_rules() -> dict:
     "Rules that empty the hand: into either end of the slider, or into the open drawer."
     ways = {
@@ -125,7 +125,7 @@ def hand_rules() -> dict:
     "Rules of a grasped block, and of a stack."
     return _place_rules() | _stack_rules()
 
-# %% ../../nbs/benchmarks/04_calvin.ipynb #1a20ed64
+# %% ../../nbs/benchmarks/04_calvin.ipynb #f7bc570f
 def _light_rules() -> dict:
     "Rules of the two lights."
     out = {}
@@ -134,13 +134,13 @@ def _light_rules() -> dict:
         out[f'turn_off_{light}'] = _change(light, 1, 0)
     return out
 
-
+# %% ../../nbs/benchmarks/04_calvin.ipynb #00538024
 def _sweep(c: str) -> tuple[dict, dict]:
     "Pushing block `c` into the open drawer while the other two are in the slider."
     away = {f'{o}_block': ('slider_right', 'slider_left') for o in BLOCKS if o != c}
     return {f'{c}_block': 'table', **away, 'drawer': 'open'}, {f'{c}_block': 'drawer'}
 
-# %% ../../nbs/benchmarks/04_calvin.ipynb #6cc59ac8
+# %% ../../nbs/benchmarks/04_calvin.ipynb #34660419
 @functools.cache
 def rules() -> dict[str, list[tuple[dict, dict]]]:
     """The 34 tasks in the benchmark's order, each with its (condition, effect) pairs;
@@ -156,7 +156,7 @@ def rules() -> dict[str, list[tuple[dict, dict]]]:
         for task, pairs in out.items()
     }
 
-
+# %% ../../nbs/benchmarks/04_calvin.ipynb #76a83a62
 TASKS = tuple(rules())
 
 # %% ../../nbs/benchmarks/04_calvin.ipynb #e848fd5a
@@ -237,13 +237,13 @@ def fingerprint(chains) -> str:
     text = json.dumps([[s, list(c)] for s, c in chains])
     return hashlib.sha256(text.encode()).hexdigest()
 
-# %% ../../nbs/benchmarks/04_calvin.ipynb #d24322ad
+# %% ../../nbs/benchmarks/04_calvin.ipynb #2624776c
 def _chains_file(folder: str | Path | None) -> Path:
     "Where this machine keeps the list."
     base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     return Path(folder or base / 'halo') / 'calvin_chains.json'
 
-
+# %% ../../nbs/benchmarks/04_calvin.ipynb #853bda04
 def _keep_chains(file: Path, out: list) -> None:
     "Write the list under another name, then rename it."
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -719,14 +719,14 @@ def conventions(args, metadata: dict) -> dict:
         server=metadata,
     )
 
-# %% ../../nbs/benchmarks/04_calvin.ipynb #8926874e
+# %% ../../nbs/benchmarks/04_calvin.ipynb #34e4c77f
 def _verdict(task: str, fires: bool, silent: bool) -> str:
     "One line on a predicate."
     wrong = '' if fires else ': does not fire'
     wrong += '' if silent else ': fires without a change'
     return f"{'BAD' if wrong else 'ok '} {task}{wrong}"
 
-
+# %% ../../nbs/benchmarks/04_calvin.ipynb #463d6387
 def report_check(found: dict, pressed: dict) -> None:
     """Print which predicates fire, and how a chain of presses went; exit status 1 if either
     falls short.
