@@ -27,7 +27,7 @@ __all__ = ['PROTOCOL', 'CHANCE', 'ROBOMME', 'chance', 'rpy', 'split_cameras', 's
            'shown_before', 'RoboMME', 'show_first', 'conventions', 'film', 'check', 'main', 'robomme_versions',
            'main_robomme']
 
-# %% ../../nbs/benchmarks/05_memory.ipynb #98432cdf
+# %% ../../nbs/benchmarks/05_memory.ipynb #80253a68
 PROTOCOL = dict(
     benchmark='MIKASA-Robo VLA',
     episodes=50,
@@ -51,17 +51,12 @@ PROTOCOL = dict(
     simulation='GPU',
     versions='ManiSkill 3.0.0b15, gymnasium 0.29.1',
 )
-# a policy that guesses
-CHANCE = {
-    'RememberColor3': 1 / 3,
-    'RememberColor5': 1 / 5,
-    'RememberColor9': 1 / 9,
-    'RememberShape3': 1 / 3,
-    'RememberShape5': 1 / 5,
-    'RememberShape9': 1 / 9,
-}
 
+# %% ../../nbs/benchmarks/05_memory.ipynb #b7f76194
+# a policy that guesses, with this many candidates
+CHANCE = {f'Remember{what}{n}': 1 / n for what in ('Color', 'Shape') for n in (3, 5, 9)}
 
+# %% ../../nbs/benchmarks/05_memory.ipynb #f595b327
 def chance(task: str) -> float | None:
     """Success of a policy that always touches one of the candidates at random, where the
     task's rules say it.
@@ -99,21 +94,30 @@ def scalar(x) -> float:
     "The number in a tensor, an array or a number."
     return float(np.asarray(x.cpu() if hasattr(x, 'cpu') else x).reshape(-1)[0])
 
-# %% ../../nbs/benchmarks/05_memory.ipynb #58db0c04
+# %% ../../nbs/benchmarks/05_memory.ipynb #8addc11d
+def _mikasa() -> tuple:
+    """`gym.make` that knows the benchmark's tasks, and the benchmark's wrappers.
+
+    Raises `ImportError` with what to install.
+    """
+    try:
+        import gymnasium as gym
+        import mikasa_robo_suite.vla.memory_envs  # noqa: F401 - registers the tasks
+        from mikasa_robo_suite.vla.utils.apply_wrappers import apply_mikasa_vla_wrappers
+    except ImportError as e:
+        raise ImportError(
+            f"MIKASA-Robo is not installed here ({e}); see"
+            f" {shown(locate('configs/requirements/maniskill.txt'))}"
+        ) from e
+    return gym.make, apply_mikasa_vla_wrappers
+
+# %% ../../nbs/benchmarks/05_memory.ipynb #013204f6
 class Mikasa:
     "A MIKASA-Robo task behind `reset(seed)` and `step(action)`."
 
     def __init__(self, task: str, device: str = 'cpu'):
-        try:
-            import gymnasium as gym
-            import mikasa_robo_suite.vla.memory_envs  # noqa: F401 - registers the tasks
-            from mikasa_robo_suite.vla.utils.apply_wrappers import apply_mikasa_vla_wrappers
-        except ImportError as e:
-            raise ImportError(
-                f"MIKASA-Robo is not installed here ({e}); see"
-                f" {shown(locate('configs/requirements/maniskill.txt'))}"
-            ) from e
-        env = gym.make(
+        make, wrapped = _mikasa()
+        env = make(
             task,
             num_envs=1,
             obs_mode='rgb',
@@ -123,35 +127,25 @@ class Mikasa:
             render_backend=device,
             render_mode='all',
         )
-        self.env = apply_mikasa_vla_wrappers(env, include_overlays=False)
-        self.task, self.limit, self.prompt = (
-            task,
-            int(self.env.max_episode_steps),
-            env.unwrapped.LANGUAGE_INSTRUCTION,
-        )
+        self.env = wrapped(env, include_overlays=False)
+        self.task, self.prompt = task, env.unwrapped.LANGUAGE_INSTRUCTION
+        self.limit = int(self.env.max_episode_steps)
 
     def seen(self, obs):
-        return (
-            split_cameras(obs['rgb'].cpu()),
-            obs['proprio'][0].cpu().numpy().astype(np.float32),
-            self.prompt,
-        )
+        state = obs['proprio'][0].cpu().numpy().astype(np.float32)
+        return split_cameras(obs['rgb'].cpu()), state, self.prompt
 
     def reset(self, seed: int):
         self.obs, _ = self.env.reset(seed=int(seed))
         return self.seen(self.obs)
 
     def step(self, action):
-        self.obs, _, terminated, truncated, info = self.env.step(
-            np.asarray(action, np.float32)
-        )
-        return (
-            *self.seen(self.obs),
-            bool(scalar(terminated) or scalar(truncated)),
-            bool(scalar(info['success'])),
-        )
+        action = np.asarray(action, np.float32)
+        self.obs, _, terminated, truncated, info = self.env.step(action)
+        done = bool(scalar(terminated) or scalar(truncated))
+        return (*self.seen(self.obs), done, bool(scalar(info['success'])))
 
-# %% ../../nbs/benchmarks/05_memory.ipynb #b6164d14
+# %% ../../nbs/benchmarks/05_memory.ipynb #31e01255
 class Scripted:
     """Touches a cube of *RememberColor*: the right one, or one drawn per episode (`guess`).
 
@@ -164,23 +158,18 @@ class Scripted:
     def choose(self, obs: dict) -> int:
         "The cube's number for this episode."
         if obs.get('reset'):
-            self.pick = int(
-                np.random.default_rng(obs['seed']).integers(len(self.sim.cubes))
-            )
+            rng = np.random.default_rng(obs['seed'])
+            self.pick = int(rng.integers(len(self.sim.cubes)))
         return self.pick if self.guess else int(scalar(self.sim.true_color_indices))
 
     def infer(self, obs: dict) -> dict:
         cube = self.sim.cubes[self.choose(obs)].pose.p[0].cpu().numpy()
         there = cube[2] < 1  # hidden cubes are a kilometre up
-        way = (
-            (cube + [0, 0, 0.03] - self.sim.agent.tcp.pose.p[0].cpu().numpy())
-            if there
-            else np.zeros(3)
-        )
+        tool = self.sim.agent.tcp.pose.p[0].cpu().numpy()
+        way = cube + [0, 0, 0.03] - tool if there else np.zeros(3)
         # the controller's largest step is 10 cm
-        return dict(
-            actions=np.array([[*np.clip(way / 0.1, -1, 1), 0, 0, 0, -1]], np.float32)
-        )
+        move = np.clip(way / 0.1, -1, 1)
+        return dict(actions=np.array([[*move, 0, 0, 0, -1]], np.float32))
 
 # %% ../../nbs/benchmarks/05_memory.ipynb #13cac618
 def vulkan_hint(error: Exception) -> str:
@@ -193,7 +182,7 @@ def vulkan_hint(error: Exception) -> str:
         " --device cpu"
     )
 
-# %% ../../nbs/benchmarks/05_memory.ipynb #c08583a2
+# %% ../../nbs/benchmarks/05_memory.ipynb #6d64d7a6
 ROBOMME = dict(
     benchmark='RoboMME',
     episodes=50,
@@ -209,7 +198,7 @@ ROBOMME = dict(
     versions='its own fork of ManiSkill',
 )
 
-
+# %% ../../nbs/benchmarks/05_memory.ipynb #9dbacd83
 def shown_before(raw: dict, name: str = 'front_rgb_list') -> np.ndarray:
     """Frames (k, H, W, 3) that an observation shows before the present one: all but the
     last of a list, none of a single frame.
@@ -217,29 +206,32 @@ def shown_before(raw: dict, name: str = 'front_rgb_list') -> np.ndarray:
     frames = raw[name] if isinstance(raw[name], (list, tuple)) else [raw[name]]
     return np.stack([np.asarray(f, np.uint8) for f in frames])[:-1]
 
-# %% ../../nbs/benchmarks/05_memory.ipynb #06965190
+# %% ../../nbs/benchmarks/05_memory.ipynb #aec0d81d
+def _robomme():
+    """LeRobot's class for RoboMME.
+
+    Raises `ImportError` with what to install.
+    """
+    try:
+        from lerobot.envs.robomme import RoboMMEGymEnv
+    except ImportError as e:
+        raise ImportError(
+            f"RoboMME runs through LeRobot's class ({e}); see"
+            f" {shown(locate('configs/requirements/robomme.txt'))}"
+        ) from e
+    return RoboMMEGymEnv
+
+# %% ../../nbs/benchmarks/05_memory.ipynb #7fb9cf08
 class RoboMME:
     """A RoboMME task through LeRobot's class; `demo` holds the frames shown before the
     episode, `about()` what it showed.
     """
 
     def __init__(self, task: str, dataset: str = 'test', limit: int = ROBOMME['ticks']):
-        try:
-            from lerobot.envs.robomme import RoboMMEGymEnv
-        except ImportError as e:
-            raise ImportError(
-                f"RoboMME runs through LeRobot's class ({e}); see"
-                f" {shown(locate('configs/requirements/robomme.txt'))}"
-            ) from e
-        self.make, self.limit = (
-            (
-                lambda episode: RoboMMEGymEnv(
-                    task=task, dataset=dataset, episode_idx=episode, max_steps=limit
-                )
-            ),
-            limit,
-        )
-        self.task = task
+        make = _robomme()
+        same = dict(task=task, dataset=dataset, max_steps=limit)
+        self.make = lambda episode: make(**same, episode_idx=episode)
+        self.task, self.limit = task, limit
 
     def seen(self, obs):
         # LeRobot names them image, wrist_image; its successor camera1, camera2
@@ -256,10 +248,8 @@ class RoboMME:
 
     def about(self) -> dict:
         "What the running episode showed."
-        return dict(
-            pictures={k: list(v.shape) for k, v in self.images.items()},
-            shown_before=len(self.demo),
-        )
+        sizes = {k: list(v.shape) for k, v in self.images.items()}
+        return dict(pictures=sizes, shown_before=len(self.demo))
 
     def reset(self, seed: int):
         self.env = self.make(int(seed))
@@ -284,18 +274,17 @@ def show_first(player: Player, frames: np.ndarray, seed: int):
         )
     player.tick, player.fresh = len(frames), not len(frames)
 
-# %% ../../nbs/benchmarks/05_memory.ipynb #9a33a587
+# %% ../../nbs/benchmarks/05_memory.ipynb #4739ad6e
 def conventions(args, env, metadata: dict) -> dict:
     "What this run does, in the protocol's words."
     import importlib.metadata as m
     import platform
 
-    v = lambda name: m.version(name)
     own = dict(PROTOCOL) | dict(
         episodes=args.episodes,
         first_seed=args.seed,
         simulation=args.device.upper(),
-        versions=f"ManiSkill {v('mani_skill')}, gymnasium {v('gymnasium')}",
+        versions=f"ManiSkill {m.version('mani_skill')}, gymnasium {m.version('gymnasium')}",
     )
     return own | dict(
         task=args.task,
@@ -307,7 +296,13 @@ def conventions(args, env, metadata: dict) -> dict:
         server=metadata,
     )
 
-# %% ../../nbs/benchmarks/05_memory.ipynb #a9ac6718
+# %% ../../nbs/benchmarks/05_memory.ipynb #da93e82d
+def _sheet(pictures: list, columns: int) -> np.ndarray:
+    "Pictures (H, W, 3) as one, `columns` in a row, read row by row."
+    starts = range(0, len(pictures), columns)
+    return np.concatenate([np.concatenate(pictures[i : i + columns], 1) for i in starts])
+
+# %% ../../nbs/benchmarks/05_memory.ipynb #6f3531af
 def film(env: Mikasa, seed: int, path: Path, ticks: int = 12, columns: int = 6):
     """A sheet of what the primary camera sees in the first `ticks` ticks while the arm
     stands still, row by row.
@@ -319,26 +314,23 @@ def film(env: Mikasa, seed: int, path: Path, ticks: int = 12, columns: int = 6):
     for _ in range(ticks):
         strip.append(images['primary'])
         images, *_ = env.step(np.zeros(7))
-    Image.fromarray(
-        np.concatenate(
-            [np.concatenate(strip[i : i + columns], 1) for i in range(0, ticks, columns)]
-        )
-    ).save(path)
+    Image.fromarray(_sheet(strip, columns)).save(path)
 
-# %% ../../nbs/benchmarks/05_memory.ipynb #464f97e3
+# %% ../../nbs/benchmarks/05_memory.ipynb #13928a0a
+def _played(env: Mikasa, guess: bool, seeds) -> dict:
+    "The rate of one scripted player."
+    play = lambda seed: run_episode(
+        env, Player(Scripted(env, guess), dim=7), seed, env.limit
+    )
+    return rate([play(seed)['success'] for seed in seeds])
+
+# %% ../../nbs/benchmarks/05_memory.ipynb #76fd562b
 def check(env: Mikasa, task: str, seeds):
     """Play *RememberColor* with the truth and with a guess; exit status 1 unless the truth
     always succeeds.
     """
     for name, guess in (('knows the colour', False), ('guesses', True)):
-        s = rate(
-            [
-                run_episode(env, Player(Scripted(env, guess), dim=7), seed, env.limit)[
-                    'success'
-                ]
-                for seed in seeds
-            ]
-        )
+        s = _played(env, guess, seeds)
         print(
             f"{name:18} {s['successes']}/{s['n']}   95 % interval {s['lo']:.1%} to"
             f" {s['hi']:.1%}" + (f'; chance is {chance(task):.1%}' if guess else '')
@@ -346,9 +338,9 @@ def check(env: Mikasa, task: str, seeds):
         if not guess and s['successes'] < s['n']:
             raise SystemExit(1)
 
-# %% ../../nbs/benchmarks/05_memory.ipynb #636a7e58
-def main(arguments=None):
-    "Command line of `clients/maniskill.py`."
+# %% ../../nbs/benchmarks/05_memory.ipynb #7f2700fe
+def _options():
+    "The parser of `clients/maniskill.py`."
     p = parser('maniskill', 'Play a MIKASA-Robo memory task with a served policy.')
     p.add_argument('--task', default='RememberColor3-VLA-v0')
     p.add_argument('--device', default='cpu', choices=('cpu', 'gpu'))
@@ -363,17 +355,21 @@ def main(arguments=None):
         action='store_true',
         help='only play the scripted players of RememberColor',
     )
-    args = p.parse_args(arguments)
-    try:
-        env = Mikasa(args.task, args.device)
-    except RuntimeError as e:
-        raise SystemExit(vulkan_hint(e)) from e
-    if args.film:
-        return film(env, args.seed, args.film)
-    if args.check:
-        return check(env, args.task, range(args.seed, args.seed + args.episodes))
+    return p
+
+# %% ../../nbs/benchmarks/05_memory.ipynb #673ff161
+def _summary(task: str, s: dict) -> str:
+    "A run in one line: the rate `s`, its interval, and chance where it is known."
+    rate = f"{s['successes']}/{s['n']} = {s['rate']:.1%}"
+    interval = f"95 % interval {s['lo']:.1%} to {s['hi']:.1%}"
+    guess = chance(task)
+    known = f'; guessing gives {guess:.1%}' if guess else ''
+    return f'{task}: {rate}, {interval}{known}'
+
+# %% ../../nbs/benchmarks/05_memory.ipynb #59be1ccb
+def _play(env: Mikasa, args, seeds) -> None:
+    "Play the episodes with the served policy, and print the rate beside chance."
     policy = connect(args.address, args.token)
-    seeds = range(args.seed, args.seed + args.episodes)
     out = run_benchmark(
         env,
         Player(policy, args.replan, args.frames, 7),
@@ -383,12 +379,20 @@ def main(arguments=None):
         conventions(args, env, dict(policy.get_server_metadata())),
         PROTOCOL,
     )
-    s, guess = out['success'], chance(args.task)
-    print(
-        f"{args.task}: {s['successes']}/{s['n']} = {s['rate']:.1%}, 95 % interval"
-        f" {s['lo']:.1%} to {s['hi']:.1%}"
-        + (f"; guessing gives {guess:.1%}" if guess else '')
-    )
+    print(_summary(args.task, out['success']))
+
+# %% ../../nbs/benchmarks/05_memory.ipynb #46a2629a
+def main(arguments=None):
+    "Command line of `clients/maniskill.py`."
+    args = _options().parse_args(arguments)
+    try:
+        env = Mikasa(args.task, args.device)
+    except RuntimeError as e:
+        raise SystemExit(vulkan_hint(e)) from e
+    if args.film:
+        return film(env, args.seed, args.film)
+    seeds = range(args.seed, args.seed + args.episodes)
+    return check(env, args.task, seeds) if args.check else _play(env, args, seeds)
 
 # %% ../../nbs/benchmarks/05_memory.ipynb #07403d42
 def robomme_versions() -> str:
@@ -397,19 +401,10 @@ def robomme_versions() -> str:
 
     return ', '.join(f'{n} {m.version(n)}' for n in ('mani_skill', 'gymnasium', 'numpy'))
 
-# %% ../../nbs/benchmarks/05_memory.ipynb #ee85fd8a
-def main_robomme(arguments=None):
-    "Command line of `clients/robomme.py`."
-    p = parser('robomme', 'Play a RoboMME task with a served policy.')
-    p.add_argument('--task', default='PickXtimes')
-    p.add_argument('--dataset', default='test')
-    p.add_argument('--limit', type=int, default=ROBOMME['ticks'], help='ticks per episode')
-    args = p.parse_args(arguments)
-    env = RoboMME(args.task, args.dataset, args.limit)
-    env.reset(0)  # only pictures say how large they are; before a server waits
-    policy = connect(args.address, args.token)
-    begin = lambda player, seed: show_first(player, env.demo, seed)
-    own = dict(ROBOMME) | dict(
+# %% ../../nbs/benchmarks/05_memory.ipynb #9cecd86e
+def _robomme_conventions(args, env, metadata: dict) -> dict:
+    "What this run does, in RoboMME's protocol's words."
+    return dict(ROBOMME) | dict(
         episodes=args.episodes,
         dataset=args.dataset,
         ticks=args.limit,
@@ -417,20 +412,40 @@ def main_robomme(arguments=None):
         versions=robomme_versions(),
         task=args.task,
         frames=args.frames,
-        chunk_executed=executed(args.replan, dict(policy.get_server_metadata())),
-        server=dict(policy.get_server_metadata()),
+        chunk_executed=executed(args.replan, metadata),
+        server=metadata,
     )
-    play = lambda env, player, seed, limit: (
-        run_episode(env, player, seed, limit, start=begin) | env.about()
-    )
+
+# %% ../../nbs/benchmarks/05_memory.ipynb #7e15672c
+def _robomme_episode(env, player: Player, seed: int, limit: int) -> dict:
+    "One episode that begins with its video, and what it showed."
+    begin = lambda player, seed: show_first(player, env.demo, seed)
+    return run_episode(env, player, seed, limit, start=begin) | env.about()
+
+# %% ../../nbs/benchmarks/05_memory.ipynb #905de781
+def _robomme_options():
+    "The parser of `clients/robomme.py`."
+    p = parser('robomme', 'Play a RoboMME task with a served policy.')
+    p.add_argument('--task', default='PickXtimes')
+    p.add_argument('--dataset', default='test')
+    p.add_argument('--limit', type=int, default=ROBOMME['ticks'], help='ticks per episode')
+    return p
+
+# %% ../../nbs/benchmarks/05_memory.ipynb #742f5ceb
+def main_robomme(arguments=None):
+    "Command line of `clients/robomme.py`."
+    args = _robomme_options().parse_args(arguments)
+    env = RoboMME(args.task, args.dataset, args.limit)
+    env.reset(0)  # only pictures say how large they are; before a server waits
+    policy = connect(args.address, args.token)
     out = run_benchmark(
         env,
         Player(policy, args.replan, args.frames, 8),
         range(args.episodes),
         env.limit,
         args.out,
-        own,
+        _robomme_conventions(args, env, dict(policy.get_server_metadata())),
         ROBOMME,
-        episode=play,
+        episode=_robomme_episode,
     )
     print(f"{args.task}: {out['success']['successes']}/{out['success']['n']}")

@@ -14,7 +14,7 @@ from .thin import Player, connect, executed, parser, run_benchmark
 from ..data.files import locate, shown
 
 # %% auto #0
-__all__ = ['DIALECTS', 'BRIDGE_TOOL', 'OPENING', 'TASKS', 'LIMITS', 'BRIDGE_EPISODES', 'PROTOCOL', 'Dialect', 'dialect',
+__all__ = ['DIALECTS', 'BRIDGE_TOOL', 'OPENING', 'TASKS', 'BRIDGE_EPISODES', 'LIMITS', 'PROTOCOL', 'Dialect', 'dialect',
            'one_sign', 'to_xyzw', 'matrix', 'euler_matrix', 'quaternion', 'axis_angle', 'euler', 'Gripper',
            'to_simulator', 'in_base', 'policy_state', 'observe', 'example', 'limit', 'coke_grid', 'episodes',
            'SimplerModel', 'Simpler', 'main']
@@ -31,7 +31,7 @@ class Dialect:
     gripper: str  # 'change' (1 closes, -1 opens, 0 keeps) or 'place' (1 open, -1 closed)
     sticky: int  # steps for which a change of the gripper is held
 
-# %% ../../nbs/benchmarks/06_simpler.ipynb #f3945c28
+# %% ../../nbs/benchmarks/06_simpler.ipynb #dc178299
 DIALECTS = {
     'google_robot': Dialect(
         'google_robot',
@@ -51,7 +51,7 @@ DIALECTS = {
     ),
 }
 
-
+# %% ../../nbs/benchmarks/06_simpler.ipynb #34208b7c
 def dialect(task: str) -> Dialect:
     "The robot of a SIMPLER task name. Raises `ValueError` for an unknown one."
     for name, d in DIALECTS.items():
@@ -61,7 +61,7 @@ def dialect(task: str) -> Dialect:
         f"{task!r} names neither robot; SIMPLER's tasks begin with google_robot_ or widowx_"
     )
 
-# %% ../../nbs/benchmarks/06_simpler.ipynb #eb5fa791
+# %% ../../nbs/benchmarks/06_simpler.ipynb #4f7578ad
 def one_sign(q) -> np.ndarray:
     """Of q and -q (x y z w), which are the same rotation, the one with w > 0, or, at w = 0,
     with the first other number positive: a policy should see one of them.
@@ -69,12 +69,12 @@ def one_sign(q) -> np.ndarray:
     first = q[3] if abs(q[3]) > 1e-12 else q[np.flatnonzero(np.abs(q) > 1e-12)[0]]
     return q if first > 0 else -q
 
-
+# %% ../../nbs/benchmarks/06_simpler.ipynb #c472468e
 def to_xyzw(q) -> np.ndarray:
     "Quaternion w x y z -> x y z w, of one sign."
     return one_sign(np.roll(np.asarray(q, np.float64), -1))
 
-
+# %% ../../nbs/benchmarks/06_simpler.ipynb #1c0b79bc
 def matrix(q) -> np.ndarray:
     "Rotation matrix (3, 3) of a quaternion w x y z."
     w, x, y, z = np.asarray(q, np.float64) / np.linalg.norm(q)
@@ -98,26 +98,21 @@ def euler_matrix(rpy) -> np.ndarray:
         ]
     )
 
-# %% ../../nbs/benchmarks/06_simpler.ipynb #8114f7ed
+# %% ../../nbs/benchmarks/06_simpler.ipynb #bc354698
 def quaternion(r) -> np.ndarray:
     """Rotation matrix (3, 3) -> quaternion x y z w of one sign: the eigenvector of
     Bar-Itzhack's symmetric matrix, which is stable at every angle.
     """
     (a, b, c), (d, e, f), (g, h, i) = np.asarray(r, np.float64)
-    k = (
-        np.array(
-            [
-                [a - e - i, d + b, g + c, h - f],
-                [d + b, e - a - i, h + f, c - g],
-                [g + c, h + f, i - a - e, d - b],
-                [h - f, c - g, d - b, a + e + i],
-            ]
-        )
-        / 3
-    )
-    return one_sign(np.linalg.eigh(k)[1][:, -1])
+    rows = [
+        [a - e - i, d + b, g + c, h - f],
+        [d + b, e - a - i, h + f, c - g],
+        [g + c, h + f, i - a - e, d - b],
+        [h - f, c - g, d - b, a + e + i],
+    ]
+    return one_sign(np.linalg.eigh(np.array(rows) / 3)[1][:, -1])
 
-
+# %% ../../nbs/benchmarks/06_simpler.ipynb #3ca0deb0
 def axis_angle(r) -> np.ndarray:
     "Rotation matrix -> axis times angle (3,) in rad, at most pi."
     q = quaternion(r)
@@ -173,33 +168,32 @@ def to_simulator(action, gripper: Gripper) -> np.ndarray:
         )
     return np.concatenate([a[:3], axis_angle(euler_matrix(a[3:6])), [gripper(float(a[6]))]])
 
-# %% ../../nbs/benchmarks/06_simpler.ipynb #9b4c4613
+# %% ../../nbs/benchmarks/06_simpler.ipynb #ee53662f
 # Bridge's tool axes in the simulator's: its gripper pointing down is the zero rotation
 BRIDGE_TOOL = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]])
 
-
+# %% ../../nbs/benchmarks/06_simpler.ipynb #7ccf0357
 def in_base(base, tool) -> tuple[np.ndarray, np.ndarray]:
     """Poses (7,) in the world, xyz and w x y z -> the tool's position (3,) and rotation
     matrix (3, 3) in the base.
     """
     r = matrix(base[3:])
-    return r.T @ (np.asarray(tool[:3], np.float64) - np.asarray(base[:3])), r.T @ matrix(
-        tool[3:]
-    )
+    offset = np.asarray(tool[:3], np.float64) - np.asarray(base[:3])
+    return r.T @ offset, r.T @ matrix(tool[3:])
 
-# %% ../../nbs/benchmarks/06_simpler.ipynb #ea4d1c26
+# %% ../../nbs/benchmarks/06_simpler.ipynb #66c24aff
 def policy_state(d: Dialect, base, tool, opening: float) -> np.ndarray:
     """The policy's state (8,) float32 from poses in the world and the gripper's opening (0
     … 1).
     """
     p, r = in_base(base, tool)
     if d.robot == 'widowx':
-        return np.concatenate([p, euler(r @ BRIDGE_TOOL.T), [0.0, opening]]).astype(
-            np.float32
-        )
-    return np.concatenate([p, quaternion(r), [1 - opening]]).astype(np.float32)
+        parts = p, euler(r @ BRIDGE_TOOL.T), [0.0, opening]
+    else:
+        parts = p, quaternion(r), [1 - opening]
+    return np.concatenate(parts).astype(np.float32)
 
-# %% ../../nbs/benchmarks/06_simpler.ipynb #596b36fa
+# %% ../../nbs/benchmarks/06_simpler.ipynb #b423d337
 # finger joints close from 0 to about 1.3 rad (to be checked on the simulator)
 # fingers slide from 15 to 37 mm (to be checked)
 OPENING = dict(
@@ -207,7 +201,7 @@ OPENING = dict(
     widowx=lambda q: np.clip((np.mean(q[-2:]) - 0.015) / (0.037 - 0.015), 0, 1),
 )
 
-
+# %% ../../nbs/benchmarks/06_simpler.ipynb #f600235a
 def observe(d: Dialect, obs: dict) -> tuple[dict, np.ndarray]:
     """SIMPLER's observation -> the client's cameras and state.
 
@@ -224,27 +218,26 @@ def observe(d: Dialect, obs: dict) -> tuple[dict, np.ndarray]:
     )
     return dict(primary=np.ascontiguousarray(image)), state
 
-# %% ../../nbs/benchmarks/06_simpler.ipynb #bfc29a6f
+# %% ../../nbs/benchmarks/06_simpler.ipynb #40f7e9b1
+# half closed fingers, and the tool in the world (xyz, w x y z)
+_EXAMPLES = dict(
+    google_robot=(0.65, [0.55, 0.25, 0.9, 0.1, 0.7, 0.7, 0.1]),
+    widowx=(0.026, [0.3, 0.03, 1.0, math.sqrt(0.5), 0.0, math.sqrt(0.5), 0.0]),
+)
+
+# %% ../../nbs/benchmarks/06_simpler.ipynb #4105cacc
 def example(robot: str) -> dict:
     "An observation in the simulator's form, from fixed numbers."
-    d, q = DIALECTS[robot], [0.0] * 9
-    q[-2:] = [0.65, 0.65] if robot == 'google_robot' else [0.026, 0.026]
+    fingers, tool = _EXAMPLES[robot]
     image = (np.indices((48, 64)).sum(0)[..., None] * [1, 2, 3] % 256).astype(np.uint8)
-    tool = (
-        [0.55, 0.25, 0.9, 0.1, 0.7, 0.7, 0.1]
-        if robot == 'google_robot'
-        else [0.3, 0.03, 1.0, math.sqrt(0.5), 0.0, math.sqrt(0.5), 0.0]
-    )
+    base = [0.35, 0.2, 0.06, math.cos(1.2), 0, 0, math.sin(1.2)]
     return dict(
-        image={d.camera: dict(rgb=image)},
-        agent=dict(
-            qpos=np.array(q),
-            base_pose=np.array([0.35, 0.2, 0.06, math.cos(1.2), 0, 0, math.sin(1.2)]),
-        ),
+        image={DIALECTS[robot].camera: dict(rgb=image)},
+        agent=dict(qpos=np.array([0.0] * 7 + [fingers] * 2), base_pose=np.array(base)),
         extra=dict(tcp_pose=np.array(tool)),
     )
 
-# %% ../../nbs/benchmarks/06_simpler.ipynb #7b728d7c
+# %% ../../nbs/benchmarks/06_simpler.ipynb #52149feb
 TASKS = {
     'google_robot': (
         'google_robot_pick_coke_can',
@@ -260,6 +253,9 @@ TASKS = {
         'widowx_put_eggplant_in_basket',
     ),
 }
+BRIDGE_EPISODES = 24  # object layouts of each WidowX task, numbered
+
+# %% ../../nbs/benchmarks/06_simpler.ipynb #eb444d51
 LIMITS = dict(
     pick_coke_can=80,
     move_near=80,
@@ -271,7 +267,6 @@ LIMITS = dict(
     stack_cube=60,
     put_eggplant_in_basket=120,
 )  # control steps
-BRIDGE_EPISODES = 24  # object layouts of each WidowX task, numbered
 
 
 def limit(task: str) -> int:
@@ -293,22 +288,22 @@ def coke_grid() -> list[dict]:
         for y in np.linspace(-0.02, 0.42, 5)
     ]
 
-# %% ../../nbs/benchmarks/06_simpler.ipynb #d26e5bd4
+# %% ../../nbs/benchmarks/06_simpler.ipynb #e4659af6
+def _numbered(n: int) -> list[dict]:
+    "Options of `n` layouts that the simulator knows by their number."
+    numbers = (dict(obj_init_options=dict(episode_id=i)) for i in range(n))
+    return [dict(kwargs={}, reset=options) for options in numbers]
+
+# %% ../../nbs/benchmarks/06_simpler.ipynb #fa1c7090
 def episodes(task: str) -> list[dict]:
     """The episodes of a task that are numbered by one index: layouts of the WidowX, of
     move-near, or the coke-can grid. Raises `ValueError` where SIMPLER's own scripts must
     set the scene.
     """
     if task.startswith('widowx'):
-        return [
-            dict(kwargs={}, reset=dict(obj_init_options=dict(episode_id=i)))
-            for i in range(BRIDGE_EPISODES)
-        ]
+        return _numbered(BRIDGE_EPISODES)
     if task.endswith('move_near'):
-        return [
-            dict(kwargs={}, reset=dict(obj_init_options=dict(episode_id=i)))
-            for i in range(60)
-        ]
+        return _numbered(60)
     if task.endswith('pick_coke_can'):
         return coke_grid()
     raise ValueError(
@@ -317,7 +312,13 @@ def episodes(task: str) -> list[dict]:
         " their model"
     )
 
-# %% ../../nbs/benchmarks/06_simpler.ipynb #d1d7dd0e
+# %% ../../nbs/benchmarks/06_simpler.ipynb #4a15db29
+def _raw_and_action(raw: np.ndarray, a: np.ndarray) -> tuple[dict, dict]:
+    "The policy's action and the simulator's, under the names of SIMPLER's evaluator."
+    named = dict(world_vector=a[:3], rot_axangle=a[3:6], gripper=a[6:])
+    return dict(action=raw), named | dict(terminate_episode=np.zeros(1))
+
+# %% ../../nbs/benchmarks/06_simpler.ipynb #2944544e
 class SimplerModel:
     """A served policy as SIMPLER's evaluator wants a model: `reset(task)`, `step(image,
     task) -> (raw, action)`.
@@ -331,11 +332,9 @@ class SimplerModel:
         frames: str = 'each',
         state=None,
     ):
-        self.d, self.player, self.state = (
-            DIALECTS[robot],
-            Player(policy, replan, frames, 7),
-            state or (lambda: np.zeros(8, np.float32)),
-        )
+        self.d = DIALECTS[robot]
+        self.player = Player(policy, replan, frames, 7)
+        self.state = state or (lambda: np.zeros(8, np.float32))
         self.gripper, self.count = Gripper(self.d), -1
 
     def reset(self, task_description: str):
@@ -349,18 +348,12 @@ class SimplerModel:
             self.task = task_description
             self.player.interrupt()
         raw = self.player.act(dict(primary=image), self.state(), self.task)
-        a = to_simulator(raw, self.gripper)
-        return dict(action=raw), dict(
-            world_vector=a[:3],
-            rot_axangle=a[3:6],
-            gripper=a[6:],
-            terminate_episode=np.zeros(1),
-        )
+        return _raw_and_action(raw, to_simulator(raw, self.gripper))
 
     def visualize_epoch(self, *unused, **also_unused):
         "SIMPLER's evaluator calls this to draw; nothing is drawn."
 
-# %% ../../nbs/benchmarks/06_simpler.ipynb #a48f1b85
+# %% ../../nbs/benchmarks/06_simpler.ipynb #6afd1324
 PROTOCOL = dict(
     benchmark='SIMPLER',
     setting='visual matching',
@@ -379,26 +372,30 @@ PROTOCOL = dict(
     verified='not in the simulator: conversions tested on messages of its form',
 )
 
+# %% ../../nbs/benchmarks/06_simpler.ipynb #130e5a1f
+def _simulator():
+    """The user's `simpler_env`.
 
+    Raises `ImportError` with what to install.
+    """
+    try:
+        import simpler_env
+    except ImportError as e:
+        raise ImportError(
+            f"SIMPLER is not installed here ({e}); see"
+            f" {shown(locate('configs/requirements/simpler.txt'))}"
+        ) from e
+    return simpler_env
+
+# %% ../../nbs/benchmarks/06_simpler.ipynb #2872cc8b
 class Simpler:
     """A task of the user's SIMPLER installation behind `reset(seed)` and `step(action)`;
     the seed is the episode's number.
     """
 
     def __init__(self, task: str):
-        try:
-            import simpler_env
-        except ImportError as e:
-            raise ImportError(
-                f"SIMPLER is not installed here ({e}); see"
-                f" {shown(locate('configs/requirements/simpler.txt'))}"
-            ) from e
-        self.sim, self.task, self.d, self.list = (
-            simpler_env,
-            task,
-            dialect(task),
-            episodes(task),
-        )
+        self.sim, self.task = _simulator(), task
+        self.d, self.list = dialect(task), episodes(task)
         self.gripper, self.env, self.kwargs = Gripper(self.d), None, None
 
     def reset(self, seed: int):
@@ -411,14 +408,45 @@ class Simpler:
 
     def step(self, action):
         obs, _, done, truncated, _ = self.env.step(to_simulator(action, self.gripper))
-        return (
-            *observe(self.d, obs),
-            self.env.get_language_instruction(),
-            bool(done or truncated),
-            bool(done),
-        )
+        prompt = self.env.get_language_instruction()
+        return *observe(self.d, obs), prompt, bool(done or truncated), bool(done)
 
-# %% ../../nbs/benchmarks/06_simpler.ipynb #00ddd9e5
+# %% ../../nbs/benchmarks/06_simpler.ipynb #8264cfd1
+def _look(env: Simpler) -> None:
+    "Print the first observation of a task, converted."
+    images, state, prompt = env.reset(0)
+    pictures = {k: (v.shape, str(v.dtype)) for k, v in images.items()}
+    named = dict(zip(env.d.state, state.round(4).tolist()))
+    print(prompt, pictures, named, sep='\n')
+
+# %% ../../nbs/benchmarks/06_simpler.ipynb #584b8658
+def _conventions(env: Simpler, args, metadata: dict) -> dict:
+    "What this run does, in the protocol's words."
+    return dict(PROTOCOL) | dict(
+        task=args.task,
+        layouts=len(env.list),
+        episodes=args.episodes,
+        frames=args.frames,
+        chunk_executed=executed(args.replan, metadata),
+        server=metadata,
+    )
+
+# %% ../../nbs/benchmarks/06_simpler.ipynb #4f77bb18
+def _play(env: Simpler, args) -> None:
+    "Play the task's numbered episodes with the served policy."
+    policy = connect(args.address, args.token)
+    out = run_benchmark(
+        env,
+        Player(policy, args.replan, args.frames, 7),
+        range(min(args.episodes, len(env.list))),
+        limit(args.task),
+        args.out,
+        _conventions(env, args, dict(policy.get_server_metadata())),
+        PROTOCOL,
+    )
+    print(f"{args.task}: {out['success']['successes']}/{out['success']['n']}")
+
+# %% ../../nbs/benchmarks/06_simpler.ipynb #395971dc
 def main(arguments=None):
     "Command line of `clients/simpler.py`."
     p = parser('simpler', 'Play a SIMPLER task with a served policy (not verified here).')
@@ -430,30 +458,4 @@ def main(arguments=None):
     )
     args = p.parse_args(arguments)
     env = Simpler(args.task)
-    if args.check:
-        images, state, prompt = env.reset(0)
-        return print(
-            prompt,
-            {k: (v.shape, str(v.dtype)) for k, v in images.items()},
-            dict(zip(env.d.state, state.round(4).tolist())),
-            sep='\n',
-        )
-    policy = connect(args.address, args.token)
-    own = dict(PROTOCOL) | dict(
-        task=args.task,
-        layouts=len(env.list),
-        episodes=args.episodes,
-        frames=args.frames,
-        chunk_executed=executed(args.replan, dict(policy.get_server_metadata())),
-        server=dict(policy.get_server_metadata()),
-    )
-    out = run_benchmark(
-        env,
-        Player(policy, args.replan, args.frames, 7),
-        range(min(args.episodes, len(env.list))),
-        limit(args.task),
-        args.out,
-        own,
-        PROTOCOL,
-    )
-    print(f"{args.task}: {out['success']['successes']}/{out['success']['n']}")
+    return _look(env) if args.check else _play(env, args)

@@ -36,7 +36,7 @@ __all__ = ['TINY_SMOLVLM', 'CHUNK', 'SMOLVLM', 'MADE_BY', 'BASELINES', 'SHIPPED'
            'restore', 'train_baseline', 'load_baseline', 'baseline_conventions', 'evaluate_baseline', 'load_results',
            'comparison', 'table', 'draw_comparison', 'ship_file', 'ship_result', 'left_out', 'parser', 'run', 'main']
 
-# %% ../../nbs/studies/03_baselines.ipynb #089490bb
+# %% ../../nbs/studies/03_baselines.ipynb #dfcc3422
 from ..data.files import locate, place, shipped, shown
 from halo.data.history import (
     EpisodeSampler,
@@ -50,6 +50,8 @@ from halo.data.history import (
     tasks_by_index,
 )
 from ..method.vlm import tiny_tokenizer
+
+# %% ../../nbs/studies/03_baselines.ipynb #0b90e16c
 from halo.sim.evaluate import (
     EvalResult,
     checkpoint_hash,
@@ -65,6 +67,8 @@ from halo.sim.evaluate import (
 )
 from ..sim.flash_place import COLOURS
 from .demo import ACTIONS, CHECKPOINTS, DATA, SEEDS, TRAIN
+
+# %% ../../nbs/studies/03_baselines.ipynb #28f0aaa6
 from halo.train.loop import (
     TrainConfig,
     find_checkpoint,
@@ -76,7 +80,7 @@ from halo.train.loop import (
     train_step,
 )
 
-# %% ../../nbs/studies/03_baselines.ipynb #24d31136
+# %% ../../nbs/studies/03_baselines.ipynb #3c47d2c9
 @ProcessorStepRegistry.register(name='halo_goal_colour')
 @dataclass
 class GoalColourStep(ObservationProcessorStep):
@@ -94,14 +98,11 @@ class GoalColourStep(ObservationProcessorStep):
 
     def observation(self, obs):
         tasks, state = self.transition['complementary_data']['task'], obs[OBS_STATE]
-        hot = torch.stack(
-            [self.one_hot(t) for t in ([tasks] if isinstance(tasks, str) else tasks)]
-        ).to(state)
-        return obs | {
-            OBS_ENV_STATE: (
-                hot if state.ndim == 2 else hot[:, None].expand(-1, state.shape[1], -1)
-            )
-        }
+        tasks = [tasks] if isinstance(tasks, str) else tasks
+        hot = torch.stack([self.one_hot(t) for t in tasks]).to(state)
+        if state.ndim > 2:
+            hot = hot[:, None].expand(-1, state.shape[1], -1)
+        return obs | {OBS_ENV_STATE: hot}
 
 # %% ../../nbs/studies/03_baselines.ipynb #ea220139
 @patch
@@ -164,7 +165,21 @@ def _smolvlm_processor(tok, image: int, patch: int):
         image_seq_len=(image // patch // 2) ** 2,
     )
 
-# %% ../../nbs/studies/03_baselines.ipynb #4db6786e
+# %% ../../nbs/studies/03_baselines.ipynb #5f389914
+def _smolvlm_config(tok, image: int, patch: int, vision: dict, text: dict):
+    "The configuration of a SmolVLM for this tokenizer and these views."
+    from transformers import SmolVLMConfig
+
+    words = dict(model_type='llama', pad_token_id=tok.pad_token_id)
+    return SmolVLMConfig(
+        vision_config=dict(image_size=image, patch_size=patch, **vision),
+        scale_factor=2,
+        image_token_id=tok.image_token_id,
+        text_config=dict(**words, **dict(dict(vocab_size=len(tok)), **text)),
+        pad_token_id=tok.pad_token_id,
+    )
+
+# %% ../../nbs/studies/03_baselines.ipynb #5a0ffb8d
 def smolvlm_folder(
     root: str | Path,
     image: int = 112,
@@ -176,21 +191,12 @@ def smolvlm_folder(
     views of `image` pixels, 2 x 2 patches to a token), made once; the ordinary loaders read
     it offline.
     """
-    from transformers import SmolVLMConfig
-
     root = Path(root)
     if (root / 'config.json').exists():
         return root
     tok = _smolvlm_tokenizer()
     _smolvlm_processor(tok, image, patch).save_pretrained(root)
-    words = dict(model_type='llama', pad_token_id=tok.pad_token_id)
-    SmolVLMConfig(
-        vision_config=dict(image_size=image, patch_size=patch, **vision),
-        scale_factor=2,
-        image_token_id=tok.image_token_id,
-        text_config=dict(**words, **dict(dict(vocab_size=len(tok)), **text)),
-        pad_token_id=tok.pad_token_id,
-    ).save_pretrained(root)
+    _smolvlm_config(tok, image, patch, vision, text).save_pretrained(root)
     return root
 
 # %% ../../nbs/studies/03_baselines.ipynb #d8f8cb12
@@ -220,10 +226,12 @@ class Baseline:
         where = f'lerobot.policies.{self.module}'
         return importlib.import_module(f'{where}.{kind}_{self.module}')
 
-# %% ../../nbs/studies/03_baselines.ipynb #3b611cc0
+# %% ../../nbs/studies/03_baselines.ipynb #bc686db2
 CHUNK = 16
 SMOLVLM = place('runs/baselines/smolvlm')  # made where it is missing
 MADE_BY = 'halo.studies.baselines.smolvlm_folder'  # in its place in what is shipped
+
+# %% ../../nbs/studies/03_baselines.ipynb #a280b172
 _ACT = dict(
     chunk_size=CHUNK,
     dim_model=256,
@@ -232,7 +240,7 @@ _ACT = dict(
     pretrained_backbone_weights=None,
 )
 
-# %% ../../nbs/studies/03_baselines.ipynb #21a1cef5
+# %% ../../nbs/studies/03_baselines.ipynb #77733e69
 _DIFFUSION = dict(
     n_obs_steps=2,
     horizon=CHUNK,
@@ -245,6 +253,8 @@ _DIFFUSION = dict(
     noise_scheduler_type='DDIM',
     num_inference_steps=10,
 )
+
+# %% ../../nbs/studies/03_baselines.ipynb #49bc9abb
 _SMOLVLA = dict(
     chunk_size=CHUNK,
     max_state_dim=4,
@@ -257,7 +267,7 @@ _SMOLVLA = dict(
     load_vlm_weights=False,
 )
 
-# %% ../../nbs/studies/03_baselines.ipynb #b307770e
+# %% ../../nbs/studies/03_baselines.ipynb #91c42482
 BASELINES = {
     'act': Baseline('ACT', 'act', 'ACT', 2e-4, True, True, config=_ACT),
     'diffusion': Baseline(
@@ -267,6 +277,8 @@ BASELINES = {
         'SmolVLA architecture', 'smolvla', 'SmolVLA', 8e-4, False, False, config=_SMOLVLA
     ),
 }
+
+# %% ../../nbs/studies/03_baselines.ipynb #912832a5
 BASELINES['smolvla_clock'] = replace(
     BASELINES['smolvla'], label="SmolVLA architecture, HALO's wall-clock", steps=6000
 )
@@ -300,7 +312,22 @@ def _baseline_config(b: Baseline, meta, dev: str):
         **extra,
     )
 
-# %% ../../nbs/studies/03_baselines.ipynb #cfed5ba8
+# %% ../../nbs/studies/03_baselines.ipynb #03df2b81
+def _built(b: Baseline, cfg) -> torch.nn.Module:
+    """LeRobot's policy of this configuration.
+
+    Raises `ImportError` with the fix where LeRobot lacks a package.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return b.policy_class(cfg)
+    except ImportError as e:
+        raise ImportError(
+            f"LeRobot's {b.label} needs a package that is not installed ({e}): pip install"
+            " 'lerobot_policy_halo[baselines]'"
+        ) from e
+
+# %% ../../nbs/studies/03_baselines.ipynb #776f54c2
 def make_baseline(name: str, meta, dev: str = 'cpu'):
     """An untrained policy `name` and its processors for a dataset's metadata.
 
@@ -311,20 +338,13 @@ def make_baseline(name: str, meta, dev: str = 'cpu'):
         raise ValueError(f"no baseline {name!r}; choose among {', '.join(BASELINES)}")
     b = BASELINES[name]
     cfg = _baseline_config(b, meta, dev)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            policy = b.policy_class(cfg)
-    except ImportError as e:
-        raise ImportError(
-            f"LeRobot's {b.label} needs a package that is not installed ({e}): pip install"
-            " 'lerobot_policy_halo[baselines]'"
-        ) from e
+    policy = _built(b, cfg)
     pre, post = make_pre_post_processors(cfg, dataset_stats=meta.stats)
     if b.goal:
         pre.steps = [*pre.steps[:2], GoalColourStep(), *pre.steps[2:]]
     return policy, pre, post
 
-# %% ../../nbs/studies/03_baselines.ipynb #60c0605b
+# %% ../../nbs/studies/03_baselines.ipynb #bb7cc663
 class Demonstrations:
     """Batches of a LeRobot dataset for a policy without HALO's history: images (b, n, 3, H,
     W) in [0, 1], n dropped where it is 1.
@@ -333,23 +353,18 @@ class Demonstrations:
     def __init__(self, dataset, size: int = 112, store_root=None, progress: bool = True):
         dataset = opened(dataset)
         self.meta = as_meta(dataset)
-        self.cameras, self.bounds, self.tasks = (
-            list(self.meta.camera_keys),
-            episode_bounds(self.meta),
-            tasks_by_index(self.meta),
-        )
+        self.cameras = list(self.meta.camera_keys)
+        self.bounds, self.tasks = episode_bounds(self.meta), tasks_by_index(self.meta)
         sizes = {c: size for c in self.cameras}
-        self.store = FrameStore.build(
-            dataset, sizes, store_root or default_store(self.meta, sizes), 2, progress
-        )
-        self.columns = read_columns(
-            dataset, ['observation.state', 'action', 'episode_index', 'task_index']
-        )
+        root = store_root or default_store(self.meta, sizes)
+        self.store = FrameStore.build(dataset, sizes, root, 2, progress)
+        columns = ['observation.state', 'action', 'episode_index', 'task_index']
+        self.columns = read_columns(dataset, columns)
 
     def __len__(self) -> int:
         return int(self.bounds[-1, 1])
 
-# %% ../../nbs/studies/03_baselines.ipynb #c66cf319
+# %% ../../nbs/studies/03_baselines.ipynb #d3757953
 @patch
 def batch(self: Demonstrations, indices, n_obs: int = 1, horizon: int = CHUNK) -> dict:
     """Observations of ticks t−n_obs+1 … t and actions from the first of them on; what lies
@@ -362,17 +377,20 @@ def batch(self: Demonstrations, indices, n_obs: int = 1, horizon: int = CHUNK) -
     out = {
         c: torch.from_numpy(self.store.maps[c][past]).float() / 255 for c in self.cameras
     }
-    out['observation.state'] = torch.from_numpy(
-        matrix(self.columns['observation.state'])[past]
-    )
+    state, action = (matrix(self.columns[k]) for k in ('observation.state', 'action'))
+    out['observation.state'] = torch.from_numpy(state[past])
     out = {k: v[:, 0] if n_obs == 1 else v for k, v in out.items()}
-    out['action'] = torch.from_numpy(
-        matrix(self.columns['action'])[np.clip(steps, first, after - 1)]
-    )
+    out['action'] = torch.from_numpy(action[np.clip(steps, first, after - 1)])
     out['action_is_pad'] = torch.from_numpy((steps >= after) | (steps < first))
     return out | {'task': [self.tasks[int(k)] for k in self.columns['task_index'][rows]]}
 
-# %% ../../nbs/studies/03_baselines.ipynb #290279d4
+# %% ../../nbs/studies/03_baselines.ipynb #6314bc65
+def _note_statistics(norm, args) -> None:
+    "Hook before a norm: it takes over the mean and variance of its input (b, c, h, w)."
+    norm.running_mean.copy_(args[0].float().mean((0, 2, 3)))
+    norm.running_var.copy_(args[0].float().var((0, 2, 3)))
+
+# %% ../../nbs/studies/03_baselines.ipynb #dec4acab
 def settle_frozen_norms(policy, batch: dict) -> int:
     """Give every `FrozenBatchNorm2d` of `policy` the mean and variance of its input on
     `batch`; returns how many there are (0: nothing to do).
@@ -380,12 +398,7 @@ def settle_frozen_norms(policy, batch: dict) -> int:
     from torchvision.ops.misc import FrozenBatchNorm2d
 
     norms = [m for m in policy.modules() if isinstance(m, FrozenBatchNorm2d)]
-
-    def note(m, args):
-        m.running_mean.copy_(args[0].float().mean((0, 2, 3)))
-        m.running_var.copy_(args[0].float().var((0, 2, 3)))
-
-    hooks = [m.register_forward_pre_hook(note) for m in norms]
+    hooks = [m.register_forward_pre_hook(_note_statistics) for m in norms]
     try:
         with torch.no_grad():
             if norms:
@@ -394,7 +407,7 @@ def settle_frozen_norms(policy, batch: dict) -> int:
         [h.remove() for h in hooks]
     return len(norms)
 
-# %% ../../nbs/studies/03_baselines.ipynb #e50d6a5b
+# %% ../../nbs/studies/03_baselines.ipynb #d31df997
 def restore(name: str, folder: Path, policy, optimizer, sampler) -> int:
     """Weights, optimizer, sampler and random state of a checkpoint into the given objects;
     returns its step.
@@ -403,11 +416,10 @@ def restore(name: str, folder: Path, policy, optimizer, sampler) -> int:
 
     policy.load_state_dict(load_file(str(folder / 'model.safetensors')), strict=False)
     load_optimizer(optimizer, folder / 'training_state')
-    state = json.loads((folder / 'training_state' / 'state.json').read_text())
+    kept = folder / 'training_state'
+    state = json.loads((kept / 'state.json').read_text())
     sampler.load_state_dict(state['sampler'])
-    torch.set_rng_state(
-        load_file(str(folder / 'training_state' / 'rng.safetensors'))['torch']
-    )
+    torch.set_rng_state(load_file(str(kept / 'rng.safetensors'))['torch'])
     return state['step']
 
 # %% ../../nbs/studies/03_baselines.ipynb #c1378108
@@ -495,7 +507,12 @@ def _train_until(stop: int, it: _Trainee, acc, tc, b, log: _Log, bar, save) -> N
             save(acc.unwrap_model(model), optimizer)
     bar.close()
 
-# %% ../../nbs/studies/03_baselines.ipynb #1ae37c1c
+# %% ../../nbs/studies/03_baselines.ipynb #0802316e
+def _usual(b: Baseline | None) -> TrainConfig:
+    "How a baseline is trained where nothing else is asked for."
+    return replace(TRAIN, lr=b.lr, steps=b.steps) if b else TRAIN
+
+# %% ../../nbs/studies/03_baselines.ipynb #716024b6
 def train_baseline(
     name: str,
     dataset: LeRobotDataset,
@@ -509,9 +526,7 @@ def train_baseline(
     `out/log.jsonl`; goes on by itself. Returns the folder.
     """
     b, out = BASELINES.get(name), Path(out)
-    target = out / 'checkpoint'
-    if tc is None:
-        tc = replace(TRAIN, lr=b.lr, steps=b.steps) if b else TRAIN
+    target, tc = out / 'checkpoint', _usual(b) if tc is None else tc
     set_seed(tc.seed)
     acc = Accelerator(cpu=not torch.cuda.is_available())
     it = _trainee(name, dataset, target, tc, acc.device, store, progress)
@@ -561,7 +576,7 @@ def load_baseline(folder: str | Path):
     )
     return name, policy.eval(), *processors
 
-# %% ../../nbs/studies/03_baselines.ipynb #4f8ee132
+# %% ../../nbs/studies/03_baselines.ipynb #fc7fddf0
 def _identity(policy) -> dict:
     "Type, hashes and size of a policy."
     return dict(
@@ -571,7 +586,7 @@ def _identity(policy) -> dict:
         parameters=sum(p.numel() for p in policy.parameters()),
     )
 
-
+# %% ../../nbs/studies/03_baselines.ipynb #deceae92
 def _normalisation(config) -> dict:
     return {k: getattr(v, 'value', v) for k, v in config.normalization_mapping.items()}
 
@@ -634,18 +649,18 @@ def evaluate_baseline(
         time.perf_counter() - start,
     )
 
-# %% ../../nbs/studies/03_baselines.ipynb #915aebe4
+# %% ../../nbs/studies/03_baselines.ipynb #effb1f98
 SHIPPED = shipped('checkpoints/baselines')
 NAMES = {'full': 'HALO', 'no_history': 'HALO without history'} | {
     k: b.label for k, b in BASELINES.items()
 }
 
-
+# %% ../../nbs/studies/03_baselines.ipynb #6600317e
 def _last_step(folder: Path) -> int:
     "The step at which a training stood that was stopped early, or ended."
     return json.loads((folder / 'log.jsonl').read_text().splitlines()[-1])['step']
 
-
+# %% ../../nbs/studies/03_baselines.ipynb #c4102552
 def load_results(
     halo_folder: str | Path = CHECKPOINTS, folder: str | Path = SHIPPED
 ) -> dict[str, EvalResult]:
@@ -698,25 +713,25 @@ def comparison(results: dict[str, EvalResult], reference: str = 'full') -> list[
 
     return [row(n, r) for n, r in results.items()]
 
-# %% ../../nbs/studies/03_baselines.ipynb #08088b35
+# %% ../../nbs/studies/03_baselines.ipynb #7bdbf16d
 def _right_if_placed(r: dict) -> str:
     if not r['placed']:
         return '–'
     share, (lo, hi) = r['successes'] / r['placed'], r['right_of_placed']
     return f'{100 * share:.0f} % ({100 * lo:.0f} to {100 * hi:.0f})'
 
-
+# %% ../../nbs/studies/03_baselines.ipynb #a7c11f31
 def _paired(r: dict) -> str:
     if r['p'] is None:
         return '–'
     return f"{r['only_reference']} / {r['only_this']}, p = {r['p']:.1g}"
 
-
+# %% ../../nbs/studies/03_baselines.ipynb #745ee763
 def _schedule(r: dict) -> str:
     early = f" of {r['planned']}" if r['steps'] != r['planned'] else ''
     return f"{r['steps']} × {r['batch']}{early}"
 
-# %% ../../nbs/studies/03_baselines.ipynb #a8e9c9f7
+# %% ../../nbs/studies/03_baselines.ipynb #f9bd2537
 _COLUMNS = {
     'policy': lambda r: r['label'],
     'parameters': lambda r: f"{r['parameters'] / 1e6:.1f} M",
@@ -729,17 +744,17 @@ _COLUMNS = {
     'McNemar against HALO: only HALO / only it, p': _paired,
 }
 
-
+# %% ../../nbs/studies/03_baselines.ipynb #b1fd6c3e
 def table(rows: list[dict]) -> str:
     "`comparison` as Markdown."
     lines = [list(_COLUMNS), ['---'] * len(_COLUMNS)]
     lines += [[say(r) for say in _COLUMNS.values()] for r in rows]
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
 
-# %% ../../nbs/studies/03_baselines.ipynb #1d4c8526
+# %% ../../nbs/studies/03_baselines.ipynb #d2b79dd8
 _HUES = dict(full='#1d7f5f', no_history='#3b6ea5')
 
-
+# %% ../../nbs/studies/03_baselines.ipynb #a117e9ab
 def _draw_policy(ax, y: int, r: dict) -> None:
     "One policy's interval, dot and ring in row `y`; the lowest row carries the legend."
     c = _HUES.get(r['name'], '#8a6d3b')
@@ -748,7 +763,30 @@ def _draw_policy(ax, y: int, r: dict) -> None:
     ax.plot(100 * r['rate'], y, 'o', color=c, ms=7, label=dot)
     ax.plot(100 * r['placed'] / r['n'], y, 'o', mfc='none', mec=c, ms=10, label=ring)
 
-# %% ../../nbs/studies/03_baselines.ipynb #ccbdfb9c
+# %% ../../nbs/studies/03_baselines.ipynb #6f379647
+def _draw_chance(ax, n: int) -> None:
+    "The level of a blind guess, over `n` rows."
+    ax.axvline(100 / 3, color='#999', ls=':', lw=1)
+    said = 'chance, if a pad is always reached'
+    ax.text(100 / 3 + 0.6, n - 0.55, said, fontsize=7, color='#777')
+
+# %% ../../nbs/studies/03_baselines.ipynb #7ba99258
+def _dress(ax, labels: list[str]) -> None:
+    "Names, limits and legend of the comparison."
+    n = len(labels)
+    ax.set(
+        yticks=range(n),
+        xlim=(-2, 103),
+        ylim=(-0.6, n - 0.3),
+        xlabel='episodes of 60 unseen seeds, %',
+    )
+    ax.set_yticklabels(labels, fontsize=9)
+    ax.legend(fontsize=8, loc='lower right', frameon=False)
+    ax.grid(axis='x', alpha=0.25)
+    ax.spines[['top', 'right', 'left']].set_visible(False)
+    ax.tick_params(length=0, labelsize=8)
+
+# %% ../../nbs/studies/03_baselines.ipynb #356a5185
 def draw_comparison(rows: list[dict]):
     """Right pad (dot, interval) and any pad (ring) of every policy, with chance.
 
@@ -759,26 +797,14 @@ def draw_comparison(rows: list[dict]):
     fig, ax = plt.subplots(figsize=(7, 0.8 + 0.38 * len(rows)), layout='constrained')
     for y, r in enumerate(reversed(rows)):
         _draw_policy(ax, y, r)
-    ax.axvline(100 / 3, color='#999', ls=':', lw=1)
-    said = 'chance, if a pad is always reached'
-    ax.text(100 / 3 + 0.6, len(rows) - 0.55, said, fontsize=7, color='#777')
-    ax.set(
-        yticks=range(len(rows)),
-        xlim=(-2, 103),
-        ylim=(-0.6, len(rows) - 0.3),
-        xlabel='episodes of 60 unseen seeds, %',
-    )
-    ax.set_yticklabels([r['label'] for r in reversed(rows)], fontsize=9)
-    ax.legend(fontsize=8, loc='lower right', frameon=False)
-    ax.grid(axis='x', alpha=0.25)
-    ax.spines[['top', 'right', 'left']].set_visible(False)
-    ax.tick_params(length=0, labelsize=8)
+    _draw_chance(ax, len(rows))
+    _dress(ax, [r['label'] for r in reversed(rows)])
     return fig
 
-# %% ../../nbs/studies/03_baselines.ipynb #4e30c061
+# %% ../../nbs/studies/03_baselines.ipynb #3b0381be
 LIMIT = 5e6  # bytes of weights that are shipped
 
-
+# %% ../../nbs/studies/03_baselines.ipynb #89f276d5
 def ship_file(file: Path, target: Path, folder: str | None) -> None:
     """Copy `file` into `target`, whole or not at all; in JSON, `folder` becomes the name of
     what makes it.
@@ -788,7 +814,7 @@ def ship_file(file: Path, target: Path, folder: str | None) -> None:
         data = data.replace(json.dumps(folder).encode(), json.dumps(MADE_BY).encode())
     write_whole(target / file.name, data)
 
-
+# %% ../../nbs/studies/03_baselines.ipynb #d6f9c71a
 def ship_result(run: Path, result: EvalResult, target: Path) -> Path:
     """Put a baseline's evaluation, log, configuration and provenance into `target`, and its
     weights if they are at most `LIMIT`; if not, its provenance says how to make them.
@@ -814,13 +840,13 @@ def left_out(target: Path) -> None:
     said = json.loads(file.read_text(encoding='utf-8')) | dict(weights=how)
     write_whole(file, json.dumps(said, indent=1))
 
-# %% ../../nbs/studies/03_baselines.ipynb #8011c113
+# %% ../../nbs/studies/03_baselines.ipynb #da0e0200
 _DATA_HELP = (
     'folder of the demonstrations (data/flash_place; python -m halo.studies.demo'
     ' --train-from-scratch records them)'
 )
 
-
+# %% ../../nbs/studies/03_baselines.ipynb #de59ec84
 def _folder_options(p: argparse.ArgumentParser) -> None:
     "Where data, runs and results are."
     for name, default, text in (
@@ -834,7 +860,7 @@ def _folder_options(p: argparse.ArgumentParser) -> None:
     ):
         p.add_argument(f'--{name}', type=Path, default=default, help=text)
 
-
+# %% ../../nbs/studies/03_baselines.ipynb #7ad97d43
 def parser() -> argparse.ArgumentParser:
     "Options of `python -m halo.studies.baselines`."
     p = argparse.ArgumentParser(
@@ -872,19 +898,19 @@ def _refuse(args) -> None:
             " --train-from-scratch records them"
         )
 
-# %% ../../nbs/studies/03_baselines.ipynb #5157f593
+# %% ../../nbs/studies/03_baselines.ipynb #a0e64e79
 def _train_one(name: str, args) -> Path:
     b, data = BASELINES[name], LeRobotDataset('halo/flash_place', root=args.data)
     tc = replace(TRAIN, steps=args.steps or b.steps, lr=b.lr)
     return train_baseline(name, data, args.runs / name, tc, args.until)
 
-
+# %% ../../nbs/studies/03_baselines.ipynb #169dad84
 def _judge_one(name: str, args) -> Path:
     run = args.runs / name
     result = evaluate_baseline(run / 'checkpoint', SEEDS[: args.seeds])
     return ship_result(run, result, args.out / name)
 
-
+# %% ../../nbs/studies/03_baselines.ipynb #0f682fc5
 def run(args) -> None:
     "Carry out what the options say."
     _refuse(args)

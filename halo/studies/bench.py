@@ -40,13 +40,13 @@ __all__ = ['PEERS', 'BENCHES', 'wait', 'timed', 'alternate', 'summary', 'PeakMem
            'bench_options', 'count', 'pi0', 'smolvla', 'like_sized', 'peers', 'compare_peer', 'bench_peers', 'machine',
            'keep', 'parser', 'main']
 
-# %% ../../nbs/studies/04_bench.ipynb #8427df26
+# %% ../../nbs/studies/04_bench.ipynb #c3fd5918
 def wait(device) -> None:
     "Wait until the device has done what was asked of it."
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize()
 
-
+# %% ../../nbs/studies/04_bench.ipynb #0b2d586a
 def timed(f: Callable, device) -> tuple:
     "What `f()` gives, and its milliseconds."
     wait(device)
@@ -55,7 +55,7 @@ def timed(f: Callable, device) -> tuple:
     wait(device)
     return out, 1e3 * (time.perf_counter() - began)
 
-
+# %% ../../nbs/studies/04_bench.ipynb #cc8f00a1
 def alternate(
     fns: dict[str, Callable], rounds: int = 20, device='cpu', warm: int = 2
 ) -> dict[str, list[float]]:
@@ -126,19 +126,16 @@ def peak_bytes(f: Callable, device='cpu') -> int:
         f()
     return m.peak
 
-# %% ../../nbs/studies/04_bench.ipynb #ec83e0ca
+# %% ../../nbs/studies/04_bench.ipynb #4fbb2ee2
 class _Layer:
     "One layer's re-representation at `l` tokens and `i` state heads, in either form."
 
     def __init__(self, l: int, i: int, device, dtype):
         torch.manual_seed(0)
         self.m = SALR(32, i, 4, 2, 128).to(device)
-        self.k, self.v = (
-            torch.randn(1, l, 4, 128, device=device, dtype=dtype)
-            .transpose(1, 2)
-            .requires_grad_()
-            for _ in 'kv'
-        )
+        # as a Qwen layer leaves them: the heads of a token side by side
+        made = [torch.randn(1, l, 4, 128, device=device, dtype=dtype) for _ in 'kv']
+        self.k, self.v = (x.transpose(1, 2).requires_grad_() for x in made)
         self.state = torch.randn(1, 32, device=device)
 
     def forward(self, fused: bool):
@@ -158,7 +155,7 @@ class _Layer:
         made = (self.k, self.v, *self.m.parameters())
         return sum(x.numel() * x.element_size() for x in made)
 
-# %% ../../nbs/studies/04_bench.ipynb #e84c83c8
+# %% ../../nbs/studies/04_bench.ipynb #2c5d56b6
 def _salr_row(layer: _Layer, name: str, args) -> dict:
     "Literal against fused, in time and in memory."
     f = layer.forward if name == 'forward' else layer.both
@@ -176,7 +173,7 @@ def _salr_row(layer: _Layer, name: str, args) -> dict:
         bound_whole=round(mem['literal'] / own, 2),
     )
 
-
+# %% ../../nbs/studies/04_bench.ipynb #14f747eb
 def _salr_text(r: dict) -> str:
     mem, own = r['bytes'], r['results']
     whole = mem['literal'] / mem['fused']
@@ -246,7 +243,21 @@ def _random_views(cfg: ModelConfig, ticks: int, views: int, size: int, batch: in
     ]
     return past, still
 
-# %% ../../nbs/studies/04_bench.ipynb #cb4c8108
+# %% ../../nbs/studies/04_bench.ipynb #3b52dbfa
+def _all_there(past: Tensor, views: list, text: Tensor, state: Tensor) -> Observation:
+    "An observation of frames (t, 3, h, h), views, words (b, l) and state, none missing."
+    b = len(text)
+    return Observation(
+        past[None].expand(b, -1, -1, -1, -1),
+        torch.ones(b, len(past), dtype=torch.bool),
+        views,
+        torch.ones(b, len(views), dtype=torch.bool),
+        text,
+        torch.ones_like(text, dtype=torch.bool),
+        state,
+    )
+
+# %% ../../nbs/studies/04_bench.ipynb #3e4c24ca
 def episode(
     cfg: ModelConfig,
     ticks: range,
@@ -268,22 +279,14 @@ def episode(
         idx = history_ticks(t, s.history_frames, s.history_stride, s.history_hop)
         idx = idx[len(idx) - frames :] if frames is not None else idx
         h = past[idx] if idx else past[:0]
-        yield Observation(
-            h[None].expand(batch, -1, -1, -1, -1),
-            torch.ones(batch, len(idx), dtype=torch.bool),
-            [x ^ (t & 255) for x in still],
-            torch.ones(batch, views, dtype=torch.bool),
-            text,
-            torch.ones_like(text, dtype=torch.bool),
-            state + 0.01 * t,
-        )
+        yield _all_there(h, [x ^ (t & 255) for x in still], text, state + 0.01 * t)
 
-# %% ../../nbs/studies/04_bench.ipynb #1c97589d
+# %% ../../nbs/studies/04_bench.ipynb #f37a79e1
 def recomputed(model: HaloModel, obs: Observation, noise: Tensor) -> Tensor:
     "A chunk by running VLM, SALR and expert in every denoising step."
     return model.integrate(lambda x, t: model(obs, x, t), noise)
 
-
+# %% ../../nbs/studies/04_bench.ipynb #0172be54
 def cached(model: HaloModel, obs: Observation, noise: Tensor) -> Tensor:
     "A chunk by running VLM and SALR once, and the expert in every denoising step."
     return model.integrate(Denoiser(model, model.encode(obs)), noise)
@@ -309,21 +312,21 @@ def bench_denoise(args) -> dict:
     )
     return dict(t, faster=round(ratio, 2), difference=apart)
 
-# %% ../../nbs/studies/04_bench.ipynb #4ee39d43
+# %% ../../nbs/studies/04_bench.ipynb #dbe82d8c
 def without_history(model: HaloModel) -> HaloModel:
     "The same weights under a configuration without history."
     out = copy.copy(model)
     out.cfg = model.cfg.but(sampling__history_frames=0, sampling__history_hop=0)
     return out
 
-
+# %% ../../nbs/studies/04_bench.ipynb #919de838
 def past_removed(obs: Observation) -> Observation:
     "An observation without its history."
     out = copy.copy(obs)
     out.history, out.history_mask = obs.history[:, :0], obs.history_mask[:, :0]
     return out
 
-# %% ../../nbs/studies/04_bench.ipynb #8b408199
+# %% ../../nbs/studies/04_bench.ipynb #4a8c2c7d
 class Runner:
     """One way of getting an action chunk from an observation, tick after tick: 'plain' is
     `HaloModel.sample`, 'full' recomputes too but lays the denoising out once, 'stream'
@@ -332,12 +335,10 @@ class Runner:
 
     def __init__(self, model: HaloModel, how: str, graph: bool, compiled: bool = False):
         self.how, self.model = how, without_history(model) if how == 'none' else model
-        self.program = (
-            GraphStreamer(self.model, reuse=how == 'stream', compiled=compiled)
-            if graph and how != 'plain'
-            else None
-        )
-        self.stream = Streamer(self.model) if how == 'stream' and not graph else None
+        reuse, self.program = how == 'stream', None
+        if graph and how != 'plain':
+            self.program = GraphStreamer(self.model, reuse=reuse, compiled=compiled)
+        self.stream = Streamer(self.model) if reuse and not graph else None
 
     def __call__(self, obs: Observation, noise: Tensor) -> Tensor:
         if self.how == 'none':
@@ -346,11 +347,19 @@ class Runner:
             return self.model.sample(obs, noise)
         if self.program:
             return self.program.sample(obs, noise)
-        return self.model.integrate(
-            Denoiser(self.model, (self.stream or self.model).encode(obs)), noise
-        )
+        prefix = (self.stream or self.model).encode(obs)
+        return self.model.integrate(Denoiser(self.model, prefix), noise)
 
-# %% ../../nbs/studies/04_bench.ipynb #e0185acd
+# %% ../../nbs/studies/04_bench.ipynb #5c024b7a
+def _one_tick(runners: dict, obs: Observation, noise: Tensor, dev, took: dict) -> dict:
+    "The chunk of every way on one tick; its milliseconds go into `took`."
+    out = {}
+    for n, r in runners.items():
+        out[n], ms = timed(partial(r, obs, noise), dev)
+        took[n].append(ms)
+    return out
+
+# %% ../../nbs/studies/04_bench.ipynb #538f8c2d
 @torch.inference_mode()
 def compare_ticks(
     model: HaloModel,
@@ -376,10 +385,7 @@ def compare_ticks(
         for r in runners.values():
             r(obs, noise)
     for k, obs in enumerate(episode(cfg, ticks, views, size, device)):
-        out = {}
-        for n, r in runners.items():
-            out[n], ms = timed(partial(r, obs, noise), device)
-            took[n].append(ms)
+        out = _one_tick(runners, obs, noise, device, took)
         if 'full' in out:
             worst = max(worst, float((out['full'] - out['stream']).abs().max()))
         if obs.history.shape[1] < before:
@@ -387,12 +393,12 @@ def compare_ticks(
         before = obs.history.shape[1]
     return took, worst, hops
 
-# %% ../../nbs/studies/04_bench.ipynb #bb4869c7
+# %% ../../nbs/studies/04_bench.ipynb #adb54a86
 _COUNTED = dict(
     full=dict(streaming=False), stream=dict(streaming=True), none=dict(history=0)
 )
 
-
+# %% ../../nbs/studies/04_bench.ipynb #c06a6146
 def tick_operations(
     cfg: ModelConfig, views: int = 2, size: int = 224, words: int = 16
 ) -> dict[str, float]:
@@ -432,9 +438,7 @@ def _tick_row(took: dict, worst: float, hops: list[int], ops: dict, ticks: int) 
     "What a comparison of ticks found."
     t, mean = summary(took), {k: statistics.mean(x) for k, x in took.items()}
     pairs = (('plain', 'stream'), ('full', 'stream'), ('stream', 'none'))
-    times = {
-        f'{a}_over_{b}': round(t[a]['ms'] / t[b]['ms'], 2) for a, b in pairs if a in t
-    }
+    times = {f'{a}_over_{b}': round(t[a]['ms'] / t[b]['ms'], 2) for a, b in pairs if a in t}
     return dict(
         t,
         **times,
@@ -448,16 +452,18 @@ def _tick_row(took: dict, worst: float, hops: list[int], ops: dict, ticks: int) 
         ticks=ticks,
     )
 
-# %% ../../nbs/studies/04_bench.ipynb #8884b78a
+# %% ../../nbs/studies/04_bench.ipynb #06305427
 _KINDS = dict(eager='eager', graph='graphs', compiled='compiled, in graphs')
+
+# %% ../../nbs/studies/04_bench.ipynb #c331b426
 _WAYS = dict(full='recomputed', stream='streamed', none='without history')
 _PLAIN = dict(plain='HaloModel.sample')
 
-
+# %% ../../nbs/studies/04_bench.ipynb #5af786ac
 def _setting_text(cfg: ModelConfig, args) -> str:
     return f"{cfg.name}{f' ({args.layers} layers)' if args.layers else ''}"
 
-
+# %% ../../nbs/studies/04_bench.ipynb #96ce8b5e
 def _tick_text(row: dict, ops: dict) -> str:
     "Ratios of a row, in words."
     plain = (
@@ -475,7 +481,7 @@ def _tick_text(row: dict, ops: dict) -> str:
         f" difference of actions {row['difference']:.0e}"
     )
 
-# %% ../../nbs/studies/04_bench.ipynb #2af8868c
+# %% ../../nbs/studies/04_bench.ipynb #5937b787
 def _say_bound(bound: dict[str, float]) -> None:
     least = ', '.join(f'{x:.1f} ms {_WAYS[k]}' for k, x in bound.items())
     print(
@@ -485,7 +491,7 @@ def _say_bound(bound: dict[str, float]) -> None:
         flush=True,
     )
 
-
+# %% ../../nbs/studies/04_bench.ipynb #772b1925
 def _say_tick(cfg: ModelConfig, kind: str, row: dict, ops: dict, args) -> None:
     names, s = _PLAIN | _WAYS, cfg.sampling
     spent = ', '.join(f"{names[k]} {row[k]['ms']:.1f} ms" for k in names if k in row)
@@ -518,7 +524,7 @@ def bench_tick(args) -> dict:
         _say_tick(cfg, kind, row, ops, args)
     return out
 
-# %% ../../nbs/studies/04_bench.ipynb #a412c70f
+# %% ../../nbs/studies/04_bench.ipynb #7f3bcfcc
 def _ticks(model: HaloModel, args, **more) -> dict:
     "Times of `args.rounds` ticks by way."
     # graphs of a recomputed tick differ for every length of the history
@@ -527,11 +533,11 @@ def _ticks(model: HaloModel, args, **more) -> dict:
     ticks, how = range(140, 140 + args.rounds), dict(compiled=args.compile, ways=ways)
     return summary(compare_ticks(model, ticks, args.graph, args.device, **how, **more)[0])
 
-
+# %% ../../nbs/studies/04_bench.ipynb #31464808
 def _say_times(what: str, times: dict) -> None:
     print(what + ', '.join(f"{k} {v['ms']:.1f} ms" for k, v in times.items()))
 
-
+# %% ../../nbs/studies/04_bench.ipynb #10f2bb05
 def _cost_of_history(model: HaloModel, args) -> dict:
     "A tick against the number of history frames."
     cfg, out = model.cfg, {}
@@ -543,7 +549,7 @@ def _cost_of_history(model: HaloModel, args) -> dict:
     model.cfg = cfg
     return out
 
-
+# %% ../../nbs/studies/04_bench.ipynb #f32cf81d
 def _cost_of_views(model: HaloModel, args) -> dict:
     "A tick against the number of views."
     out = {}
@@ -552,7 +558,7 @@ def _cost_of_views(model: HaloModel, args) -> dict:
         _say_times(f'views {v}: ', out[v])
     return out
 
-# %% ../../nbs/studies/04_bench.ipynb #8bab1594
+# %% ../../nbs/studies/04_bench.ipynb #5e4a7299
 def _cost_of_steps(model: HaloModel, args) -> dict:
     "Denoising alone against its steps."
     cfg, dev = model.cfg, args.device
@@ -565,7 +571,7 @@ def _cost_of_steps(model: HaloModel, args) -> dict:
     print(f'denoising alone: {said}')
     return t
 
-
+# %% ../../nbs/studies/04_bench.ipynb #4f2edac6
 def _cost_of_batch(model: HaloModel, args) -> dict:
     "A recomputed tick of several robots at once."
     cfg, dev, out = model.cfg, args.device, {}
@@ -653,7 +659,7 @@ def parts(model: HaloModel, cfg: ModelConfig, args) -> dict:
         print(f'{how:6}: ' + ', '.join(f'{n} {x:.1f}' for n, x in out[how].items()) + ' ms')
     return out
 
-# %% ../../nbs/studies/04_bench.ipynb #5d36921a
+# %% ../../nbs/studies/04_bench.ipynb #bd6a914e
 class Pick(nn.Module):
     "Keys and values of the first `o` heads: a re-representation for free."
 
@@ -664,13 +670,13 @@ class Pick(nn.Module):
     def forward(self, k: Tensor, v: Tensor, state=None):
         return k[:, : self.o], v[:, : self.o]
 
-
+# %% ../../nbs/studies/04_bench.ipynb #8e97b58b
 def training_step(model: HaloModel, obs: Observation, actions: Tensor) -> None:
     "Forward and backward; gradients are dropped."
     model.loss(obs, actions).backward()
     model.zero_grad(set_to_none=True)
 
-# %% ../../nbs/studies/04_bench.ipynb #f39c9219
+# %% ../../nbs/studies/04_bench.ipynb #3ef7239d
 def _with_free_converter(model: HaloModel) -> HaloModel:
     "The same model, but each block passes on the first heads of the cache."
     free = copy.copy(model)
@@ -681,7 +687,7 @@ def _with_free_converter(model: HaloModel) -> HaloModel:
         b.rerep = Pick(model.cfg.expert.kv_heads)
     return free
 
-
+# %% ../../nbs/studies/04_bench.ipynb #ecc2b734
 def _share(t: dict) -> dict:
     return dict(t, share=round(1 - t['without']['ms'] / t['with']['ms'], 4))
 
@@ -696,7 +702,7 @@ def _ticks_in_turns(runs: dict[str, Callable], observations, noise: Tensor, dev)
                 took[n].append(ms)
     return summary(took)
 
-# %% ../../nbs/studies/04_bench.ipynb #71957df0
+# %% ../../nbs/studies/04_bench.ipynb #dc35eced
 def _share_of_training(model: HaloModel, free: HaloModel, args) -> dict:
     "With and without SALR: a step on a batch."
     cfg, dev, s = model.cfg, args.device, model.cfg.sampling.history_frames
@@ -711,7 +717,7 @@ def _share_of_training(model: HaloModel, free: HaloModel, args) -> dict:
     free.eval()
     return _share(t)
 
-
+# %% ../../nbs/studies/04_bench.ipynb #56affe71
 @torch.inference_mode()
 def _share_of_tick(model: HaloModel, free: HaloModel, graph: bool, args) -> dict:
     "With and without SALR: streamed ticks."
@@ -742,7 +748,7 @@ def bench_share(args) -> dict:
         )
     return out
 
-# %% ../../nbs/studies/04_bench.ipynb #43054f90
+# %% ../../nbs/studies/04_bench.ipynb #cc242ce9
 def linears(model: HaloModel) -> list[str]:
     "Names of the linear layers of VLM and expert (not SALR, not the heads)."
     return [
@@ -751,7 +757,7 @@ def linears(model: HaloModel) -> list[str]:
         if isinstance(m, nn.Linear) and '.rerep.' not in n and not n.startswith('heads.')
     ]
 
-
+# %% ../../nbs/studies/04_bench.ipynb #e539d1de
 def int8_weights(model: HaloModel) -> HaloModel:
     """A copy with int8 weights in the linear layers of VLM and expert.
 
@@ -845,7 +851,7 @@ def option_errors(args) -> dict:
         )
     return out
 
-# %% ../../nbs/studies/04_bench.ipynb #b87845ca
+# %% ../../nbs/studies/04_bench.ipynb #a352bc9e
 def _option_models(model: HaloModel, args) -> dict[str, HaloModel]:
     "The model under each kind of weights."
     out = {args.dtype: model}
@@ -855,7 +861,7 @@ def _option_models(model: HaloModel, args) -> dict[str, HaloModel]:
         out['int8'] = int8_weights(model)
     return out
 
-
+# %% ../../nbs/studies/04_bench.ipynb #d5351fa5
 def _fewer_steps(model: HaloModel, k: int, args) -> Runner:
     "A streaming runner that takes `k` denoising steps."
     r = Runner(model, 'stream', args.graph, args.compile)
@@ -863,16 +869,9 @@ def _fewer_steps(model: HaloModel, k: int, args) -> Runner:
     r.model.cfg = model.cfg.but(flow__steps=k)
     return r
 
-# %% ../../nbs/studies/04_bench.ipynb #724ed551
-@torch.inference_mode()
-def bench_options(args) -> dict:
-    "Errors on the shipped policy; times of a streamed tick at the preset."
-    out = dict(errors=option_errors(args)) if args.checkpoint else {}
-    cfg, dev = bench_config(args), args.device
-    model = build(cfg, dev)
-    models = _option_models(model, args)
-    noise = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev)
-    size = {n: weight_bytes(m) for n, m in models.items()}
+# %% ../../nbs/studies/04_bench.ipynb #a92ed509
+def _option_runners(model: HaloModel, models: dict, args) -> dict[str, Runner]:
+    "Streaming runners: every kind of weights at ten steps, and the model at fewer."
     runs = {
         f'{n}, 10 steps': Runner(m, 'stream', args.graph, args.compile)
         for n, m in models.items()
@@ -882,12 +881,25 @@ def bench_options(args) -> dict:
         if r.program:
             steps = r.model.cfg.flow.steps
             r.program = GraphStreamer(r.model, steps=steps, compiled=args.compile)
+    return runs
+
+# %% ../../nbs/studies/04_bench.ipynb #36bf0718
+@torch.inference_mode()
+def bench_options(args) -> dict:
+    "Errors on the shipped policy; times of a streamed tick at the preset."
+    out = dict(errors=option_errors(args)) if args.checkpoint else {}
+    cfg, dev = bench_config(args), args.device
+    model = build(cfg, dev)
+    models = _option_models(model, args)
+    noise = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev)
+    size = {n: weight_bytes(m) for n, m in models.items()}
+    runs = _option_runners(model, models, args)
     seen = episode(cfg, range(140, 146 + args.rounds), device=dev)
     times = _ticks_in_turns(runs, seen, noise, dev)
     _say_options(cfg, times, times[f'{args.dtype}, 10 steps']['ms'], size)
     return out | dict(ms=times, bytes=size)
 
-
+# %% ../../nbs/studies/04_bench.ipynb #4ffea7c7
 def _say_options(cfg: ModelConfig, times: dict, base: float, size: dict) -> None:
     for n, t in times.items():
         kind = n.split(',')[0]
@@ -956,10 +968,12 @@ def pi0(
     both.paligemma.lm_head = both.gemma_expert.lm_head = nn.Identity()
     return out
 
-# %% ../../nbs/studies/04_bench.ipynb #be8d10f0
+# %% ../../nbs/studies/04_bench.ipynb #fb91223f
 _SMOL_VISION = dict(
     hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
 )
+
+# %% ../../nbs/studies/04_bench.ipynb #53d33362
 _SMOL_TEXT = dict(
     hidden_size=960,
     num_attention_heads=15,
@@ -969,7 +983,7 @@ _SMOL_TEXT = dict(
     vocab_size=49280,
 )
 
-
+# %% ../../nbs/studies/04_bench.ipynb #db668c16
 def smolvla(chunk: int, dtype: str, layers: int = 16) -> nn.Module:
     """LeRobot's SmolVLA: the widths of SmolVLM2-500M, its first `layers` layers, an expert
     of 0.75 its width; a view of 224 pixels gives 49 tokens.
@@ -998,7 +1012,7 @@ def smolvla(chunk: int, dtype: str, layers: int = 16) -> nn.Module:
     out.vlm_with_expert.to(getattr(torch, dtype)).vlm.lm_head = nn.Identity()
     return out
 
-# %% ../../nbs/studies/04_bench.ipynb #aa8d1d96
+# %% ../../nbs/studies/04_bench.ipynb #80dbefcd
 _SIZED = dict(
     name='sized',
     vlm_id='',
@@ -1008,7 +1022,7 @@ _SIZED = dict(
     sampling__history_hop=0,
 )
 
-
+# %% ../../nbs/studies/04_bench.ipynb #4ae294f4
 def _layers_for(target: int, base: ModelConfig) -> int:
     "How many layers give `base` about `target` parameters."
 
@@ -1051,8 +1065,10 @@ def like_sized(
     )
     return base.but(text__layers=_layers_for(target, base))
 
-# %% ../../nbs/studies/04_bench.ipynb #e3ef2f5e
+# %% ../../nbs/studies/04_bench.ipynb #6a298652
 _PI0 = dict(width=2048, mlp=16384, heads=8, expert_width=1024, expert_mlp=4096)
+
+# %% ../../nbs/studies/04_bench.ipynb #e0f4a330
 _BESIDE_PI0 = dict(
     width=2048,
     heads=16,
@@ -1063,6 +1079,8 @@ _BESIDE_PI0 = dict(
     vision={},
     vocab=152064,
 )
+
+# %% ../../nbs/studies/04_bench.ipynb #434ed306
 _BESIDE_SMOLVLA = dict(
     width=896,
     heads=14,
@@ -1075,6 +1093,8 @@ _BESIDE_SMOLVLA = dict(
     mrope=(8, 12, 12),
     tokenizer='tiny',
 )
+
+# %% ../../nbs/studies/04_bench.ipynb #a78fd496
 PEERS = dict(full=(18, 16), third=(6, 16))  # layers of π0 and of SmolVLA
 
 # %% ../../nbs/studies/04_bench.ipynb #53e54b9d
@@ -1088,12 +1108,10 @@ def peers(size: str, chunk: int, dtype: str) -> dict[str, tuple[nn.Module, dict]
         'SmolVLA': (partial(smolvla, chunk, dtype, shallow), _BESIDE_SMOLVLA),
     }
 
-# %% ../../nbs/studies/04_bench.ipynb #c0b4c2a2
+# %% ../../nbs/studies/04_bench.ipynb #097e0623
 def _peer_call(other: nn.Module, noise: Tensor, dtype, dev) -> Callable:
     "A chunk of a peer from two views of 224 pixels and 16 words."
-    images = [
-        torch.rand(1, 3, 224, 224, device=dev).to(dtype) * 2 - 1 for _ in range(2)
-    ]
+    images = [torch.rand(1, 3, 224, 224, device=dev).to(dtype) * 2 - 1 for _ in range(2)]
     there = [torch.ones(1, dtype=torch.bool, device=dev)] * 2
     words = torch.randint(20, 400, (1, 16), device=dev)
     state = torch.randn(1, 32, device=dev).to(other.state_proj.weight.dtype)
@@ -1106,7 +1124,7 @@ def _peer_call(other: nn.Module, noise: Tensor, dtype, dev) -> Callable:
 
     return call
 
-
+# %% ../../nbs/studies/04_bench.ipynb #e56b12d2
 def _say_peer(name: str, n: dict, t: dict, layers: int) -> None:
     print(
         f"parameters: {name} {n[name]:,}, HALO without history {n['HALO']:,}"
@@ -1116,7 +1134,16 @@ def _say_peer(name: str, n: dict, t: dict, layers: int) -> None:
         share = x['ms'] / t[name]['ms']
         print(f"{k:12}: {x['ms']:.1f} ms a chunk, {share:.2f} of {name}'s time")
 
-# %% ../../nbs/studies/04_bench.ipynb #c0275323
+# %% ../../nbs/studies/04_bench.ipynb #a26a9214
+def _own_calls(model: HaloModel, obs: Observation, noise: Tensor, args) -> dict:
+    "HALO's chunk, eagerly and, where asked, as a static program."
+    runs = {'HALO': partial(cached, model, obs, noise)}
+    if args.graph:
+        program = GraphStreamer(model, compiled=args.compile)
+        runs['HALO, graph'] = partial(program.sample, obs, noise)
+    return runs
+
+# %% ../../nbs/studies/04_bench.ipynb #5499c30a
 @torch.inference_mode()
 def compare_peer(name: str, make: Callable, beside: dict, args, chunk: int = 50) -> dict:
     """Chunk times of a peer and of HALO without history at its size, eager, in turns: two
@@ -1130,13 +1157,8 @@ def compare_peer(name: str, make: Callable, beside: dict, args, chunk: int = 50)
     model = build(cfg, dev)
     obs = next(episode(cfg, range(1), device=dev))
     noise = torch.randn(1, chunk, 32, device=dev)
-    runs = {
-        name: _peer_call(other, noise, getattr(torch, args.dtype), dev),
-        'HALO': lambda: cached(model, obs, noise),
-    }
-    if args.graph:
-        program = GraphStreamer(model, compiled=args.compile)
-        runs['HALO, graph'] = lambda: program.sample(obs, noise)
+    theirs = _peer_call(other, noise, getattr(torch, args.dtype), dev)
+    runs = {name: theirs} | _own_calls(model, obs, noise, args)
     t = summary(alternate(runs, args.rounds, dev))
     n = {name: count(other), 'HALO': count(model)}
     _say_peer(name, n, t, cfg.text.layers)
@@ -1151,7 +1173,7 @@ def bench_peers(args) -> dict:
         for name, two in peers(args.size, 50, args.dtype).items()
     }
 
-# %% ../../nbs/studies/04_bench.ipynb #802ed168
+# %% ../../nbs/studies/04_bench.ipynb #03e15f01
 BENCHES = dict(
     salr=bench_salr,
     denoise=bench_denoise,
@@ -1162,7 +1184,7 @@ BENCHES = dict(
     peers=bench_peers,
 )
 
-
+# %% ../../nbs/studies/04_bench.ipynb #d75a8bed
 def machine(device) -> dict:
     "What the figures were measured on."
     out = dict(
@@ -1219,7 +1241,7 @@ def parser() -> argparse.ArgumentParser:
     add('--name', help='its name there')
     return p
 
-# %% ../../nbs/studies/04_bench.ipynb #fe065125
+# %% ../../nbs/studies/04_bench.ipynb #6c2e44f8
 def _refuse(p: argparse.ArgumentParser, args) -> None:
     "Exit for options that contradict each other or a device that is not there."
     if (args.compile or args.no_eager) and not args.graph:
@@ -1229,7 +1251,12 @@ def _refuse(p: argparse.ArgumentParser, args) -> None:
             f"--device {args.device}: torch sees no CUDA device here; use --device cpu"
         )
 
+# %% ../../nbs/studies/04_bench.ipynb #3fca4c1e
+def _settings(args) -> dict:
+    "The options that decide what was measured."
+    return {k: v for k, v in vars(args).items() if k not in ('out', 'name', 'what')}
 
+# %% ../../nbs/studies/04_bench.ipynb #9f869ed1
 def main(argv: list[str] | None = None) -> int:
     "Run one bench; exit status 0."
     p = parser()
@@ -1239,10 +1266,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.compile:
         torch._dynamo.config.recompile_limit = 64
     began = time.perf_counter()
-    row = dict(result=BENCHES[args.what](args))
-    row['settings'] = {
-        k: v for k, v in vars(args).items() if k not in ('out', 'name', 'what')
-    }
+    row = dict(result=BENCHES[args.what](args), settings=_settings(args))
     if args.out:
         seconds = round(time.perf_counter() - began, 1)
         row |= dict(machine=machine(args.device), seconds=seconds)

@@ -51,14 +51,22 @@ FILMS = 6  # evaluation seeds that are recorded for the report
 CHECKPOINTS, DATA = shipped('checkpoints/flash_place'), place('data')
 RUNS, OUT = place('runs/flash_place'), place('outputs/demo')
 
-# %% ../../nbs/studies/02_demo.ipynb #72860a1a
+# %% ../../nbs/studies/02_demo.ipynb #67db4986
 def _shipped_files(run: Path) -> list[Path]:
     "What ships of a training run: its checkpoint without the optimizer, log, masks."
     made = [f for f in (run / 'checkpoint').iterdir() if f.is_file()]
     beside = [f for f in (run / 'log.jsonl', run / 'masks.safetensors') if f.exists()]
     return made + beside
 
+# %% ../../nbs/studies/02_demo.ipynb #b140f92e
+def _exchange(new: Path, target: Path, old: Path) -> None:
+    "Put the folder `new` in the place of `target`, which becomes `old` and goes."
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
+# %% ../../nbs/studies/02_demo.ipynb #0ee7b706
 def ship(run: Path, target: Path) -> Path:
     """Copy the policy of a training run (`run/checkpoint`, its log, its masks along
     training) to `target`, whole or not at all.
@@ -70,33 +78,32 @@ def ship(run: Path, target: Path) -> Path:
     tmp.mkdir(parents=True)
     for f in _shipped_files(run):
         shutil.copy2(f, tmp)
-    if target.exists():
-        target.rename(old)
-    tmp.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    _exchange(tmp, target, old)
     return target
 
-# %% ../../nbs/studies/02_demo.ipynb #a24e3a77
+# %% ../../nbs/studies/02_demo.ipynb #bfc39183
+def _whole(folder: Path) -> bool:
+    "Whether a policy's weights are there."
+    return (folder / 'model.safetensors').exists()
+
+# %% ../../nbs/studies/02_demo.ipynb #61feb3ad
 def find_checkpoints(folder: Path) -> dict[str, Path]:
     """The checkpoint of every variant in `folder`, or those that ship if it has none.
 
     Raises `FileNotFoundError` naming what is missing and how to get it.
     """
 
-    def whole(f):
-        return (f / 'model.safetensors').exists()
-
     found = {name: folder / name for name in VARIANTS}
-    if not any(map(whole, found.values())):
+    if not any(map(_whole, found.values())):
         found = {name: locate(f) for name, f in found.items()}
-    if missing := [k for k, f in found.items() if not whole(f)]:
+    if missing := [k for k, f in found.items() if not _whole(f)]:
         raise FileNotFoundError(
             f"no trained checkpoint for {', '.join(missing)} in {shown(folder)}: train them"
             " with python -m halo.studies.demo --train-from-scratch"
         )
     return found
 
-# %% ../../nbs/studies/02_demo.ipynb #da8b7a6b
+# %% ../../nbs/studies/02_demo.ipynb #2ababda2
 class Stages:
     "Numbered headings with times."
 
@@ -115,7 +122,7 @@ class Stages:
             flush=True,
         )
 
-
+# %% ../../nbs/studies/02_demo.ipynb #d531f702
 def clock(seconds: float) -> str:
     return f'{int(seconds // 60)} min {int(seconds % 60):02d} s'
 
@@ -131,7 +138,7 @@ def demonstrations(root: Path, episodes: int, seed: int) -> LeRobotDataset:
 def device() -> str:
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
-# %% ../../nbs/studies/02_demo.ipynb #00bf1486
+# %% ../../nbs/studies/02_demo.ipynb #8ac41462
 def _gentle(steps: int, batch: int) -> TrainConfig:
     "Settings for a few more steps: a twentieth of the rate, every step logged."
     return replace(
@@ -144,7 +151,7 @@ def _gentle(steps: int, batch: int) -> TrainConfig:
         save_every=steps,
     )
 
-
+# %% ../../nbs/studies/02_demo.ipynb #ffe644f5
 def continue_training(
     dataset: LeRobotDataset,
     checkpoint: Path,
@@ -164,7 +171,17 @@ def continue_training(
     print(f'      {continued_text(log)}')
     return log
 
-# %% ../../nbs/studies/02_demo.ipynb #e956f7bc
+# %% ../../nbs/studies/02_demo.ipynb #6272ea7f
+def _belongs(r: EvalResult, checkpoint: Path, seeds: list[int], films: int) -> bool:
+    "Whether a result is of these weights and seeds and has these recordings."
+    return (
+        r.seeds == seeds
+        and r.conventions['policy']['checkpoint_sha256']
+        == sha256(checkpoint / 'model.safetensors')
+        and set(r.records) == set(seeds[:films])
+    )
+
+# %% ../../nbs/studies/02_demo.ipynb #75032eb0
 def reusable(file: Path, checkpoint: Path, seeds, films: int) -> EvalResult | None:
     """The result in `file` if it was measured with the same weights on the same seeds and
     holds the recordings, else None.
@@ -173,13 +190,7 @@ def reusable(file: Path, checkpoint: Path, seeds, films: int) -> EvalResult | No
         r = EvalResult.load(file)
     except (OSError, ValueError):
         return None
-    same = (
-        r.seeds == list(seeds)
-        and r.conventions['policy']['checkpoint_sha256']
-        == sha256(checkpoint / 'model.safetensors')
-        and set(r.records) == set(list(seeds)[:films])
-    )
-    return r if same else None
+    return r if _belongs(r, checkpoint, list(seeds), films) else None
 
 # %% ../../nbs/studies/02_demo.ipynb #23ff7dfa
 def evaluate_variant(
@@ -220,13 +231,13 @@ def evaluate_all(
     )
     return results
 
-# %% ../../nbs/studies/02_demo.ipynb #f3036192
+# %% ../../nbs/studies/02_demo.ipynb #8b080d9c
 def _judge(args, checkpoints: dict[str, Path]) -> dict[str, EvalResult]:
     "Roll out all policies on the first `args.seeds` evaluation seeds."
     films = min(FILMS, args.seeds)
     return evaluate_all(checkpoints, SEEDS[: args.seeds], args.out / 'results', films)
 
-
+# %% ../../nbs/studies/02_demo.ipynb #2fcd66eb
 def _report(args, results, checkpoints, continued: list[dict] | None = None) -> Path:
     "Write the report; `--quick` leaves the explorers out."
     path, inside = args.out / 'report.html', not args.quick
@@ -249,7 +260,16 @@ def run_demo(args) -> Path:
     with stage('the report'):
         return _report(args, results, checkpoints, log)
 
-# %% ../../nbs/studies/02_demo.ipynb #a099f945
+# %% ../../nbs/studies/02_demo.ipynb #370dc93a
+def _eyes(runs: Path, stage, quick: bool) -> Path:
+    "The pretrained VLM of all variants, made where it is missing."
+    vlm = runs / 'vlm'
+    if not vlm.exists():
+        with stage('pretrain the tiny VLM by pointing'):
+            pretrain(vlm, **(dict(steps=4, batch=4) if quick else {}))
+    return vlm
+
+# %% ../../nbs/studies/02_demo.ipynb #e634d640
 def train_variants(
     dataset: LeRobotDataset,
     runs: Path,
@@ -261,10 +281,7 @@ def train_variants(
     """Train every variant in `runs/NAME` (going on where it was) and ship it to
     `checkpoints/NAME`.
     """
-    shipped, vlm = {}, runs / 'vlm'
-    if not vlm.exists():
-        with stage('pretrain the tiny VLM by pointing'):
-            pretrain(vlm, **(dict(steps=4, batch=4) if quick else {}))
+    shipped, vlm = {}, _eyes(runs, stage, quick)
     for name, changes in VARIANTS.items():
         with stage(f'train {name}: {tc.steps} steps of {tc.batch}'):
             config = dict(vlm_id=os.path.relpath(vlm), n_action_steps=ACTIONS, **changes)
@@ -272,7 +289,14 @@ def train_variants(
             shipped[name] = ship(runs / name, checkpoints / name)
     return shipped
 
-# %% ../../nbs/studies/02_demo.ipynb #1606737c
+# %% ../../nbs/studies/02_demo.ipynb #9c09e3b7
+def _ship_evaluations(results: dict[str, EvalResult], folders: dict[str, Path]) -> None:
+    "Put each policy's evaluation beside its weights, without the recordings."
+    for name, r in results.items():
+        light = EvalResult(r.episodes, r.conventions, r.seconds)
+        light.save(folders[name] / 'evaluation.json')
+
+# %% ../../nbs/studies/02_demo.ipynb #e2a66af9
 def run_training(args) -> Path:
     """Record, train the three variants from nothing, ship them, evaluate, report.
 
@@ -286,19 +310,19 @@ def run_training(args) -> Path:
     checkpoints = train_variants(data, args.runs, args.checkpoints, tc, stage, args.quick)
     with stage(f'three policies on the same {args.seeds} unseen seeds'):
         results = _judge(args, checkpoints)
-    for name, r in results.items():
-        light = EvalResult(r.episodes, r.conventions, r.seconds)
-        light.save(checkpoints[name] / 'evaluation.json')
+    _ship_evaluations(results, checkpoints)
     with stage('the report'):
         return _report(args, results, checkpoints)
 
-# %% ../../nbs/studies/02_demo.ipynb #8a17c60e
+# %% ../../nbs/studies/02_demo.ipynb #67e5ecdb
 _COUNTS = dict(
     episodes='demonstrations to record (100; 400 for training)',
     seeds=f'evaluation episodes per policy, at most {len(SEEDS)} ({len(SEEDS)})',
     steps=f'training steps (20 more; {TRAIN.steps} from scratch)',
     batch=f'observations per training step ({TRAIN.batch})',
 )
+
+# %% ../../nbs/studies/02_demo.ipynb #d833a47e
 _FOLDERS = dict(
     data='folder of the demonstrations (data/flash_place_demo; data/flash_place for'
     ' training)',
@@ -327,7 +351,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--quick', action='store_true', help=quick)
     return p
 
-# %% ../../nbs/studies/02_demo.ipynb #53439bfb
+# %% ../../nbs/studies/02_demo.ipynb #27ac7523
 def _usual(scratch: bool) -> dict:
     "Counts and folders of a full run."
     return dict(
@@ -341,7 +365,7 @@ def _usual(scratch: bool) -> dict:
         out=OUT,
     )
 
-
+# %% ../../nbs/studies/02_demo.ipynb #6719bfd2
 def _miniature(scratch: bool) -> dict:
     "Counts and folders of `--quick`; a demonstration still starts from what ships."
     base = place('outputs/quick')
@@ -350,10 +374,10 @@ def _miniature(scratch: bool) -> dict:
     counts = dict(episodes=2, seeds=2, steps=3, batch=4)
     return counts | dict(data=data, runs=base / 'runs', out=base / 'out') | ours
 
-# %% ../../nbs/studies/02_demo.ipynb #08c63740
+# %% ../../nbs/studies/02_demo.ipynb #2107e9b3
 _MOST = dict(episodes=FRESH_SEED, seeds=len(SEEDS), steps=10**9, batch=10**6)
 
-
+# %% ../../nbs/studies/02_demo.ipynb #6da0f0f8
 def defaults(args) -> argparse.Namespace:
     "Fill in what was left out. Raises `ValueError` for counts that cannot be."
     usual = _usual(args.train_from_scratch)
@@ -369,7 +393,15 @@ def defaults(args) -> argparse.Namespace:
             )
     return args
 
-# %% ../../nbs/studies/02_demo.ipynb #fc6b5ec5
+# %% ../../nbs/studies/02_demo.ipynb #03ac11f0
+def _need_simulator() -> None:
+    "Raise `ImportError` with the fix where rollouts cannot run."
+    try:
+        require_sim()
+    except RuntimeError as e:
+        raise ImportError(e) from e
+
+# %% ../../nbs/studies/02_demo.ipynb #8b55919d
 def main(argv: list[str] | None = None) -> int:
     """The command `python -m halo.studies.demo`; returns its exit status (130 after an
     interruption).
@@ -378,11 +410,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.command = ' '.join(['python -m halo.studies.demo', *argv])
     try:
-        # before minutes of work
-        try:
-            require_sim()
-        except RuntimeError as e:
-            raise ImportError(e) from e
+        _need_simulator()
         report = (run_training if args.train_from_scratch else run_demo)(defaults(args))
     except (FileNotFoundError, ValueError, ImportError) as e:
         print(f'\n{e}', file=sys.stderr)

@@ -62,11 +62,11 @@ def styled(make):
 
     return inside
 
-# %% ../../nbs/studies/01_report.ipynb #f638ebd5
+# %% ../../nbs/studies/01_report.ipynb #8b1a62e0
 def colour(name: str) -> str:
     return COLOURS.get(name, '#CC79A7')
 
-
+# %% ../../nbs/studies/01_report.ipynb #34c9bfa8
 def title(name: str) -> str:
     return NAMES.get(name, name)
 
@@ -230,7 +230,19 @@ def _reach(found: dict[str, np.ndarray]) -> float:
     "The largest distance of any mask entry from 1."
     return max(float(np.abs(m - 1).max()) for m in found.values()) or 1e-6
 
-# %% ../../nbs/studies/01_report.ipynb #f4465d10
+# %% ../../nbs/studies/01_report.ipynb #cc547dc4
+def _draw_mask(ax, which: str, layer: int, m: np.ndarray, top: float):
+    "The mask (i*j, h) of one layer, less 1, on a scale from -top to top."
+    im = ax.imshow(m - 1, cmap='PuOr_r', vmin=-top, vmax=top, aspect='auto')
+    ax.grid(False)
+    ax.set_title(f'layer {layer}, $M_{which.lower()} - 1$')
+    if layer == 0:
+        ax.set_ylabel('state head × KV head')
+    if which == 'V':
+        ax.set_xlabel('channel')
+    return im
+
+# %% ../../nbs/studies/01_report.ipynb #8adaf828
 @styled
 def figure_masks(policy) -> Figure:
     """M - 1 per layer for keys and values, diverging colours that are safe for the
@@ -244,13 +256,7 @@ def figure_masks(policy) -> Figure:
     axes = fig.subplots(2, layers, sharex=True, sharey=True, squeeze=False)
     for row, (which, m) in zip(axes, found.items()):
         for l, ax in enumerate(row):
-            im = ax.imshow(m[l] - 1, cmap='PuOr_r', vmin=-top, vmax=top, aspect='auto')
-            ax.grid(False)
-            ax.set_title(f'layer {l}, $M_{which.lower()} - 1$')
-            if l == 0:
-                ax.set_ylabel('state head × KV head')
-            if which == 'V':
-                ax.set_xlabel('channel')
+            im = _draw_mask(ax, which, l, m[l], top)
     bar = fig.colorbar(im, ax=axes, shrink=0.8, pad=0.01)
     bar.set_label('mask − 1')
     bar.outline.set_visible(False)
@@ -323,7 +329,7 @@ def pale(image: np.ndarray, share: float = 0.45) -> np.ndarray:
     "An image (H, W, 3) faded towards white, for drawing upon."
     return (255 - (255 - image.astype(float)) * share).astype(np.uint8)
 
-# %% ../../nbs/studies/01_report.ipynb #fcd43de5
+# %% ../../nbs/studies/01_report.ipynb #195e6cf3
 def _draw_paths(ax, paths, image: np.ndarray, target: np.ndarray | None, c: str) -> None:
     "Hand paths (n, s + 1, 2) over the faded picture, with the outline of the right pad."
     height, width = image.shape[:2]
@@ -337,7 +343,7 @@ def _draw_paths(ax, paths, image: np.ndarray, target: np.ndarray | None, c: str)
     ax.grid(False)
     ax.spines[:].set_visible(False)
 
-
+# %% ../../nbs/studies/01_report.ipynb #4711f237
 def _stage_title(k: int, steps: int) -> str:
     end = ' (noise)' if k == 0 else ' (plan)' if k == steps else ''
     return f't = {1 - k / steps:.1f}' + end
@@ -365,7 +371,7 @@ def figure_denoising(
         row[0].set_ylabel(title(name))
     return fig
 
-# %% ../../nbs/studies/01_report.ipynb #847c0fb5
+# %% ../../nbs/studies/01_report.ipynb #aab8b99a
 def _past_frames(policy, record: dict, tick: int, fps: float) -> list[tuple]:
     "(image, text) of every history frame of the first camera, at the size the model reads."
     from halo.method.sampling import downsample, history_ticks
@@ -379,7 +385,7 @@ def _past_frames(policy, record: dict, tick: int, fps: float) -> list[tuple]:
     past = history_ticks(tick, s.history_frames, s.history_stride)
     return [(small(t), f'−{(tick - t) / fps:.1f} s') for t in past]
 
-
+# %% ../../nbs/studies/01_report.ipynb #577bce7e
 def _present_views(policy, record: dict, tick: int) -> list[tuple]:
     "(image, text) of every camera that was recorded."
     views = [k.split('.')[-1] for k in policy.cameras]
@@ -416,7 +422,7 @@ def figure_filmstrip(record: dict, fps: float, n: int = 8, caption: str = '') ->
         fig.suptitle(caption, fontsize=9, color=INK)
     return fig
 
-# %% ../../nbs/studies/01_report.ipynb #7d85be73
+# %% ../../nbs/studies/01_report.ipynb #b2de03b9
 def _saved(fig: Figure, salt: str) -> str:
     "A figure as SVG text from its first tag on; `salt` keeps its identifiers the same."
     out = io.StringIO()
@@ -426,12 +432,10 @@ def _saved(fig: Figure, salt: str) -> str:
         )
     return out.getvalue()[out.getvalue().index('<svg') :]
 
-
+# %% ../../nbs/studies/01_report.ipynb #0e95c323
 def svg(fig: Figure, label: str = '') -> str:
     "A figure as inline SVG that takes its ink from the page."
-    text = re.sub(
-        r'<metadata>.*?</metadata>', '', _saved(fig, label or 'halo'), flags=re.S
-    )
+    text = re.sub(r'<metadata>.*?</metadata>', '', _saved(fig, label or 'halo'), flags=re.S)
     text = text.replace(INK, 'var(--ink)').replace(LINE, 'var(--line)')
     text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', '', text, count=1)
     return text.replace(
@@ -447,12 +451,7 @@ def _encoded(frames: np.ndarray, fps: float, crf: int) -> bytes:
     import av
 
     out = io.BytesIO()
-    options = {
-        'crf': str(crf),
-        'preset': 'slow',
-        'g': '10',
-        'x264-params': 'threads=1',
-    }
+    options = {'crf': str(crf), 'preset': 'slow', 'g': '10', 'x264-params': 'threads=1'}
     with av.open(out, 'w', format='mp4') as container:
         stream = container.add_stream('libx264', rate=round(fps), options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], 'yuv420p'
@@ -481,25 +480,25 @@ def encode_video(frames: np.ndarray, fps: float, crf: int = 23) -> bytes:
     finally:
         av.logging.set_level(level)
 
-# %% ../../nbs/studies/01_report.ipynb #b784098e
+# %% ../../nbs/studies/01_report.ipynb #b1469450
 def held(frames: np.ndarray, length: int) -> np.ndarray:
     "Frames (T, ...) with the last one repeated up to `length`."
     if len(frames) >= length:
         return frames
     return np.concatenate([frames, np.repeat(frames[-1:], length - len(frames), 0)])
 
-
+# %% ../../nbs/studies/01_report.ipynb #167bbe23
 def data_uri(data: bytes, mime: str) -> str:
     return f'data:{mime};base64,{base64.b64encode(data).decode()}'
 
-# %% ../../nbs/studies/01_report.ipynb #f1781221
+# %% ../../nbs/studies/01_report.ipynb #1364459d
 def _jpeg_uri(image: np.ndarray) -> str:
     "A picture (H, W, 3) as a small JPEG in a data URI."
     out = io.BytesIO()
     Image.fromarray(image).save(out, 'JPEG', quality=88)
     return data_uri(out.getvalue(), 'image/jpeg')
 
-
+# %% ../../nbs/studies/01_report.ipynb #c3588466
 def flash_strip(record: dict, size: int = 96) -> str:
     "The scene at the flash, after it, and at the end, as one small JPEG in an `<img>`."
     scene = record['scene']
@@ -533,11 +532,11 @@ def table(head: list[str], rows: list[list], numeric=()) -> str:
         f'<tbody>{body}</tbody></table></div>'
     )
 
-# %% ../../nbs/studies/01_report.ipynb #af11a8a6
+# %% ../../nbs/studies/01_report.ipynb #2cb9283a
 def percent(s: dict) -> str:
     return f"{100 * s['rate']:.1f} % [{100 * s['lo']:.1f}, {100 * s['hi']:.1f}]"
 
-
+# %% ../../nbs/studies/01_report.ipynb #c4da9156
 def dot(name: str) -> str:
     return (
         f'<span class="dot" style="background:{colour(name)}"></span>'
@@ -561,7 +560,7 @@ def success_table(results: dict[str, EvalResult]) -> str:
     head = ['policy', 'successes', 'rate [95 % interval]', *goals]
     return table(head, rows, numeric=range(1, 3 + len(tasks)))
 
-# %% ../../nbs/studies/01_report.ipynb #476cf061
+# %% ../../nbs/studies/01_report.ipynb #a784f13b
 _PAIRED = (
     'pair',
     'both succeed',
@@ -572,7 +571,7 @@ _PAIRED = (
     'exact McNemar p',
 )
 
-
+# %% ../../nbs/studies/01_report.ipynb #0e71b3e0
 def paired_table(results: dict[str, EvalResult], first: str = 'full') -> str:
     "Every policy against `first` on the same seeds."
     rows = []
@@ -601,7 +600,7 @@ def film_cell(name: str, e: dict, record: dict, length: int, fps: float) -> str:
         f'<figcaption>{mark}: {outcome(e)} {when}</figcaption></figure>'
     )
 
-# %% ../../nbs/studies/01_report.ipynb #0f5c1808
+# %% ../../nbs/studies/01_report.ipynb #3a27f60d
 def _film_row(have: dict[str, EvalResult], seed: int, fps: float) -> str:
     "The films of one seed under all policies that recorded it."
     length = max(len(r.records[seed]['scene']) for r in have.values())
@@ -617,7 +616,7 @@ def _film_row(have: dict[str, EvalResult], seed: int, fps: float) -> str:
         ' aria-label="time in seconds"><output>0.0 s</output></div></section>'
     )
 
-
+# %% ../../nbs/studies/01_report.ipynb #e4b8233f
 def films(results: dict[str, EvalResult], seeds: list[int], fps: float) -> str:
     "A row of films per seed, one per policy, with common controls."
     rows = []
@@ -626,12 +625,12 @@ def films(results: dict[str, EvalResult], seeds: list[int], fps: float) -> str:
         rows.append(_film_row(have, seed, fps))
     return ''.join(rows)
 
-# %% ../../nbs/studies/01_report.ipynb #5653c40c
+# %% ../../nbs/studies/01_report.ipynb #c23ce220
 def _points(path) -> str:
     "The points of a path as SVG wants them, without those that no camera sees."
     return ' '.join(f'{x:.1f},{y:.1f}' for x, y in path if np.isfinite([x, y]).all())
 
-
+# %% ../../nbs/studies/01_report.ipynb #0ac87b3d
 def _stage(k: int, steps: int, paths) -> str:
     "The paths of one stage as a group of lines; only the last stage is shown at first."
     lines = ''.join(
@@ -641,7 +640,7 @@ def _stage(k: int, steps: int, paths) -> str:
     )
     return f'<g data-stage="{k}"{"" if k == steps else " hidden"}>{lines}</g>'
 
-
+# %% ../../nbs/studies/01_report.ipynb #42b03784
 def _ring(target: np.ndarray | None) -> str:
     "The outline of the right pad."
     if target is None:
@@ -685,18 +684,18 @@ def provenance_of(folder: str | Path) -> dict:
     f = Path(folder) / 'provenance.json'
     return json.loads(f.read_text()) if f.exists() else {}
 
-# %% ../../nbs/studies/01_report.ipynb #4e5ade52
+# %% ../../nbs/studies/01_report.ipynb #b15130d7
 def _entry(d, *keys: str):
     "What the nested `d` holds under `keys`; '–' if it holds nothing there."
     if keys and isinstance(d, dict):
         return _entry(d.get(keys[0], {}), *keys[1:])
     return '–' if keys or d == {} else d
 
-
+# %% ../../nbs/studies/01_report.ipynb #a4165153
 def _short(value) -> str:
     return str(value)[:16] if value != '–' else value
 
-
+# %% ../../nbs/studies/01_report.ipynb #9ef1a1b0
 def _said(value, say) -> str:
     "`say` of a value that is there, or '–'."
     return say(value) if value != '–' else '–'
@@ -747,7 +746,7 @@ def provenance_table(results: dict[str, EvalResult], checkpoints: dict[str, Path
     rows = [[line[0][0], *(text for _, text in line)] for line in zip(*columns)]
     return table(['', *map(title, results)], rows)
 
-# %% ../../nbs/studies/01_report.ipynb #abf470df
+# %% ../../nbs/studies/01_report.ipynb #189a6d31
 def _camera_text(conventions: dict) -> str:
     "Cameras and their pixels."
     return ', '.join(
@@ -755,7 +754,7 @@ def _camera_text(conventions: dict) -> str:
         for k, v in conventions['cameras'].items()
     )
 
-
+# %% ../../nbs/studies/01_report.ipynb #e8979100
 def _call_text(results: dict[str, EvalResult], conventions: dict) -> str:
     "Mean time of a model call of every policy."
     times = ', '.join(
@@ -765,27 +764,35 @@ def _call_text(results: dict[str, EvalResult], conventions: dict) -> str:
     n, dev = conventions['envs_per_batch'], conventions['device']
     return times + f' for {n} environments at once on {dev}'
 
-
+# %% ../../nbs/studies/01_report.ipynb #6e7e0f81
 def _listed(d: dict) -> str:
     return ', '.join(f'{k} {v}' for k, v in d.items())
 
-# %% ../../nbs/studies/01_report.ipynb #b45b8a53
+# %% ../../nbs/studies/01_report.ipynb #629bce58
+def _seeds_text(seeds: list[int]) -> str:
+    "The seeds' range and number."
+    return (
+        f'{min(seeds)} … {max(seeds)} ({len(seeds)}, the same for every policy, none of'
+        ' them in the demonstrations)'
+    )
+
+
+def _actions_text(conventions: dict) -> str:
+    "The chunk's length, how much of it is executed, and how it is denoised."
+    c, d = conventions, conventions['denoising']
+    executed = f"{c['chunk']} predicted, {c['n_action_steps']} executed"
+    return f"{executed}, {d['steps']} {d['method']} steps"
+
+# %% ../../nbs/studies/01_report.ipynb #220c3f58
 def evaluation_table(results: dict[str, EvalResult], command: str) -> str:
     "How the rates were measured."
     r = next(iter(results.values()))
     c = r.conventions
-    seeds = (
-        f'{min(r.seeds)} … {max(r.seeds)} ({len(r.seeds)}, the same for every policy, none'
-        ' of them in the demonstrations)'
-    )
-    actions = (
-        f"{c['chunk']} predicted, {c['n_action_steps']} executed, {c['denoising']['steps']}"
-        f" {c['denoising']['method']} steps"
-    )
+
     rows = [
         ['environment', f"{c['env']['type']}, {c['fps']} control ticks per second"],
-        ['seeds', seeds],
-        ['actions', actions],
+        ['seeds', _seeds_text(r.seeds)],
+        ['actions', _actions_text(c)],
         ['noise', c['noise']],
         ['normalisation', _listed(c['normalisation'])],
         ['cameras', _camera_text(c)],
@@ -835,7 +842,7 @@ th{font-weight:600;color:var(--soft)}\
 .dot{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:6px}
 """
 
-# %% ../../nbs/studies/01_report.ipynb #b36081d8
+# %% ../../nbs/studies/01_report.ipynb #d991c8a8
 _CSS_FILMS = r"""\
 .films{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:20px}\
 figure{margin:0}\
@@ -858,7 +865,7 @@ code{font-size:13px;background:var(--card);border:1px solid var(--line);\
 @media (max-width:700px){.films{grid-template-columns:1fr}}
 """
 
-
+# %% ../../nbs/studies/01_report.ipynb #bdf0b652
 CSS = _joined(_CSS_PAGE + _CSS_FILMS)
 
 # %% ../../nbs/studies/01_report.ipynb #b9cc8974
@@ -887,7 +894,7 @@ for (const row of document.querySelectorAll('.row')) {
 }
 """
 
-# %% ../../nbs/studies/01_report.ipynb #ba3afdac
+# %% ../../nbs/studies/01_report.ipynb #b47c6c20
 _JS_DENOISE = r"""\
 for (const box of document.querySelectorAll('.denoise')) {
   const steps = Number(box.dataset.steps), \
@@ -910,9 +917,11 @@ for (const box of document.querySelectorAll('.denoise')) {
   };
 }
 """
+
+# %% ../../nbs/studies/01_report.ipynb #7c4e2d75
 JS = _joined(_JS_FILMS + _JS_DENOISE)
 
-# %% ../../nbs/studies/01_report.ipynb #627b420d
+# %% ../../nbs/studies/01_report.ipynb #36245c42
 def _card(name: str, s: dict) -> str:
     "One policy's rate, large, with its counts and its interval."
     return (
@@ -922,17 +931,17 @@ def _card(name: str, s: dict) -> str:
         f' {100 * s["lo"]:.1f} to {100 * s["hi"]:.1f} %</span></div>'
     )
 
-
+# %% ../../nbs/studies/01_report.ipynb #b35ca9ae
 def numbers(results: dict[str, EvalResult]) -> str:
     "The headline: one card per policy."
     cards = ''.join(_card(k, r.success) for k, r in results.items())
     return f'<div class="numbers">{cards}</div>'
 
-# %% ../../nbs/studies/01_report.ipynb #4489729c
+# %% ../../nbs/studies/01_report.ipynb #9b348ac1
 def section(name: str, text: str, *parts: str) -> str:
     return f'<h2>{html.escape(name)}</h2><p>{text}</p>' + ''.join(parts)
 
-
+# %% ../../nbs/studies/01_report.ipynb #e0e4b2c4
 def drawing(fig: Figure, label: str) -> str:
     return f'<div class="fig">{svg(fig, label)}</div>'
 
@@ -946,9 +955,9 @@ def page(heading: str, body: str) -> str:
         f'<body><main>{body}</main><script>{JS}</script></body></html>'
     )
 
-# %% ../../nbs/studies/01_report.ipynb #64accb7e
-def first_section(results: dict[str, EvalResult]) -> str:
-    "What the task is, and the headline."
+# %% ../../nbs/studies/01_report.ipynb #f9eb1661
+def _task_text() -> str:
+    "What the task is, for a reader who has never seen it."
     s = FlashPlaceSpec()
     return (
         '<h1>HALO on flash_place</h1><p class="lead">Three pads glow red, green and blue'
@@ -956,6 +965,13 @@ def first_section(results: dict[str, EvalResult]) -> str:
         ' turn grey. The instruction names a colour: “put the puck on the pad that flashed'
         ' red”. By the time the arm holds the puck, no camera shows which pad is meant. A'
         ' policy has to remember.</p>'
+    )
+
+# %% ../../nbs/studies/01_report.ipynb #c1eff728
+def first_section(results: dict[str, EvalResult]) -> str:
+    "What the task is, and the headline."
+    return (
+        _task_text()
         + numbers(results)
         + drawing(figure_success(results), 'success rates and outcomes')
         + '<p>A policy that handles the puck perfectly and guesses the pad reaches one in'
@@ -984,9 +1000,7 @@ def pick_seed(result: EvalResult) -> int:
 # %% ../../nbs/studies/01_report.ipynb #ba3bbd9e
 def _denoising_text(owner: str, seed: int, e: dict, seconds: float, held: bool) -> str:
     "What the denoising section shows; `held`: the puck was grasped before it."
-    moment = (
-        'the first plan made after the grasp' if held else 'the puck was never grasped'
-    )
+    moment = 'the first plan made after the grasp' if held else 'the puck was never grasped'
     return (
         f'Seed {seed}, “{html.escape(e["task"])}”, {seconds:.1f} s into an episode of'
         f' {html.escape(title(owner))}: {moment}.'
@@ -1018,18 +1032,18 @@ def denoising_section(
         drawing(figure_denoising(panels, image, target), 'hand paths over denoising time'),
     )
 
-# %% ../../nbs/studies/01_report.ipynb #ea74889b
+# %% ../../nbs/studies/01_report.ipynb #c3270d0e
 def twin(explorer, keep: dict) -> str:
     return f'<div class="fig">{explorer.static(keep)._repr_html_()}</div>'
 
-
+# %% ../../nbs/studies/01_report.ipynb #28347a6c
 def every(n: int, control) -> list[int]:
     "At most about `n` of a control's values: evenly spaced indices, its start among them."
     count = len(control.values)
     spaced = np.linspace(0, count - 1, min(n, count)).round().astype(int)
     return sorted({*spaced.tolist(), control.start})
 
-
+# %% ../../nbs/studies/01_report.ipynb #0e5aae5f
 def _thinned(explorer, **most: int) -> str:
     "The twin of an explorer with at most about so many values of each control."
     return twin(explorer, {n: every(k, explorer.controls[n]) for n, k in most.items()})
