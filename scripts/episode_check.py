@@ -175,7 +175,7 @@ def main():
     args = p.parse_args()
     import torch
 
-    from halo.sim.evaluate import write_whole
+    from halo.data.files import write_whole
     from halo.sim.flash_place import EVAL_SEED, FlashPlaceEnv
 
     torch.set_num_threads(1)

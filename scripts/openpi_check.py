@@ -224,7 +224,8 @@ def main():
     import numpy as np
     import torch
 
-    from halo.sim.evaluate import evaluate, load_policy, write_whole
+    from halo.data.files import write_whole
+    from halo.sim.evaluate import evaluate, load_policy
     from halo.sim.flash_place import EVAL_SEED, FlashPlaceEnv, FlashPlaceEnvConfig
 
     torch.set_num_threads(1)

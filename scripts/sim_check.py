@@ -70,7 +70,7 @@ def keep(path, client, out):
     """Put episodes and conventions of a client's result file into the file `path` of all
     simulators, under the client's name.
     """
-    from halo.sim.evaluate import write_whole
+    from halo.data.files import write_whole
 
     kept, d = (
         json.loads(path.read_text()) if path.exists() else {},

@@ -38,7 +38,7 @@ __all__ = ['BENCHMARKS', 'LIBERO_SUITES', 'PERTURBATIONS', 'REWORDED', 'LIBERO_S
            'begin_worker', 'work', 'run_cases', 'alone_in', 'run_alone', 'run_plan', 'frames_of', 'kept', 'rows_of',
            'sheet', 'parser', 'prove', 'main']
 
-# %% ../../nbs/benchmarks/01_suite.ipynb #f5d192db
+# %% ../../nbs/benchmarks/01_suite.ipynb #1030204b
 import gymnasium as gym
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ from fastcore.basics import patch
 
 import halo
 from . import thin
-from ..data.files import place
+from ..data.files import place, write_whole
 from halo.sim.evaluate import (
     EvalResult,
     batch_noise,
@@ -58,7 +58,6 @@ from halo.sim.evaluate import (
     rate,
     sha256,
     versions,
-    write_whole,
 )
 
 # %% ../../nbs/benchmarks/01_suite.ipynb #7a28ad72

@@ -36,8 +36,8 @@ __all__ = ['TINY_SMOLVLM', 'CHUNK', 'SMOLVLM', 'MADE_BY', 'BASELINES', 'SHIPPED'
            'restore', 'train_baseline', 'load_baseline', 'baseline_conventions', 'evaluate_baseline', 'load_results',
            'comparison', 'table', 'draw_comparison', 'ship_file', 'ship_result', 'left_out', 'parser', 'run', 'main']
 
-# %% ../../nbs/studies/03_baselines.ipynb #dfcc3422
-from ..data.files import locate, place, shipped, shown
+# %% ../../nbs/studies/03_baselines.ipynb #f043df57
+from ..data.files import locate, place, shipped, shown, write_whole
 from halo.data.history import (
     EpisodeSampler,
     FrameStore,
@@ -51,7 +51,7 @@ from halo.data.history import (
 )
 from ..method.vlm import tiny_tokenizer
 
-# %% ../../nbs/studies/03_baselines.ipynb #0b90e16c
+# %% ../../nbs/studies/03_baselines.ipynb #dad0582f
 from halo.sim.evaluate import (
     EvalResult,
     checkpoint_hash,
@@ -63,7 +63,6 @@ from halo.sim.evaluate import (
     split_seeds,
     versions,
     wilson,
-    write_whole,
 )
 from ..sim.flash_place import COLOURS
 from .demo import ACTIONS, CHECKPOINTS, DATA, SEEDS, TRAIN
