@@ -129,9 +129,9 @@ class Attention:
     def tokens(self) -> int:
         return self.vlm.shape[-1]
 
-# %% ../../nbs/viz/04_attention.ipynb #7f0913ef
+# %% ../../nbs/viz/04_attention.ipynb #6ed9a591
 def _stacked(vlm: list, expert: list, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    "Arrays of the expert (steps, layers, heads, q, l + q), of the VLM (layers, heads, l, l)"
+    "Expert (steps, layers, heads, q, l + q) and VLM (layers, heads, l, l) as arrays."
     steps = torch.stack([torch.stack([w[0] for w in layer]) for layer in expert], 1)
     none = torch.zeros(0, 1, tokens, tokens)
     inner = torch.stack([w[0][0] for w in vlm]) if vlm else none
