@@ -2506,7 +2506,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'halo.viz.explorer.Heat.spec': ('viz/explorer.html#heat.spec', 'halo/viz/explorer.py'),
                                    'halo.viz.explorer.Lines': ('viz/explorer.html#lines', 'halo/viz/explorer.py'),
                                    'halo.viz.explorer.Lines.__init__': ('viz/explorer.html#lines.__init__', 'halo/viz/explorer.py'),
-                                   'halo.viz.explorer.Lines.arrays': ('viz/explorer.html#lines.arrays', 'halo/viz/explorer.py'),
+                                   'halo.viz.explorer.Lines._arrays': ('viz/explorer.html#lines._arrays', 'halo/viz/explorer.py'),
                                    'halo.viz.explorer.Lines.pack': ('viz/explorer.html#lines.pack', 'halo/viz/explorer.py'),
                                    'halo.viz.explorer.Lines.paint': ('viz/explorer.html#lines.paint', 'halo/viz/explorer.py'),
                                    'halo.viz.explorer.Lines.spec': ('viz/explorer.html#lines.spec', 'halo/viz/explorer.py'),

@@ -354,9 +354,9 @@ class Lines(Panel):
         ]
         self.artists = [_polyline(ax, s) for s in self.styles]
 
-# %% ../../nbs/viz/01_explorer.ipynb #38de6393
+# %% ../../nbs/viz/01_explorer.ipynb #03d594a9
 @patch
-def arrays(self: Lines, lines) -> list[np.ndarray]:
+def _arrays(self: Lines, lines) -> list[np.ndarray]:
     "The lines as arrays (n, 2). Raises `ValueError` unless there is one per style."
     if len(lines) != len(self.styles):
         raise ValueError(
@@ -365,16 +365,16 @@ def arrays(self: Lines, lines) -> list[np.ndarray]:
         )
     return [np.asarray(xy, float).reshape(-1, 2) for xy in lines]
 
-# %% ../../nbs/viz/01_explorer.ipynb #720a5221
+# %% ../../nbs/viz/01_explorer.ipynb #21e9c463
 @patch
 def paint(self: Lines, lines) -> None:
-    for a, xy in zip(self.artists, self.arrays(lines)):
+    for a, xy in zip(self.artists, self._arrays(lines)):
         a.set_data(*xy.T)
 
-# %% ../../nbs/viz/01_explorer.ipynb #91e20a5d
+# %% ../../nbs/viz/01_explorer.ipynb #48a94cc9
 @patch
 def pack(self: Lines, lines) -> bytes:
-    parts = self.arrays(lines)
+    parts = self._arrays(lines)
     lengths = np.array([len(p) for p in parts], '<i2').tobytes()
     return lengths + b''.join(small_ints(self.unit(p)) for p in parts if len(p))
 
