@@ -27,10 +27,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # %% auto #0
-__all__ = ['INK', 'LINE', 'MAGNITUDE', 'SIGNED', 'CATEGORIES', 'STYLE', 'HEAT', 'SMALL', 'SCRIPT_STATE', 'PAINT_PICTURES',
-           'PAINT_LINES', 'PAINT_WORDS', 'PAINT', 'SCRIPT_DRAW', 'SCRIPT_CONTROLS', 'SCRIPT_START', 'SCRIPT', 'CSS',
-           'symmetric', 'fading', 'Control', 'Panel', 'small_ints', 'Heat', 'Picture', 'Lines', 'Bars', 'Words',
-           'Explorer', 'png', 'control_markup', 'Twin']
+__all__ = ['INK', 'LINE', 'MAGNITUDE', 'SIGNED', 'CATEGORIES', 'STYLE', 'HEAT', 'SMALL', 'SCRIPT_STATE', 'SCRIPT_DARK',
+           'PAINT_PICTURES', 'PAINT_LINES', 'PAINT_WORDS', 'PAINT', 'SCRIPT_DRAW', 'SCRIPT_CONTROLS', 'SCRIPT_START',
+           'SCRIPT', 'CSS', 'symmetric', 'fading', 'Control', 'Panel', 'small_ints', 'Heat', 'Picture', 'Lines', 'Bars',
+           'Words', 'Explorer', 'png', 'control_markup', 'Twin']
 
 # %% ../../nbs/viz/01_explorer.ipynb #ed5e5b49
 INK, LINE = '#1b1f24', '#c8ccd1'
@@ -793,6 +793,43 @@ async function image(k) {
 }
 '''
 
+# %% ../../nbs/viz/01_explorer.ipynb #5a74fcc2
+_TURN = r'''
+const dark = () => document.documentElement.classList.contains('dark');
+const pen = document.createElement('canvas').getContext('2d');
+let tone = c => c;
+function turn(colour) {
+  pen.fillStyle = colour;
+  const [r, g, b] = pen.fillStyle.match(/\w\w/g).map(v => parseInt(v, 16) / 255);
+  const high = Math.max(r, g, b), low = Math.min(r, g, b), d = high - low;
+  const light = (high + low) / 2;
+  const s = d ? d / (1 - Math.abs(2 * light - 1)) : 0;
+  const sector =
+    high == r ? (g - b) / d + 6 : high == g ? (b - r) / d + 2 : (r - g) / d + 4;
+  return `hsl(${d ? 60 * (sector % 6) : 0} ${100 * s}% ${95 - 80 * light}%)`;
+}'''
+
+# %% ../../nbs/viz/01_explorer.ipynb #4645bcdd
+_KEEPS = r'''
+const near = (a, b) => a.every((v, k) => Math.abs(v - b[k]) < 1e-3);
+const shows = p => p.kind == 'picture' || p.kind == 'heat';
+const above = p => p.kind == 'words' && p.at.some(v => v < 0 || v >= 1);
+const keeps = p => shows(p) ||
+  !above(p) && spec.panels.some(q => shows(q) && near(q.box, p.box));'''
+
+# %% ../../nbs/viz/01_explorer.ipynb #c8f3947e
+_DRESS = r'''
+function dress() {
+  const axes = frame.querySelector('svg');
+  axes.style.fill = dark() ? turn('#000000') : '';
+  for (const e of axes.querySelectorAll('[style]')) for (const part of ['fill', 'stroke']) {
+    const first = e.dataset[part] ??= e.style[part];
+    if (/^(#|rgb)/.test(first)) e.style[part] = dark() ? turn(first) : first;
+  }
+}
+'''
+SCRIPT_DARK = _TURN + _KEEPS + _DRESS
+
 # %% ../../nbs/viz/01_explorer.ipynb #e5ae45d9
 PAINT_PICTURES = r'''
 const paint = {
@@ -816,14 +853,14 @@ const paint = {
   },
 '''
 
-# %% ../../nbs/viz/01_explorer.ipynb #8b6382fa
+# %% ../../nbs/viz/01_explorer.ipynb #af56a484
 _PAINT_STYLE = r'''
   lines(g, p, b, x, y, w, h, _, unit) {
     const v = shorts(b), n = p.styles.length;
     let at = n;
     p.styles.forEach((s, k) => {
       g.globalAlpha = s.alpha;
-      g.strokeStyle = g.fillStyle = s.color;
+      g.strokeStyle = g.fillStyle = tone(s.color);
       g.lineWidth = s.width * unit;
       g.lineJoin = 'round';
       g.setLineDash(s.dash ? [4 * s.width * unit, 2 * s.width * unit] : []);
@@ -853,7 +890,7 @@ _PAINT_POINTS = r'''
 '''
 PAINT_LINES = _PAINT_STYLE + _PAINT_POINTS
 
-# %% ../../nbs/viz/01_explorer.ipynb #c62d2e6d
+# %% ../../nbs/viz/01_explorer.ipynb #738d7246
 _PAINT_BARS = r'''
   bars(g, p, b, x, y, w, h) {
     const v = shorts(b);
@@ -862,17 +899,17 @@ _PAINT_BARS = r'''
       if ([a0, b0, a1, b1].includes(-32768)) return;
       const left = x + Math.min(a0, a1) / 1e4 * w;
       const top = y + (1 - Math.max(b0, b1) / 1e4) * h;
-      g.fillStyle = c;
+      g.fillStyle = tone(c);
       g.fillRect(left, top, Math.abs(a1 - a0) / 1e4 * w, Math.abs(b1 - b0) / 1e4 * h);
     });
   },'''
 
-# %% ../../nbs/viz/01_explorer.ipynb #339b9bd2
+# %% ../../nbs/viz/01_explorer.ipynb #c6e2e4b9
 _PAINT_TEXT = r'''
   words(g, p, b, x, y, w, h, _, unit, W) {
     const bold = p.weight == 'bold' ? 'bold ' : '', size = p.size * W;
     g.font = `${bold}${size}px "DejaVu Sans", Verdana, sans-serif`;
-    g.fillStyle = p.color;
+    g.fillStyle = tone(p.color);
     g.textAlign = p.align;
     g.textBaseline = 'alphabetic';
     const lines = new TextDecoder().decode(b).split('\n'), step = 1.2 * size;
@@ -885,7 +922,7 @@ _PAINT_TEXT = r'''
 PAINT_WORDS = _PAINT_BARS + _PAINT_TEXT
 PAINT = PAINT_PICTURES + PAINT_LINES + PAINT_WORDS
 
-# %% ../../nbs/viz/01_explorer.ipynb #5ecad288
+# %% ../../nbs/viz/01_explorer.ipynb #38e9b001
 _DRAW_PANEL = r'''
 function panel(g, p, i, now, bitmap, W, H) {
   const [fx, fy, fw, fh] = p.box, x = fx * W, y = fy * H, w = fw * W, h = fh * H;
@@ -896,6 +933,7 @@ function panel(g, p, i, now, bitmap, W, H) {
     g.clip();
   }
   const unit = W / (spec.width * 0.72);
+  tone = dark() && !keeps(p) ? turn : c => c;
   paint[p.kind](g, p, piece(now[i]), x, y, w, h, bitmap, unit, W);
   g.restore();
 }'''
@@ -958,7 +996,7 @@ function play(b, c, i) {
 '''
 SCRIPT_CONTROLS = _SET + _PLAY
 
-# %% ../../nbs/viz/01_explorer.ipynb #ccdc40cb
+# %% ../../nbs/viz/01_explorer.ipynb #b892c38b
 _WIRE = r'''
 spec.controls.forEach((c, i) => {
   const e = $('c' + i), b = $('p' + i), happens = c.kind == 'slider' ? 'input' : 'change';
@@ -969,9 +1007,12 @@ const fit = () => {
   try { frameElement.style.height = $('all').offsetHeight + 2 + 'px'; } catch (e) {}
   draw();
 };
-new ResizeObserver(fit).observe(frame);'''
+new ResizeObserver(fit).observe(frame);
+new MutationObserver(() => { dress(); draw(); })
+  .observe(document.documentElement, {attributes: true, attributeFilter: ['class']});
+dress();'''
 
-# %% ../../nbs/viz/01_explorer.ipynb #14aeda66
+# %% ../../nbs/viz/01_explorer.ipynb #c93f8296
 _BEGIN = r'''
 const find = (list, name) => list.findIndex(c => c.name == name);
 window.halo = {
@@ -985,7 +1026,7 @@ new Response(packed.pipeThrough(new DecompressionStream('gzip'))).arrayBuffer()
   .then(b => { blob = new Uint8Array(b); fit(); });
 '''
 SCRIPT_START = _WIRE + _BEGIN
-SCRIPT = SCRIPT_STATE + PAINT + SCRIPT_DRAW + SCRIPT_CONTROLS + SCRIPT_START
+SCRIPT = SCRIPT_STATE + SCRIPT_DARK + PAINT + SCRIPT_DRAW + SCRIPT_CONTROLS + SCRIPT_START
 
 # %% ../../nbs/viz/01_explorer.ipynb #5fa096dd
 _CSS_PAGE = '''
