@@ -37,6 +37,33 @@ def test_sources_of_every_row():
     assert all('20' in s['state'] or 'commit' in s['state'] for s in T.read_csv('sources'))
 
 
+def test_the_best_of_the_field_is_the_largest():
+    blocks = {}
+    for r in T.read_csv('field'):
+        if r['table'] != 'interface' and r['what'] != 'people':
+            blocks.setdefault((r['table'], r['setting']), []).append(r)
+    for rows in blocks.values():
+        (best,) = (r for r in rows if r['what'] == 'best')
+        assert float(best['value']) == max(float(r['value']) for r in rows), best
+
+
+def test_what_others_remember():
+    of = lambda *block: {r['system']: r['value'] for r in T.field_rows(*block)}
+    systems = dict(SimpleMemVLA=74.0, GMP=67.8, MemoryVLA=41.2)
+    assert of('memory', 'MIKASA-Robo').items() >= systems.items()
+    assert of('memory', 'RoboMME') == {
+        'human': 90.5,
+        'SimpleMemVLA': 88.3,
+        'FrameSamp+Modul': 44.5,
+        'MemER': 42.4,
+        'π0.5': 17.9,
+        'SmolVLA': 8.4,
+        'DP-UNet': 7.0,
+    }
+    assert of('memory', 'RMBench') == dict(SimpleMemVLA=94.0) and of(4)['LoLA'] == 4.72
+    assert list(of('interface', 'RoboMME').values()) == [88.3, 31.5, 22.6, 20.6]
+
+
 def test_audit_finds_a_planted_error(monkeypatch):
     rows = [dict(r) for r in T.read_csv('table3')]
     rows[2]['Average'] = '76.8'

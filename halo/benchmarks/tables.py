@@ -311,9 +311,11 @@ def fisher(a: tuple[int, int], b: tuple[int, int]) -> float:
     possible = range(max(0, k + l - m), min(n, k + l) + 1)
     return min(1.0, sum(p(x) for x in possible if p(x) <= p(k) * (1 + 1e-9)))
 
-# %% ../../nbs/benchmarks/02_tables.ipynb #bdee97c6
+# %% ../../nbs/benchmarks/02_tables.ipynb #dad5e5d2
 def field_rows(n, setting: str | None = None) -> list[dict]:
-    "Others' results for table `n` (or 'memory'): what, system, value, entries, source."
+    """Others' results for table `n` (or 'memory'; or 'interface', four ways to hand one
+    backbone its past): what, system, value, entries (how many were compared), source.
+    """
     return [
         dict(r) | dict(value=float(r['value']), entries=int(r['entries']))
         for r in read_csv('field')
