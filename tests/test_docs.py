@@ -648,6 +648,51 @@ def test_a_twin_that_is_half_read_is_left_alone(served):
     page.close()
 
 
+MIDDLE = """kind => {
+  const p = halo.spec.panels.find(p => p.kind == kind);
+  const c = document.getElementById('canvas'), g = c.getContext('2d');
+  const [x, y] = [p.box[0] + p.box[2] / 2, p.box[1] + p.box[3] / 2];
+  return Array.from(
+    g.getImageData(Math.round(x * c.width), Math.round(y * c.height), 4, 4).data);
+}"""
+DARKEN = """dark => {
+  const drawn = document.body.dataset.drawn;
+  document.body.dataset.drawn = '';
+  document.body.style.background = dark ? '#22272c' : '';
+  document.documentElement.classList.toggle('dark', dark);
+  return drawn;
+}"""
+
+
+@browses
+@pytest.mark.parametrize('name, kind', [('03_masks', 'heat'), ('06_rollouts', 'picture')])
+def test_drawings_are_dark_on_a_dark_page(served, name, kind):
+    "Axes and lines turn; a heat map's colours are numbers and stay, and so do pictures."
+    b, url, _ = served
+    page = b.new_page(viewport=dict(width=1280, height=900))
+    page.goto(f'{url}/nbs/viz/{name}.html')
+    frame = page.locator('iframe.halo-twin').first
+    frame.scroll_into_view_if_needed()
+    inside = frame.element_handle().content_frame()
+    inside.wait_for_function('() => document.body.dataset.drawn')
+    ink = "() => getComputedStyle(document.querySelector('#frame svg')).fill"
+
+    def look():
+        shot = Image.open(io.BytesIO(inside.locator('#frame').screenshot())).convert('L')
+        return np.median(shot), inside.evaluate(ink), inside.evaluate(MIDDLE, kind)
+
+    seen = [look()]
+    for dark in (True, False):
+        drawn = inside.evaluate(DARKEN, dark)
+        inside.wait_for_function('was => document.body.dataset.drawn === was', arg=drawn)
+        seen.append(look())
+    light, dark, again = seen
+    assert light[0] > 200 and dark[0] < 130, (light[0], dark[0])
+    assert light[1] != dark[1] and again == light
+    assert light[2] == dark[2], 'a colour that is a number has changed'
+    page.close()
+
+
 @browses
 def test_dark_mode_search_and_the_film(served):
     b, url, _ = served
