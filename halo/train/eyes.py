@@ -37,13 +37,13 @@ __all__ = ['COLOURS', 'INSTRUCTIONS', 'ellipse', 'box', 'paint', 'scene', 'draw'
 COLOURS = dict(red=(0.95, 0.05, 0.05), green=(0.05, 0.75, 0.05), blue=(0.05, 0.15, 1.0))
 _YELLOW, _GREY = (0.98, 0.75, 0.05), (0.42, 0.42, 0.42)
 
-# %% ../../nbs/train/02_eyes.ipynb #dadd430f
+# %% ../../nbs/train/02_eyes.ipynb #dd80e4f0
 def _from_centre(size: int, centre: Tensor) -> tuple[Tensor, Tensor]:
     "x and y distances (..., size) of pixel columns and rows from `centre` (..., 2)."
     g = (torch.arange(size) + 0.5) / size
     return g - centre[..., :1], g - centre[..., 1:]
 
-
+# %% ../../nbs/train/02_eyes.ipynb #1a4b005f
 def ellipse(size: int, centre: Tensor, radius: Tensor) -> Tensor:
     """Masks (..., size, size) of ellipses; `centre`, `radius` (..., 2) as x, y in units of
     the picture's side.
@@ -52,7 +52,7 @@ def ellipse(size: int, centre: Tensor, radius: Tensor) -> Tensor:
     dx, dy = dx / radius[..., :1], dy / radius[..., 1:]
     return dx[..., None, :] ** 2 + dy[..., :, None] ** 2 < 1
 
-
+# %% ../../nbs/train/02_eyes.ipynb #5e9162a7
 def box(size: int, centre: Tensor, half: Tensor) -> Tensor:
     "Masks (..., size, size) of upright rectangles."
     dx, dy = _from_centre(size, centre)
@@ -86,12 +86,12 @@ def scene(g: torch.Generator, b: int) -> dict:
         near_half=torch.stack([u(b, lo=0.05, hi=0.11), u(b, lo=0.06, hi=0.13)], -1),
     )
 
-# %% ../../nbs/train/02_eyes.ipynb #9320b62f
+# %% ../../nbs/train/02_eyes.ipynb #a47da9c7
 def _frames(x: Tensor, n: int) -> Tensor:
     "(b, ...) -> (b, n, ...): the same in every frame."
     return x[:, None].expand(-1, n, *x.shape[1:])
 
-
+# %% ../../nbs/train/02_eyes.ipynb #85786a62
 def _discs(x: Tensor, s: dict, lit: Tensor) -> Tensor:
     "Lay the discs of scenes `s` over `x` (b, n, 3, size, size), in colour where `lit`."
     n, size = lit.shape[1], x.shape[-1]
@@ -102,7 +102,7 @@ def _discs(x: Tensor, s: dict, lit: Tensor) -> Tensor:
         x = paint(x, ellipse(size, centre, radius), c)
     return x
 
-# %% ../../nbs/train/02_eyes.ipynb #5b2b570e
+# %% ../../nbs/train/02_eyes.ipynb #e807d973
 def _arm(x: Tensor, g: torch.Generator) -> Tensor:
     "Lay a dark box of random place and size over each picture of `x` (b, n, 3, H, W)."
     b, n = x.shape[:2]
@@ -111,7 +111,7 @@ def _arm(x: Tensor, g: torch.Generator) -> Tensor:
     half = 0.06 + 0.08 * torch.rand(b, n, 2, generator=g)
     return paint(x, box(x.shape[-1], c, half), torch.full((3,), 0.15))
 
-
+# %% ../../nbs/train/02_eyes.ipynb #a7eab4a2
 def _bytes(x: Tensor) -> Tensor:
     "Colours in [0, 1], beyond them cut off, as uint8."
     return (x.clamp(0, 1) * 255).to(torch.uint8)
@@ -151,10 +151,10 @@ def near_view(s: dict, size: int, g: torch.Generator) -> Tensor:
         x = paint(x, finger, torch.full((3,), 0.3))
     return _bytes(x)
 
-# %% ../../nbs/train/02_eyes.ipynb #d8ae5c91
+# %% ../../nbs/train/02_eyes.ipynb #6f49a89a
 INSTRUCTIONS = [f'put the puck on the pad that flashed {c}' for c in COLOURS]
 
-
+# %% ../../nbs/train/02_eyes.ipynb #e9c7f7a0
 def instruction_tokens(cfg: ModelConfig) -> list[list[int]]:
     "Token ids of the three instructions (equally long)."
     return [get_tokenizer(cfg.tokenizer)(t)['input_ids'] for t in INSTRUCTIONS]
@@ -168,10 +168,10 @@ def _when(n: int, b: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
     mask = i >= first
     return mask, mask & (i < first + shown[:, None])
 
-# %% ../../nbs/train/02_eyes.ipynb #937414d4
+# %% ../../nbs/train/02_eyes.ipynb #902c6f60
 _UNIT = 3.46  # √12: a place that is uniform in [-0.5, 0.5] gets unit variance
 
-
+# %% ../../nbs/train/02_eyes.ipynb #64124b38
 def _answer(cfg: ModelConfig, s: dict, pad: Tensor) -> tuple[Tensor, Tensor]:
     "Target chunk (b, s, d) for scenes `s` and goals `pad` (b, 2), and its mask."
     target = torch.zeros(len(pad), cfg.chunk, cfg.max_action_dim)
@@ -215,13 +215,13 @@ def _shown(frames: Tensor) -> Tensor:
     off = (x[:, :, None] - known[:, :, None, None]).abs().amax(3)
     return (off < 0.08).float().mean(1)
 
-# %% ../../nbs/train/02_eyes.ipynb #1ffbf3ae
+# %% ../../nbs/train/02_eyes.ipynb #fde1a907
 def _grid(y: Tensor, x: Tensor) -> Tensor:
     "(2, len(y), len(x)): x and y of every crossing."
     y, x = torch.meshgrid(y, x, indexing='ij')
     return torch.stack([x, y])
 
-
+# %% ../../nbs/train/02_eyes.ipynb #24b00c63
 def _centre_of(seen: Tensor, cover: Tensor, factor: int) -> Tensor:
     """Mean place (m, 2, h, w) of the pixels `seen` (m, 1, H, W) in their token, from its
     middle; `cover` (m, h, w) is the share of them.
@@ -342,7 +342,7 @@ def _pupil(cfg: ModelConfig, lr: float) -> tuple:
     opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=1e-4)
     return qwen, model, head, opt
 
-# %% ../../nbs/train/02_eyes.ipynb #96675e3d
+# %% ../../nbs/train/02_eyes.ipynb #1e1515d3
 def _log_row(step: int, recent: list, model: HaloModel, t0: float) -> dict:
     "Mean losses since the last row, and the errors after `step`; `t0`: when it began."
     return dict(
@@ -353,7 +353,7 @@ def _log_row(step: int, recent: list, model: HaloModel, t0: float) -> dict:
         **pointing_error(model, torch.Generator().manual_seed(1)),
     )
 
-
+# %% ../../nbs/train/02_eyes.ipynb #00f59ed3
 def _tell(bar, row: dict, progress: bool | None) -> None:
     "Show a row in the bar; with `progress=None` print it too."
     shown = {k: round(v, 2) for k, v in row.items() if k not in ('step', 'seconds')}

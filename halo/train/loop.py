@@ -174,7 +174,7 @@ def whole_folder(folder: Path):
     tmp.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/train/01_loop.ipynb #f18b0fd2
+# %% ../../nbs/train/01_loop.ipynb #2e48ed8c
 def save_optimizer(optimizer, folder: Path) -> None:
     "Optimizer moments as safetensors, settings as JSON."
     state = optimizer.state_dict()
@@ -187,7 +187,7 @@ def save_optimizer(optimizer, folder: Path) -> None:
     save_file(tensors, str(folder / 'optimizer.safetensors'))
     (folder / 'optimizer.json').write_text(json.dumps(state['param_groups']))
 
-
+# %% ../../nbs/train/01_loop.ipynb #1f3effd9
 def load_optimizer(optimizer, folder: Path) -> None:
     "Inverse of `save_optimizer`."
     state = {}
