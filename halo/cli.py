@@ -24,8 +24,8 @@ class Command:
     about: str
     extra: str = ''
 
-# %% ../nbs/cli.ipynb #76a84da1
-COMMANDS = {
+# %% ../nbs/cli.ipynb #986b1e2c
+_ROBOTS = {
     'plan': Command(
         'halo.train.plan',
         'memory, time and days of a training run, and the rate of inference',
@@ -41,6 +41,10 @@ COMMANDS = {
     'evaluate': Command(
         'halo.benchmarks.suite', 'success rates on simulated benchmarks', 'sim'
     ),
+}
+
+# %% ../nbs/cli.ipynb #e0ec7c66
+COMMANDS = _ROBOTS | {
     'reproduce': Command(
         'halo.benchmarks.tables', "the paper's tables beside our own numbers"
     ),
@@ -65,7 +69,27 @@ def usage() -> str:
         + ['', '  --version   print the version']
     )
 
-# %% ../nbs/cli.ipynb #06b72dd0
+# %% ../nbs/cli.ipynb #527d2975
+def _missing(name: str, c: Command, package: str | None) -> str:
+    "What to say where command `name` needs a `package` that is not installed."
+    how = f"'lerobot_policy_halo[{c.extra}]'" if c.extra else (package or '').split('.')[0]
+    said = f'halo {name} needs the package {package!r}, which is not installed:'
+    return f'{said} pip install {how}'
+
+# %% ../nbs/cli.ipynb #7805b52a
+def _main_of(name: str, c: Command):
+    "The function `main` of a command's module. Raises `SystemExit` where it cannot be had."
+    try:
+        return import_module(c.module).main
+    except ModuleNotFoundError as e:
+        if e.name and e.name.split('.')[0] == 'halo':
+            raise
+        raise SystemExit(_missing(name, c, e.name)) from e
+    except AttributeError as e:
+        why = f'{c.module} has no command line (no function main)'
+        raise SystemExit(f'halo {name}: {why}') from e
+
+# %% ../nbs/cli.ipynb #61fb327e
 def resolve(name: str):
     """The function `main` of sub-command `name`.
 
@@ -79,23 +103,7 @@ def resolve(name: str):
             f"halo {name}: this installation has no module {c.module}; update it (pip"
             " install -U lerobot_policy_halo)"
         )
-    try:
-        return import_module(c.module).main
-    except ModuleNotFoundError as e:
-        if e.name and e.name.split('.')[0] == 'halo':
-            raise
-        how = (
-            f"pip install 'lerobot_policy_halo[{c.extra}]'"
-            if c.extra
-            else f'pip install {(e.name or "").split(".")[0]}'
-        )
-        raise SystemExit(
-            f"halo {name} needs the package {e.name!r}, which is not installed: {how}"
-        ) from e
-    except AttributeError as e:
-        raise SystemExit(
-            f"halo {name}: {c.module} has no command line (no function main)"
-        ) from e
+    return _main_of(name, c)
 
 # %% ../nbs/cli.ipynb #e67a7aea
 def main(argv: list[str] | None = None) -> int:
