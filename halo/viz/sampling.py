@@ -46,12 +46,12 @@ __all__ = ['STANDS', 'REMEMBERED', 'NEW', 'VIEW', 'WORDS', 'PRICES', 'COLOURS', 
            'encoded_pairs', 'montage', 'veil', 'outlines', 'token_grid', 'grid_words', 'dial', 'sampling_controls',
            'SamplingPanels', 'reading_words', 'row_words', 'map_words', 'sampling_explorer']
 
-# %% ../../nbs/viz/07_sampling.ipynb #5510bdf5
+# %% ../../nbs/viz/07_sampling.ipynb #385f859b
 def camera_frame(rec: Recording, camera: str, tick: int) -> torch.Tensor:
     "A recorded frame (3, H, W) uint8."
     return torch.from_numpy(rec.record[f'frames.{camera}'][tick]).permute(2, 0, 1)
 
-
+# %% ../../nbs/viz/07_sampling.ipynb #bec9b947
 def sized_views(rec: Recording, cfg: ModelConfig, tick: int) -> list[torch.Tensor]:
     "The present views (1, 3, h, w) uint8 at `tick`, primary first, at the model's sizes."
     return [
@@ -112,12 +112,12 @@ class Ledger(Streamer):
     def context(self, x, ids, pos, start):
         self.row_said = ids, pos
 
-# %% ../../nbs/viz/07_sampling.ipynb #937df6e7
+# %% ../../nbs/viz/07_sampling.ipynb #bf8ea18b
 STANDS, REMEMBERED, NEW, VIEW, WORDS = range(5)
 PRICES = ('stands', 'remembered', 'new', 'views', 'words, marks')
 COLOURS = (CATEGORIES[0], CATEGORIES[4], CATEGORIES[1], CATEGORIES[2], CATEGORIES[6])
 
-
+# %% ../../nbs/viz/07_sampling.ipynb #e777ea2d
 @dataclass(frozen=True)
 class Reading:
     "What one tick reads and what of it is new work; `l` tokens, `p` frame pairs."
@@ -192,21 +192,21 @@ def reading_map(readings: list[Reading]) -> np.ndarray:
         out[t, t] = VIEW
     return out
 
-# %% ../../nbs/viz/07_sampling.ipynb #63185ad6
+# %% ../../nbs/viz/07_sampling.ipynb #b3cd1b8d
 def standing_share(readings: list[Reading]) -> float:
     "Share of the history's frame pairs that stand, over all ticks; 0 without history."
     pairs = np.concatenate([r.pairs for r in readings])
     return float((pairs == STANDS).mean()) if len(pairs) else 0.0
 
-
+# %% ../../nbs/viz/07_sampling.ipynb #2ddcabce
 def encoded_pairs(readings: list[Reading]) -> int:
     "Frame pairs that went through the vision tower, over all ticks."
     return sum(int((r.pairs == NEW).sum()) for r in readings)
 
-# %% ../../nbs/viz/07_sampling.ipynb #6a817543
+# %% ../../nbs/viz/07_sampling.ipynb #b3cc3971
 ROWS, THUMB = 2, 56  # of the strip; pixels of a thumbnail
 
-
+# %% ../../nbs/viz/07_sampling.ipynb #69efab7b
 def montage(rec: Recording, rows: int = ROWS, size: int = THUMB) -> np.ndarray:
     "All primary frames as one picture (rows * size, columns * size, 3) uint8, by rows."
     primary, T = next(iter(assign_roles(rec.cameras))), len(rec)
@@ -217,13 +217,13 @@ def montage(rec: Recording, rows: int = ROWS, size: int = THUMB) -> np.ndarray:
         out[t // cols, t % cols] = frame.numpy()
     return out.swapaxes(1, 2).reshape(rows * size, cols * size, 3)
 
-# %% ../../nbs/viz/07_sampling.ipynb #2a3de402
+# %% ../../nbs/viz/07_sampling.ipynb #7c13ec20
 SKIPPED, FUTURE = 0.72, 0.93  # opacity of the veil over frames not read, not yet seen
 VEIL = ListedColormap(
     np.concatenate([np.ones((256, 3)), np.linspace(0, 1, 256)[:, None]], 1), name='veil'
 )
 
-
+# %% ../../nbs/viz/07_sampling.ipynb #d411f812
 def veil(ticks: list[int], t: int, length: int, rows: int = ROWS) -> np.ndarray:
     "Opacity (rows, columns) over the strip at tick `t`; nan over what is read."
     cols = -(-length // rows)
@@ -232,10 +232,10 @@ def veil(ticks: list[int], t: int, length: int, rows: int = ROWS) -> np.ndarray:
     out[[*ticks, t]] = np.nan
     return out.reshape(rows, cols)
 
-# %% ../../nbs/viz/07_sampling.ipynb #9d19c683
+# %% ../../nbs/viz/07_sampling.ipynb #ba2a61a0
 BOX = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1], [-1, -1], [np.nan, np.nan]]) * 0.46
 
-
+# %% ../../nbs/viz/07_sampling.ipynb #81072285
 def outlines(prices: np.ndarray, cols: int) -> list[np.ndarray]:
     "Boxes (m, 2) around thumbnails, a line per price; `prices` (T,), nan where none is."
     return [
@@ -246,7 +246,7 @@ def outlines(prices: np.ndarray, cols: int) -> list[np.ndarray]:
         for price in (STANDS, REMEMBERED, NEW, VIEW)
     ]
 
-# %% ../../nbs/viz/07_sampling.ipynb #debea72b
+# %% ../../nbs/viz/07_sampling.ipynb #eb7c8cc3
 def token_grid(shape: tuple[int, ...], factor: int) -> np.ndarray:
     "Lines (m, 2) between the tokens of a picture (h, w, ...), in fractions of its sides."
     h, w = shape[0] // factor, shape[1] // factor
@@ -255,13 +255,13 @@ def token_grid(shape: tuple[int, ...], factor: int) -> np.ndarray:
     down = [[[x / w, 0], [x / w, 1], *gap] for x in range(1, w)]
     return np.array(sum(across + down, [])).reshape(-1, 2)
 
-
+# %% ../../nbs/viz/07_sampling.ipynb #6d70eed1
 def grid_words(shape: tuple[int, ...], factor: int) -> str:
     "A picture's size in pixels and tokens."
     h, w = shape[0] // factor, shape[1] // factor
     return f'{shape[0]} px, {h * w} token{"s" if h * w > 1 else ""}'
 
-# %% ../../nbs/viz/07_sampling.ipynb #4dc9f4ae
+# %% ../../nbs/viz/07_sampling.ipynb #6e0edbf5
 DIALS = dict(
     history_frames=(4, 8, 16),
     history_stride=(1, 2, 3, 6),
@@ -281,7 +281,7 @@ STARTS = dict(
 # values (by index) that the twin keeps
 TWIN = dict(history_stride=[0, 1, 3], wrist_size=[0, 1])
 
-
+# %% ../../nbs/viz/07_sampling.ipynb #0f7ca102
 def dial(name: str, label: str, unit: str, alone: str = '') -> Control:
     "A slider for one field of `SamplingConfig`."
     values = DIALS[name]
@@ -353,10 +353,10 @@ def maps(self: SamplingPanels, axes) -> dict:
         ax.set(xlabel='frame that is read', ylabel='tick', aspect='equal')
     return out
 
-# %% ../../nbs/viz/07_sampling.ipynb #36668610
+# %% ../../nbs/viz/07_sampling.ipynb #fde2ec1c
 SHOWN = ('oldest', 'newest', 'primary', 'wrist')
 
-
+# %% ../../nbs/viz/07_sampling.ipynb #976da799
 @patch
 def pictures(self: SamplingPanels, axes) -> dict:
     "Panels of the oldest and newest frame read and of the views, with their tokens."
@@ -368,10 +368,10 @@ def pictures(self: SamplingPanels, axes) -> dict:
         out[f'said_{name}'] = Words(ax, (0, 1.02), 7.5)
     return out
 
-# %% ../../nbs/viz/07_sampling.ipynb #44c3f19d
+# %% ../../nbs/viz/07_sampling.ipynb #563fc784
 AXES = dict(time=INK, height=CATEGORIES[3], width=CATEGORIES[5])
 
-
+# %% ../../nbs/viz/07_sampling.ipynb #444d7d82
 @patch
 def row(self: SamplingPanels, bar, below) -> dict:
     "Panels of the row of tokens, coloured by price, above its three positions."
@@ -412,7 +412,7 @@ def layout(self: SamplingPanels, fig) -> dict:
     ax.grid(axis='y', visible=False)
     return out | dict(counts=Bars(ax, 5, COLOURS, across=True))
 
-# %% ../../nbs/viz/07_sampling.ipynb #19c94b09
+# %% ../../nbs/viz/07_sampling.ipynb #476f40fb
 def reading_words(r: Reading, tick: int, seconds: float, fps: float) -> str:
     "One tick in a sentence."
     said = f'tick {tick}, {seconds:.1f} s: '
@@ -425,13 +425,13 @@ def reading_words(r: Reading, tick: int, seconds: float, fps: float) -> str:
         f' {(r.pairs == NEW).sum()} through the tower'
     )
 
-
+# %% ../../nbs/viz/07_sampling.ipynb #db7fb348
 def row_words(r: Reading) -> str:
     "The row of tokens in a sentence."
     computed = int((r.prices != STANDS).sum())
     return f'{len(r.prices)} tokens, {computed} computed at this tick'
 
-
+# %% ../../nbs/viz/07_sampling.ipynb #f3f34d3f
 def map_words(name: str, readings: list[Reading]) -> str:
     "A whole episode in a line."
     return (
