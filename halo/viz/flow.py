@@ -279,8 +279,8 @@ def density(self: FlowPanels, t: float) -> np.ndarray:
     "Relative density (g, g) at time `t`, as a picture: the highest row first."
     return relative_density(on_grid(FINE), t).view(len(FINE), -1).flipud().numpy()
 
-# %% ../../nbs/viz/08_flow.ipynb #3af36059
-TWIN = dict(t=list(range(0, len(TIMES), 2)), steps=[0, 1, 2, 3, 4, 5])
+# %% ../../nbs/viz/08_flow.ipynb #abd69084
+TWIN = dict(t=list(range(0, len(TIMES), 4)), steps=[0, 1, 2, 3, 4, 5])
 
 # %% ../../nbs/viz/08_flow.ipynb #520c5256
 def flow_explorer(fields: dict[str, VelocityFn] | None = None) -> Explorer:

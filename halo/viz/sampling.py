@@ -261,7 +261,7 @@ def grid_words(shape: tuple[int, ...], factor: int) -> str:
     h, w = shape[0] // factor, shape[1] // factor
     return f'{shape[0]} px, {h * w} token{"s" if h * w > 1 else ""}'
 
-# %% ../../nbs/viz/07_sampling.ipynb #6e0edbf5
+# %% ../../nbs/viz/07_sampling.ipynb #0c37b575
 DIALS = dict(
     history_frames=(4, 8, 16),
     history_stride=(1, 2, 3, 6),
@@ -279,7 +279,13 @@ STARTS = dict(
     wrist_size=56,
 )
 # values (by index) that the twin keeps
-TWIN = dict(history_stride=[0, 1, 3], wrist_size=[0, 1])
+TWIN = dict(
+    history_stride=[0, 1, 3],
+    history_hop=[0, 2],
+    history_size=[0, 1],
+    view_size=[0, 2],
+    wrist_size=[1],
+)
 
 # %% ../../nbs/viz/07_sampling.ipynb #0f7ca102
 def dial(name: str, label: str, unit: str, alone: str = '') -> Control:
@@ -321,14 +327,14 @@ class SamplingPanels:
         named = {f'sampling__{k}': v for k, v in zip(DIALS, dials)}
         return read_episode(self.rec, self.cfg.but(**named))
 
-# %% ../../nbs/viz/07_sampling.ipynb #7510d391
+# %% ../../nbs/viz/07_sampling.ipynb #28452be4
 @patch
 def strip(self: SamplingPanels, ax) -> dict:
     "Panels of the film strip: veil, frames around thumbnails, words above."
     ax.imshow(
         montage(self.rec),
         extent=(-0.5, self.cols - 0.5, ROWS - 0.5, -0.5),
-        interpolation='antialiased',
+        interpolation='none',  # lies in the page as it is, under every veil
     )
     over = Heat(ax, (ROWS, self.cols), 0, 1, VEIL, aspect='equal')
     styles = [dict(color=c, width=2.4) for c in COLOURS[:4]]
