@@ -173,7 +173,7 @@ def answers(points: np.ndarray) -> np.ndarray:
     return np.where(far.min(1) < FAR, far.argmin(1), MODES)
 
 # %% ../../nbs/viz/08_flow.ipynb #88642975
-DRAWN, CURVE = 64, (1, 2, 3, 5, 10, 20, 50)
+DRAWN, CURVE = 48, (1, 2, 3, 5, 10, 20, 50)
 TIMES = tuple(np.linspace(1, 0, 41).round(3).tolist())
 ROUND = [
     *(mpl.colors.to_hex(c) for c in 0.82 * crameri.romaO(np.arange(MODES) / MODES)[:, :3]),

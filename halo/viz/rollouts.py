@@ -164,14 +164,14 @@ def _cameras(self: RolloutPanels, side: str, fig) -> dict:
     )
     white = dict(color='white', width=3, alpha=0.7)
     out = {
-        f'scene_{side}': Picture(first, film.shape[1:3]),
+        f'scene_{side}': Picture(first, film.shape[1:3], quality=60),
         f'plan_{side}': Lines(first, [white, dict(color=CATEGORIES[0], width=1.6)]),
     }
     first.set(xlim=(-0.5, film.shape[2] - 0.5), ylim=(film.shape[1] - 0.5, -0.5), title=' ')
     out[f'said_{side}'] = Words(first, (0, 1.02), 9)
     for ax, c in zip(rest, r.cameras):
         ax.set_title(c)
-        out[f'{c}_{side}'] = Picture(ax, r.record[f'frames.{c}'].shape[1:3])
+        out[f'{c}_{side}'] = Picture(ax, r.record[f'frames.{c}'].shape[1:3], quality=60)
     return out
 
 # %% ../../nbs/viz/06_rollouts.ipynb #51562b54

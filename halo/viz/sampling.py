@@ -368,7 +368,7 @@ def pictures(self: SamplingPanels, axes) -> dict:
     "Panels of the oldest and newest frame read and of the views, with their tokens."
     out = {}
     for ax, name in zip(axes.flat, SHOWN):
-        out[f'{name}'] = Picture(ax, (100, 100))
+        out[f'{name}'] = Picture(ax, (100, 100), quality=60)
         ax.set(xlim=(-0.5, 99.5), ylim=(99.5, -0.5))
         out[f'grid_{name}'] = Lines(ax, [dict(color='white', width=0.8)])
         out[f'said_{name}'] = Words(ax, (0, 1.02), 7.5)
