@@ -36,6 +36,14 @@ LOOKS = {
         'Rollouts',
         'episodes of two policies, side by side on one time line',
     ),
+    'viz/07_sampling': (
+        'Sampling',
+        'which frames a tick reads, as how many tokens, and what of them is new work',
+    ),
+    'viz/08_flow': (
+        'Flow',
+        'particles from noise to eight answers, and the error of solver and network',
+    ),
 }
 
 

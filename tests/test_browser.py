@@ -10,12 +10,16 @@ import torch
 from browser import Lab, Live, Watched, chromium, root, run_all
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
+from halo.method.flow import integrate
+from halo.method.vlm import pack
 from halo.sim.evaluate import load_policy, observation_at
 from halo.viz.attention import AttentionFilm, attention_explorer, groups_of
 from halo.viz.denoising import denoising_explorer
 from halo.viz.explorer import CATEGORIES, SIGNED
+from halo.viz.flow import CENTRES, FAR, MODES, ROUND, exact_velocity, flow_explorer
 from halo.viz.masks import mask_explorer, mask_film, normalized_state, state_explorer
 from halo.viz.recording import Recording
+from halo.viz.sampling import COLOURS, sampling_explorer
 
 pytestmark = [
     pytest.mark.browser,
@@ -60,8 +64,14 @@ def opened(browser, tmp_path_factory):
         Lab(
             tmp_path_factory.mktemp('lab'),
             [
-                f'{n}.ipynb'
-                for n in ('viz/03_masks', 'viz/04_attention', 'viz/05_denoising')
+                f'viz/{n}.ipynb'
+                for n in (
+                    '03_masks',
+                    '04_attention',
+                    '05_denoising',
+                    '07_sampling',
+                    '08_flow',
+                )
             ],
             leave_out=('.static(',),
         ),
@@ -310,3 +320,95 @@ def test_denoising_in_jupyterlab(opened):
         found,
         rows,
     )
+
+
+def rgb(colour):
+    "A colour '#rrggbb' as three numbers, 0 to 255."
+    return np.array([int(colour[k : k + 2], 16) for k in (1, 3, 5)])
+
+
+def painted(image, row, col, colour):
+    "How many pixels of these rows and columns have the colour."
+    return int((np.abs(image[row, col].astype(int) - rgb(colour)).max(-1) < 12).sum())
+
+
+def test_sampling_in_jupyterlab(opened):
+    page = opened('viz/07_sampling.ipynb')
+    rec = recording('full')
+    explorer, live = sampling_explorer(rec), Live(page, 'What a tick reads')
+    now, values = live.picture(), {}
+    same(now, explorer.picture())
+    for label, by, name in (
+        ('time', 6, 'tick'),
+        ('stride', 2, 'history_stride'),
+        ('hop', -2, 'history_hop'),
+        ('history', 1, 'history_size'),
+        ('view', -1, 'view_size'),
+        ('wrist', 1, 'wrist_size'),
+        ('frames n', 1, 'history_frames'),
+    ):
+        c = explorer.controls[name]
+        live.step(label, by)
+        now, values[name] = live.changed(now), c.values[c.start + by]
+        same(now, explorer.picture(**values), 0.004)
+    for label, by, name in (
+        ('history', -1, 'history_size'),
+        ('view', 1, 'view_size'),
+        ('wrist', -1, 'wrist_size'),
+        ('frames n', -1, 'history_frames'),
+    ):
+        live.step(label, by)
+        now = live.changed(now)
+        del values[name]
+    same(now, explorer.picture(**values), 0.004)
+    # the window of the shipped policy: its own packing counts the tokens
+    p, pre, post = policy('full')
+    s = p.config.model.sampling
+    assert (s.history_frames, s.history_stride, s.history_hop) == (8, 6, 0)
+    obs = observation_at(p, pre, rec.record, rec.task, values['tick'])
+    groups = pack(obs, p.config.model).groups[0]
+    sizes = {g: at.stop - at.start for g, at in groups.items()}
+    panel = explorer.panels['counts']
+    scale = (pixel(panel, (20, 0), now)[1] - pixel(panel, (0, 0), now)[1]) / 20
+    long = []
+    for k, colour in enumerate(COLOURS):
+        row, col = pixel(panel, (0, k), now)
+        long.append(painted(now, row, slice(col, None), colour) / scale)
+    assert abs(sum(long[:3]) - sizes['history']) < 0.5
+    assert abs(long[3] - sizes['view0'] - sizes['view1']) < 0.5
+    assert abs(sum(long) - len(pack(obs, p.config.model).input_ids[0])) < 1
+
+
+def test_flow_in_jupyterlab(opened):
+    page = opened('viz/08_flow.ipynb')
+    explorer, live = flow_explorer(), Live(page, 'From a cloud to eight answers')
+    before = live.picture()
+    same(before, explorer.picture(), 0.004)
+    live.step('time t', -12)
+    now = live.changed(before)
+    same(now, explorer.picture(t=0.6), 0.004)
+    live.choose('solver', 'Heun')
+    now = live.changed(now)
+    same(now, explorer.picture(t=0.6, method='heun'), 0.004)
+    live.choose('field', 'learned')
+    now = live.changed(now)
+    # trained twice, there and here
+    same(now, explorer.picture(t=0.6, method='heun', field='learned'), 0.01)
+    live.choose('field', 'exact')
+    now = live.changed(now)
+    live.step('steps', -2)
+    now = live.changed(now)
+    same(now, explorer.picture(t=0.6, method='heun', steps=2), 0.004)
+    # the bars are as tall as the ends are many, counted by hand
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(400, 1, 2, generator=generator, dtype=torch.float64)
+    far = torch.cdist(integrate(exact_velocity, noise, 2, 'heun')[:, 0], CENTRES)
+    ends = far.argmin(1).where(far.amin(1) < FAR, MODES).bincount(minlength=MODES + 1)
+    panel = explorer.panels['ends']
+    scale = (pixel(panel, (0, 0), now)[0] - pixel(panel, (0, 50), now)[0]) / 50
+    top = pixel(panel, (0, panel.ax.get_ylim()[1]), now)[0]
+    assert (ends > 5).sum() > 4
+    for k, colour in enumerate(ROUND):
+        row, col = pixel(panel, (k, 0), now)
+        tall = painted(now, slice(top, row), col, colour) / scale
+        assert abs(tall - min(int(ends[k]), panel.ax.get_ylim()[1])) < 1.5, (k, tall)

@@ -516,6 +516,8 @@ def test_the_pages_with_explorers_are_known():
         'viz/04_attention',
         'viz/05_denoising',
         'viz/06_rollouts',
+        'viz/07_sampling',
+        'viz/08_flow',
     } <= set(PAGES)
 
 
@@ -569,6 +571,59 @@ def test_every_page_opens_quietly_and_fits(served):
                 page.locator('.katex-error').first.text_content(),
             )
         page.close()
+
+
+def explorer_of(name):
+    "The explorer of a page, made here."
+    if name == 'viz/08_flow':
+        from halo.viz.flow import flow_explorer
+
+        return flow_explorer()
+    from halo.viz.recording import shipped
+    from halo.viz.sampling import sampling_explorer
+
+    return sampling_explorer(shipped('full'))
+
+
+def says_what_python_says(twin, explorer):
+    "Every panel of the twin but its pictures holds what the data function gives now."
+    values = {
+        c['name']: explorer.controls[c['name']].values[c['index'][v]]
+        for c, v in zip(twin.spec['controls'], twin.state)
+    }
+    found = explorer.ask(**values)
+    for k, p in enumerate(twin.spec['panels']):
+        here, there = twin.piece(k), explorer.panels[p['name']].pack(found[p['name']])
+        if p['kind'] == 'words':
+            assert here.decode() == str(found[p['name']]), values
+        elif p['kind'] != 'picture':
+            kind = np.uint8 if p['kind'] == 'heat' else '<i2'
+            here, there = (np.frombuffer(x, kind).astype(int) for x in (here, there))
+            assert np.abs(here - there).max(initial=0) <= 1, (p['name'], values)
+
+
+@browses
+@pytest.mark.parametrize('name', ['viz/07_sampling', 'viz/08_flow'])
+def test_a_twin_says_what_python_says(served, name):
+    b, url, _ = served
+    watched = Watched(b, viewport=dict(width=1280, height=900))
+    page, explorer = watched.page, explorer_of(name)
+    page.goto(f'{url}/nbs/{name}.html')
+    frame = page.locator('iframe.halo-twin').first
+    frame.scroll_into_view_if_needed()
+    twin = Drawn(page, frame.element_handle().content_frame())
+    assert [c['name'] for c in twin.spec['controls']] == list(explorer.controls)
+    says_what_python_says(twin, explorer)
+    for i, c in enumerate(twin.spec['controls']):
+        for to in {0, len(c['texts']) - 1, c['start']} - {twin.state[i]}:
+            twin.move(i, to)
+            says_what_python_says(twin, explorer)
+    # a hand on the keyboard: one step of the first slider
+    was = twin.state[0]
+    twin.move(0, was - 1 if was else 1)
+    says_what_python_says(twin, explorer)
+    assert not watched.wrong, watched.wrong
+    page.close()
 
 
 def words(page):

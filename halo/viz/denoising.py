@@ -22,7 +22,7 @@ from .recording import Recording, project, shipped, shipped_folder
 __all__ = ['REACH', 'GRIP', 'REFERENCE', 'STEPS', 'CURVE', 'GRID', 'hand_paths', 'pad_outline', 'DenoisingProbe', 'decisive_tick',
            'DenoisingPanels', 'arrows', 'denoising_explorer']
 
-# %% ../../nbs/viz/05_denoising.ipynb #855546bf
+# %% ../../nbs/viz/05_denoising.ipynb #d58bb734
 REACH = FlashPlaceSpec().move_steps * 0.01  # metres per unit of action and tick
 GRIP = np.array([0, 0, -0.048])  # from the hand to the point between its fingers, metres
 
@@ -38,7 +38,7 @@ def hand_paths(start: np.ndarray, actions: np.ndarray) -> np.ndarray:
         + np.concatenate([np.zeros_like(moves[..., :1, :]), moves.cumsum(-2)], -2)
     )
 
-
+# %% ../../nbs/viz/05_denoising.ipynb #b0aeb680
 def pad_outline(pad: int, n: int = 60) -> np.ndarray:
     "World points (n, 3) around a pad."
     s, a = FlashPlaceSpec(), np.linspace(0, 2 * np.pi, n)
@@ -51,7 +51,21 @@ def pad_outline(pad: int, n: int = 60) -> np.ndarray:
         -1,
     )
 
-# %% ../../nbs/viz/05_denoising.ipynb #2cf7d920
+# %% ../../nbs/viz/05_denoising.ipynb #17e2def1
+def _widened(prefix: Prefix, rows: int) -> Prefix:
+    "A prefix of one observation, repeated for `rows` noisy chunks at once."
+    wide, c = lambda x: x.repeat_interleave(rows, 0), prefix.ctx
+    ctx = type(c)(None, None, wide(c.valid), wide(c.next_position), wide(c.positions))
+    return Prefix([(wide(k), wide(v)) for k, v in prefix.cache], wide(prefix.state), ctx)
+
+
+def _draws(policy, n: int, seed: int) -> torch.Tensor:
+    "Noise of `n` draws (n, s, d), the same for every policy of these sizes."
+    m = policy.config.model
+    shape, rng = (n, m.chunk, m.max_action_dim), np.random.default_rng(seed)
+    return torch.from_numpy(rng.standard_normal(shape, np.float32))
+
+# %% ../../nbs/viz/05_denoising.ipynb #efd6aac1
 class DenoisingProbe:
     """Denoising of `n` noise draws on one recorded observation of a policy; errors are
     measured on the first `few` of them.
@@ -69,67 +83,46 @@ class DenoisingProbe:
         seed: int = 0,
         few: int = 4,
     ):
-        m, self.policy, self.post, self.n, self.d, self.few = (
-            policy.config.model,
-            policy,
-            post,
-            n,
-            policy.config.action_feature.shape[0],
-            min(few, n),
-        )
+        self.policy, self.post, self.n, self.few = policy, post, n, min(few, n)
+        self.d = policy.config.action_feature.shape[0]
         obs = observation_at(policy, pre, record, task, tick)
-        noise = torch.from_numpy(
-            np.random.default_rng(seed).standard_normal(
-                (n, m.chunk, m.max_action_dim), np.float32
-            )
-        ).to(obs.state.device)
         with torch.inference_mode():
+            noise = _draws(policy, n, seed).to(obs.state.device)
             self.noise, self.dims = policy._noise(obs, noise)
             self.prefix = policy.model.encode(obs)
-        self.velocities, self.path = (
-            lru_cache(8)(self._velocities),
-            lru_cache(None)(self._path),
-        )
+        self.velocities = lru_cache(8)(self._velocities)
+        self.path = lru_cache(None)(self._path)
 
-    def _velocities(self, rows: int) -> Denoiser:
-        "The velocity function for `rows` noisy chunks at once."
-        wide = lambda x: x.repeat_interleave(rows, 0)
-        p = self.prefix
-        c = type(p.ctx)(
-            None, None, wide(p.ctx.valid), wide(p.ctx.next_position), wide(p.ctx.positions)
-        )
-        with torch.inference_mode():
-            return Denoiser(
-                self.policy.model,
-                Prefix([(wide(k), wide(v)) for k, v in p.cache], wide(p.state), c),
-            )
-
-    @torch.inference_mode()
-    def _path(self, method: str, steps: int, few: bool = False) -> np.ndarray:
-        """Normalised chunks (steps + 1, n, s, d), from noise to action; only the first
-        `few` draws if asked.
-        """
-        n = self.few if few else self.n
-        v = self.velocities(n)
-        return (
-            integrate(
-                lambda x, t: v(x, t) * self.dims,
-                self.noise[:n],
-                steps,
-                method,
-                return_path=True,
-            )[..., : self.d]
-            .cpu()
-            .numpy()
-        )
-
-    def units(self, chunks: np.ndarray) -> np.ndarray:
-        "Normalised chunks (..., d) in the robot's units."
-        return self.post(torch.as_tensor(chunks)).cpu().numpy()
-
-# %% ../../nbs/viz/05_denoising.ipynb #178ad56a
+# %% ../../nbs/viz/05_denoising.ipynb #b8c1d415
 from fastcore.basics import patch
 
+
+@patch
+def _velocities(self: DenoisingProbe, rows: int) -> Denoiser:
+    "The velocity function for `rows` noisy chunks at once."
+    with torch.inference_mode():
+        return Denoiser(self.policy.model, _widened(self.prefix, rows))
+
+# %% ../../nbs/viz/05_denoising.ipynb #8047a08f
+@patch
+@torch.inference_mode()
+def _path(self: DenoisingProbe, method: str, steps: int, few: bool = False) -> np.ndarray:
+    """Normalised chunks (steps + 1, n, s, d), from noise to action; only the first `few`
+    draws if asked.
+    """
+    n = self.few if few else self.n
+    v = self.velocities(n)
+    masked = lambda x, t: v(x, t) * self.dims
+    path = integrate(masked, self.noise[:n], steps, method, return_path=True)
+    return path[..., : self.d].cpu().numpy()
+
+# %% ../../nbs/viz/05_denoising.ipynb #b2871e76
+@patch
+def units(self: DenoisingProbe, chunks: np.ndarray) -> np.ndarray:
+    "Normalised chunks (..., d) in the robot's units."
+    return self.post(torch.as_tensor(chunks)).cpu().numpy()
+
+# %% ../../nbs/viz/05_denoising.ipynb #825d5622
 REFERENCE = ('heun', 200)  # method and steps that stand for the exact solution
 
 
@@ -138,15 +131,21 @@ def error(self: DenoisingProbe, method: str, steps: int) -> float:
     """Root mean square distance of the chunks from those of 200 Heun steps, in standard
     deviations of the training actions.
     """
-    return float(
-        np.sqrt(
-            (
-                (self.path(method, steps, True)[-1] - self.path(*REFERENCE, True)[-1]) ** 2
-            ).mean()
-        )
-    )
+    ends = self.path(method, steps, True)[-1] - self.path(*REFERENCE, True)[-1]
+    return float(np.sqrt((ends**2).mean()))
 
-# %% ../../nbs/viz/05_denoising.ipynb #90ee7d01
+# %% ../../nbs/viz/05_denoising.ipynb #d110b9c7
+@patch
+def _slice(self: DenoisingProbe, t, action, pair, axis, draw) -> torch.Tensor:
+    "Noisy chunks (g * g, s, d): the exact path's at `t`, two dimensions over a grid."
+    path, g = self.path(*REFERENCE, True), len(axis)
+    x = np.zeros((g * g, *self.noise.shape[1:]), np.float32)
+    x[..., : self.d] = path[round((1 - t) * (len(path) - 1)), draw]
+    for k, values in zip(pair, np.meshgrid(axis, axis)):
+        x[:, action, k] = values.ravel()
+    return torch.from_numpy(x).to(self.noise.device)
+
+# %% ../../nbs/viz/05_denoising.ipynb #b9210cfc
 @patch
 @torch.inference_mode()
 def field(
@@ -160,20 +159,9 @@ def field(
     """Motion -v (g, g, 2) of two dimensions of one action on a grid of normalised values,
     everything else as in the exact path of `draw` at flow time `t`.
     """
-    path, g = self.path(*REFERENCE, True), len(axis)
-    x = np.zeros((g * g, *self.noise.shape[1:]), np.float32)
-    x[..., : self.d] = path[round((1 - t) * (len(path) - 1)), draw]
-    x[:, action, pair[0]], x[:, action, pair[1]] = (
-        a.ravel() for a in np.meshgrid(axis, axis)
-    )
-    v = (
-        self.velocities(g * g)(
-            torch.from_numpy(x).to(self.noise.device),
-            torch.full((g * g,), t, device=self.noise.device),
-        )
-        .cpu()
-        .numpy()
-    )
+    x, g = self._slice(t, action, pair, axis, draw), len(axis)
+    times = torch.full((g * g,), t, device=self.noise.device)
+    v = self.velocities(g * g)(x, times).cpu().numpy()
     return -v[:, action, list(pair)].reshape(g, g, 2)
 
 # %% ../../nbs/viz/05_denoising.ipynb #05086e6e
@@ -186,7 +174,7 @@ def decisive_tick(record: dict) -> int:
     after = calls[calls > held[0]] if len(held) else calls[:0]
     return int(after[0] if len(after) else calls[len(calls) // 2])
 
-# %% ../../nbs/viz/05_denoising.ipynb #fc02cd91
+# %% ../../nbs/viz/05_denoising.ipynb #d8287922
 STEPS, CURVE = tuple(range(1, 21)), (1, 2, 3, 5, 8, 12, 20)
 GRID = np.linspace(-2.4, 2.4, 9)
 
@@ -203,124 +191,119 @@ class DenoisingPanels:
         n: int,
         paths=hand_paths,
     ):
-        first = next(iter(policies.values()))[0]
-        self.policies, self.rec, self.view, self.n, self.paths, self.camera = (
-            policies,
-            rec,
-            view,
-            n,
-            paths,
-            rec.record.get(f'camera.{view}'),
-        )
-        self.chunk, self.d = first.config.model.chunk, first.config.action_feature.shape[0]
+        self.policies, self.rec, self.view, self.n = policies, rec, view, n
+        self.paths, self.camera = paths, rec.record.get(f'camera.{view}')
+        config = next(iter(policies.values()))[0].config
+        self.chunk, self.d = config.model.chunk, config.action_feature.shape[0]
         self.acts = rec.meta.get('action', [f'action {k}' for k in range(self.d)])
-        self.probe = lru_cache(None)(
-            lambda policy, tick: DenoisingProbe(
-                *policies[policy], rec.record, rec.task, tick, n
-            )
+        self.size = rec.record[f'frames.{view}'].shape[1:3]
+        self.probe, self.errors = (
+            lru_cache(None)(self._probe),
+            lru_cache(None)(self._errors),
         )
-        self.errors = lru_cache(None)(
-            lambda policy, tick: [
-                np.array([[k, self.probe(policy, tick).error(m, k)] for k in CURVE])
-                for m in ('euler', 'heun')
-            ]
-        )
-        self.field = lru_cache(4096)(
-            lambda policy, tick, t, action, pair: self.probe(policy, tick).field(
-                t, action, pair, GRID
-            )
-        )
+        self.field = lru_cache(4096)(self._field)
 
-    def truth(self, tick: int) -> np.ndarray:
-        "The recorded actions from `tick` on, at most a chunk of them (k, d)."
-        return self.rec.record['action'][tick : tick + self.chunk]
+# %% ../../nbs/viz/05_denoising.ipynb #224a9411
+@patch
+def _probe(self: DenoisingPanels, policy: str, tick: int) -> DenoisingProbe:
+    "The probe of one policy at one tick."
+    rec = self.rec
+    return DenoisingProbe(*self.policies[policy], rec.record, rec.task, tick, self.n)
 
-    def normal(self, tick: int, policy: str) -> np.ndarray:
-        """The truth, normalised as the policy's outputs are (k, d): the inverse of its
-        postprocessor, which is affine.
-        """
-        zero, one = (
-            self.probe(policy, tick).units(np.full((1, self.d), x, np.float32))[0]
-            for x in (0.0, 1.0)
-        )
-        return (self.truth(tick) - zero) / (one - zero)
 
-# %% ../../nbs/viz/05_denoising.ipynb #40e7bb39
+@patch
+def _errors(self: DenoisingPanels, policy: str, tick: int) -> list[np.ndarray]:
+    "Error over steps (k, 2) of Euler and of Heun."
+    error = self.probe(policy, tick).error
+    return [np.array([[k, error(m, k)] for k in CURVE]) for m in ('euler', 'heun')]
+
+
+@patch
+def _field(self: DenoisingPanels, policy: str, tick: int, *where) -> np.ndarray:
+    "The motion field (g, g, 2) of one policy at one tick."
+    return self.probe(policy, tick).field(*where, GRID)
+
+# %% ../../nbs/viz/05_denoising.ipynb #1dc52c82
+@patch
+def truth(self: DenoisingPanels, tick: int) -> np.ndarray:
+    "The recorded actions from `tick` on, at most a chunk of them (k, d)."
+    return self.rec.record['action'][tick : tick + self.chunk]
+
+# %% ../../nbs/viz/05_denoising.ipynb #665c7920
+@patch
+def normal(self: DenoisingPanels, tick: int, policy: str) -> np.ndarray:
+    """The truth, normalised as the policy's outputs are (k, d): the inverse of its
+    postprocessor, which is affine.
+    """
+    ask = lambda x: self.probe(policy, tick).units(np.full((1, self.d), x, np.float32))[0]
+    zero, one = ask(0.0), ask(1.0)
+    return (self.truth(tick) - zero) / (one - zero)
+
+# %% ../../nbs/viz/05_denoising.ipynb #c2a8d73f
+@patch
+def _scene(self: DenoisingPanels, ax) -> dict:
+    "Panels of the scene: the camera's picture, paths of all draws, the truth."
+    out = dict(scene=Picture(ax, self.size), said=Words(ax, (0, 1.02), 9))
+    ax.set(xlim=(-0.5, self.size[1] - 0.5), ylim=(self.size[0] - 0.5, -0.5))
+    if self.camera is not None:
+        under, over = dict(color='white', width=2.2, alpha=0.6), dict(width=1, alpha=0.9)
+        over |= dict(color=CATEGORIES[0])
+        true = dict(color=INK, width=1.5, dash=True)
+        out['paths'] = Lines(ax, [under] * self.n + [over] * self.n + [true])
+    return out
+
+# %% ../../nbs/viz/05_denoising.ipynb #870bf6cb
+@patch
+def _plane(self: DenoisingPanels, ax) -> dict:
+    "Panels of two dimensions of one action: field, trails, draws, the truth."
+    ax.set(xlim=(-2.9, 2.9), ylim=(-2.9, 2.9), aspect='equal', title=' ')
+    ax.set(xlabel='first dimension / sd', ylabel='second dimension / sd')
+    grey, blue = '#9aa3ad', CATEGORIES[0]
+    stroke, tail = dict(color=grey, width=0.9), dict(color=grey, width=0, marker=2.2)
+    marks = [(blue, 4.5), (CATEGORIES[1], 6), (INK, 7)]
+    marks = [dict(color=c, width=0, marker=m) for c, m in marks]
+    trails = [dict(color=blue, width=0.7, alpha=0.5)] * self.n
+    return dict(
+        field=Lines(ax, [stroke, tail]),
+        trails=Lines(ax, trails + marks),
+        dims=Words(ax, (0, 1.02), 8.5),
+    )
+
+# %% ../../nbs/viz/05_denoising.ipynb #5d8aca65
+@patch
+def _curve(self: DenoisingPanels, ax) -> dict:
+    "Panel of the error over the number of steps, with a mark on the present one."
+    ticks = (1, 2, 5, 10, 20)
+    ax.set(xscale='log', yscale='log', xlim=(0.9, 22), ylim=(1e-3, 3), xlabel='steps')
+    ax.set(
+        title='distance from 200 Heun steps / sd', xticks=ticks, xticklabels=map(str, ticks)
+    )
+    ax.minorticks_off()
+    styles = [dict(color=c, marker=3) for c in CATEGORIES[1:3]]
+    for k, (name, s) in enumerate(zip(('Euler', 'Heun'), styles)):
+        at = (0.97, 0.93 - 0.08 * k)
+        ax.annotate(name, at, xycoords='axes fraction', ha='right', color=s['color'])
+    return dict(errors=Lines(ax, [*styles, dict(color=INK, width=0, marker=8)]))
+
+# %% ../../nbs/viz/05_denoising.ipynb #e91c6a9b
+@patch
+def _dimensions(self: DenoisingPanels, axes) -> dict:
+    "Panels of every action dimension over the chunk, all draws and the truth."
+    out, true = {}, dict(color=INK, width=1.5, dash=True)
+    for k, (ax, name) in enumerate(zip(axes, self.acts)):
+        ax.set(xlim=(-0.5, self.chunk - 0.5), ylim=(-2.2, 2.2), title=name)
+        ax.set_xlabel('step of the chunk')
+        draw = dict(color=CATEGORIES[0], width=0.9, alpha=0.6)
+        out[f'act{k}'] = Lines(ax, [draw] * self.n + [true])
+    return out
+
+# %% ../../nbs/viz/05_denoising.ipynb #04bd7963
 @patch
 def layout(self: DenoisingPanels, fig) -> dict:
     up, down = fig.subfigures(2, 1, height_ratios=(1.6, 1))
-    out = {}
     a, b, c = up.subplots(1, 3, width_ratios=(1, 1, 0.9))
-    size = self.rec.record[f'frames.{self.view}'].shape[1:3]
-    out['scene'] = Picture(a, size)
-    a.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
-    if self.camera is not None:
-        out['paths'] = Lines(
-            a,
-            [dict(color='white', width=2.2, alpha=0.6)] * self.n
-            + [dict(color=CATEGORIES[0], width=1, alpha=0.9)] * self.n
-            + [dict(color=INK, width=1.5, dash=True)],
-        )
-    b.set(
-        xlim=(-2.9, 2.9),
-        ylim=(-2.9, 2.9),
-        xlabel='first dimension / sd',
-        ylabel='second dimension / sd',
-        aspect='equal',
-        title=' ',
-    )
-    out['field'] = Lines(
-        b, [dict(color='#9aa3ad', width=0.9), dict(color='#9aa3ad', width=0, marker=2.2)]
-    )
-    out['trails'] = Lines(
-        b,
-        [dict(color=CATEGORIES[0], width=0.7, alpha=0.5)] * self.n
-        + [
-            dict(color=CATEGORIES[0], width=0, marker=4.5),
-            dict(color=CATEGORIES[1], width=0, marker=6),
-            dict(color=INK, width=0, marker=7),
-        ],
-    )
-    out['dims'] = Words(b, (0, 1.02), 8.5)
-    c.set(
-        xscale='log',
-        yscale='log',
-        xlim=(0.9, 22),
-        ylim=(1e-3, 3),
-        xlabel='steps',
-        title='distance from 200 Heun steps / sd',
-        xticks=[1, 2, 5, 10, 20],
-        xticklabels=['1', '2', '5', '10', '20'],
-    )
-    c.minorticks_off()
-    out['errors'] = Lines(
-        c,
-        [
-            dict(color=CATEGORIES[1], marker=3),
-            dict(color=CATEGORIES[2], marker=3),
-            dict(color=INK, width=0, marker=8),
-        ],
-    )
-    c.annotate(
-        'Euler', (0.97, 0.93), xycoords='axes fraction', ha='right', color=CATEGORIES[1]
-    )
-    c.annotate(
-        'Heun', (0.97, 0.85), xycoords='axes fraction', ha='right', color=CATEGORIES[2]
-    )
-    out['said'] = Words(a, (0, 1.02), 9)
-    for k, (ax, name) in enumerate(zip(down.subplots(1, self.d), self.acts)):
-        ax.set(
-            xlim=(-0.5, self.chunk - 0.5),
-            ylim=(-2.2, 2.2),
-            title=name,
-            xlabel='step of the chunk',
-        )
-        out[f'act{k}'] = Lines(
-            ax,
-            [dict(color=CATEGORIES[0], width=0.9, alpha=0.6)] * self.n
-            + [dict(color=INK, width=1.5, dash=True)],
-        )
-    return out
+    out = self._scene(a) | self._plane(b) | self._curve(c)
+    return out | self._dimensions(down.subplots(1, self.d))
 
 # %% ../../nbs/viz/05_denoising.ipynb #0341efdf
 def arrows(axis: np.ndarray, motion: np.ndarray, longest: float) -> list[np.ndarray]:
@@ -333,7 +316,55 @@ def arrows(axis: np.ndarray, motion: np.ndarray, longest: float) -> list[np.ndar
     gap = np.full_like(tail, np.nan)
     return [np.stack([tail, tip, gap], 2).reshape(-1, 2), tail.reshape(-1, 2)]
 
-# %% ../../nbs/viz/05_denoising.ipynb #200e3c6b
+# %% ../../nbs/viz/05_denoising.ipynb #4ee73898
+@patch
+def _ways(self: DenoisingPanels, tick: int, chunks: np.ndarray) -> dict:
+    "Data of the scene: its picture, paths of chunks (n, s, d) in units, and the truth's."
+    out = dict(scene=self.rec.record[f'frames.{self.view}'][tick])
+    if self.camera is None:
+        return out
+    start = self.rec.record['state'][tick][:3].astype(float)
+    way = lambda x: project(self.paths(start, x), self.camera, self.size) - 0.5
+    drawn = list(way(chunks))
+    return out | dict(paths=[*drawn, *drawn, way(self.truth(tick).astype(float))])
+
+# %% ../../nbs/viz/05_denoising.ipynb #f39a765a
+@patch
+def _motion(self: DenoisingPanels, policy, tick, path, k, action, pair) -> dict:
+    "Data of the plane at stage `k` of a path (steps + 1, n, s, d)."
+    a, b = pair
+    t, flat = 1 - k / (len(path) - 1), path[:, :, action][..., [a, b]]
+    field = self.field(policy, tick, round(t, 3), action, pair)
+    real = self.normal(tick, policy)[action : action + 1, [a, b]]
+    trails = [flat[: k + 1, i] for i in range(self.n)]
+    return dict(
+        field=arrows(GRID, field, 0.55),
+        trails=[*trails, flat[k], flat[k, :1], real],
+        dims=f'{self.acts[b]} over {self.acts[a]}, action {action}',
+    )
+
+# %% ../../nbs/viz/05_denoising.ipynb #e8e6eea3
+@patch
+def _lines(self: DenoisingPanels, tick: int, chunks: np.ndarray) -> dict:
+    "Data of every action dimension: chunks (n, s, d) in units, and the truth."
+    truth, out = self.truth(tick), {}
+    line = lambda y: np.stack([np.arange(len(y)), y], 1)
+    for d in range(self.d):
+        out[f'act{d}'] = [line(c) for c in chunks[..., d]] + [line(truth[:, d])]
+    return out
+
+
+@patch
+def _told(self: DenoisingPanels, policy: str, tick: int, t: float, chunks) -> str:
+    "Who, when, how far on the way, and how far from the demonstration."
+    truth = self.truth(tick)
+    far = np.sqrt(((chunks[:, : len(truth)] - truth) ** 2).mean())
+    return (
+        f'{policy}, {self.rec.seconds(tick):.1f} s, t = {t:.2f}; from the demonstration'
+        f' {far:.2f}'
+    )
+
+# %% ../../nbs/viz/05_denoising.ipynb #992c6691
 @patch
 def data(
     self: DenoisingPanels,
@@ -349,46 +380,42 @@ def data(
     done.
     """
     p = self.probe(policy, tick)
-    path = p.path(method, steps)
-    k = round(stage * steps)
-    t = 1 - k / steps
-    chunks, truth, (a, b) = p.units(path[k]), self.truth(tick), pair
-    out = dict(
-        scene=self.rec.record[f'frames.{self.view}'][tick],
-        errors=[*self.errors(policy, tick), np.array([[steps, p.error(method, steps)]])],
-    )
-    if self.camera is not None:
-        start, size = (
-            self.rec.record['state'][tick][:3].astype(float),
-            self.rec.record[f'frames.{self.view}'].shape[1:3],
-        )
-        drawn = list(project(self.paths(start, chunks), self.camera, size) - 0.5)
-        out['paths'] = (
-            drawn
-            + drawn
-            + [project(self.paths(start, truth.astype(float)), self.camera, size) - 0.5]
-        )
-    here, real = path[k, :, action][:, [a, b]], self.normal(tick, policy)
-    out['field'] = arrows(GRID, self.field(policy, tick, round(t, 3), action, pair), 0.55)
-    out['trails'] = [path[: k + 1, i, action][:, [a, b]] for i in range(self.n)] + [
-        here,
-        here[:1],
-        real[action : action + 1, [a, b]],
-    ]
-    for d in range(self.d):
-        out[f'act{d}'] = [
-            np.stack([np.arange(self.chunk), c], 1) for c in chunks[..., d]
-        ] + [np.stack([np.arange(len(truth)), truth[:, d]], 1)]
-    far = np.sqrt(((chunks[:, : len(truth)] - truth) ** 2).mean())
-    return out | dict(
-        dims=f'{self.acts[b]} over {self.acts[a]}, action {action}',
-        said=(
-            f'{policy}, {self.rec.seconds(tick):.1f} s, t = {t:.2f}; from the demonstration'
-            f' {far:.2f}'
-        ),
-    )
+    path, k = p.path(method, steps), round(stage * steps)
+    chunks, mark = p.units(path[k]), np.array([[steps, p.error(method, steps)]])
+    out = self._ways(tick, chunks) | self._lines(tick, chunks)
+    out |= self._motion(policy, tick, path, k, action, pair)
+    said = self._told(policy, tick, 1 - k / steps, chunks)
+    return out | dict(errors=[*self.errors(policy, tick), mark], said=said)
 
-# %% ../../nbs/viz/05_denoising.ipynb #ecc9036a
+# %% ../../nbs/viz/05_denoising.ipynb #27f81eca
+def _way_controls(p: DenoisingPanels, ticks: tuple[int, ...]) -> list[Control]:
+    "Controls of the tick, the policy, the stage and the solver."
+    stages = tuple(np.linspace(0, 1, 11).round(2).tolist())
+    seconds = tuple(f'{p.rec.seconds(t):.1f} s' for t in ticks)
+    shares, last = tuple(f'{100 * s:.0f} %' for s in stages), len(stages) - 1
+    return [
+        Control('tick', 'time', ticks, seconds, start=len(ticks) // 2),
+        Control('policy', 'policy', tuple(p.policies), kind='choice'),
+        Control('stage', 'way done', stages, shares, start=last, play=True),
+        Control('method', 'method', ('euler', 'heun'), kind='choice'),
+        Control('steps', 'steps', STEPS, start=STEPS.index(10)),
+    ]
+
+
+def _detail_controls(p: DenoisingPanels) -> list[Control]:
+    "Controls of what the plane shows: which action, which two of its dimensions."
+    pairs = tuple((i, j) for i in range(p.d) for j in range(i + 1, p.d))
+    names, steps = (
+        tuple(f'{p.acts[i]}, {p.acts[j]}' for i, j in pairs),
+        tuple(range(p.chunk)),
+    )
+    start = min(3, p.chunk - 1)
+    return [
+        Control('action', 'action step', steps, start=start, alone='detail'),
+        Control('pair', 'dimensions', pairs, names, kind='choice', alone='detail'),
+    ]
+
+# %% ../../nbs/viz/05_denoising.ipynb #afde1579
 def denoising_explorer(
     policies: dict[str, tuple],
     rec: Recording,
@@ -405,45 +432,8 @@ def denoising_explorer(
     """
     if f'frames.{view}' not in rec.record:
         raise ValueError(f"the recording has no camera {view!r}; it has {rec.cameras}")
-    ticks = tuple(ticks) or tuple(
-        int(t) for t in np.linspace(0, max(len(rec) - 2, 0), 6).round()
-    )
+    six = np.linspace(0, max(len(rec) - 2, 0), 6).round()
+    ticks = tuple(ticks) or tuple(int(t) for t in six)
     p = DenoisingPanels(policies, rec, ticks, view, n, paths)
-    pairs = [(i, j) for i in range(p.d) for j in range(i + 1, p.d)]
-    stages = tuple(np.linspace(0, 1, 11).round(2).tolist())
-    controls = [
-        Control(
-            'tick',
-            'time',
-            ticks,
-            tuple(f'{rec.seconds(t):.1f} s' for t in ticks),
-            start=len(ticks) // 2,
-        ),
-        Control('policy', 'policy', tuple(policies), kind='choice'),
-        Control(
-            'stage',
-            'way done',
-            stages,
-            tuple(f'{100 * s:.0f} %' for s in stages),
-            start=len(stages) - 1,
-            play=True,
-        ),
-        Control('method', 'method', ('euler', 'heun'), kind='choice'),
-        Control('steps', 'steps', STEPS, start=STEPS.index(10)),
-        Control(
-            'action',
-            'action step',
-            tuple(range(p.chunk)),
-            start=min(3, p.chunk - 1),
-            alone='detail',
-        ),
-        Control(
-            'pair',
-            'dimensions',
-            tuple(pairs),
-            tuple(f'{p.acts[i]}, {p.acts[j]}' for i, j in pairs),
-            kind='choice',
-            alone='detail',
-        ),
-    ]
+    controls = _way_controls(p, ticks) + _detail_controls(p)
     return Explorer('From noise to a plan', controls, p.layout, p.data, size=(11, 5.8))

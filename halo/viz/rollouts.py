@@ -29,36 +29,36 @@ from halo.viz.explorer import (
 from .recording import Recording, project, shipped, shipped_folder
 
 # %% auto #0
-__all__ = ['events', 'calls', 'plan_at', 'carried_out', 'RolloutPanels', 'rollout_explorer', 'need_rerun', 'to_rerun', 'log_tick',
-           'heat_rgba', 'blueprint', 'AttentionOverlay']
+__all__ = ['EMPTY', 'CURSOR', 'events', 'calls', 'plan_at', 'carried_out', 'RolloutPanels', 'rollout_explorer', 'need_rerun',
+           'to_rerun', 'log_tick', 'heat_rgba', 'blueprint', 'AttentionOverlay']
 
-# %% ../../nbs/viz/06_rollouts.ipynb #274a55aa
+# %% ../../nbs/viz/06_rollouts.ipynb #0a6c383d
+def _switches(info: dict, key: str, said: tuple[str, str]) -> list[tuple[int, str]]:
+    "Ticks at which a yes-or-no entry changed; `said` for no and for yes."
+    if key not in info:
+        return []
+    turns = np.flatnonzero(np.diff(info[key].astype(int)))
+    return [(int(t) + 1, said[int(info[key][t + 1])]) for t in turns]
+
+
+def _places(info: dict) -> list[tuple[int, str]]:
+    "Ticks at which the puck came to rest on a pad, or left one."
+    if 'placed' not in info:
+        return []
+    rest = lambda pad: f"puck at rest on pad {pad}" if pad >= 0 else 'puck off its pad'
+    return [
+        (int(t) + 1, rest(info['placed'][t + 1]))
+        for t in np.flatnonzero(np.diff(info['placed']))
+    ]
+
+# %% ../../nbs/viz/06_rollouts.ipynb #49ad2a0e
 def events(rec: Recording) -> list[tuple[int, str]]:
     """(tick, what) of every change of `info.grasped`, `info.placed` and `info.is_success`,
     in order; the infos of tick t are those after its action.
     """
-    info, out = {k[5:]: v for k, v in rec.record.items() if k.startswith('info.')}, []
-    for key, said in (
-        ('grasped', ('puck lost or released', 'puck grasped')),
-        ('is_success', ('', 'success')),
-    ):
-        if key in info:
-            out += [
-                (int(t) + 1, said[int(info[key][t + 1])])
-                for t in np.flatnonzero(np.diff(info[key].astype(int)))
-            ]
-    if 'placed' in info:
-        out += [
-            (
-                int(t) + 1,
-                (
-                    f"puck at rest on pad {info['placed'][t + 1]}"
-                    if info['placed'][t + 1] >= 0
-                    else 'puck off its pad'
-                ),
-            )
-            for t in np.flatnonzero(np.diff(info['placed']))
-        ]
+    info = {k[5:]: v for k, v in rec.record.items() if k.startswith('info.')}
+    out = _switches(info, 'grasped', ('puck lost or released', 'puck grasped'))
+    out += _switches(info, 'is_success', ('', 'success')) + _places(info)
     return sorted((t, s) for t, s in out if s)
 
 # %% ../../nbs/viz/06_rollouts.ipynb #c285060a
@@ -79,7 +79,7 @@ def carried_out(rec: Recording) -> np.ndarray:
     """
     return np.diff(rec.record['state'][:, :3], axis=0) / REACH
 
-# %% ../../nbs/viz/06_rollouts.ipynb #6de1d8a7
+# %% ../../nbs/viz/06_rollouts.ipynb #66a5e1c9
 class RolloutPanels:
     "Layout and data of `rollout_explorer`."
 
@@ -90,80 +90,62 @@ class RolloutPanels:
         executed,
         paths,
     ):
-        self.recordings, self.films, self.executed, self.paths = (
-            recordings,
-            films,
-            executed,
-            paths,
-        )
+        self.recordings, self.films = recordings, films
+        self.executed, self.paths = executed, paths
         self.any = next(iter(recordings.values()))
         self.length = max(map(len, recordings.values()))
-        self.d, self.n = (
-            self.any.record['action'].shape[1],
-            self.any.record['state'].shape[1],
-        )
-        self.acts, self.states = (
-            self.any.meta.get(k, [f'{k} {i}' for i in range(n)])
-            for k, n in (('action', self.d), ('state', self.n))
-        )
+        self.d, self.n = (self.any.record[k].shape[1] for k in ('action', 'state'))
+        names = lambda k, n: self.any.meta.get(k, [f'{k} {i}' for i in range(n)])
+        self.acts, self.states = names('action', self.d), names('state', self.n)
         self.groups = list(dict.fromkeys(g for f in films.values() for g in f.groups))
-        self.mass = lru_cache(None)(
-            lambda name: (
-                np.array(films[name].ticks) / recordings[name].fps,
-                {
-                    g: m
-                    for g, m in zip(
-                        films[name].groups,
-                        films[name].over_time(
-                            'raw',
-                            films[name].policy.config.model.text.layers // 2,
-                            -1,
-                            films[name].policy.config.model.flow.steps - 1,
-                            -1,
-                        ),
-                    )
-                },
-            )
-        )
-        self.still = lru_cache(None)(self._still)
-
-    def _still(self, name: str) -> dict:
-        "What does not move with time: lines of one recording."
-        r = self.recordings[name]
-        t = np.arange(len(r)) / r.fps
-        line = lambda y: np.stack([t[: len(y)], y], 1)
-        done = self.executed(r) if self.executed else np.zeros((0, 0))
-        low, high = self.limits()
-        at = (
-            np.stack([calls(r) / r.fps, np.full(len(calls(r)), -1.55)], 1)
-            if len(calls(r))
-            else np.zeros((0, 2))
-        )
-        times, mass = self.mass(name) if name in self.films else (np.zeros(0), {})
-        return dict(
-            action=[line(y) for y in r.record['action'].T]
-            + [np.stack([t[1 : 1 + len(done)], y], 1) for y in done.T]
-            + [np.zeros((0, 2))] * (self.d - done.shape[1])
-            + [at],
-            state=[
-                line((y - low[k]) / (high[k] - low[k]))
-                for k, y in enumerate(r.record['state'].T)
-            ],
-            mass=[
-                np.stack([times, mass[g]], 1) if g in mass else np.zeros((0, 2))
-                for g in self.groups
-            ],
-        )
+        self.mass, self.still = lru_cache(None)(self._mass), lru_cache(None)(self._still)
 
     def limits(self) -> tuple[np.ndarray, np.ndarray]:
         "Smallest and largest state of all recordings, per dimension."
         s = np.concatenate([r.record['state'] for r in self.recordings.values()])
         return s.min(0), np.maximum(s.max(0), s.min(0) + 1e-6)
 
-# %% ../../nbs/viz/06_rollouts.ipynb #9a15ea80
+# %% ../../nbs/viz/06_rollouts.ipynb #49bc34c9
 from fastcore.basics import patch
 
 
+@patch
+def _mass(self: RolloutPanels, name: str) -> tuple[np.ndarray, dict]:
+    "Seconds of the model calls of one recording, and the mass (calls,) of each group."
+    film = self.films[name]
+    cfg = film.policy.config.model
+    mass = film.over_time('raw', cfg.text.layers // 2, -1, cfg.flow.steps - 1, -1)
+    seconds = np.array(film.ticks) / self.recordings[name].fps
+    return seconds, dict(zip(film.groups, mass))
+
+# %% ../../nbs/viz/06_rollouts.ipynb #fdcad3c6
+EMPTY = np.zeros((0, 2))
+
+
+@patch
+def _action_lines(self: RolloutPanels, r: Recording) -> list[np.ndarray]:
+    "Commands, what was carried out, and marks of the model calls, over seconds."
+    t = np.arange(len(r)) / r.fps
+    done = self.executed(r) if self.executed else np.zeros((0, 0))
+    told = [np.stack([t, y], 1) for y in r.record['action'].T]
+    came = [np.stack([t[1 : 1 + len(done)], y], 1) for y in done.T]
+    came += [EMPTY] * (self.d - done.shape[1])
+    marks = np.stack([calls(r) / r.fps, np.full(len(calls(r)), -1.55)], 1)
+    return [*told, *came, marks if len(marks) else EMPTY]
+
+# %% ../../nbs/viz/06_rollouts.ipynb #ac197bb5
+@patch
+def _still(self: RolloutPanels, name: str) -> dict:
+    "What does not move with time: lines of one recording."
+    r, (low, high) = self.recordings[name], self.limits()
+    t = np.arange(len(r)) / r.fps
+    share = ((r.record['state'] - low) / (high - low)).T
+    times, mass = self.mass(name) if name in self.films else (np.zeros(0), {})
+    looks = [np.stack([times, mass[g]], 1) if g in mass else EMPTY for g in self.groups]
+    state = [np.stack([t, y], 1) for y in share]
+    return dict(action=self._action_lines(r), state=state, mass=looks)
+
+# %% ../../nbs/viz/06_rollouts.ipynb #6233cd36
 @patch
 def layout(self: RolloutPanels, fig) -> dict:
     out, sides = {}, fig.subfigures(1, 2)
@@ -171,132 +153,133 @@ def layout(self: RolloutPanels, fig) -> dict:
         out |= self.side(side, sub)
     return out
 
-# %% ../../nbs/viz/06_rollouts.ipynb #f1ecb910
+# %% ../../nbs/viz/06_rollouts.ipynb #ad749728
+@patch
+def _cameras(self: RolloutPanels, side: str, fig) -> dict:
+    "Panels of the scene with the plan, and of the cameras."
+    r = self.any
+    film = r.record['scene' if 'scene' in r.record else f'frames.{r.cameras[0]}']
+    first, *rest = fig.subplots(
+        1, 1 + len(r.cameras), width_ratios=[1.8] + [1] * len(r.cameras)
+    )
+    white = dict(color='white', width=3, alpha=0.7)
+    out = {
+        f'scene_{side}': Picture(first, film.shape[1:3], quality=60),
+        f'plan_{side}': Lines(first, [white, dict(color=CATEGORIES[0], width=1.6)]),
+    }
+    first.set(xlim=(-0.5, film.shape[2] - 0.5), ylim=(film.shape[1] - 0.5, -0.5), title=' ')
+    out[f'said_{side}'] = Words(first, (0, 1.02), 9)
+    for ax, c in zip(rest, r.cameras):
+        ax.set_title(c)
+        out[f'{c}_{side}'] = Picture(ax, r.record[f'frames.{c}'].shape[1:3], quality=60)
+    return out
+
+# %% ../../nbs/viz/06_rollouts.ipynb #51562b54
+CURSOR = dict(color=INK, width=1)
+
+
+def _label(ax, names: list[str], step: float, height: float) -> None:
+    "Names of lines along the upper edge, in the colours of the lines."
+    for k, n in enumerate(names):
+        ax.annotate(
+            n.split(' / ')[0],
+            (0.01 + step * k, height),
+            xycoords='axes fraction',
+            va='top',
+            color=CATEGORIES[k % len(CATEGORIES)],
+            fontsize=7.5,
+        )
+
+
+def _coloured(n: int, **style) -> list[dict]:
+    "Styles of `n` lines in the colours of the book, in turn."
+    return [dict(color=CATEGORIES[k % len(CATEGORIES)]) | style for k in range(n)]
+
+# %% ../../nbs/viz/06_rollouts.ipynb #f1cb089f
+@patch
+def _time_lines(self: RolloutPanels, side: str, fig) -> dict:
+    "Panels of actions, states and, with films, attention masses over time."
+    heights = [1.5, 1, 1][: 3 if self.groups else 2]
+    rows = fig.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    rows[0].set(xlim=(0, (self.length - 1) / self.any.fps), ylim=(-1.75, 1.75))
+    rows[0].set_ylabel('action')
+    rows[1].set(ylim=(-0.05, 1.3), ylabel='state / range')
+    rows[-1].set_xlabel('time / s')
+    dots, marks = dict(width=0, marker=3), dict(color=INK, width=0, marker=2.5)
+    told = _coloured(self.d) + _coloured(self.d, **dots) + [marks]
+    ahead = _coloured(self.d, dash=True, width=1.2) + [CURSOR]
+    out = {f'action_{side}': Lines(rows[0], told), f'ahead_{side}': Lines(rows[0], ahead)}
+    out[f'state_{side}'] = Lines(rows[1], _coloured(self.n) + [CURSOR])
+    _label(rows[0], self.acts, 0.25, 0.985)
+    _label(rows[1], self.states, 0.25, 0.985)
+    if self.groups:
+        rows[2].set(ylim=(0, 1.2), ylabel='mass')
+        _label(rows[2], self.groups, 0.14, 0.98)
+        looks = _coloured(len(self.groups)) + [CURSOR]
+        out[f'mass_{side}'] = Lines(rows[2], looks)
+    return out
+
+# %% ../../nbs/viz/06_rollouts.ipynb #05532ebf
 @patch
 def side(self: RolloutPanels, side: str, fig) -> dict:
     up, down = fig.subfigures(2, 1, height_ratios=(1.25, 2))
-    big = 'scene' if 'scene' in self.any.record else f'frames.{self.any.cameras[0]}'
-    film, out = self.any.record[big], {}
-    cells = up.subplots(
-        1, 1 + len(self.any.cameras), width_ratios=[1.8] + [1] * len(self.any.cameras)
-    )
-    out[f'scene_{side}'] = Picture(cells[0], film.shape[1:3])
-    cells[0].set(
-        xlim=(-0.5, film.shape[2] - 0.5), ylim=(film.shape[1] - 0.5, -0.5), title=' '
-    )
-    out[f'plan_{side}'] = Lines(
-        cells[0],
-        [dict(color='white', width=3, alpha=0.7), dict(color=CATEGORIES[0], width=1.6)],
-    )
-    out[f'said_{side}'] = Words(cells[0], (0, 1.02), 9)
-    for ax, c in zip(cells[1:], self.any.cameras):
-        ax.set_title(c)
-        out[f'{c}_{side}'] = Picture(ax, self.any.record[f'frames.{c}'].shape[1:3])
-    rows = down.subplots(
-        3 if self.groups else 2,
-        1,
-        sharex=True,
-        height_ratios=[1.5, 1, 1][: 3 if self.groups else 2],
-    )
-    end = (self.length - 1) / self.any.fps
-    colors = CATEGORIES
-    rows[0].set(xlim=(0, end), ylim=(-1.75, 1.75), ylabel='action')
-    rows[1].set(ylim=(-0.05, 1.3), ylabel='state / range')
-    rows[-1].set_xlabel('time / s')
-    cursor = dict(color=INK, width=1)
-    out[f'action_{side}'] = Lines(
-        rows[0],
-        [dict(color=colors[k]) for k in range(self.d)]
-        + [dict(color=colors[k], width=0, marker=3) for k in range(self.d)]
-        + [dict(color=INK, width=0, marker=2.5)],
-    )
-    out[f'ahead_{side}'] = Lines(
-        rows[0],
-        [dict(color=colors[k], dash=True, width=1.2) for k in range(self.d)] + [cursor],
-    )
-    out[f'state_{side}'] = Lines(
-        rows[1], [dict(color=colors[k]) for k in range(self.n)] + [cursor]
-    )
-    for ax, names in ((rows[0], self.acts), (rows[1], self.states)):
-        for k, n in enumerate(names):
-            ax.annotate(
-                n.split(' / ')[0],
-                (0.01 + 0.25 * k, 0.985),
-                xycoords='axes fraction',
-                va='top',
-                color=colors[k],
-                fontsize=7.5,
-            )
-    if self.groups:
-        rows[2].set(ylim=(0, 1.2), ylabel='mass')
-        for k, g in enumerate(self.groups):
-            rows[2].annotate(
-                g,
-                (0.01 + 0.14 * k, 0.98),
-                xycoords='axes fraction',
-                va='top',
-                color=colors[k % len(colors)],
-                fontsize=7.5,
-            )
-        out[f'mass_{side}'] = Lines(
-            rows[2],
-            [dict(color=colors[k % len(colors)]) for k in range(len(self.groups))]
-            + [cursor],
-        )
-    return out
+    return self._cameras(side, up) | self._time_lines(side, down)
 
 # %% ../../nbs/viz/06_rollouts.ipynb #93da6bec
 @patch
 def data(self: RolloutPanels, tick: int, left: str, right: str) -> dict:
     return self.one('a', tick, left) | self.one('b', tick, right)
 
-# %% ../../nbs/viz/06_rollouts.ipynb #1a112507
+# %% ../../nbs/viz/06_rollouts.ipynb #8dc5abe8
+@patch
+def _ahead(self: RolloutPanels, r: Recording, plan, shape) -> tuple[list, np.ndarray]:
+    "Lines of the plan in force over seconds, and its way (s + 1, 2) in the picture."
+    if plan is None:
+        return [EMPTY] * self.d, EMPTY
+    made, chunk = plan
+    t = (made + np.arange(len(chunk))) / r.fps
+    ahead, camera = [np.stack([t, y], 1) for y in chunk.T], f'camera.{r.cameras[0]}'
+    if camera not in r.record or not self.paths:
+        return ahead, EMPTY
+    hand = r.record['state'][made][:3].astype(float)
+    way = project(self.paths(hand, chunk.astype(float)), r.record[camera], shape)
+    return ahead, way - 0.5
+
+# %% ../../nbs/viz/06_rollouts.ipynb #e38866f3
+def _said(name: str, r: Recording, t: int, over: bool) -> str:
+    "Name, time, and what happened last up to tick `t`."
+    past = [f'{r.seconds(k):.1f} s {what}' for k, what in events(r) if k <= t]
+    said = f'{name}, {r.seconds(t):.1f} s{" (over)" if over else ""}'
+    return said + (f'; {past[-1]}' if past else '')
+
+# %% ../../nbs/viz/06_rollouts.ipynb #a6e91aac
 @patch
 def one(self: RolloutPanels, side: str, tick: int, name: str) -> dict:
     "Data of one side; after the end of an episode its last tick stays."
-    r = self.recordings[name]
+    r, still = self.recordings[name], self.still(name)
     t = min(tick, len(r) - 1)
-    now, still = r.seconds(t), self.still(name)
-    big = (
-        r.record['scene' if 'scene' in self.any.record else f'frames.{r.cameras[0]}']
-        if 'scene' in r.record
-        else self.enlarge(r.record[f'frames.{r.cameras[0]}'])
-    )
-    plan, shape = plan_at(r, t), big.shape[1:3]
-    ahead = (
-        [np.zeros((0, 2))] * self.d
-        if plan is None
-        else [
-            np.stack([(plan[0] + np.arange(len(plan[1]))) / r.fps, y], 1) for y in plan[1].T
-        ]
-    )
-    way = np.zeros((0, 2))
-    if plan is not None and f'camera.{r.cameras[0]}' in r.record and self.paths:
-        way = (
-            project(
-                self.paths(
-                    r.record['state'][plan[0]][:3].astype(float), plan[1].astype(float)
-                ),
-                r.record[f'camera.{r.cameras[0]}'],
-                shape,
-            )
-            - 0.5
-        )
-    past = [f'{r.seconds(k):.1f} s {what}' for k, what in events(r) if k <= t]
-    over = ' (over)' if tick >= len(r) else ''
+    big = self._big(r)
+    ahead, way = self._ahead(r, plan_at(r, t), big.shape[1:3])
+    cursor = lambda low, high: np.array([[r.seconds(t), low], [r.seconds(t), high]])
     out = {
-        f'scene_{side}': big[t],
-        f'plan_{side}': [way, way],
-        f'said_{side}': f'{name}, {now:.1f} s{over}' + (f'; {past[-1]}' if past else ''),
-        f'action_{side}': still['action'],
+        'scene': big[t],
+        'plan': [way, way],
+        'said': _said(name, r, t, tick >= len(r)),
+        'action': still['action'],
+        'ahead': [*ahead, cursor(-2, 2)],
+        'state': [*still['state'], cursor(-1, 2)],
     }
-    out |= {f'{c}_{side}': r.record[f'frames.{c}'][t] for c in r.cameras}
-    cursor = lambda low, high: np.array([[now, low], [now, high]])
-    out |= {
-        f'ahead_{side}': [*ahead, cursor(-2, 2)],
-        f'state_{side}': [*still['state'], cursor(-1, 2)],
-    }
-    return out | ({f'mass_{side}': [*still['mass'], cursor(-1, 2)]} if self.groups else {})
+    out |= {c: r.record[f'frames.{c}'][t] for c in r.cameras}
+    out |= {'mass': [*still['mass'], cursor(-1, 2)]} if self.groups else {}
+    return {f'{k}_{side}': v for k, v in out.items()}
+
+# %% ../../nbs/viz/06_rollouts.ipynb #5d5ea540
+@patch
+def _big(self: RolloutPanels, r: Recording) -> np.ndarray:
+    "The film (T, H, W, 3) that is shown large."
+    if 'scene' not in r.record:
+        return self.enlarge(r.record[f'frames.{r.cameras[0]}'])
+    return r.record['scene' if 'scene' in self.any.record else f'frames.{r.cameras[0]}']
 
 # %% ../../nbs/viz/06_rollouts.ipynb #0c7daf86
 @patch
@@ -342,13 +325,13 @@ def rollout_explorer(
     ]
     return Explorer('Rollouts side by side', controls, p.layout, p.data, size=(11, 6.4))
 
-# %% ../../nbs/viz/06_rollouts.ipynb #663e3f87
+# %% ../../nbs/viz/06_rollouts.ipynb #2c3aec88
 def _png(image: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(image).save(out, 'PNG', compress_level=6)
     return out.getvalue()
 
-
+# %% ../../nbs/viz/06_rollouts.ipynb #505e8b2f
 def need_rerun():
     "The Rerun SDK. Raises `ImportError` with the way to get it."
     try:
@@ -359,31 +342,29 @@ def need_rerun():
         ) from e
     return rerun
 
-# %% ../../nbs/viz/06_rollouts.ipynb #e842863d
+# %% ../../nbs/viz/06_rollouts.ipynb #fe2ffec3
+def _open_stream(rr, rec: Recording, part: Path):
+    "A Rerun stream into `part`, with what does not change: task, verdict, names."
+    stream = rr.RecordingStream('halo', recording_id=f'{rec.policy}-{rec.seed}')
+    stream.save(str(part))
+    verdict = {True: 'success', False: 'failure', None: 'no verdict'}[rec.success]
+    said = f'{rec.task}\n\npolicy {rec.policy}, seed {rec.seed}, {verdict}'
+    stream.log('task', rr.TextDocument(said), static=True)
+    for entity, key in (('observation.state', 'state'), ('action', 'action')):
+        stream.log(entity, rr.SeriesLines(names=rec.meta.get(key, [])), static=True)
+    return stream
+
+
 def to_rerun(
     rec: Recording, path: str | Path, film: AttentionFilm | None = None, paths=hand_paths
 ) -> Path:
     """Write a recording as a Rerun file (.rrd): cameras without loss, states, actions,
     plans, events and, with `film`, attention. Open it with `rerun FILE`.
     """
-    rr = need_rerun()
-    path = Path(path)
+    rr, path = need_rerun(), Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    stream, part = (
-        rr.RecordingStream('halo', recording_id=f'{rec.policy}-{rec.seed}'),
-        path.with_name(path.name + '.part'),
-    )
-    stream.save(str(part))
-    stream.log(
-        'task',
-        rr.TextDocument(
-            f'{rec.task}\n\npolicy {rec.policy}, seed {rec.seed}, '
-            + {True: 'success', False: 'failure', None: 'no verdict'}[rec.success]
-        ),
-        static=True,
-    )
-    for entity, key in (('observation.state', 'state'), ('action', 'action')):
-        stream.log(entity, rr.SeriesLines(names=rec.meta.get(key, [])), static=True)
+    part = path.with_name(path.name + '.part')
+    stream = _open_stream(rr, rec, part)
     for tick in range(len(rec)):
         log_tick(rr, stream, rec, tick, film, paths)
     stream.send_blueprint(blueprint(rec, film))
@@ -392,7 +373,37 @@ def to_rerun(
     part.replace(path)
     return path
 
-# %% ../../nbs/viz/06_rollouts.ipynb #a9895bef
+# %% ../../nbs/viz/06_rollouts.ipynb #9c3ac24b
+def _log_plan(rr, stream, rec: Recording, tick: int, paths) -> None:
+    "The plan made at this tick, if one was, in the picture of the first camera."
+    plan, c = plan_at(rec, tick), rec.cameras[0]
+    if plan is None or plan[0] != tick or f'camera.{c}' not in rec.record or not paths:
+        return
+    way = project(
+        paths(rec.record['state'][tick][:3].astype(float), plan[1].astype(float)),
+        rec.record[f'camera.{c}'],
+        rec.record[f'frames.{c}'].shape[1:3],
+    )
+    strip = rr.LineStrips2D([way[np.isfinite(way).all(1)]], colors=[[0, 114, 178]])
+    stream.log(f'observation.images.{c}/plan', strip)
+
+# %% ../../nbs/viz/06_rollouts.ipynb #f8dc6a5c
+def _log_attention(rr, stream, rec: Recording, tick: int, film: AttentionFilm) -> None:
+    "Heat over every camera, and the masses, of the model call at this tick."
+    from halo.viz.attention import masses
+
+    cfg = film.policy.config.model
+    rows = film.row(tick, 'raw', cfg.text.layers // 2, -1, cfg.flow.steps - 1, -1)
+    att = film.at(tick)
+    heat = image_heat(att, rows)
+    for k, cam in enumerate(rec.cameras):
+        size = rec.record[f'frames.{cam}'].shape[1:3]
+        over = rr.Image(heat_rgba(heat[f'view{k}'][0], size))
+        stream.log(f'observation.images.{cam}/attention', over)
+    for g, m in masses(att, rows).items():
+        stream.log(f'attention/{g}', rr.Scalars(m))
+
+# %% ../../nbs/viz/06_rollouts.ipynb #615f7c00
 def log_tick(
     rr, stream, rec: Recording, tick: int, film: AttentionFilm | None, paths
 ) -> None:
@@ -400,54 +411,19 @@ def log_tick(
     stream.set_time('tick', sequence=tick)
     stream.set_time('time', duration=rec.seconds(tick))
     for c in rec.cameras:
-        stream.log(
-            f'observation.images.{c}',
-            rr.EncodedImage(
-                contents=_png(rec.record[f'frames.{c}'][tick]), media_type='image/png'
-            ),
-        )
+        image = _png(rec.record[f'frames.{c}'][tick])
+        encoded = rr.EncodedImage(contents=image, media_type='image/png')
+        stream.log(f'observation.images.{c}', encoded)
     if 'scene' in rec.record:
         stream.log('scene', rr.Image(rec.record['scene'][tick]).compress(jpeg_quality=85))
-    stream.log('observation.state', rr.Scalars(rec.record['state'][tick].astype(float)))
-    stream.log('action', rr.Scalars(rec.record['action'][tick].astype(float)))
+    for entity, key in (('observation.state', 'state'), ('action', 'action')):
+        stream.log(entity, rr.Scalars(rec.record[key][tick].astype(float)))
     for t, what in events(rec):
         if t == tick:
             stream.log('events', rr.TextLog(what))
-    plan, c = plan_at(rec, tick), rec.cameras[0]
-    if plan is not None and plan[0] == tick and f'camera.{c}' in rec.record and paths:
-        way = project(
-            paths(rec.record['state'][tick][:3].astype(float), plan[1].astype(float)),
-            rec.record[f'camera.{c}'],
-            rec.record[f'frames.{c}'].shape[1:3],
-        )
-        stream.log(
-            f'observation.images.{c}/plan',
-            rr.LineStrips2D([way[np.isfinite(way).all(1)]], colors=[[0, 114, 178]]),
-        )
+    _log_plan(rr, stream, rec, tick, paths)
     if film is not None and tick in film.ticks:
-        rows = film.row(
-            tick,
-            'raw',
-            film.policy.config.model.text.layers // 2,
-            -1,
-            film.policy.config.model.flow.steps - 1,
-            -1,
-        )
-        att = film.at(tick)
-        for k, cam in enumerate(rec.cameras):
-            stream.log(
-                f'observation.images.{cam}/attention',
-                rr.Image(
-                    heat_rgba(
-                        image_heat(att, rows)[f'view{k}'][0],
-                        rec.record[f'frames.{cam}'].shape[1:3],
-                    )
-                ),
-            )
-        from halo.viz.attention import masses
-
-        for g, m in masses(att, rows).items():
-            stream.log(f'attention/{g}', rr.Scalars(m))
+        _log_attention(rr, stream, rec, tick, film)
 
 # %% ../../nbs/viz/06_rollouts.ipynb #0037f585
 def heat_rgba(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -489,7 +465,21 @@ def blueprint(rec: Recording, film) -> object:
         collapse_panels=True,
     )
 
-# %% ../../nbs/viz/06_rollouts.ipynb #eaaf00c1
+# %% ../../nbs/viz/06_rollouts.ipynb #a740496f
+def _mean_weights(seen: list, chunk: int) -> np.ndarray:
+    "Mean attention (l,) of the first row's action tokens in one expert layer."
+    # the state token's own pass sees no actions
+    keys = max(x.shape[3] for x in seen)
+    passes = [x[0, :, -chunk:] for x in seen if x.shape[3] == keys]
+    return torch.stack(passes).mean((0, 1, 2)).cpu().numpy()
+
+
+def _first_row(obs):
+    "The first observation of a batch."
+    one = lambda x: [v[:1] for v in x] if isinstance(x, list) else x[:1]
+    return type(obs)(*(one(x) for x in vars(obs).values()))
+
+# %% ../../nbs/viz/06_rollouts.ipynb #05c9d796
 class AttentionOverlay:
     """Within `with AttentionOverlay(policy) as viz:`, each model call of the policy keeps
     its attention; `viz.log_overlay(obs)` then streams to Rerun.
@@ -499,11 +489,8 @@ class AttentionOverlay:
     """
 
     def __init__(self, policy, layer: int | None = None):
-        self.policy, self.layer, self.heat = (
-            policy,
-            policy.config.model.text.layers // 2 if layer is None else layer,
-            {},
-        )
+        self.policy, self.heat = policy, {}
+        self.layer = policy.config.model.text.layers // 2 if layer is None else layer
 
     def __enter__(self):
         self._watch = watch_attention(self.policy.model)
@@ -525,36 +512,33 @@ class AttentionOverlay:
         del self.policy.denoise
         return self._watch.__exit__(*error)
 
-    def _keep(self, obs) -> None:
-        "Heat of the first row's image tokens: name -> (t, h, w)."
-        cfg = self.policy.config.model
-        packed = pack(obs, cfg)
-        # the state token's own pass sees no actions
-        seen = self._seen[1][self.layer]
-        keys = max(x.shape[3] for x in seen)
-        w = (
-            torch.stack([x[0, :, -cfg.chunk :] for x in seen if x.shape[3] == keys])
-            .mean((0, 1, 2))
-            .cpu()
-            .numpy()
-        )
-        row = packed.groups[0]
-        one = (
-            pack(
-                type(obs)(
-                    *(
-                        ([v[:1] for v in x] if isinstance(x, list) else x[:1])
-                        for x in vars(obs).values()
-                    )
-                ),
-                cfg,
-            )
-            if len(obs) > 1
-            else packed
-        )
-        self.heat = {n: w[row[n]].reshape(g) for n, g in grids(one).items()}
+# %% ../../nbs/viz/06_rollouts.ipynb #dc50d0e2
+@patch
+def _keep(self: AttentionOverlay, obs) -> None:
+    "Heat of the first row's image tokens: name -> (t, h, w)."
+    cfg = self.policy.config.model
+    packed = pack(obs, cfg)
+    w, row = _mean_weights(self._seen[1][self.layer], cfg.chunk), packed.groups[0]
+    one = pack(_first_row(obs), cfg) if len(obs) > 1 else packed
+    self.heat = {n: w[row[n]].reshape(g) for n, g in grids(one).items()}
 
-# %% ../../nbs/viz/06_rollouts.ipynb #ca660adc
+# %% ../../nbs/viz/06_rollouts.ipynb #c92bce23
+def _overlaid(image: np.ndarray, rgba: np.ndarray) -> np.ndarray:
+    "Heat (H, W, 4) laid over a picture (H, W, 3), uint8."
+    a = rgba[..., 3:] / 255
+    return (image * (1 - a) + rgba[..., :3] * a).round().astype(np.uint8)
+
+
+def _checked(name: str, image: np.ndarray) -> np.ndarray:
+    "The image, or `ValueError` if it is none."
+    if image.dtype != np.uint8 or image.ndim != 3:
+        raise ValueError(
+            f"image {name!r} has shape {image.shape} and type {image.dtype}; give (H,"
+            " W, 3) uint8"
+        )
+    return image
+
+# %% ../../nbs/viz/06_rollouts.ipynb #94c417b0
 @patch
 def log_overlay(
     self: AttentionOverlay, obs: dict, prefix: str = 'attention', recording=None
@@ -566,22 +550,12 @@ def log_overlay(
     rr, done = need_rerun(), 0
     for k, camera in enumerate(self.policy.cameras):
         name = camera.split('.')[-1]
-        image = obs.get(name, obs.get(camera))
-        heat = self.heat.get(f'view{k}')
+        image, heat = obs.get(name, obs.get(camera)), self.heat.get(f'view{k}')
         if heat is None or image is None:
             continue
-        if image.dtype != np.uint8 or image.ndim != 3:
-            raise ValueError(
-                f"image {name!r} has shape {image.shape} and type {image.dtype}; give (H,"
-                " W, 3) uint8"
-            )
-        rgba = heat_rgba(heat[0], image.shape[:2])
-        a = rgba[..., 3:] / 255
-        for what, picture in (
-            ('image', image),
-            ('attention', rgba),
-            ('overlay', (image * (1 - a) + rgba[..., :3] * a).round().astype(np.uint8)),
-        ):
+        rgba = heat_rgba(heat[0], _checked(name, image).shape[:2])
+        shown = dict(image=image, attention=rgba, overlay=_overlaid(image, rgba))
+        for what, picture in shown.items():
             rr.log(f'{prefix}/{name}/{what}', rr.Image(picture), recording=recording)
         done += 1
     self.heat = {}
