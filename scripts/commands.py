@@ -406,7 +406,10 @@ RULES = (
         ('mixture',),
         slow=True,
     ),
-    Rule(r'halo\.data\.mixture check oxe', ((r'check oxe', 'check LITTLE'),)),
+    Rule(
+        r'halo\.data\.mixture \w+ (oxe|paper) --root',
+        ((r'(check|store) (oxe|paper)', r'\1 LITTLE'),),
+    ),
     Rule(r'halo\.data\.mixture (check|stats|store)(?!.*--root)', ((r'$', ' --root data'),)),
     Rule(r'halo\.data\.mixture (check|stats|store)', ((r'$', ' --preset tiny'),)),
     Rule(
