@@ -594,6 +594,23 @@ def test_shipped_mixtures_are_joined_from_anywhere(tmp_path, monkeypatch):
     assert load(tmp_path, plain.format('bridge, agibot')).datasets[1].id == 'me/bench'
 
 
+def test_the_papers_mixture_in_a_wheel(tmp_path, monkeypatch):
+    "Joined from the package's own files, where there is no clone."
+    import shutil
+
+    from halo.data import files
+
+    want = Mixture.load('paper')
+    shutil.copytree(CONFIGS[0].parent, tmp_path / 'halo/shipped/configs/mixtures')
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    monkeypatch.setattr(files, 'CLONE', None)
+    monkeypatch.setattr(files, 'PACKAGE', tmp_path / 'halo')
+    assert Mixture.load('configs/mixtures/paper.yaml') == Mixture.load('paper') == want
+    one = load(tmp_path / 'elsewhere', 'include: [agibot]')
+    assert one.datasets[0].id == want.datasets[-1].id
+
+
 def test_the_papers_mixture():
     "Every dataset and weight of oxe.yaml, and AgiBot World's; nothing written twice."
     import yaml
