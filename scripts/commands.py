@@ -259,6 +259,13 @@ ROLLOUT = (
     ' --return_to_initial_position=false --device=cpu'
 )
 DATA = '--dataset.repo_id=halo/little --dataset.root=data/little'
+# of a shipped run file: the policy and its data small; one step on one process
+SMALL = '--set policy.preset=tiny --set run.loggers=[]'
+ONE_ROBOT = '--set data.root=data/little --set data.repo_id=halo/little'
+STEP = (
+    '--set run.steps=1 --set run.micro=2 --set run.accumulate=1 --set run.replicate=1'
+    ' --set run.shard=1 --set run.dtype=float32 --set batch=2'
+)
 # skipped where there is no GPU
 # npm is not asked
 # 15 numbers of state
@@ -398,6 +405,22 @@ RULES = (
         slow=True,
     ),
     Rule(r'sbatch|halo\.train\.scale', needs=('run',), slow=True),
+    Rule(
+        r'launch/pretrain\.yaml',
+        ((r'(n\.yaml)', rf'\1 {SMALL} --set data.mixture=my_robot.yaml'),),
+        ('mixture',),
+        slow=True,
+    ),
+    Rule(
+        r'launch/finetune_\dgpu\.yaml',
+        ((r'(\dgpu\.yaml)(?!.*\dgpu\.yaml)', rf'\1 {SMALL} {ONE_ROBOT}'),),
+        ('data',),
+        slow=True,
+    ),
+    Rule(
+        r'launch/(pretrain|finetune_\dgpu)\.yaml (?!.*--dry-run)',
+        ((r'(run\.loggers=\[\])', rf'\1 {STEP}'),),
+    ),
     Rule(r'test_scale\.py', ((r'NAME', 'parts'),), slow=True),
     Rule(r'halo\.data\.mixture show MIXTURE', needs=('mixture',), slow=True),
     Rule(
@@ -406,7 +429,10 @@ RULES = (
         ('mixture',),
         slow=True,
     ),
-    Rule(r'halo\.data\.mixture check oxe', ((r'check oxe', 'check LITTLE'),)),
+    Rule(
+        r'halo\.data\.mixture \w+ (oxe|paper) --root',
+        ((r'(check|store) (oxe|paper)', r'\1 LITTLE'),),
+    ),
     Rule(r'halo\.data\.mixture (check|stats|store)(?!.*--root)', ((r'$', ' --root data'),)),
     Rule(r'halo\.data\.mixture (check|stats|store)', ((r'$', ' --preset tiny'),)),
     Rule(

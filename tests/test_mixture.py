@@ -452,7 +452,9 @@ def test_oxe_weights_are_the_published_ones():
     } == published
 
 
-@pytest.mark.parametrize('name', ['oxe', 'agibot', 'libero', 'calvin', 'bridge', 'fractal'])
+@pytest.mark.parametrize(
+    'name', ['oxe', 'agibot', 'paper', 'libero', 'calvin', 'bridge', 'fractal']
+)
 def test_shipped_declarations_say_where_they_are_from(name, capsys):
     m = Mixture.load(name)
     assert m.sources and all('https://' in s for s in m.sources.values())
@@ -484,6 +486,220 @@ def test_verified_is_checked(tmp_path, verified, words):
     with pytest.raises(ValueError) as e:
         Mixture.load(tmp_path / 'm.yaml')
     assert all(w in str(e.value) for w in words), e.value
+
+
+# ---- mixtures that join others by name
+
+KITCHEN = """sources: {hub: "a page, https://example.org/a"}
+note: of a kitchen
+datasets:
+  - id: me/kitchen
+    weight: 2
+    cameras: {primary: observation.images.front}
+    verified: {id: hub}
+    note: where
+  - {id: me/table, weight: 4, cameras: {primary: observation.images.front}}
+"""
+BENCH = """sources: {hub: "another, https://example.org/b"}
+datasets:
+  - id: me/bench
+    cameras: {primary: observation.images.top}
+    verified: {id: hub}
+"""
+JOINED = """name: both
+include:
+  - {file: parts/kitchen.yaml, weight: 0.5, change: {table: {weight: 6, name: desk}}}
+  - parts/bench.yaml
+datasets:
+  - {id: me/own, weight: 0.1, cameras: {primary: observation.images.front}}
+"""
+WRITTEN = """name: both
+sources:
+  hub: a page, https://example.org/a
+  bench:hub: another, https://example.org/b
+note: "kitchen: of a kitchen"
+datasets:
+  - id: me/kitchen
+    weight: 1
+    cameras: {primary: observation.images.front}
+    verified: {id: hub}
+    note: where
+  - {id: me/table, name: desk, weight: 3, cameras: {primary: observation.images.front}}
+  - id: me/bench
+    cameras: {primary: observation.images.top}
+    verified: {id: bench:hub}
+  - {id: me/own, weight: 0.1, cameras: {primary: observation.images.front}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "A folder with two mixtures below it, and one beside them that joins them."
+    (tmp_path / 'parts').mkdir()
+    (tmp_path / 'parts/kitchen.yaml').write_text(KITCHEN)
+    (tmp_path / 'parts/bench.yaml').write_text(BENCH)
+    (tmp_path / 'both.yaml').write_text(JOINED)
+    return tmp_path
+
+
+def load(folder, text):
+    (folder / 'm.yaml').write_text(text)
+    return Mixture.load(folder / 'm.yaml')
+
+
+def test_joined_by_name_is_written_out(folder, monkeypatch):
+    want = load(folder, WRITTEN)
+    assert Mixture.load(folder / 'both.yaml') == want
+    # seen from the file, not from the working directory; absolute paths as well
+    for where in ('/', folder / 'parts'):
+        monkeypatch.chdir(where)
+        assert Mixture.load(folder / 'both.yaml') == want
+    monkeypatch.chdir(folder)
+    assert Mixture.load('both.yaml') == want
+    whole = JOINED.replace('parts/', f'{folder}/parts/')
+    assert load(folder, whole) == want
+    # a file that includes a file; scales multiply
+    deep = load(folder, 'include: [{file: both.yaml, weight: 3}]')
+    assert [d.weight for d in deep.datasets] == pytest.approx(
+        [3 * d.weight for d in want.datasets]
+    )
+    assert deep.sources == want.sources and deep.name == 'm'
+
+
+def test_draws_of_a_joined_mixture(root, tmp_path):
+    """The fingerprint and the shares of the draws are those of the mixture written out."""
+    spec = (
+        'datasets:\n  - {{id: {}, weight: {}, cameras: {{primary: ' + IMG + '{}}},'
+        ' state_norm: mean_std, action_norm: mean_std}}\n'
+    )
+    slow, mid = spec.format('slow', 3, 'image_0'), spec.format('mid', 2, 'image')
+    (tmp_path / 'slow.yaml').write_text(slow)
+    (tmp_path / 'mid.yaml').write_text(mid)
+    joined = load(tmp_path, 'include: [slow, {file: mid, weight: 0.25}]')
+    whole = load(tmp_path, slow + mid.replace('weight: 2', 'weight: 0.5').split('\n', 1)[1])
+    a, b = (MixtureDataset(m, CFG, root, seed=1, progress=False) for m in (joined, whole))
+    assert joined == whole and a.fingerprint == b.fingerprint
+    shares = np.array([3 * len(a.members[0]), 0.5 * len(a.members[1])])
+    assert np.allclose(a.weights, shares / shares.sum())
+
+
+def test_shipped_mixtures_are_joined_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    want = Mixture.load('bridge').datasets + Mixture.load('agibot').datasets
+    plain = 'include: [{}]\naugment: {{crop: 0.1}}'  # theirs differ
+    for names in ('bridge, agibot', 'bridge.yaml, configs/mixtures/agibot.yaml'):
+        assert load(tmp_path, plain.format(names)).datasets[0] == want[0]
+    # a file of that name beside it comes first
+    (tmp_path / 'agibot.yaml').write_text(BENCH)
+    assert load(tmp_path, plain.format('bridge, agibot')).datasets[1].id == 'me/bench'
+
+
+def test_the_papers_mixture_in_a_wheel(tmp_path, monkeypatch):
+    "Joined from the package's own files, where there is no clone."
+    import shutil
+
+    from halo.data import files
+
+    want = Mixture.load('paper')
+    shutil.copytree(CONFIGS[0].parent, tmp_path / 'halo/shipped/configs/mixtures')
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    monkeypatch.setattr(files, 'CLONE', None)
+    monkeypatch.setattr(files, 'PACKAGE', tmp_path / 'halo')
+    assert Mixture.load('configs/mixtures/paper.yaml') == Mixture.load('paper') == want
+    one = load(tmp_path / 'elsewhere', 'include: [agibot]')
+    assert one.datasets[0].id == want.datasets[-1].id
+
+
+def test_the_papers_mixture():
+    "Every dataset and weight of oxe.yaml, and AgiBot World's; nothing written twice."
+    import yaml
+
+    paper, oxe, agibot = map(Mixture.load, ('paper', 'oxe', 'agibot'))
+    assert paper.datasets[:-1] == oxe.datasets and paper.augment == oxe.augment
+    names = {'hub': 'agibot:hub'}
+    renamed = {
+        k: ' '.join(names.get(s, s) for s in v.split())
+        for k, v in agibot.datasets[0].verified.items()
+    }
+    assert paper.datasets[-1] == replace(agibot.datasets[0], weight=0.05, verified=renamed)
+    said = yaml.safe_load(next(f for f in CONFIGS if f.stem == 'paper').read_text())
+    assert set(said) == {'include', 'note'}
+    for m in (oxe, agibot):
+        assert set(m.sources.values()) <= set(paper.sources.values())
+        assert m.note in paper.note
+
+
+NONE = KITCHEN + 'balance: none\n'
+
+
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('include: parts/kitchen.yaml', ['m.yaml: include=', 'must be a list']),
+        ('include: [{weight: 2}]', ['m.yaml: include[0]', 'file']),
+        ('include: [3]', ['m.yaml: include[0]', 'file, weight, change']),
+        ('inlcude: [x]', ['m.yaml: inlcude', "did you mean 'include'"]),
+        (
+            'include: [parts/kichen.yaml]',
+            ["m.yaml: include[0].file='parts/kichen.yaml'", 'as seen from m.yaml'],
+        ),
+        ('include: [{file: parts/kitchen, wieght: 2}]', ["did you mean 'weight'"]),
+        ('include: [{file: parts/kitchen, weight: 0}]', ['include[0]', 'must be positive']),
+        ('include: [{file: parts/kitchen, weight: much}]', ['must be a number']),
+        ('include: [{file: parts/kitchen, change: [x]}]', ['change', 'map of names']),
+        (
+            'include: [{file: parts/kitchen, change: {kichen: {weight: 2}}}]',
+            ["m.yaml: include[0].change='kichen'", "'kitchen', 'table'"],
+        ),
+        (
+            'include: [{file: parts/kitchen, change: {table: 2}}]',
+            ['m.yaml: include[0].change.table=2', 'must hold fields'],
+        ),
+        (
+            'include: [{file: parts/kitchen, change: {table: {wieght: 2}}}]',
+            ['m.yaml: include[0].change.table.wieght', "did you mean 'weight'"],
+        ),
+        (
+            'include: [parts/kitchen, parts/bench, parts/kitchen]',
+            ['include[2] (kitchen.yaml)', "'kitchen'", 'include[0] (kitchen', 'rename'],
+        ),
+        (
+            'include: [parts/kitchen]\n' + BENCH.replace('bench', 'table'),
+            ['m.yaml: datasets', "'table'", 'include[0] (kitchen.yaml)', 'table_2'],
+        ),
+        ('include: [m.yaml]', ['include[0].file', 'm.yaml -> m.yaml', 'remove it']),
+        ('include: [round.yaml]', ['m.yaml -> round.yaml -> m.yaml', 'remove it']),
+        ('include: [wrong.yaml]', ['wrong.yaml: datasets[0].id=3 must be a text']),
+        ('include: [none.yaml, parts/bench]', ['balance', 'none none, bench frames']),
+        ('balance: none\ninclude: [parts/bench]', ['m.yaml: balance', 'bench frames']),
+        ('include: [parts/kitchen, native]', ['m.yaml: actions', 'kitchen and native']),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(folder, capsys, text, words):
+    (folder / 'round.yaml').write_text('include: [m.yaml]')
+    (folder / 'wrong.yaml').write_text(BENCH.replace('me/bench', '3'))
+    (folder / 'none.yaml').write_text(NONE)
+    (folder / 'native.yaml').write_text(BENCH + 'actions: resampled\n')
+    (folder / 'm.yaml').write_text(text)
+    assert main(['show', str(folder / 'm.yaml')]) == 1
+    said = capsys.readouterr().out.strip()
+    assert '\n' not in said and all(w in said for w in words), said
+
+
+def test_what_holds_for_all_can_be_said(folder):
+    (folder / 'native.yaml').write_text(BENCH + 'actions: resampled\n')
+    both = 'include: [parts/kitchen, native]\nactions: '
+    assert load(folder, both + 'native').actions == 'native'
+    assert load(folder, 'include: [native]').actions == 'resampled'
+
+
+def test_sources_that_cannot_be_told_apart(folder):
+    (folder / 'bench.yaml').write_text(
+        BENCH.replace('another', 'a third').replace('me/bench', 'me/third')
+    )
+    with pytest.raises(ValueError, match="source 'hub' clashes .* rename it in its file"):
+        load(folder, 'include: [parts/kitchen, parts/bench, bench]')
 
 
 def test_check_of_what_is_not_there_is_one_line(tmp_path, capsys):
