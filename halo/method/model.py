@@ -169,7 +169,7 @@ def forward(self: HaloModel, obs: Observation, x_t: Tensor, t: Tensor) -> Tensor
             x, state, a = block(x, state, a, ctx, ectx)
     return self.heads.read(a)
 
-# %% ../../nbs/method/06_model.ipynb #9aaaaae8
+# %% ../../nbs/method/06_model.ipynb #85a2d058
 @patch
 def loss(
     self: HaloModel,
@@ -187,7 +187,7 @@ def loss(
     r = self.cfg.flow.draws
     actions, mask = _rows(actions, r), None if mask is None else _rows(mask, r)
     noise = torch.randn_like(actions) if noise is None else noise
-    # padded dimensions hold no noise, in training as in sampling
+    # padded dimensions hold no noise, as where the policy samples
     if mask is not None:
         noise = noise * (mask != 0).any(1, keepdim=True)
     if t is None:
