@@ -33,10 +33,20 @@ from halo.method.vlm import (
 # %% auto #0
 __all__ = ['HaloBlock', 'HaloModel', 'Prefix', 'state_config', 'StateTokens', 'StateLayer', 'parameter_table']
 
-# %% ../../nbs/method/06_model.ipynb #4f11ae94
-def _deep_state(cfg: ModelConfig) -> bool:
-    "Does a transformer make the state's heads?"
-    return cfg.salr.enabled and cfg.salr.state_encoder == 'transformer'
+# %% ../../nbs/method/06_model.ipynb #36781df3
+class HaloBlock(nn.Module):
+    """Depth n of all parts: VLM layer, re-representation, expert layer.
+
+    The unit of checkpointing and of FSDP.
+    """
+
+    def __init__(self, vlm: nn.Module, cfg: ModelConfig, index: int):
+        super().__init__()
+        self.vlm, self.section = vlm, list(cfg.text.mrope_section)
+        self.before = cfg.salr.enabled and cfg.salr.keys == 'before_rope'
+        self.state = StateLayer(state_config(cfg), index) if _deep_state(cfg) else None
+        self.rerep = _rerepresentation(cfg)
+        self.expert = ExpertLayer(expert_config(cfg))
 
 # %% ../../nbs/method/06_model.ipynb #e6579f24
 def _rerepresentation(cfg: ModelConfig) -> SALR | HeadConverter:
@@ -49,20 +59,10 @@ def _rerepresentation(cfg: ModelConfig) -> SALR | HeadConverter:
     choices = dict(compression=s.compression, mask=s.mask, fused=s.fused)
     return SALR(state_dim, s.state_heads, j, o, h, **choices)
 
-# %% ../../nbs/method/06_model.ipynb #14e599a5
-class HaloBlock(nn.Module):
-    """Depth l of all parts: VLM layer, re-representation, expert layer.
-
-    The unit of checkpointing and of FSDP.
-    """
-
-    def __init__(self, vlm: nn.Module, cfg: ModelConfig, index: int):
-        super().__init__()
-        self.vlm, self.section = vlm, list(cfg.text.mrope_section)
-        self.before = cfg.salr.enabled and cfg.salr.keys == 'before_rope'
-        self.state = StateLayer(state_config(cfg), index) if _deep_state(cfg) else None
-        self.rerep = _rerepresentation(cfg)
-        self.expert = ExpertLayer(expert_config(cfg))
+# %% ../../nbs/method/06_model.ipynb #4f11ae94
+def _deep_state(cfg: ModelConfig) -> bool:
+    "Does a transformer make the state's heads?"
+    return cfg.salr.enabled and cfg.salr.state_encoder == 'transformer'
 
 # %% ../../nbs/method/06_model.ipynb #b4d1df8a
 @patch
@@ -98,12 +98,12 @@ def _rows(x: Tensor, r: int) -> Tensor:
     "Every row of `x` r times in a row; `x` itself for r = 1."
     return x.repeat_interleave(r, 0) if r > 1 else x
 
-# %% ../../nbs/method/06_model.ipynb #32015572
+# %% ../../nbs/method/06_model.ipynb #4a4d80f1
 @patch
 def forward(
     self: HaloBlock, x: Tensor, state: Tensor, a: Tensor, ctx: Context, ectx: ExpertContext
 ) -> tuple[Tensor, Tensor, Tensor]:
-    "One training step of depth l; `a` (b * draws, q, width) are the expert's tokens."
+    "One training step of depth n; `a` (b * draws, q, width) are the expert's tokens."
     x, state, k, v = self.encode(x, state, ctx, ectx)
     r = len(a) // len(k)
     return x, state, self.expert(a, _rows(k, r), _rows(v, r), ectx)
@@ -138,7 +138,7 @@ def start(self: HaloModel, obs: Observation) -> tuple[Tensor, Tensor, Context]:
     x, ctx = self.embed(pack(obs, self.cfg))
     return x, obs.state if self.state_tokens is None else self.state_tokens(obs.state), ctx
 
-# %% ../../nbs/method/06_model.ipynb #cd688ce6
+# %% ../../nbs/method/06_model.ipynb #b3876a91
 @patch
 def expert_start(
     self: HaloModel, state: Tensor, ctx: Context, x_t: Tensor, t: Tensor
@@ -147,8 +147,10 @@ def expert_start(
     r = len(x_t) // len(state)
     a = self.heads.embed(_rows(state, r), x_t, t)
     per_row = (_rows(x, r) for x in (ctx.valid, ctx.next_position, ctx.positions))
+    # no VLM layer runs behind this context: it needs neither mask nor rotations
     ectx = self.heads.context(Context(None, None, *per_row), x_t.shape[1], a)
     if r > 1 and ectx.prefix_rope is not None:
+        # r neighbours are equal: every r-th is one row per observation again
         ectx.prefix_rope = tuple(p[::r] for p in ectx.prefix_rope)
     return a, ectx
 
@@ -167,7 +169,7 @@ def forward(self: HaloModel, obs: Observation, x_t: Tensor, t: Tensor) -> Tensor
             x, state, a = block(x, state, a, ctx, ectx)
     return self.heads.read(a)
 
-# %% ../../nbs/method/06_model.ipynb #0e22f4f3
+# %% ../../nbs/method/06_model.ipynb #85a2d058
 @patch
 def loss(
     self: HaloModel,
@@ -180,12 +182,12 @@ def loss(
 ) -> Tensor:
     """Flow-matching loss of action chunks (b, s, d); `mask` (b, s, d) marks real values.
 
-    `noise`, `t` may be given (b * draws rows).
+    `noise`, `t` may be given (b * draws rows). 'sample' returns (b,), 'none' (b, s, d).
     """
     r = self.cfg.flow.draws
     actions, mask = _rows(actions, r), None if mask is None else _rows(mask, r)
     noise = torch.randn_like(actions) if noise is None else noise
-    # padded dimensions hold no noise, in training as in sampling
+    # padded dimensions hold no noise, as where the policy samples
     if mask is not None:
         noise = noise * (mask != 0).any(1, keepdim=True)
     if t is None:
@@ -205,12 +207,12 @@ class Prefix:
     state: Tensor
     ctx: Context
 
-# %% ../../nbs/method/06_model.ipynb #e4e0d878
+# %% ../../nbs/method/06_model.ipynb #6c23d035
 @patch
 def encode(self: HaloModel, obs: Observation) -> Prefix:
     "VLM and SALR, once per observation (equations 3-5)."
     x, state, ctx = self.start(obs)
-    ectx = self.heads.context(ctx, 1, x)
+    ectx = self.heads.context(ctx, 1, x)  # any number of steps: only its prefix is read
     cache = []
     for block in self.blocks:
         x, state, k, v = block.encode(x, state, ctx, ectx)
