@@ -2931,6 +2931,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'halo.viz.explorer._Pieces': ('viz/explorer.html#_pieces', 'halo/viz/explorer.py'),
                                    'halo.viz.explorer._Pieces.__init__': ('viz/explorer.html#_pieces.__init__', 'halo/viz/explorer.py'),
                                    'halo.viz.explorer._Pieces.add': ('viz/explorer.html#_pieces.add', 'halo/viz/explorer.py'),
+                                   'halo.viz.explorer._as_sent': ('viz/explorer.html#_as_sent', 'halo/viz/explorer.py'),
                                    'halo.viz.explorer._body': ('viz/explorer.html#_body', 'halo/viz/explorer.py'),
                                    'halo.viz.explorer._check_control': ('viz/explorer.html#_check_control', 'halo/viz/explorer.py'),
                                    'halo.viz.explorer._control_spec': ('viz/explorer.html#_control_spec', 'halo/viz/explorer.py'),

@@ -407,14 +407,23 @@ def one_icon_font(folder):
             font.unlink()
 
 
-def names_once(code: str) -> str:
-    "The names in a piece of code, each once: what somebody would look for."
-    return ' '.join(dict.fromkeys(re.findall(r'[A-Za-z_]\w{2,}', code)))
+def plain(markup: str) -> str:
+    "The text of a piece of HTML."
+    return html.unescape(re.sub(r'<[^>]+>', '', markup))
+
+
+def names_in(code: str) -> str:
+    "What a piece of code defines, and what it takes from elsewhere."
+    define = r'^\s*(?:async )?(?:def|class) (\w+)|^([A-Za-z_]\w+) *[:=]'
+    found = re.findall(define, code, re.M)
+    taken = re.findall(r'^\s*from [\w.]+ import ([\w, ]+)$', code, re.M)
+    names = [n for pair in found for n in pair] + re.findall(r'\w+', ' '.join(taken))
+    return ' '.join(dict.fromkeys(n for n in names if n))
 
 
 def lean_search(folder):
-    """The search index with prose as it is and, of code, the names:
-    nobody looks for a bracket, and the index is fetched whole.
+    """The search index with prose as it is and, of code, its names: the index is fetched
+    whole, and nobody looks for a bracket.
     """
     index = folder / 'search.json'
     if not index.exists():  # a site without a search
@@ -425,11 +434,9 @@ def lean_search(folder):
         if page not in codes:
             text = (folder / page).read_text(encoding='utf-8')
             pieces = re.findall(r'<pre\b[^>]*>(.*?)</pre>', text, re.S)
-            codes[page] = [
-                ' '.join(html.unescape(re.sub(r'<[^>]+>', '', c)).split()) for c in pieces
-            ]
-        for code in codes[page]:
-            e['text'] = e['text'].replace(code, names_once(code)) if code else e['text']
+            codes[page] = {' '.join(c.split()): names_in(c) for c in map(plain, pieces)}
+        for code, names in codes[page].items():
+            e['text'] = e['text'].replace(code, names) if code else e['text']
     index.write_text(json.dumps(entries, ensure_ascii=False), encoding='utf-8')
 
 

@@ -290,10 +290,11 @@ class Drawn:
             timeout=20_000,
         )
         self.spec = json.loads(frame.locator('#spec').text_content())
-        self.blob, self.state = (
-            gzip.decompress(base64.b64decode(self.spec['blob'])),
-            [c['start'] for c in self.spec['controls']],
-        )
+        sent = gzip.decompress(base64.b64decode(self.spec['blob']))
+        end = 4 + int.from_bytes(sent[:4], 'little')
+        self.spec |= json.loads(sent[4:end])
+        self.blob = sent[end:]
+        self.state = [c['start'] for c in self.spec['controls']]
 
     def key(self):
         return ','.join(

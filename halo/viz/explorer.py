@@ -37,7 +37,7 @@ INK, LINE = '#1b1f24', '#c8ccd1'
 MAGNITUDE, SIGNED = mpl.colormaps['viridis'], crameri.vik
 CATEGORIES = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#999999')
 
-# %% ../../nbs/viz/01_explorer.ipynb #a8e32b0f
+# %% ../../nbs/viz/01_explorer.ipynb #78c337f1
 _INKED = ('text.', 'axes.label', 'axes.edge', 'axes.title', 'xtick.', 'ytick.')
 STYLE = {f'{part}color': INK for part in _INKED} | {
     'font.size': 9,
@@ -50,6 +50,7 @@ STYLE = {f'{part}color': INK for part in _INKED} | {
     'axes.axisbelow': True,
     'grid.color': LINE,
     'grid.linewidth': 0.6,
+    'image.composite_image': False,  # in SVG, invisible pictures are left out one by one
     'legend.frameon': False,
     'lines.linewidth': 1.6,
     'figure.facecolor': 'white',
@@ -1012,7 +1013,7 @@ new MutationObserver(() => { dress(); draw(); })
   .observe(document.documentElement, {attributes: true, attributeFilter: ['class']});
 dress();'''
 
-# %% ../../nbs/viz/01_explorer.ipynb #c93f8296
+# %% ../../nbs/viz/01_explorer.ipynb #fd1cc3cf
 _BEGIN = r'''
 const find = (list, name) => list.findIndex(c => c.name == name);
 window.halo = {
@@ -1023,7 +1024,12 @@ window.halo = {
 show();
 const packed = new Blob([bytes64(spec.blob)]).stream();
 new Response(packed.pipeThrough(new DecompressionStream('gzip'))).arrayBuffer()
-  .then(b => { blob = new Uint8Array(b); fit(); });
+  .then(b => {
+    const n = new DataView(b).getUint32(0, true), tables = new Uint8Array(b, 4, n);
+    Object.assign(spec, JSON.parse(new TextDecoder().decode(tables)));
+    blob = new Uint8Array(b, 4 + n);
+    fit();
+  });
 '''
 SCRIPT_START = _WIRE + _BEGIN
 SCRIPT = SCRIPT_STATE + SCRIPT_DARK + PAINT + SCRIPT_DRAW + SCRIPT_CONTROLS + SCRIPT_START
@@ -1095,7 +1101,17 @@ def _body(title: str, controls: str, axes: str) -> str:
     frame = f'<div id="frame" role="img" aria-label="{title}">'
     return f'<div id="all">{head}{frame}{axes}<canvas id="canvas"></canvas></div></div>'
 
-# %% ../../nbs/viz/01_explorer.ipynb #1114d2f0
+# %% ../../nbs/viz/01_explorer.ipynb #3070900a
+def _as_sent(packed: dict) -> dict:
+    "What a page holds of `Explorer.pack`: the tables are zipped together with the pieces."
+    tables = {k: packed[k] for k in ('states', 'pieces')}
+    text = json.dumps(tables, separators=(',', ':')).encode()
+    pieces = gzip.decompress(base64.b64decode(packed['blob']))
+    zipped = gzip.compress(len(text).to_bytes(4, 'little') + text + pieces, 9, mtime=0)
+    rest = {k: v for k, v in packed.items() if k not in tables}
+    return rest | dict(blob=base64.b64encode(zipped).decode())
+
+# %% ../../nbs/viz/01_explorer.ipynb #bf4af08c
 @patch
 def page(self: Explorer, keep: dict[str, list[int]] | None = None) -> str:
     """The static twin as one HTML page: no kernel, no network.
@@ -1103,7 +1119,7 @@ def page(self: Explorer, keep: dict[str, list[int]] | None = None) -> str:
     `keep` limits controls to some of their values (indices).
     """
     packed, title = self.pack(keep), html.escape(self.title)
-    text = json.dumps(packed, separators=(',', ':'), ensure_ascii=False)
+    text = json.dumps(_as_sent(packed), separators=(',', ':'), ensure_ascii=False)
     text = text.replace('</', '<\\/')
     body = _body(title, _controls_markup(packed['controls']), self.axes_svg())
     return (
