@@ -447,10 +447,10 @@ class HeadMLP(KeepFP32):
             tokens = _tokens(x)
             return _heads(tokens @ skip + nn.functional.silu(tokens @ up) @ down, x)
 
-# %% ../../nbs/method/03_salr.ipynb #15f98558
+# %% ../../nbs/method/03_salr.ipynb #346b94f5
 class HeadConverter(KeepFP32):
-    """'No SALR' (section 4.3): an MLP each for keys and values converts N2 heads to N'.
-    Called like `SALR`; the state is ignored.
+    """'No SALR' (the paper's section 4.3): an MLP each for keys and values converts N2
+    heads to N'. Called like `SALR`; the state is ignored.
 
     `hidden` defaults to 2 * n_vlm_heads * head_dim, which gives a parameter count of the
     order of SALR's with 8 state heads.
