@@ -293,10 +293,10 @@ def cell_end(markup: str) -> int:
     raise ValueError('a cell of the page does not end')
 
 
-def slim(page: str) -> str:
+def slim(page: str, short: bool = True) -> str:
     """A rendered page without what nobody sees: marks of code that has the text's own
     colour, a mark between two neighbours of one colour, the explorers' script where no
-    explorer is, and pictures larger than need be.
+    explorer is, and pictures larger than need be. `short`: the marks of code in few bytes.
     """
     page = re.sub(r'<span class="bu">([^<]*)</span>', r'\1', page)
     same = re.compile(
@@ -304,8 +304,9 @@ def slim(page: str) -> str:
     )
     inside = lambda m: re.sub(r'<[^>]*>', '', m[3])
     page = same.sub(lambda m: f'<span class="{m[1]}">{m[2]}{inside(m)}</span>', page)
-    # two in five marks are operators: an `i` (style/halo.css) is a third as long
-    page = re.sub(r'<span class="op">([^<]*)</span>', r'<i>\1</i>', page)
+    if short:  # ten thousand marks a page, two in five of them operators (style/halo.css)
+        page = re.sub(r'<span class="op">([^<]*)</span>', r'<i>\1</i>', page)
+        page = re.sub(r'<span class="(\w\w)">([^<]*)</span>', r'<i class=\1>\2</i>', page)
     if '<iframe class="halo-twin"' not in page:
         page = TWINS.sub('', page)
     return re.sub(
@@ -503,7 +504,8 @@ def build(to, offline=False, bare=False):
         lean_search(rendered)
         own_maths(rendered, bare)
         for page in rendered.rglob('nbs/**/*.html'):
-            text = folded_solutions(slim(page.read_text(encoding='utf-8')))
+            text = slim(page.read_text(encoding='utf-8'), short=not quarto)
+            text = folded_solutions(text)
             page.write_text(text, encoding='utf-8')
         if bare:
             for css in rendered.rglob('*.css'):
