@@ -714,9 +714,9 @@ def _features_map() -> dict[str, str]:
     pictures = {f"pixels/{name}": f"{OBS_IMAGES}.{name}" for name in CAMERAS}
     return {ACTION: ACTION, "agent_pos": OBS_STATE, **pictures}
 
-# %% ../../nbs/sim/01_flash_place.ipynb #b9232fe5
+# %% ../../nbs/sim/01_flash_place.ipynb #993bf905
 def _vector(makers: list, in_processes: bool) -> gym.vector.VectorEnv:
-    "The environments of `makers` side by side; a finished one restarts at the next step."
+    "The environments of `makers` side by side; each must freeze itself when it ends."
     mode = gym.vector.AutoresetMode.NEXT_STEP
     if in_processes:
         return gym.vector.AsyncVectorEnv(makers, context="forkserver", autoreset_mode=mode)
