@@ -167,8 +167,11 @@ def module(path):
 def subcommands(path):
     "What `halo` alone prints: every sub-command has a --help."
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'COMMANDS':
-            yield from ([f'halo {k.value} --help'] for k in node.value.keys)
+        if not isinstance(node, ast.Dict):
+            continue
+        for key, value in zip(node.keys, node.values):
+            if isinstance(value, ast.Call) and ast.unparse(value.func) == 'Command':
+                yield [f'halo {key.value} --help']
 
 
 def comments(path):

@@ -98,6 +98,14 @@ def test_notebooks_and_help_are_collected(tmp_path):
     ]
 
 
+def test_every_sub_command_is_collected():
+    "However the table is put together."
+    from halo.cli import COMMANDS
+
+    found = [text for (text,) in commands.subcommands(root / 'halo/cli.py')]
+    assert sorted(found) == sorted(f'halo {name} --help' for name in COMMANDS)
+
+
 SURE = re.compile(
     r'python -m (?:halo|lerobot)[.\w]* [\w-]|lerobot-\w+ --|torchrun -|accelerate launch'
     r' -|sbatch \w'

@@ -810,13 +810,13 @@ function turn(colour) {
   return `hsl(${d ? 60 * (sector % 6) : 0} ${100 * s}% ${95 - 80 * light}%)`;
 }'''
 
-# %% ../../nbs/viz/01_explorer.ipynb #4645bcdd
+# %% ../../nbs/viz/01_explorer.ipynb #628d11fe
 _KEEPS = r'''
 const near = (a, b) => a.every((v, k) => Math.abs(v - b[k]) < 1e-3);
 const shows = p => p.kind == 'picture' || p.kind == 'heat';
 const above = p => p.kind == 'words' && p.at.some(v => v < 0 || v >= 1);
 const keeps = p => shows(p) ||
-  !above(p) && spec.panels.some(q => shows(q) && near(q.box, p.box));'''
+  spec.panels.some(q => shows(q) && near(q.box, p.box)) && !above(p);'''
 
 # %% ../../nbs/viz/01_explorer.ipynb #c8f3947e
 _DRESS = r'''
