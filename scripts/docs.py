@@ -191,6 +191,31 @@ def page_names(paths):
     }
 
 
+def modules_of(notebook):
+    """The modules that a chapter speaks of: its own, and those from which its code imports.
+
+    As nbdev names their pages: `policy.configuration` for `policy.configuration_halo`.
+    """
+    code = '\n'.join(c.source for c in notebook.cells if c.cell_type == 'code')
+    found = set(re.findall(r'^#\| *default_exp ([\w.]+)', code, re.M))
+    found |= set(re.findall(r'\b(?:from|import) halo\.([\w.]+)', code))
+    for part, names in re.findall(r'\bfrom halo\.(\w+) import ([\w, ]+)', code):
+        found |= {f'{part}.{n}' for n in re.findall(r'\w+', names)}
+    return {m.removesuffix('_halo') for m in found}
+
+
+def meant(markdown, modules):
+    """Without nbdev's links to a word's namesake: a small name is common, and means the
+    function of another chapter only where that chapter's module is used.
+    """
+
+    def keep(m):
+        known = m[2].removesuffix('.html').replace('/', '.') in modules
+        return m[0] if known or m[1][0].isupper() else f'`{m[1]}`'
+
+    return re.sub(r'\[`([^`\n]+)`\]\(/+([\w/-]+\.html)#?[\w.]*\)', keep, markdown)
+
+
 def relinked(markdown, pages, folder):
     "nbdev's links (from the top of nbs/) as links to the site's pages from `folder`."
 
@@ -319,6 +344,7 @@ def process(path, to, pages):
     turned to the site's pages.
     """
     notebook = read_nb(path)
+    modules = modules_of(notebook)
     NBProcessor(
         nb=notebook,
         procs=[
@@ -340,7 +366,7 @@ def process(path, to, pages):
                 o['data']['image/png'] = lighter(png)
         if cell.cell_type == 'markdown':
             cell.source = relinked(
-                cell.source, pages, path.relative_to(root / 'nbs').parent
+                meant(cell.source, modules), pages, path.relative_to(root / 'nbs').parent
             )
     notebook.cells = anchored(list(notebook.cells))
     to.parent.mkdir(parents=True, exist_ok=True)

@@ -647,6 +647,17 @@ def test_a_link_keeps_its_own_target():
     assert made == '[`encode` of a block](#two), [`x`](./../m/vlm.html#x)'
 
 
+def test_a_word_is_not_linked_to_its_namesake():
+    "`linear` is a compression in one chapter and counts operations in another."
+    said = '[`linear`](/train/plan.html#linear) and [`encode`](/method/vlm.html#encode)'
+    assert docs.meant(said, {'method.salr', 'method.vlm'}) == (
+        '`linear` and [`encode`](/method/vlm.html#encode)'
+    )
+    assert docs.meant('[`SALR`](/method/salr.html#salr)', set()).endswith('#salr)')
+    chapter = docs.read_nb(root / 'nbs/policy/02_processor.ipynb')
+    assert {'policy.processor', 'policy.configuration'} <= docs.modules_of(chapter)
+
+
 def test_a_solution_is_folded_with_what_it_prints(site):
     page = (site / 'nbs/method/04_flow.html').read_text()
     solutions = page.split('<summary>Solution</summary>')[1:]
