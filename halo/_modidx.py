@@ -632,6 +632,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'halo.data.history.HistoryDataset.history': ( 'data/history.html#historydataset.history',
                                                                                  'halo/data/history.py'),
                                    'halo.data.history.View': ('data/history.html#view', 'halo/data/history.py'),
+                                   'halo.data.history._Once': ('data/history.html#_once', 'halo/data/history.py'),
+                                   'halo.data.history._Once.filter': ('data/history.html#_once.filter', 'halo/data/history.py'),
                                    'halo.data.history._build_in': ('data/history.html#_build_in', 'halo/data/history.py'),
                                    'halo.data.history._check_files': ('data/history.html#_check_files', 'halo/data/history.py'),
                                    'halo.data.history._check_folder': ('data/history.html#_check_folder', 'halo/data/history.py'),

@@ -677,6 +677,24 @@ def episode_frames(
             why = _decoding_failed(e, meta, where, timestamps, tolerance_s)
             raise ValueError(why) from e
 
+# %% ../../nbs/data/02_history.ipynb #263607dd
+class _Once(logging.Filter):
+    "LeRobot's complaint about torchcodec as one sentence, the first time."
+
+    said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if 'torchcodec' not in record.getMessage():
+            return True
+        record.msg = "videos are decoded by PyAV: torchcodec finds no FFmpeg (%s)"
+        record.args = ('apt-get install ffmpeg, if it should',)
+        first, self.said = not self.said, True
+        return first
+
+# %% ../../nbs/data/02_history.ipynb #d2a2cea7
+_FALLBACK = logging.getLogger('lerobot.utils.import_utils')
+_FALLBACK.addFilter(_Once())
+
 # %% ../../nbs/data/02_history.ipynb #f1a11205
 def writable(folder) -> bool:
     "Whether a file can be made in `folder`, or in the nearest one above it that exists."
