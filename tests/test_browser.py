@@ -412,3 +412,22 @@ def test_flow_in_jupyterlab(opened):
         row, col = pixel(panel, (k, 0), now)
         tall = painted(now, slice(top, row), col, colour) / scale
         assert abs(tall - min(int(ends[k]), panel.ax.get_ylim()[1])) < 1.5, (k, tall)
+
+
+WIDE = """() => [...document.querySelectorAll('.jp-CodeCell .cm-scroller')]
+    .filter(e => e.clientWidth).map(e => [e.scrollWidth, e.clientWidth])"""
+
+
+def test_code_fits_a_cell_of_jupyterlab(browser, tmp_path):
+    "92 columns at the default width of a window of 1280 pixels, file browser open."
+    lab = Lab(tmp_path, ['method/03_salr.ipynb'])
+    try:
+        page = browser.new_page(viewport=dict(width=1280, height=900))
+        page.goto(f'{lab.url}/lab/tree/method/03_salr.ipynb?reset')
+        page.locator('.jp-CodeCell .cm-content').first.wait_for(timeout=60_000)
+        page.wait_for_timeout(2000)  # cells are set one after the other
+        found = page.evaluate(WIDE)
+        assert len(found) > 20 and all(inner <= outer + 1 for inner, outer in found), found
+        page.close()
+    finally:
+        lab.close()
