@@ -425,7 +425,8 @@ def test_code_fits_a_cell_of_jupyterlab(browser, tmp_path):
         page = browser.new_page(viewport=dict(width=1280, height=900))
         page.goto(f'{lab.url}/lab/tree/method/03_salr.ipynb?reset')
         page.locator('.jp-CodeCell .cm-content').first.wait_for(timeout=60_000)
-        page.wait_for_timeout(2000)  # cells are set one after the other
+        # cells are set one after the other
+        page.wait_for_function(f'() => ({WIDE})().length > 20', timeout=60_000)
         found = page.evaluate(WIDE)
         assert len(found) > 20 and all(inner <= outer + 1 for inner, outer in found), found
         page.close()
