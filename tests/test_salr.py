@@ -192,3 +192,19 @@ def test_built_under_a_bf16_default_dtype():
         assert isinstance(m, KeepFP32) and all(
             p.dtype == torch.float32 for p in m.parameters()
         )
+
+
+@pytest.mark.parametrize('rows', [2, 8])
+def test_a_compiled_layer_has_the_same_gradients(rows):
+    "torch.compile once lost the folded sum's own gradient: SALR was not trained at all."
+    torch.manual_seed(0)
+    layer, found = SALR(8, 4, 4, 2, 32), []
+    k, v = torch.randn(2, rows, 4, 5, 32)
+    state = torch.randn(rows, 8)
+    for f in (layer, torch.compile(layer, backend='aot_eager')):
+        layer.zero_grad()
+        sum(x.pow(2).sum() for x in f(k, v, state)).backward()
+        found.append({n: p.grad.clone() for n, p in layer.named_parameters()})
+    for name, grad in found[0].items():
+        assert grad.abs().max() > 0
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-5)

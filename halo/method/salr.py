@@ -108,14 +108,15 @@ def state_map(weight: Tensor, mask: Tensor, state_heads: Tensor) -> Tensor:
     `weight` (i*j*h, p), `mask` (i, j, h), `state_heads` (b, i, h); returns (b, p, j*h) in
     FP32 or wider, autocast or not.
     On a CPU with few samples the sum over i runs in place over contiguous rows of `weight`,
-    which are read once; elsewhere it is one batched product.
+    which are read once; elsewhere, and compiled, it is one batched product.
     """
     dtype = _wide(weight, mask, state_heads)
     with torch.autocast(weight.device.type, enabled=False):
         factors = mask.to(dtype) * state_heads.to(dtype)[:, :, None]
         factors = factors.flatten(2)  # (b, i, j*h)
         rows = weight.to(dtype).unflatten(0, factors.shape[1:])  # (i, j*h, p), a view
-        if weight.device.type != 'cpu' or len(factors) > 4:
+        one_by_one = weight.device.type == 'cpu' and len(factors) <= 4
+        if not one_by_one or torch.compiler.is_compiling():  # it loses own gradients
             product = torch.bmm(factors.permute(2, 0, 1), rows.transpose(0, 1))
             return product.permute(1, 2, 0)
         return _Folded.apply(factors, rows).mT
