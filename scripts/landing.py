@@ -236,9 +236,9 @@ def tick_map(workbook, live):
 <a class="halo-map" href="{workbook}/00_a_tick.html"><img src="{workbook}/map/whole.svg"
 width="976" height="185" alt="A control tick: scene, sampling, VLM, SALR, expert, flow,
 command; the state goes to SALR and to the expert as well"></a>
-<p class="halo-note">The same map opens each chapter with its stage lit. <a
-href="{workbook}/00_a_tick.html">The first chapter</a> goes along it once, from the cameras
-to the motors.</p>'''
+<p class="halo-note">The same map opens every chapter that belongs to a stage, with the
+stage lit. <a href="{workbook}/00_a_tick.html">The first chapter</a> goes
+along it once, from the cameras to the motors.</p>'''
 
 
 def markup(workbook='nbs', live=()):

@@ -4,6 +4,7 @@ the text, the figure and the command.
 
 import csv
 import json
+import re
 import shutil
 
 import matplotlib
@@ -251,3 +252,13 @@ def test_policy_is_handed_to_the_benchmarks(tmp_path, monkeypatch, capsys):
         T.main(['table2', '--policy', 'runs/x', '--results', str(tmp_path)]) == 1
         and 'client' in capsys.readouterr().err
     )
+
+
+def test_what_other_chapters_cite_stands_in_the_table():
+    "The method may not import the tables, so its sentence is held to them here."
+    chapter = T.TABLE_DIR.parent / 'method/01_sampling.ipynb'
+    book = json.loads(chapter.read_text('utf-8'))
+    said = ' '.join(''.join(c['source']) for c in book['cells'])
+    (cited,) = re.findall(r'reports ([\d.]+) % .{,120}?, and ([\d.]+) to ([\d.]+) %', said)
+    values = sorted(float(r['value']) for r in T.field_rows('interface'))
+    assert [float(x) for x in cited] == [values[-1], values[0], values[-2]]
