@@ -257,7 +257,7 @@ def chance_open(logit: Tensor) -> Tensor:
     return (logit - GATE_HEAT * math.log(-GATE_LOW / GATE_HIGH)).sigmoid()
 
 # %% ../../nbs/method/03_salr.ipynb #03hard10
-GATE_SPEED = 10.0  # a hard concrete gate's logit, per unit of its stored parameter
+GATE_SPEED = 30.0  # a hard concrete gate's logit, per unit of its stored parameter
 
 # %% ../../nbs/method/03_salr.ipynb #45decb1a
 def _stored(kind: str, start: float) -> float:
