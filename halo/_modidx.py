@@ -1258,6 +1258,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'halo.method.model.HaloModel.integrate': ( 'method/model.html#halomodel.integrate',
                                                                               'halo/method/model.py'),
                                    'halo.method.model.HaloModel.loss': ('method/model.html#halomodel.loss', 'halo/method/model.py'),
+                                   'halo.method.model.HaloModel.losses': ('method/model.html#halomodel.losses', 'halo/method/model.py'),
+                                   'halo.method.model.HaloModel.price': ('method/model.html#halomodel.price', 'halo/method/model.py'),
                                    'halo.method.model.HaloModel.sample': ('method/model.html#halomodel.sample', 'halo/method/model.py'),
                                    'halo.method.model.HaloModel.start': ('method/model.html#halomodel.start', 'halo/method/model.py'),
                                    'halo.method.model.HaloModel.velocity': ('method/model.html#halomodel.velocity', 'halo/method/model.py'),

@@ -181,9 +181,9 @@ def forward(
             shares.append(share)
     return self.heads.read(a)
 
-# %% ../../nbs/method/06_model.ipynb #85a2d058
+# %% ../../nbs/method/06_model.ipynb #06losses
 @patch
-def loss(
+def losses(
     self: HaloModel,
     obs: Observation,
     actions: Tensor,
@@ -191,10 +191,9 @@ def loss(
     noise: Tensor | None = None,
     t: Tensor | None = None,
     reduction: str = 'mean',
-) -> Tensor:
-    """Flow-matching loss of action chunks (b, s, d); `mask` (b, s, d) marks real values.
-
-    `noise`, `t` may be given (b * draws rows). 'sample' returns (b,), 'none' (b, s, d).
+) -> tuple[Tensor, Tensor]:
+    """Flow-matching loss of action chunks (b, s, d), and the share of open latent channels
+    (a scalar); arguments as for `loss`.
     """
     r = self.cfg.flow.draws
     actions, mask = _rows(actions, r), None if mask is None else _rows(mask, r)
@@ -208,8 +207,33 @@ def loss(
     v = self(obs, interpolate(actions, noise, t), t, shares)
     out = flow_loss(v, velocity_target(actions, noise), mask, reduction)
     out = out if reduction == 'mean' else out.unflatten(0, (-1, r)).mean(1)
-    price = self.cfg.salr.closing if self.training else 0
-    return out + price * torch.stack(shares).mean() if price else out
+    return out, torch.stack(shares).mean()
+
+# %% ../../nbs/method/06_model.ipynb #06price0
+@patch(as_prop=True)
+def price(self: HaloModel) -> float:
+    "What the loss pays now for a latent space that is wholly open."
+    return self.cfg.salr.closing if self.training else 0.0
+
+# %% ../../nbs/method/06_model.ipynb #85a2d058
+@patch
+def loss(
+    self: HaloModel,
+    obs: Observation,
+    actions: Tensor,
+    mask: Tensor | None = None,
+    noise: Tensor | None = None,
+    t: Tensor | None = None,
+    reduction: str = 'mean',
+) -> Tensor:
+    """Flow-matching loss of action chunks (b, s, d), in training plus the price of open
+    latent channels; `mask` (b, s, d) marks real values.
+
+    `noise`, `t` may be given (b * draws rows). 'sample' returns (b,); 'none' (b, s, d), to
+    which the price does not belong (use `losses` for it).
+    """
+    flow, share = self.losses(obs, actions, mask, noise, t, reduction)
+    return flow + self.price * share if self.price else flow
 
 # %% ../../nbs/method/06_model.ipynb #335bb4cb
 @dataclass

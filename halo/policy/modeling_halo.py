@@ -436,8 +436,8 @@ def forward(
     noise: Tensor | None = None,
     time: Tensor | None = None,
 ):
-    """LeRobot's training call: flow-matching loss (scalar, or (b,) with reduction='none')
-    and a dict of plain numbers.
+    """LeRobot's training call: flow-matching loss (scalar, or (b,) with reduction='none'),
+    plus the price of SALR's open channels in training, and a dict of plain numbers.
     """
     m, d = self.config.model, self.config.action_feature.shape[0]
     check_finite(batch, (ACTION, OBS_STATE))
@@ -446,8 +446,12 @@ def forward(
     actions, real = _real_actions(batch, with_dimensions(batch[ACTION], d))
     mask = pad_last(real.float(), m.max_action_dim)
     how = 'mean' if reduction == 'mean' else 'sample'
-    loss = self.model.loss(obs, pad_last(actions, m.max_action_dim), mask, noise, time, how)
-    return loss, {'flow_loss': float(loss.detach().mean())}
+    wanted = pad_last(actions, m.max_action_dim)
+    flow, share = self.model.losses(obs, wanted, mask, noise, time, how)
+    said = {'flow_loss': float(flow.detach().mean())}
+    if not self.model.price:
+        return flow, said
+    return flow + self.model.price * share, said | {'open_share': float(share.detach())}
 
 # %% ../../nbs/policy/03_modeling.ipynb #0a6e55f1
 @patch

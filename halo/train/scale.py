@@ -185,15 +185,18 @@ def _real_values(batch: dict, dims: int) -> Tensor:
     return pad_last(real.float(), dims)
 
 # %% ../../nbs/train/03_scale.ipynb #10fec8c4
-def value_losses(policy, batch: dict, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared errors (b, s, d) of a preprocessed batch, zero where padded, and the mask (b,
-    s, d) of real values.
+def value_losses(
+    policy, batch: dict, noise: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared errors (b, s, d) of a preprocessed batch, zero where padded, the mask (b, s,
+    d) of real values, and SALR's share of open latent channels (a scalar).
     """
     dims, actions = policy.config.model.max_action_dim, batch['action']
     mask = _real_values(batch, dims)
     seen, wanted = policy.observation(batch), pad_last(actions, dims)
     noise, t = noise.to(actions.device), t.to(actions.device)
-    return policy.model.loss(seen, wanted, mask, noise, t, 'none'), mask
+    square, share = policy.model.losses(seen, wanted, mask, noise, t, 'none')
+    return square, mask, share
 
 # %% ../../nbs/train/03_scale.ipynb #96279805
 def sample_losses(square: Tensor, mask: Tensor) -> Tensor:
@@ -235,10 +238,10 @@ def scale_step(
     for k, (batch, (noise, t)) in enumerate(zip(batches, draws)):
         if hasattr(policy.model, 'set_requires_all_reduce'):
             policy.model.set_requires_all_reduce(k + 1 == len(batches))
-        square, mask = value_losses(policy, batch, noise, t)
-        loss = sample_losses(square, mask).mean() / len(batches)
-        loss.backward()
-        total = total + loss.detach()
+        square, mask, share = value_losses(policy, batch, noise, t)
+        loss = sample_losses(square, mask).mean() + policy.model.price * share
+        (loss / len(batches)).backward()
+        total = total + loss.detach() / len(batches)
         if tally:
             tally(square.detach(), mask, batch)
     trained = [p for p in policy.parameters() if p.requires_grad]
