@@ -208,11 +208,12 @@ def bench_config(args) -> ModelConfig:
     cfg = preset(
         args.preset,
         vlm_id='',
+        expert_id='',
         checkpointing=False,
         sampling__history_stride=1,
         sampling__history_frames=args.history,
         sampling__history_hop=args.hop,
-        init='normal' if args.preset.startswith('paper') else 'fan_in',
+        init=preset(args.preset).init,
         dtype={'float32': 'float32', 'bfloat16': 'bfloat16'}[args.dtype],
     )
     if not args.layers:
@@ -1016,6 +1017,7 @@ def smolvla(chunk: int, dtype: str, layers: int = 16) -> nn.Module:
 _SIZED = dict(
     name='sized',
     vlm_id='',
+    expert_id='',
     checkpointing=False,
     salr__state_heads=8,
     sampling__history_frames=0,
