@@ -17,6 +17,7 @@ from pydoc_data.topics import topics
 import torch
 from torch import Tensor
 from transformers import Qwen2ForCausalLM, get_cosine_schedule_with_warmup
+from transformers.utils import logging as transformers_logging
 
 from ..data.files import write_whole
 from ..method.config import ModelConfig, preset
@@ -37,12 +38,12 @@ class StartConfig:
 
     layers: int = 4  # of the preset's 8
     chunk: int = 16  # s, of the preset's 50
-    seeds: int = 4
-    read_steps: int = 240  # of the language model
+    seeds: int = 5
+    read_steps: int = 450  # of the language model
     read_batch: int = 16
     read_length: int = 128  # bytes of text in a row
     read_lr: float = 2e-3
-    steps: int = 120  # of each expert
+    steps: int = 160  # of each expert
     batch: int = 16
     lr: float = 1e-3
     every: int = 20  # steps between two points of the learning curve
@@ -256,6 +257,8 @@ def commit() -> str:
 def study(c: StartConfig, tell=print) -> dict:
     "All starts and seeds; what the JSON file holds."
     torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()  # a head left over is meant
+    transformers_logging.disable_progress_bar()
     began, runs = time.process_time(), []
     with tempfile.TemporaryDirectory() as d:
         reading = train_reader(c, Path(d), tell)
