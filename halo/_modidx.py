@@ -2151,6 +2151,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'halo.studies.bench._with_free_converter': ( 'studies/bench.html#_with_free_converter',
                                                                                  'halo/studies/bench.py'),
                                     'halo.studies.bench.alternate': ('studies/bench.html#alternate', 'halo/studies/bench.py'),
+                                    'halo.studies.bench.base_alone': ('studies/bench.html#base_alone', 'halo/studies/bench.py'),
                                     'halo.studies.bench.bench_config': ('studies/bench.html#bench_config', 'halo/studies/bench.py'),
                                     'halo.studies.bench.bench_cost': ('studies/bench.html#bench_cost', 'halo/studies/bench.py'),
                                     'halo.studies.bench.bench_denoise': ('studies/bench.html#bench_denoise', 'halo/studies/bench.py'),

@@ -508,6 +508,11 @@ RULES = (
         ((r'( --preset \w+)?$', f' {LITTLE}'),),
         slow=True,
     ),
+    Rule(
+        r'expert_start --out',
+        ((r'bench/(.*)$', r'outputs/\1 --seeds 2 --steps 2 --read-steps 2'),),
+        slow=True,
+    ),
     Rule(r'bench_gpu', ((r'( \S+\.json)', r' outputs/gpu.json salr --try'),), slow=True),
     Rule(
         r'bench_cpu\.sh',

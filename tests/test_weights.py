@@ -278,3 +278,99 @@ def test_base_is_qwen_of_three_billion_and_a_narrow_expert():
     assert 0.38e9 < p['kept']['expert layers'] < 0.42e9
     salr = sum(v for k, v in p['kept'].items() if 'SALR' in k or 'state' in k)
     assert salr < 0.1 * p['kept']['expert layers']
+
+
+def test_the_benchs_pi0_is_of_the_size_of_base():
+    "`--size base`: within one per cent, and `base` as it is but for its history."
+    from halo.studies.bench import count, peers
+
+    ((make, cfg),) = peers('base', 50, 'bfloat16').values()
+    with torch.device('meta'):
+        theirs, ours = count(make()), count(HaloModel(cfg))
+    assert abs(ours / theirs - 1) < 0.01
+    assert cfg.text == preset('base').text and cfg.expert == preset('base').expert
+
+
+def changes(**parts):
+    "`--set` for nested values: {'policy': {'model': ...}} as KEY.KEY=VALUE."
+    told = []
+
+    def walk(path, x):
+        if isinstance(x, dict):
+            for k, v in x.items():
+                walk([*path, k], v)
+        else:
+            told.extend(['--set', f'{".".join(path)}={json.dumps(x)}'])
+
+    walk([], parts)
+    return told
+
+
+def shrink():
+    "What makes the policy of a launch file of `base` the twin: `--set policy.model...`."
+    out = {}
+    for key, value in (TEXT | WIDTHS['base']).items():
+        part, _, name = key.partition('__')
+        if name:
+            out.setdefault(part, {})[name] = value
+        else:
+            out[part] = value
+    short = dict(history_frames=2, history_size=56, view_size=56, wrist_size=56)
+    return out | dict(sampling=short, chunk=8)
+
+
+@pytest.fixture(scope='module')
+def own_robot(tmp_path_factory):
+    "Demonstrations of a simulated robot, and a folder as Qwen2.5-VL-3B's, shrunken."
+    from halo.sim.flash_place import main
+
+    d = tmp_path_factory.mktemp('own_robot')
+    assert not main(['--root', str(d / 'data'), '--episodes', '2'])
+    write_vlm(d / 'qwen', twin('base'))
+    return d
+
+
+def own_robot_words(folder):
+    "The token embedding of a checkpoint in shards."
+    name = 'model.embed_tokens.weight'
+    index = json.loads((folder / 'model.safetensors.index.json').read_text())
+    return load_file(folder / index['weight_map'][name])[name]
+
+
+@pytest.mark.slow
+@pytest.mark.sim
+@pytest.mark.parametrize('memory', [24, 48, 80])
+def test_one_command_fine_tunes_base_on_one_card(own_robot, tmp_path, memory):
+    """`halo train configs/launch/base_24gb.yaml` and its kin on a shrunken copy of the
+    layout: it trains, is stopped, goes on, leaves a policy; `halo evaluate` plays it with
+    Qwen's folder gone.
+    """
+    import shutil
+
+    from halo.benchmarks.suite import main as evaluate
+    from halo.train.scale import main as train
+
+    qwen, out = shutil.copytree(own_robot / 'qwen', tmp_path / 'qwen'), tmp_path / 'run'
+    said = changes(
+        data=dict(root=str(own_robot / 'data'), store=str(own_robot / 'frames')),
+        policy=dict(model=shrink(), vlm_id=str(qwen), n_action_steps=8),
+        run=dict(steps=4, micro=1, accumulate=2, warmup=1, save_every=2, log_every=1),
+        batch=2,
+        out=str(out),
+    )
+    file = str(ROOT / f'configs/launch/base_{memory}gb.yaml')
+    assert train([file, *said, '--dry-run', '--processes', '1']) == 0
+    assert train([file, *said, '--device', 'cpu', '--until', '2']) == 0
+    shutil.rmtree(qwen)
+    assert train([file, *said, '--device', 'cpu']) == 0  # goes on
+    rows = (out / 'metrics.jsonl').read_text().splitlines()
+    assert [json.loads(x)['step'] for x in rows] == [1, 2, 3, 4]
+    saved = json.loads((out / 'policy/config.json').read_text())
+    assert saved['model']['text']['layers'] == 3 and saved['vlm_source'] == 'qwen'
+    kept, words = load_file(out / 'policy/model.safetensors'), 'embed_tokens.weight'
+    same = torch.equal(
+        kept[f'model.embed.{words}'].bfloat16(), own_robot_words(own_robot / 'qwen')
+    )
+    assert same == (memory != 80)  # Qwen's, where they are frozen
+    told = ['--policy', str(out / 'policy'), '--episodes', '1', '--videos', '0']
+    assert evaluate(['--out', str(tmp_path / 'result'), *told]) == 0
