@@ -38,12 +38,12 @@ class StartConfig:
 
     layers: int = 4  # of the preset's 8
     chunk: int = 16  # s, of the preset's 50
-    seeds: int = 5
-    read_steps: int = 450  # of the language model
+    seeds: int = 4
+    read_steps: int = 300  # of the language model
     read_batch: int = 16
     read_length: int = 128  # bytes of text in a row
     read_lr: float = 2e-3
-    steps: int = 160  # of each expert
+    steps: int = 120  # of each expert
     batch: int = 16
     lr: float = 1e-3
     every: int = 20  # steps between two points of the learning curve
