@@ -17,7 +17,13 @@ from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, apply_rotary_pos_emb
 
 from .config import ModelConfig, preset
-from .expert import ExpertContext, ExpertHeads, ExpertLayer, expert_config
+from halo.method.expert import (
+    ExpertContext,
+    ExpertHeads,
+    ExpertLayer,
+    expert_config,
+    load_expert,
+)
 from .flow import flow_loss, integrate, interpolate, sample_time, velocity_target
 from .salr import SALR, HeadConverter
 from halo.method.vlm import (
@@ -133,6 +139,8 @@ class HaloModel(nn.Module):
             states = [b.state for b in self.blocks if b.state is not None]
             for m in (self.heads, *(b.expert for b in self.blocks), *states):
                 init_fan_in(m)
+        if cfg.expert_id:
+            load_expert(cfg, [b.expert for b in self.blocks], self.heads)
         self.to(getattr(torch, cfg.dtype))  # SALR's parameters refuse and stay float32
 
 # %% ../../nbs/method/06_model.ipynb #cc85a9e1
@@ -395,13 +403,14 @@ def _count_between(m: HaloModel) -> dict[str, int]:
     }
 
 # %% ../../nbs/method/06_model.ipynb #06unread
-def _count_unread(m: HaloModel) -> dict[str, int]:
-    "Parameters of the published checkpoints that nothing in HALO reads."
-    t, first, last = m.cfg.text, m.blocks[0].vlm, m.blocks[-1].vlm
+def _count_unread(m: HaloModel, cfg: ModelConfig) -> dict[str, int]:
+    "Parameters of the checkpoints that `cfg` names that nothing in HALO reads."
+    t, first, last = cfg.text, m.blocks[0].vlm, m.blocks[-1].vlm
+    words = 151936 * cfg.expert.width if cfg.expert_id else 0
     return {
-        'lm_head of the VLM': t.vocab * t.width,
+        'lm_head of the VLM': 0 if t.tied else t.vocab * t.width,
         'final norm and rest of the last VLM layer': _count(first) - _count(last) + t.width,
-        "token embedding of the expert's language model": 151936 * m.cfg.expert.width,
+        "token embedding of the expert's language model": words,
     }
 
 # %% ../../nbs/method/06_model.ipynb #616b7593
@@ -410,7 +419,7 @@ def parameter_table(cfg: ModelConfig) -> dict[str, int]:
     hold besides. Needs no memory.
     """
     with torch.device('meta'):
-        m = HaloModel(cfg.but(vlm_id='', init='normal'))
+        m = HaloModel(cfg.without_weights().but(init='normal'))
     kept = {
         'vision tower': _count(m.embed.visual),
         'token embedding': _count(m.embed.embed_tokens),
@@ -419,7 +428,7 @@ def parameter_table(cfg: ModelConfig) -> dict[str, int]:
         'expert layers': sum(_count(b.expert) for b in m.blocks),
         'expert inputs and output': _count(m.heads),
     }
-    total, extra = sum(kept.values()), _count_unread(m)
+    total, extra = sum(kept.values()), _count_unread(m, cfg)
     assert total == _count(m)
     published = total + sum(extra.values())
     return dict(kept=kept, extra=extra, total_kept=total, total_published=published)

@@ -31,7 +31,13 @@ from ..data.files import CLONE
 from ..data.history import EpisodeSampler, HistoryDataset, fingerprint
 from ..method.salr import fp32_parameter_names
 from ..policy.configuration_halo import HaloConfig
-from ..policy.modeling_halo import HaloPolicy, check_checkpoint, init_weights, vlm_source
+from halo.policy.modeling_halo import (
+    HaloPolicy,
+    check_checkpoint,
+    init_weights,
+    remember_sources,
+    weight_sources,
+)
 from ..policy.processor_halo import make_halo_pre_post_processors, saved_tokenizer
 
 # %% auto #0
@@ -70,7 +76,7 @@ def make_policy(
         policy = HaloPolicy(cfg, dataset_meta=dataset.meta, load_vlm=own)
     if init_from is not None:
         init_weights(policy, init_from, meta)
-        cfg.vlm_source = vlm_source(init_from) or cfg.vlm_source
+        remember_sources(cfg, init_from)
     tokenizer = saved_tokenizer(init_from)
     return policy, *make_halo_pre_post_processors(cfg, dataset.meta.stats, tokenizer)
 
@@ -262,7 +268,7 @@ def load_checkpoint(folder: Path, policy, optimizer, sampler) -> int:
     file, kept = folder / 'model.safetensors', folder / 'training_state'
     check_checkpoint(file, policy)
     policy.load_state_dict(load_file(str(file)))
-    policy.config.vlm_source = vlm_source(folder)
+    vars(policy.config).update(weight_sources(folder))
     load_optimizer(optimizer, kept)
     state = json.loads((kept / 'state.json').read_text())
     sampler.load_state_dict(state['sampler'])
