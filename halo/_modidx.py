@@ -3074,6 +3074,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'halo.viz.masks.histogram': ('viz/masks.html#histogram', 'halo/viz/masks.py'),
                                 'halo.viz.masks.kept': ('viz/masks.html#kept', 'halo/viz/masks.py'),
                                 'halo.viz.masks.known_effects': ('viz/masks.html#known_effects', 'halo/viz/masks.py'),
+                                'halo.viz.masks.least_effect': ('viz/masks.html#least_effect', 'halo/viz/masks.py'),
                                 'halo.viz.masks.mark_axes': ('viz/masks.html#mark_axes', 'halo/viz/masks.py'),
                                 'halo.viz.masks.mask_change': ('viz/masks.html#mask_change', 'halo/viz/masks.py'),
                                 'halo.viz.masks.mask_explorer': ('viz/masks.html#mask_explorer', 'halo/viz/masks.py'),
