@@ -322,6 +322,11 @@ RULES = (
         serves='Serving HTTP',
         slow=True,
     ),
+    # all channels of eight observations take minutes
+    Rule(
+        r'halo\.viz\.knockout .*--write',
+        ((r'--write', '--observations 1 --channels 2 --steps 1'),),
+    ),
     # installation: an index of empty wheels, clones of empty repositories
     Rule(r'pip install', needs=('wheels', 'clones')),
     Rule(r'pip install .*-e "?\.\[', slow=True),

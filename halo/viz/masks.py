@@ -36,8 +36,8 @@ from .recording import Recording, shipped, shipped_folder
 
 # %% auto #0
 __all__ = ['MaskFilm', 'mask_film', 'mask_change', 'kept', 'channel_axes', 'extreme', 'histogram', 'MaskPanels', 'known_effects',
-           'mark_axes', 'mask_explorer', 'normalized_state', 'StateProbe', 'state_range', 'token_groups',
-           'relative_change', 'block_change', 'action_paths', 'StatePanels', 'state_explorer']
+           'least_effect', 'mark_axes', 'mask_explorer', 'normalized_state', 'StateProbe', 'state_range',
+           'token_groups', 'relative_change', 'block_change', 'action_paths', 'StatePanels', 'state_explorer']
 
 # %% ../../nbs/viz/03_masks.ipynb #44e52f65
 @dataclass
@@ -130,6 +130,7 @@ class MaskPanels:
     def __init__(self, film: MaskFilm, section=None, note: str = '', effects=None):
         self.film, self.section, self.note = film, section, note
         self.effects = None if effects is None else known_effects(film, effects)
+        self.least = 0.0 if effects is None else least_effect(self.effects)
         self.both, start = {'K': film.k, 'V': film.v}, film.start
         _, self.layers, self.i, self.j, self.h = film.k.shape
         every = list(self.both.values())
@@ -140,7 +141,7 @@ class MaskPanels:
         ends = [histogram(x, self.edges) for m in every for x in m[-1]]
         self.tallest = max(e[:, 1].max() for e in ends)
 
-# %% ../../nbs/viz/03_masks.ipynb #27324f3f
+# %% ../../nbs/viz/03_masks.ipynb #5bf646f7
 def known_effects(film: MaskFilm, effects: dict) -> dict[str, np.ndarray]:
     """Effects {'k': (layers, i, j, h), 'v': ...} as {'K', 'V'} in thousandths.
 
@@ -154,6 +155,12 @@ def known_effects(film: MaskFilm, effects: dict) -> dict[str, np.ndarray]:
                 f" all of {shape}: `python -m halo.viz.knockout` without --channels"
             )
     return {w.upper(): 1e3 * effects[w] for w in 'kv'}
+
+# %% ../../nbs/viz/03_masks.ipynb #53c4bb1c
+def least_effect(effects: dict[str, np.ndarray]) -> float:
+    "The first percentile of the effects above zero; 1 if there are none."
+    every = np.concatenate([e.ravel() for e in effects.values()])
+    return float(np.percentile(every[every > 0], 1)) if (every > 0).any() else 1.0
 
 # %% ../../nbs/viz/03_masks.ipynb #67bcb181
 @patch
@@ -230,7 +237,7 @@ def shares(self: MaskPanels, ax) -> dict:
     ax.grid(axis='y', visible=False)
     return dict(kept=Bars(ax, 3, [SIGNED(0.15), '#999999', SIGNED(0.85)], across=True))
 
-# %% ../../nbs/viz/03_masks.ipynb #05df8e32
+# %% ../../nbs/viz/03_masks.ipynb #da4f86bb
 @patch
 def effect_maps(self: MaskPanels, left, mid) -> dict:
     "Mean effect per head pair of all layers, and the chosen layer's effects."
@@ -251,15 +258,16 @@ def effect_maps(self: MaskPanels, left, mid) -> dict:
     frame = Lines(left, [dict(color='white', width=2)])
     return dict(effects=over, there=frame, effect=one)
 
-# %% ../../nbs/viz/03_masks.ipynb #032978ca
+# %% ../../nbs/viz/03_masks.ipynb #451e62df
 @patch
 def against(self: MaskPanels, up, mid, right) -> dict:
     "Dots at the strongest effects in both maps, and the cloud of mask against effect."
     said = [np.abs(m[-1]) for m in self.both.values()]
-    top = max(float(e.max()) for e in self.effects.values()) or 1.0
     ends = min(x.min() for x in said), max(x.max() for x in said)
     room = 0.05 * (ends[1] - ends[0]) or 0.05
-    right.set(xlim=(ends[0] - room, ends[1] + room), ylim=(-0.03 * top, 1.05 * top))
+    strongest = max(float(e.max()) for e in self.effects.values())
+    right.set(xlim=(ends[0] - room, ends[1] + room), yscale='log')
+    right.set_ylim(0.8 * self.least, 1.3 * max(strongest, self.least))
     right.set(xlabel='what the mask says at the end, |M|', ylabel='action moves / 10⁻³')
     dots = [dict(color=c, width=0, marker=s) for c, s in (('black', 5), ('white', 2.5))]
     cloud = [dict(color=CATEGORIES[0], width=0, marker=2.5)]
@@ -283,7 +291,7 @@ def layout(self: MaskPanels, fig) -> dict:
         out |= self.below(low, b)
     return out | dict(said=Words(b, (0, 1.06 if self.section else 1.02), 8.5))
 
-# %% ../../nbs/viz/03_masks.ipynb #526ef5a9
+# %% ../../nbs/viz/03_masks.ipynb #6ef1dd9e
 @patch
 def below(self: MaskPanels, fig, up) -> dict:
     "The row of effects, in the columns of the row above; `up` are the mask's axes."
@@ -293,7 +301,7 @@ def below(self: MaskPanels, fig, up) -> dict:
     out = self.effect_maps(a, b) | self.against(up, b, c)
     return out | dict(ranks=Words(b, (0, 1.02), 8.5))
 
-# %% ../../nbs/viz/03_masks.ipynb #e1603fab
+# %% ../../nbs/viz/03_masks.ipynb #449e1312
 @patch
 def frame(self: MaskPanels, layer: int) -> np.ndarray:
     "A line (5, 2) around the row of `layer`."
@@ -302,7 +310,7 @@ def frame(self: MaskPanels, layer: int) -> np.ndarray:
         [[-0.5, low], [right, low], [right, high], [-0.5, high], [-0.5, low]]
     )
 
-# %% ../../nbs/viz/03_masks.ipynb #8b295ad7
+# %% ../../nbs/viz/03_masks.ipynb #32438de1
 @patch
 def asked(self: MaskPanels, which: str, layer: int) -> dict:
     "What the lower row shows of a layer; nothing without effects."
@@ -318,11 +326,11 @@ def asked(self: MaskPanels, which: str, layer: int) -> dict:
         effect=flat.reshape(-1, self.h),
         strong=spots,
         strong2=spots,
-        cloud=[np.stack([m, flat], 1)],
+        cloud=[np.stack([m, np.maximum(flat, self.least)], 1)],
         ranks=self.verdict(which, layer),
     )
 
-# %% ../../nbs/viz/03_masks.ipynb #db62411a
+# %% ../../nbs/viz/03_masks.ipynb #f7401ca9
 @patch
 def verdict(self: MaskPanels, which: str, layer: int) -> str:
     "Rank correlation of mask and effect: this layer's, and the median of all."
