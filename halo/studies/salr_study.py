@@ -31,8 +31,9 @@ from ..train.loop import TrainConfig, clip_and_step, param_groups, set_lr
 
 # %% auto #0
 __all__ = ['SIDE', 'COLOURS', 'APART', 'TASKS', 'CHUNK', 'VARIANTS', 'WORDS', 'OUT', 'POOL', 'STEPS', 'BATCH', 'NOTES', 'STUDY',
-           'scatter', 'draw', 'Robot', 'robots', 'Task', 'target', 'base', 'config', 'sizes', 'observe', 'train_eyes',
-           'eyes', 'look', 'pool', 'Seen', 'Blindfold', 'Exam', 'exam', 'batches', 'fit', 'train', 'main']
+           'LONG', 'SCRATCH', 'scatter', 'draw', 'Robot', 'robots', 'Task', 'target', 'base', 'config', 'sizes',
+           'observe', 'train_eyes', 'eyes', 'look', 'pool', 'Seen', 'Blindfold', 'Exam', 'exam', 'batches', 'fit',
+           'train', 'main', 'glimpses', 'own_eyes', 'train_blind', 'scratch']
 
 # %% ../../nbs/studies/06_salr.ipynb #cf569db3
 SIDE = 28  # pixels
@@ -232,12 +233,13 @@ def eyes() -> dict[str, Tensor]:
             save_file({k: v.contiguous() for k, v in weights.items()}, str(part))
     return load_file(str(path))
 
-# %% ../../nbs/studies/06_salr.ipynb #b2936d3e
+# %% ../../nbs/studies/06_salr.ipynb #7035743b
 @torch.no_grad()
 def look(pictures: Tensor, past: bool) -> Tensor:
     "What the eyes make of pictures: their tokens (n, tokens, width), in order."
     cfg = base().but(**(TASKS['history'].config if past else {}))
-    see, parts = HaloModel(cfg).embed, []
+    with torch.random.fork_rng():
+        see, parts = HaloModel(cfg).embed, []
     see.visual.load_state_dict(eyes())
     for some in pictures.split(512):
         seen = observe(some, torch.zeros(len(some), 8), past)
@@ -317,7 +319,7 @@ def exam(task: str) -> Exam:
     noise = torch.randn(truth.shape, generator=g)
     return Exam(Seen(tokens, robot.state()), truth, noise)
 
-# %% ../../nbs/studies/06_salr.ipynb #2ac54c40
+# %% ../../nbs/studies/06_salr.ipynb #d89dbda6
 STEPS, BATCH, NOTES = 300, 32, 15
 
 
@@ -331,16 +333,18 @@ def batches(task: str, seed: int):
         yield Seen(tokens[rows], robot.state()), target(TASKS[task], dots[rows], robot)
 
 
-def fit(model: HaloModel, task: str, seed: int, tc: TrainConfig) -> tuple[list, list]:
-    "Train a model; its curve [(step, error)], and the largest gradient norm between notes."
+def fit(model: HaloModel, data, test, tc: TrainConfig) -> tuple[list, list]:
+    """Train a model on batches of `data`; its curve [(step, `test(model, 64)`)], and the
+    largest gradient norm between notes.
+    """
     opt = torch.optim.AdamW(param_groups(model, tc.weight_decay), fused=True)
     every, curve, norms, top = max(1, tc.steps // NOTES), [], [], 0.0
-    for step, (seen, chunks) in zip(range(tc.steps), batches(task, seed)):
+    for step, (seen, chunks) in zip(range(tc.steps), data):
         model.loss(seen, chunks).backward()
         set_lr(opt, step, tc)
         top = max(top, float(clip_and_step(model.parameters(), opt, tc.clip)))
         if (step + 1) % every == 0:
-            curve.append((step + 1, round(exam(task).error(model, 64), 4)))
+            curve.append((step + 1, round(test(model, 64), 4)))
             norms.append(round(top, 2))
             top = 0.0
     return curve, norms
@@ -350,12 +354,12 @@ def train(task: str, variant: str, seed: int, rate: float, share: float = 1.0) -
     "One run of the study: its final error, its curve, its weights' digest."
     steps = round(STEPS * share)
     tc = TrainConfig(steps=steps, batch=BATCH, lr=rate, warmup=steps // 10, seed=seed)
-    exam(task), next(batches(task, seed))
+    test, data = exam(task).error, batches(task, seed)
     torch.manual_seed(seed)
     model = Blindfold(config(task, variant))
-    curve, norms = fit(model, task, seed, tc)
+    curve, norms = fit(model, data, test, tc)
     return dict(
-        error=round(exam(task).error(model), 5),
+        error=round(test(model), 5),
         curve=curve,
         gradient=norms,
         steps=steps,
@@ -363,19 +367,80 @@ def train(task: str, variant: str, seed: int, rate: float, share: float = 1.0) -
         sha256=digest(model),
     )
 
-# %% ../../nbs/studies/06_salr.ipynb #e74c5e76
+# %% ../../nbs/studies/06_salr.ipynb #408f5a4b
 STUDY = Study(
     name='salr',
     tasks=tuple(TASKS),
     variants=tuple(VARIANTS),
     train=train,
     tuning_tasks=('additive', 'bilinear'),
+    rivals=('converter', 'film'),
 )
 
 
 def main(argv: list[str] | None = None) -> int:
     "`halo study salr`: run what is left of the study, print its table."
     return command(STUDY, OUT, list(sys.argv[1:] if argv is None else argv))
+
+# %% ../../nbs/studies/06_salr.ipynb #8fbc3663
+def glimpses(task: str, seed: int):
+    "Endless batches of real observations of a task, for models with their own eyes."
+    g = torch.Generator().manual_seed(1000 + seed)
+    dots = scatter(POOL, torch.Generator().manual_seed(99))
+    pictures, past = draw(dots), task == 'history'
+    while True:
+        rows = torch.randint(POOL, (BATCH,), generator=g)
+        robot = robots(BATCH, g)
+        seen = observe(pictures[rows], robot.state(), past)
+        yield seen, target(TASKS[task], dots[rows], robot)
+
+# %% ../../nbs/studies/06_salr.ipynb #3e1f79ad
+@torch.no_grad()
+def own_eyes(task: str, model: HaloModel, n: int = 512) -> float:
+    "The exam of a task for a model that looks at pictures itself."
+    marks, past = exam(task), task == 'history'
+    pictures = draw(scatter(512, torch.Generator().manual_seed(7)))[:n]
+    model.eval()
+    seen = observe(pictures, marks.obs.state[:n], past)
+    miss = (model.sample(seen, marks.noise[:n]) - marks.truth[:n]).square().mean()
+    model.train()
+    spread = (marks.truth[:n] - marks.truth.mean(0)).square().mean()
+    return float((miss / spread).sqrt())
+
+# %% ../../nbs/studies/06_salr.ipynb #bb5acafe
+LONG = 800  # steps
+
+
+def train_blind(task: str, variant: str, seed: int, rate: float, share: float = 1.0):
+    "One run of a model whose eyes are random at the start and trained with the rest."
+    steps = round(LONG * share)
+    tc = TrainConfig(steps=steps, batch=BATCH, lr=rate, warmup=steps // 10, seed=seed)
+    torch.manual_seed(seed)
+    model, test = HaloModel(config(task, variant)), functools.partial(own_eyes, task)
+    curve, norms = fit(model, glimpses(task, seed), test, tc)
+    return dict(
+        error=round(test(model), 5),
+        curve=curve,
+        gradient=norms,
+        steps=steps,
+        parameters=sizes(variant)[0],
+        sha256=digest(model),
+    )
+
+
+SCRATCH = Study(
+    name='salr_scratch',
+    tasks=('bilinear',),
+    variants=('linear', 'converter'),
+    train=train_blind,
+    rates=(4e-3,),
+    rivals=('converter',),
+)
+
+
+def scratch(argv: list[str] | None = None) -> int:
+    "`halo study salr_scratch`: two variants with eyes that must learn to see as well."
+    return command(SCRATCH, OUT.with_name('salr_scratch'), list(argv or []))
 
 # %% ../../nbs/studies/06_salr.ipynb #59d33f3e
 #| eval: false
