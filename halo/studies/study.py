@@ -325,6 +325,7 @@ def compared(study: Study, out: Path) -> str:
 STUDIES = {
     'salr': 'halo.studies.salr_study',
     'salr_scratch': 'halo.studies.salr_study:scratch',
+    'masks': 'halo.studies.masks',
 }
 
 # %% ../../nbs/studies/05_study.ipynb #8c3fa981
