@@ -194,3 +194,8 @@ def test_a_policy_saved_before_these_choices_keeps_its_own():
     read = decode_dataclass(ModelConfig, json.loads(json.dumps(saved)))
     assert read.salr.closing == 0 and read.salr.converter == 'mlp'
     assert read == preset('paper').but(vlm_id='')
+
+
+def test_a_policy_without_salr_pays_nothing():
+    m = HaloModel(preset('tiny', salr__enabled=False)).train()
+    assert m.price == 0

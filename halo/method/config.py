@@ -276,6 +276,10 @@ def without_weights(self: ModelConfig) -> ModelConfig:
     "The same sizes, and no place to read weights from (`vlm_id`, `expert_id`)."
     return self.but(vlm_id='', expert_id='')
 
+# %% ../../nbs/method/00_config.ipynb #00readab
+# masks that can be read
+_GATES = dict(mask='hard_concrete', compression='normalised', closing=1.0)
+
 # %% ../../nbs/method/00_config.ipynb #a4e25bbf
 _TINY_VLM = dict(
     vision=VisionSizes(depth=3, width=96, heads=3, mlp=192, full_attention=(0, 1, 2)),
@@ -297,7 +301,7 @@ def _tiny() -> ModelConfig:
     return ModelConfig(
         name='tiny',
         **_TINY_VLM,
-        salr=SALRConfig(state_heads=4),
+        salr=SALRConfig(state_heads=4, **_GATES),
         expert=ExpertSizes(width=128, heads=4, kv_heads=2, mlp=256),
         sampling=SamplingConfig(
             history_frames=8,
@@ -329,7 +333,7 @@ def _small() -> ModelConfig:
             vocab=512,
             mrope_section=(8, 12, 12),
         ),
-        salr=SALRConfig(state_heads=8),
+        salr=SALRConfig(state_heads=8, **_GATES),
         expert=ExpertSizes(width=256, heads=4, kv_heads=2, mlp=1024),
         sampling=SamplingConfig(),
         chunk=50,

@@ -221,7 +221,8 @@ def losses(
 @patch(as_prop=True)
 def price(self: HaloModel) -> float:
     "What the loss pays now for a latent space that is wholly open."
-    return self.cfg.salr.closing if self.training else 0.0
+    s = self.cfg.salr
+    return s.closing if self.training and s.enabled else 0.0
 
 # %% ../../nbs/method/06_model.ipynb #85a2d058
 @patch
