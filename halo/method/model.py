@@ -222,7 +222,8 @@ def losses(
 def price(self: HaloModel) -> float:
     "What the loss pays now for a latent space that is wholly open."
     s = self.cfg.salr
-    return s.closing if self.training and s.enabled else 0.0
+    can_close = s.enabled and s.mask == 'hard_concrete'
+    return s.closing if self.training and can_close else 0.0
 
 # %% ../../nbs/method/06_model.ipynb #85a2d058
 @patch
