@@ -98,7 +98,8 @@ def train_reader(c: StartConfig, folder: Path) -> dict:
         losses.append(float(loss.detach()))
     model.save_pretrained(folder)
     ends = range(min(40, c.read_steps), c.read_steps + 1, 40)
-    nats = {str(n): round(sum(losses[n - 20 : n]) / 20, 2) for n in ends}
+    last = lambda n: losses[max(n - 20, 0) : n]
+    nats = {str(n): round(sum(last(n)) / len(last(n)), 2) for n in ends}
     said = dict(nats=nats, cpu_seconds=round(time.process_time() - began))
     write_whole(folder / 'reading.json', json.dumps(said))
     return said
@@ -222,7 +223,7 @@ def difference(runs: list[dict], a: str, b: str, of) -> tuple[float, float, floa
     from scipy.stats import t
 
     value = {(r['start'], r['seed']): of(r) for r in runs}
-    seeds = sorted({r['seed'] for r in runs})
+    seeds = [n for s, n in value if s == a and (b, n) in value]
     d = torch.tensor([value[a, s] - value[b, s] for s in seeds], dtype=torch.float64)
     half = float(t.ppf(0.975, len(d) - 1) * d.std() / len(d) ** 0.5)
     return float(d.mean()), float(d.mean()) - half, float(d.mean()) + half
@@ -239,11 +240,12 @@ def table(runs: list[dict]) -> str:
     lines = []
     for name, of in MEASURES.items():
         lines.append(f'{name}:')
-        for start in STARTS:
+        starts = [s for s in STARTS if any(r['start'] == s for r in runs)]
+        for start in starts:
             values = sorted(of(r) for r in runs if r['start'] == start)
             said = ' '.join(f'{v:.3f}' for v in values)
             lines.append(f'  {start:11} {torch.tensor(values).mean():.3f}  seeds: {said}')
-        for a, b in (('pretrained', 'random'), ('pretrained', 'shuffled')):
+        for a, b in (('pretrained', b) for b in starts if b != 'pretrained'):
             mean, lo, hi = difference(runs, a, b, of)
             word = 'better' if hi < 0 else 'worse' if lo > 0 else 'not told apart'
             lines.append(f'  {a} - {b}: {mean:+.3f} [{lo:+.3f}, {hi:+.3f}], {word}')
@@ -259,24 +261,27 @@ def commit() -> str:
         return ''
 
 # %% ../../nbs/studies/07_expert_start.ipynb #07start33
-def study(c: StartConfig, reader: Path, tell=print) -> dict:
-    """All starts and seeds; what the JSON file holds. `reader`: folder of the language
-    model, which is trained where it is not there yet.
+def study(c: StartConfig, reader: Path, out: Path, tell=print) -> dict:
+    """All starts and seeds into the JSON file `out`, less what is in it. `reader`: folder of
+    the language model, which is trained where it is not there yet.
     """
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()  # a head left over is meant
     transformers_logging.disable_progress_bar()
-    runs = []
     if not (reader / 'reading.json').exists():
         train_reader(c, reader)
     reading = json.loads((reader / 'reading.json').read_text())
     tell('reading:', *(f'{n}: {x}' for n, x in reading['nats'].items()))
-    for seed in range(c.seeds):
-        for start in STARTS:
-            runs.append(run(c, start, seed, reader))
-            tell(f'{start:11} seed {seed}: error {runs[-1]["errors"][-1]:.3f}')
-    kept = dict(config=asdict(c), commit=commit(), torch=torch.__version__)
-    return kept | dict(reading=reading, runs=runs)
+    kept = dict(config=asdict(c), torch=torch.__version__, reading=reading, runs=[])
+    if out.exists() and (old := json.loads(out.read_text()))['config'] == kept['config']:
+        kept = old
+    have = {(r['start'], r['seed']) for r in kept['runs']}
+    for start, seed in ((s, n) for s in STARTS for n in range(c.seeds)):
+        if (start, seed) not in have:
+            kept['runs'].append(run(c, start, seed, reader) | dict(commit=commit()))
+            write_whole(out, json.dumps(kept, indent=1))
+            tell(f'{start:11} seed {seed}: error {kept["runs"][-1]["errors"][-1]:.3f}')
+    return kept
 
 # %% ../../nbs/studies/07_expert_start.ipynb #07start34
 def main(argv: list[str] | None = None) -> int:
@@ -300,10 +305,8 @@ def main(argv: list[str] | None = None) -> int:
         p.error(f'--seeds {a.seeds}: an interval needs 2 or more')
     c = StartConfig(seeds=a.seeds, steps=a.steps, read_steps=a.read_steps)
     with tempfile.TemporaryDirectory() as d:
-        said = study(c, a.reader or Path(d))
-    print(table(said['runs']))
-    if a.out:
-        write_whole(a.out, json.dumps(said, indent=1))
+        out = a.out or Path(d, 'runs.json')
+        print(table(study(c, a.reader or Path(d), out)['runs']))
     return 0
 
 # %% ../../nbs/studies/07_expert_start.ipynb #07start35
