@@ -262,8 +262,8 @@ def commit() -> str:
 
 # %% ../../nbs/studies/07_expert_start.ipynb #07start33
 def study(c: StartConfig, reader: Path, out: Path, tell=print) -> dict:
-    """All starts and seeds into the JSON file `out`, less what is in it. `reader`: folder of
-    the language model, which is trained where it is not there yet.
+    """All starts and seeds into the JSON file `out`, less what is in it. `reader`: folder
+    of the language model, which is trained where it is not there yet.
     """
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()  # a head left over is meant
