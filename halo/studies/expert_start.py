@@ -310,5 +310,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 # %% ../../nbs/studies/07_expert_start.ipynb #07start35
+#| eval: false
 if __name__ == '__main__':
     raise SystemExit(main())
