@@ -23,7 +23,7 @@ def model(seed=0, **changes):
     with torch.no_grad():
         for maps in k.latent_maps(m).values():
             for one in maps:
-                one.mask += 0.05 * torch.randn_like(one.mask)
+                one.mask += 0.01 * torch.randn_like(one.mask)
     return m
 
 
