@@ -1297,8 +1297,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                'halo/method/salr.py'),
                                   'halo.method.salr.HeadConverter.forward': ( 'method/salr.html#headconverter.forward',
                                                                               'halo/method/salr.py'),
-                                  'halo.method.salr.HeadConverter.open_share': ( 'method/salr.html#headconverter.open_share',
-                                                                                 'halo/method/salr.py'),
                                   'halo.method.salr.HeadMLP': ('method/salr.html#headmlp', 'halo/method/salr.py'),
                                   'halo.method.salr.HeadMLP.__init__': ('method/salr.html#headmlp.__init__', 'halo/method/salr.py'),
                                   'halo.method.salr.HeadMLP.forward': ('method/salr.html#headmlp.forward', 'halo/method/salr.py'),
