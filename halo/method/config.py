@@ -142,16 +142,34 @@ class SALRConfig:
     state_encoder: str = 'projection'  # 'projection' or 'transformer'
     # width of the state transformer (its head count is `state_heads`)
     state_width: int = 1024
-    mask: str = 'real'  # 'real' or 'sigmoid'
-    compression: str = 'linear'  # 'linear' or 'mlp_norm'
+    mask: str = 'real'  # 'real', 'sigmoid' or 'hard_concrete' (a gate that can close)
+    compression: str = 'linear'  # 'linear', 'normalised' or 'mlp_norm'
+    # weight in the loss of the share of latent channels that hard concrete gates leave open
+    closing: float = 0.0
     keys: str = 'after_rope'  # 'after_rope' or 'before_rope'
     fused: bool = True  # False runs the literal form (the reference; slow)
+    # with enabled=False: 'mlp' does not see the state, in 'film' the state scales channels
+    converter: str = 'mlp'
+    converter_hidden: int = 0  # its hidden channels; 0 = 2 N2 H
 
     def __post_init__(self):
-        one_of('salr.state_encoder', self.state_encoder, ('projection', 'transformer'))
-        one_of('salr.mask', self.mask, ('real', 'sigmoid'))
-        one_of('salr.compression', self.compression, ('linear', 'mlp_norm'))
-        one_of('salr.keys', self.keys, ('after_rope', 'before_rope'))
+        _check_salr(self)
+
+# %% ../../nbs/method/00_config.ipynb #00salrc2
+def _check_salr(s: SALRConfig) -> None:
+    "Raise `ValueError` for an unknown form, or a penalty that nothing can obey."
+    one_of('salr.state_encoder', s.state_encoder, ('projection', 'transformer'))
+    one_of('salr.mask', s.mask, ('real', 'sigmoid', 'hard_concrete'))
+    one_of('salr.compression', s.compression, ('linear', 'normalised', 'mlp_norm'))
+    one_of('salr.keys', s.keys, ('after_rope', 'before_rope'))
+    one_of('salr.converter', s.converter, ('mlp', 'film'))
+    at_least('salr.closing', s.closing, 0)
+    at_least('salr.converter_hidden', s.converter_hidden, 0)
+    if s.closing and s.mask != 'hard_concrete':
+        raise ValueError(
+            f"salr.closing={s.closing} asks masks to close, salr.mask={s.mask!r} cannot;"
+            " set salr.mask='hard_concrete' or salr.closing=0"
+        )
 
 # %% ../../nbs/method/00_config.ipynb #1ce16838
 @dataclass(frozen=True)

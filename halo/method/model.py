@@ -54,7 +54,8 @@ def _rerepresentation(cfg: ModelConfig) -> SALR | HeadConverter:
     s, h = cfg.salr, cfg.text.head_dim
     j, o = cfg.text.kv_heads, cfg.expert.kv_heads
     if not s.enabled:
-        return HeadConverter(j, o, h)
+        seen = cfg.max_state_dim if s.converter == 'film' else None
+        return HeadConverter(j, o, h, s.converter_hidden or None, seen)
     state_dim = None if _deep_state(cfg) else cfg.max_state_dim
     choices = dict(compression=s.compression, mask=s.mask, fused=s.fused)
     return SALR(state_dim, s.state_heads, j, o, h, **choices)
@@ -102,11 +103,14 @@ def _rows(x: Tensor, r: int) -> Tensor:
 @patch
 def forward(
     self: HaloBlock, x: Tensor, state: Tensor, a: Tensor, ctx: Context, ectx: ExpertContext
-) -> tuple[Tensor, Tensor, Tensor]:
-    "One training step of depth n; `a` (b * draws, q, width) are the expert's tokens."
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One training step of depth n; `a` (b * draws, q, width) are the expert's tokens. The
+    last of the four is the share of open latent channels, a scalar.
+    """
     x, state, k, v = self.encode(x, state, ctx, ectx)
     r = len(a) // len(k)
-    return x, state, self.expert(a, _rows(k, r), _rows(v, r), ectx)
+    a = self.expert(a, _rows(k, r), _rows(v, r), ectx)
+    return x, state, a, self.rerep.open_share()
 
 # %% ../../nbs/method/06_model.ipynb #0d82e301
 class HaloModel(nn.Module):
@@ -154,19 +158,27 @@ def expert_start(
         ectx.prefix_rope = tuple(p[::r] for p in ectx.prefix_rope)
     return a, ectx
 
+# %% ../../nbs/method/06_model.ipynb #06called
+def _call(f, *args):
+    "f(*args): what `checkpoint` does where nothing is to be saved."
+    return f(*args)
+
 # %% ../../nbs/method/06_model.ipynb #992ad74e
 @patch
-def forward(self: HaloModel, obs: Observation, x_t: Tensor, t: Tensor) -> Tensor:
+def forward(
+    self: HaloModel, obs: Observation, x_t: Tensor, t: Tensor, shares: list | None = None
+) -> Tensor:
     """Velocity (b * draws, s, d) at noisy actions `x_t` and flow times `t`, VLM, SALR and
-    expert interleaved.
+    expert interleaved. A list `shares` gets each block's share of open latent channels.
     """
     x, state, ctx = self.start(obs)
     a, ectx = self.expert_start(obs.state, ctx, x_t, t)
+    again = self.cfg.checkpointing and self.training
+    run = partial(checkpoint, use_reentrant=False) if again else _call
     for block in self.blocks:
-        if self.cfg.checkpointing and self.training:
-            x, state, a = checkpoint(block, x, state, a, ctx, ectx, use_reentrant=False)
-        else:
-            x, state, a = block(x, state, a, ctx, ectx)
+        x, state, a, share = run(block, x, state, a, ctx, ectx)
+        if shares is not None:
+            shares.append(share)
     return self.heads.read(a)
 
 # %% ../../nbs/method/06_model.ipynb #85a2d058
@@ -192,9 +204,12 @@ def loss(
         noise = noise * (mask != 0).any(1, keepdim=True)
     if t is None:
         t = sample_time(len(actions), self.cfg.flow.time, device=actions.device)
-    v = self(obs, interpolate(actions, noise, t), t)
+    shares = []
+    v = self(obs, interpolate(actions, noise, t), t, shares)
     out = flow_loss(v, velocity_target(actions, noise), mask, reduction)
-    return out if reduction == 'mean' else out.unflatten(0, (-1, r)).mean(1)
+    out = out if reduction == 'mean' else out.unflatten(0, (-1, r)).mean(1)
+    price = self.cfg.salr.closing if self.training else 0
+    return out + price * torch.stack(shares).mean() if price else out
 
 # %% ../../nbs/method/06_model.ipynb #335bb4cb
 @dataclass

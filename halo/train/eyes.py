@@ -305,7 +305,7 @@ def both_losses(
     t = sample_time(len(target))
     a, ectx = model.expert_start(obs.state, ctx, interpolate(target, noise, t), t)
     for block in model.blocks:
-        x, state, a = block(x, state, a, ctx, ectx)
+        x, state, a, _ = block(x, state, a, ctx, ectx)
     x = x / x.detach().std(-1, keepdim=True)
     flow = flow_loss(model.heads.read(a), velocity_target(target, noise), real)
     disc = target[::r, -1, :2]

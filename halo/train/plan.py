@@ -212,9 +212,10 @@ def _head_widths(cfg: ModelConfig) -> tuple[int, int]:
 def _converted(cfg: ModelConfig, l: float, size: float) -> Work:
     "Heads converted by an MLP with a skip, without SALR."
     narrow, out = _head_widths(cfg)
+    hidden = cfg.salr.converter_hidden or 2 * narrow
     return (
-        linear(l, narrow, 2 * narrow, size, 4)
-        + linear(l, 2 * narrow, out, size, 4)
+        linear(l, narrow, hidden, size, 4)
+        + linear(l, hidden, out, size, 4)
         + linear(l, narrow, out, size, 4)
     )
 
@@ -223,7 +224,7 @@ def _fused(cfg: ModelConfig, l: float, size: float) -> Work:
     "The state's map made once, then applied to every token."
     narrow, out = _head_widths(cfg)
     latent = cfg.salr.state_heads * narrow
-    if cfg.salr.compression == 'linear':
+    if cfg.salr.compression != 'mlp_norm':
         return linear(1, latent, out, 4) + linear(l, narrow, out, size)
     norm = Work(2 * l * narrow + 2 * latent)
     ends = linear(narrow, narrow, out, 4) + 2 * linear(l, narrow, out, size)
@@ -235,7 +236,7 @@ def _literal(cfg: ModelConfig, l: float, size: float) -> Work:
     narrow, out = _head_widths(cfg)
     latent = cfg.salr.state_heads * narrow
     product = Work(2 * l * latent, 0, 0, 8 * l * latent)
-    if cfg.salr.compression == 'linear':
+    if cfg.salr.compression != 'mlp_norm':
         return product + linear(l, latent, out, 4)
     return product + linear(l, latent, narrow, 4) + linear(l, narrow, out, 4)
 
