@@ -17,6 +17,8 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from halo.sim.flash_place import (
+    FLASH,
+    PAD_GREY,
     FlashPlaceEnv,
     FlashPlaceEnvConfig,
     FlashPlaceExpert,
@@ -36,7 +38,7 @@ def turned(action, angle: float) -> np.ndarray:
 
 # %% ../../nbs/sim/03_tool_frame.ipynb #tf000007
 # the pads glow to the end: nothing has to be remembered
-TOOL_RULES = FlashPlaceSpec(flash_ticks=41, max_ticks=40)
+TOOL_RULES = FlashPlaceSpec(max_ticks=40)
 STATE = ("x", "y", "z", "gripper", "cos", "sin")  # of the hand, and of the tool's angle
 
 # %% ../../nbs/sim/03_tool_frame.ipynb #tf000009
@@ -72,6 +74,11 @@ class ToolFrameEnv(FlashPlaceEnv):
 
     def step(self, action):
         return super().step(turned(_four_numbers(action), self.angle))
+
+    def _paint_pads(self) -> None:
+        for pad in range(len(self.rules.pads)):
+            paint = FLASH[self.goal] if pad == self.target else PAD_GREY
+            self.scene.model.geom(f"pad{pad}").rgba[:3] = paint
 
     def observe(self) -> dict:
         obs, angle = super().observe(), self.angle
