@@ -746,6 +746,8 @@ class FlashPlaceEnvConfig(EnvConfig):
     features: dict[str, PolicyFeature] = field(default_factory=_features)
     features_map: dict[str, str] = field(default_factory=_features_map)
 
+    maker = staticmethod(make_one)  # a variant of the task makes its own
+
     def __post_init__(self):
         fps = FlashPlaceSpec().fps
         if self.fps != fps:
@@ -757,13 +759,13 @@ class FlashPlaceEnvConfig(EnvConfig):
         return {"image_size": self.image_size, "render_size": self.render_size}
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
-        """`{'flash_place': {0: vector}}` with `n_envs` independent environments, in worker
-        processes if `use_async_envs`.
+        """`{type: {0: vector}}` with `n_envs` independent environments, in worker processes
+        if `use_async_envs`; the type is `flash_place`, or that of a variant.
         """
         if n_envs < 1:
             raise ValueError(f"n_envs is {n_envs}: use at least 1")
-        makers = [functools.partial(make_one, **self.gym_kwargs)] * n_envs
-        return {"flash_place": {0: _vector(makers, use_async_envs and n_envs > 1)}}
+        makers = [functools.partial(self.maker, **self.gym_kwargs)] * n_envs
+        return {self.type: {0: _vector(makers, use_async_envs and n_envs > 1)}}
 
 # %% ../../nbs/sim/01_flash_place.ipynb #ff751768
 if "flash_place" not in EnvConfig.get_known_choices():
