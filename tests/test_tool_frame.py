@@ -209,7 +209,7 @@ def test_kept_results_are_whole_and_alike():
 
 def test_nothing_is_trained_where_everything_is_kept(monkeypatch, capsys):
     monkeypatch.setattr(S, 'run', None)
-    S.main([])
+    S.main(['--seeds', '0'])
     assert 'action RMSE' in capsys.readouterr().out
 
 
