@@ -51,6 +51,9 @@ COMMANDS = _ROBOTS | {
     'bench': Command(
         'halo.studies.bench', 'speed: every performance claim is one of its commands'
     ),
+    'study': Command(
+        'halo.studies.study', 'controlled studies: a grid of runs, seeds, intervals'
+    ),
     'files': Command(
         'halo.data.files',
         'what comes with HALO: configurations, policies, clients, and where',

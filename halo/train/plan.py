@@ -15,7 +15,7 @@ from itertools import product
 
 import torch
 
-from ..method.config import ModelConfig, one_of, preset
+from ..method.config import PRESETS, ModelConfig, one_of, preset
 from ..method.sampling import view_shape
 
 # %% auto #0
@@ -615,7 +615,7 @@ def parameters_of(cfg: ModelConfig) -> tuple[tuple[str, tuple[int, ...], bool, b
     from halo.method.salr import fp32_parameter_names
 
     with torch.device('meta'):
-        m = HaloModel(cfg.but(vlm_id='', init='normal'))
+        m = HaloModel(cfg.without_weights().but(init='normal'))
     wide = set(fp32_parameter_names(m))
     linear = {n + '.weight' for n, x in m.named_modules() if isinstance(x, nn.Linear)}
     named = m.named_parameters()
@@ -699,6 +699,14 @@ def vision_bytes(run: Run, mode: str) -> tuple[float, float, float]:
     ends = n * (pixels + v.width * (4 + 5 * size)) * flows
     return block, ends, n * v.width * size * flows
 
+# %% ../../nbs/train/04_plan.ipynb #04formb1
+def _form_bytes(run: Run, latent: int, out: int) -> float:
+    "Bytes that a normalised compression and drawn gates keep in one map, for all samples."
+    s = run.model.salr
+    rows = latent * (out + 3) if s.compression == 'normalised' else 0
+    gates = 4 * latent if s.mask == 'hard_concrete' else 0
+    return 4 * (rows + gates)
+
 # %% ../../nbs/train/04_plan.ipynb #2152b9b9
 def salr_bytes(run: Run, kept: bool) -> float:
     """Bytes kept by SALR in one layer for one sample; `kept`: the VLM layer keeps keys and
@@ -713,7 +721,8 @@ def salr_bytes(run: Run, kept: bool) -> float:
     if not s.fused:
         return 2 * (kv + 8 * l * latent)
     norm = l * (8 * narrow + out * size) if s.compression == 'mlp_norm' else 0
-    return 2 * (kv + 4 * latent + narrow * out * size + norm)
+    own = _form_bytes(run, latent, out) / run.micro
+    return 2 * (kv + 4 * latent + narrow * out * size + norm + own)
 
 # %% ../../nbs/train/04_plan.ipynb #3299cf8c
 def _vlm_bytes(run: Run, mode: str, last: bool) -> float:
@@ -1166,7 +1175,7 @@ _names = lambda s: tuple(x for x in s.split(',') if x)
 _COPIES = 'copies of the model; default: one per 8 cards'
 _BATCH = 'global batch; with --accumulate it sets --micro'
 _OPTIONS = {
-    '--preset': dict(default='paper'),
+    '--preset': dict(default='paper', help=', '.join(PRESETS)),
     '--gpu': dict(default='a100-40g', help=', '.join(GPUS)),
     '--count': dict(type=int, default=1, help='cards'),
     '--replicate': dict(type=int, default=0, help=_COPIES),
@@ -1227,7 +1236,7 @@ def run_of(a) -> Run:
     Raises `ValueError` for a batch that does not divide.
     """
     micro = _micro_of(a)
-    one_of('preset', a.preset, ('tiny', 'small', 'paper', 'paper_v2'))
+    one_of('preset', a.preset, tuple(PRESETS))
     nodes = a.count // 8 if a.count > 8 and a.count % 8 == 0 else 1
     same = ('checkpointing', 'freeze', 'lora_rank', 'lora_parts', 'offload')
     return Run(
