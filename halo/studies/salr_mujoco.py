@@ -37,7 +37,7 @@ CELLS = dict(
 )
 # hidden channels that give every variant as many parameters as SALR
 VARIANTS = dict(
-    salr=dict(enabled=True),
+    salr=dict(enabled=True, mask='real', compression='linear', keys='after_rope'),
     mlp=dict(enabled=False, converter='mlp', converter_hidden=134),
     film=dict(enabled=False, converter='film', converter_hidden=122),
 )
