@@ -35,11 +35,13 @@ CELLS = dict(
     bilinear=dict(),
     hidden=dict(expert=dict(state_token=False)),
 )
+# the paper's form, whatever a preset says today
+_PAPER = dict(mask='real', compression='linear', closing=0.0, keys='after_rope')
 # hidden channels that give every variant as many parameters as SALR
 VARIANTS = dict(
-    salr=dict(enabled=True, mask='real', compression='linear', keys='after_rope'),
-    mlp=dict(enabled=False, converter='mlp', converter_hidden=134),
-    film=dict(enabled=False, converter='film', converter_hidden=122),
+    salr=dict(enabled=True, **_PAPER),
+    mlp=dict(enabled=False, converter='mlp', converter_hidden=134, **_PAPER),
+    film=dict(enabled=False, converter='film', converter_hidden=122, **_PAPER),
 )
 SEEDS = (0, 1, 2)
 
