@@ -260,7 +260,7 @@ HEAD = ('cell', 'variant', 'seeds', 'placed, %', 'distance, cm', 'action RMSE')
 
 def table(found: list[dict]) -> str:
     "One line per cell and variant: success, distance and RMSE with 95 % intervals."
-    lines = [('{:9} {:8}{:6}' + '{:>22}' * 3).format(*HEAD)]
+    lines = [('{:9} {:8}{:6}' + '{:>23}' * 3).format(*HEAD)]
     for cell in sorted({r['cell'] for r in found}, key=list(CELLS).index):
         drawn = {m: draws(found, cell, m) for m in MEASURES}
         for v in drawn['rmse']:
@@ -269,7 +269,7 @@ def table(found: list[dict]) -> str:
             for m, digits in (('success', 0), ('distance', 1), ('rmse', 3)):
                 value, (lo, hi) = drawn[m][v][0], interval(drawn[m][v][1])
                 cells.append(f'{value:.{digits}f} ({lo:.{digits}f} to {hi:.{digits}f})')
-            lines.append(f'{cell:9} {v:8}{seeds:<6}' + ''.join(f'{c:>22}' for c in cells))
+            lines.append(f'{cell:9} {v:8}{seeds:<6}' + ''.join(f'{c:>23}' for c in cells))
     return '\n'.join(lines)
 
 # %% ../../nbs/studies/06a_salr_mujoco.ipynb #06a00074
