@@ -9,3 +9,4 @@ import halo.deploy.twoarms  # noqa: F401
 import halo.policy.configuration_halo  # noqa: F401
 import halo.policy.processor_halo  # noqa: F401
 import halo.sim.flash_place  # noqa: F401
+import halo.sim.tool_frame  # noqa: F401

@@ -648,6 +648,12 @@ def disturb(
             noise[t : t + burst, :3] = push
     return noise
 
+# %% ../../nbs/sim/01_flash_place.ipynb #a0f3d002
+@patch
+def demonstrator(self: FlashPlaceEnv) -> FlashPlaceExpert:
+    "The scripted expert of this environment."
+    return FlashPlaceExpert(self)
+
 # %% ../../nbs/sim/01_flash_place.ipynb #072cad0b
 def demonstrate(
     env: FlashPlaceEnv, seed: int, noise: float = 0.0, goal: str | None = None
@@ -656,7 +662,7 @@ def demonstrate(
     path (ticks, 3), success, task.
     """
     obs, info = env.reset(seed=seed, options={"goal": goal})
-    expert = FlashPlaceExpert(env)
+    expert = env.demonstrator()
     push = disturb(np.random.default_rng([seed, 1]), env.rules.max_ticks, noise)
     frames, actions, phases, pucks, over = [], [], [], [], False
     while not over:
@@ -740,6 +746,8 @@ class FlashPlaceEnvConfig(EnvConfig):
     features: dict[str, PolicyFeature] = field(default_factory=_features)
     features_map: dict[str, str] = field(default_factory=_features_map)
 
+    maker = staticmethod(make_one)  # a variant of the task makes its own
+
     def __post_init__(self):
         fps = FlashPlaceSpec().fps
         if self.fps != fps:
@@ -751,13 +759,13 @@ class FlashPlaceEnvConfig(EnvConfig):
         return {"image_size": self.image_size, "render_size": self.render_size}
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
-        """`{'flash_place': {0: vector}}` with `n_envs` independent environments, in worker
-        processes if `use_async_envs`.
+        """`{type: {0: vector}}` with `n_envs` independent environments, in worker processes
+        if `use_async_envs`; the type is `flash_place`, or that of a variant.
         """
         if n_envs < 1:
             raise ValueError(f"n_envs is {n_envs}: use at least 1")
-        makers = [functools.partial(make_one, **self.gym_kwargs)] * n_envs
-        return {"flash_place": {0: _vector(makers, use_async_envs and n_envs > 1)}}
+        makers = [functools.partial(self.maker, **self.gym_kwargs)] * n_envs
+        return {self.type: {0: _vector(makers, use_async_envs and n_envs > 1)}}
 
 # %% ../../nbs/sim/01_flash_place.ipynb #ff751768
 if "flash_place" not in EnvConfig.get_known_choices():
@@ -778,6 +786,12 @@ def dataset_features(image_size: int = 112) -> dict:
         ACTION: vector(["dx", "dy", "dz", "gripper"]),
     }
 
+# %% ../../nbs/sim/01_flash_place.ipynb #a0f3d004
+@patch
+def recorded(self: FlashPlaceEnv) -> dict:
+    "The features of this environment's recordings: `dataset_features`."
+    return dataset_features(self.image_size)
+
 # %% ../../nbs/sim/01_flash_place.ipynb #c9bb6d16
 def video_encoder():
     """H.264 without chroma subsampling: a small puck keeps its colour; every second frame
@@ -790,8 +804,10 @@ def video_encoder():
     )
 
 # %% ../../nbs/sim/01_flash_place.ipynb #6a201038
-def open_dataset(root: Path, repo_id: str, image_size: int):
-    "A `LeRobotDataset` in write mode: the one in `root` to be continued, or a new one."
+def open_dataset(root: Path, repo_id: str, features: dict):
+    """A `LeRobotDataset` in write mode: the one in `root` to be continued, or a new one
+    with `features`.
+    """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     options = dict(rgb_encoder=video_encoder(), encoder_threads=1)
@@ -800,7 +816,7 @@ def open_dataset(root: Path, repo_id: str, image_size: int):
     return LeRobotDataset.create(
         repo_id,
         FlashPlaceSpec().fps,
-        dataset_features(image_size),
+        features,
         root,
         robot_type="sawyer",
         **options,
@@ -827,7 +843,7 @@ def add_episode(dataset, episode: dict):
     for obs, action in zip(episode["frames"], episode["actions"]):
         dataset.add_frame(
             {
-                **{f"{OBS_IMAGES}.{name}": obs["pixels"][name] for name in CAMERAS},
+                **{f"{OBS_IMAGES}.{name}": x for name, x in obs["pixels"].items()},
                 OBS_STATE: obs["agent_pos"],
                 ACTION: action,
                 "task": episode["task"],
@@ -917,11 +933,12 @@ def open_log(root: Path, settings: dict) -> dict:
     if not (root / LOG).exists():
         return _new_log(root, settings)
     log = json.loads((root / LOG).read_text())
-    for name, value in settings.items():
-        if log["settings"].get(name) != value:
+    for name in log["settings"] | settings:
+        old, new = log["settings"].get(name), settings.get(name)
+        if old != new:
             raise ValueError(
-                f"{root} was recorded with {name}={log['settings'].get(name)!r}, not"
-                f" {value!r}: choose another folder"
+                f"{root} was recorded with {name}={old!r}, not {new!r}: choose another"
+                " folder"
             )
     return log
 
@@ -995,7 +1012,7 @@ def _record_all(env, log: dict, episodes: int, root: Path, repo_id: str, bar, st
         # LeRobot cannot continue an empty dataset
         if not done:
             shutil.rmtree(root, ignore_errors=True)
-        dataset = open_dataset(root, repo_id, env.image_size)
+        dataset = open_dataset(root, repo_id, env.recorded())
         write_whole(root / LOG, json.dumps({**log, "open": True}))
         portion = min(episodes, done + CHECKPOINT)
         record_some(env, dataset, log, portion, root, bar, stop)
@@ -1012,12 +1029,14 @@ def _progress(episodes: int, done: int):
     )
 
 # %% ../../nbs/sim/01_flash_place.ipynb #28cfe09d
-def _record_in(root: Path, settings: dict, episodes: int, repo_id: str) -> int:
-    "Go on recording into `root`; returns how many episodes it holds then."
+def _record_in(root: Path, settings: dict, episodes: int, repo_id: str, make) -> int:
+    """Go on recording an environment of the class `make` into `root`; returns how many
+    episodes it holds then.
+    """
     with contextlib.ExitStack() as held:
         held.enter_context(recording_lock(root))
         log = open_log(root, settings)
-        env = FlashPlaceEnv(settings["image_size"])
+        env = make(settings["image_size"])
         held.enter_context(contextlib.closing(env))
         bar = held.enter_context(contextlib.closing(_progress(episodes, log["episodes"])))
         stop = held.enter_context(stop_gently())
@@ -1031,18 +1050,21 @@ def record_demonstrations(
     repo_id: str = "halo/flash_place",
     noise: float = 0.2,
     image_size: int = 112,
+    make: type = FlashPlaceEnv,
 ) -> Path:
-    """Record successful demonstrations into the LeRobotDataset at `root` until it holds
-    `episodes`; return `root`.
+    """Record successful demonstrations of the environment `make` into the LeRobotDataset at
+    `root` until it holds `episodes`; return `root`.
 
     Seeds run upwards from `seed` and stay below `EVAL_SEED`. What is there already is
     reused; an interrupted recording is loadable and is continued by the same call.
     `KeyboardInterrupt` after an interruption.
     """
     root, settings = Path(root), {"seed": seed, "noise": noise, "image_size": image_size}
+    if make is not FlashPlaceEnv:
+        settings["environment"] = make.__name__
     if finished(root, settings, episodes):
         return root
-    done = _record_in(root, settings, episodes, repo_id)
+    done = _record_in(root, settings, episodes, repo_id, make)
     if done < episodes:
         raise KeyboardInterrupt(
             f"{done} of {episodes} demonstrations are in {root}; the same call goes on from"
