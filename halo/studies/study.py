@@ -30,8 +30,8 @@ from ..train.loop import _commit
 
 # %% auto #0
 __all__ = ['STUDIES', 'Study', 'Run', 'cell_of', 'cell_file', 'kept', 'folder_lock', 'keep', 'digest', 'commit', 'finished',
-           'tuning_runs', 'tuned', 'rate_of', 'left', 'claim', 'step', 'work', 'run_study', 'interval', 'ratio',
-           'verdict', 'table', 'comparisons', 'compared', 'parser', 'command', 'main']
+           'tuning_runs', 'tuned', 'rate_of', 'left', 'claim', 'step', 'work', 'run_study', 'interval', 'ratios',
+           'verdict', 'table', 'compare', 'comparisons', 'compared', 'parser', 'command', 'main']
 
 # %% ../../nbs/studies/05_study.ipynb #11e0abe1
 @dataclass(frozen=True)
@@ -265,14 +265,16 @@ def interval(values, draws: int = 10_000, seed: int = 0) -> tuple[float, float, 
     low, high = np.quantile(np.median(x[picks], axis=1), (0.025, 0.975))
     return float(np.median(x)), float(low), float(high)
 
-# %% ../../nbs/studies/05_study.ipynb #e0ea8c29
-def ratio(a: list[dict], b: list[dict]) -> tuple[float, float, float]:
-    "Median and interval of error a / error b over the seeds that both cells have."
+# %% ../../nbs/studies/05_study.ipynb #faf1fe58
+def ratios(a: list[dict], b: list[dict]) -> list[float]:
+    """error a / error b for every seed that both cells have. Raises `ValueError` where
+    there is none.
+    """
     other = {r['seed']: r['error'] for r in b}
     both = [r['error'] / other[r['seed']] for r in a if r['seed'] in other]
     if not both:
         raise ValueError('no seed is in both cells; nothing can be compared')
-    return interval(both)
+    return both
 
 
 def verdict(low: float, high: float) -> str:
@@ -294,31 +296,37 @@ def table(study: Study, out: Path) -> str:
     head = f"{'task':12} {'variant':16} {'seeds':>5}  {'median [95 %]':22} {'worst':>6}"
     return '\n'.join([head, *rows])
 
-# %% ../../nbs/studies/05_study.ipynb #0db5919a
+# %% ../../nbs/studies/05_study.ipynb #132823dd
+def compare(a: list[dict], b: list[dict]) -> dict:
+    "Two cells, seed by seed: median ratio of errors, interval, verdict, seeds won."
+    both = ratios(a, b)
+    mid, low, high = interval(both)
+    won = sum(r < 1 for r in both)
+    said = dict(ratio=mid, low=low, high=high, verdict=verdict(low, high))
+    return said | dict(won=won, seeds=len(both))
+
+
 def comparisons(study: Study, out: Path) -> list[dict]:
-    "Every cell against every rival of its task: ratio of errors, interval, verdict."
-    found = []
-    for t in study.tasks:
-        for rival in study.rivals:
-            other = kept(out, t, rival)
-            for v in study.variants:
-                runs = kept(out, t, v)
-                if v == rival or not {r['seed'] for r in runs} & {r['seed'] for r in other}:
-                    continue
-                mid, low, high = ratio(runs, other)
-                row = dict(task=t, variant=v, rival=rival, ratio=mid, low=low, high=high)
-                found.append(row | dict(verdict=verdict(low, high)))
-    return found
+    "`compare` of every cell with every rival of its task, as far as there are runs."
+    runs = {(t, v): kept(out, t, v) for t in study.tasks for v in study.variants}
+    return [
+        dict(task=t, variant=v, rival=rival) | compare(runs[t, v], runs[t, rival])
+        for t in study.tasks
+        for rival in study.rivals
+        for v in study.variants
+        if v != rival and runs[t, v] and runs[t, rival]
+    ]
 
 
 def compared(study: Study, out: Path) -> str:
     "`comparisons` as text."
-    lines = [f"{'task':12} {'variant':16} {'rival':12} error ratio [95 %]"]
+    head = f"{'task':12} {'variant':16} {'rival':10} {'error ratio [95 %]':20}"
+    lines = [head + ' seeds won']
     for c in comparisons(study, out):
         span = f"{c['ratio']:.2f} [{c['low']:.2f}, {c['high']:.2f}]"
-        lines.append(
-            f"{c['task']:12} {c['variant']:16} {c['rival']:12} {span:20} {c['verdict']}"
-        )
+        who = f"{c['task']:12} {c['variant']:16} {c['rival']:10}"
+        won = f"{c['won']}/{c['seeds']}"
+        lines.append(f"{who} {span:20} {won:9}  {c['verdict']}")
     return '\n'.join(lines)
 
 # %% ../../nbs/studies/05_study.ipynb #86e3dd66
