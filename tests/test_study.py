@@ -100,6 +100,7 @@ def test_medians_intervals_and_verdicts():
     assert 0.5 < c['low'] <= c['ratio'] <= c['high'] < 0.6 and c['verdict'] == 'better'
     assert (c['won'], c['seeds']) == (7, 7)
     assert K.verdict(0.9, 1.1) == 'no difference shown' and K.verdict(1.1, 2) == 'worse'
+    assert K.compare(a[:3], b)['verdict'] == 'too few seeds'
     with pytest.raises(ValueError, match='no seed is in both'):
         K.ratios(a[:1], b)
 

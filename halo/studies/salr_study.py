@@ -31,9 +31,9 @@ from ..train.loop import TrainConfig, clip_and_step, param_groups, set_lr
 
 # %% auto #0
 __all__ = ['SIDE', 'COLOURS', 'APART', 'TASKS', 'CHUNK', 'VARIANTS', 'WORDS', 'OUT', 'POOL', 'STEPS', 'BATCH', 'NOTES', 'STUDY',
-           'LONG', 'SCRATCH', 'scatter', 'draw', 'Robot', 'robots', 'Task', 'target', 'base', 'config', 'sizes',
-           'observe', 'train_eyes', 'eyes', 'look', 'pool', 'Seen', 'Blindfold', 'Exam', 'exam', 'batches', 'fit',
-           'train', 'main', 'glimpses', 'own_eyes', 'train_blind', 'scratch']
+           'LONGER', 'LONG', 'SCRATCH', 'scatter', 'draw', 'Robot', 'robots', 'Task', 'target', 'base', 'config',
+           'sizes', 'observe', 'train_eyes', 'eyes', 'look', 'pool', 'Seen', 'Blindfold', 'Exam', 'exam', 'batches',
+           'fit', 'train', 'main', 'train_long', 'longer', 'glimpses', 'own_eyes', 'train_blind', 'scratch']
 
 # %% ../../nbs/studies/06_salr.ipynb #cf569db3
 SIDE = 28  # pixels
@@ -381,6 +381,26 @@ STUDY = Study(
 def main(argv: list[str] | None = None) -> int:
     "`halo study salr`: run what is left of the study, print its table."
     return command(STUDY, OUT, list(sys.argv[1:] if argv is None else argv))
+
+# %% ../../nbs/studies/06_salr.ipynb #f7aa7427
+def train_long(task: str, variant: str, seed: int, rate: float, share: float = 1.0):
+    "`train`, four times as long."
+    return train(task, variant, seed, rate, 4 * share)
+
+
+LONGER = Study(
+    name='salr_long',
+    tasks=('relevance',),
+    variants=('linear', 'converter', 'film'),
+    train=train_long,
+    rates=(4e-3,),
+    rivals=('converter', 'film'),
+)
+
+
+def longer(argv: list[str] | None = None) -> int:
+    "`halo study salr_long`: the task of relevance, four times as long."
+    return command(LONGER, OUT.with_name('salr_long'), list(argv or []))
 
 # %% ../../nbs/studies/06_salr.ipynb #8fbc3663
 def glimpses(task: str, seed: int):

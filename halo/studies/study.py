@@ -29,9 +29,9 @@ from ..data.files import shown, write_whole
 from ..train.loop import _commit
 
 # %% auto #0
-__all__ = ['STUDIES', 'Study', 'Run', 'cell_of', 'cell_file', 'kept', 'folder_lock', 'keep', 'digest', 'commit', 'finished',
-           'tuning_runs', 'tuned', 'rate_of', 'left', 'claim', 'step', 'work', 'run_study', 'interval', 'ratios',
-           'verdict', 'table', 'compare', 'comparisons', 'compared', 'parser', 'command', 'main']
+__all__ = ['FEWEST', 'STUDIES', 'Study', 'Run', 'cell_of', 'cell_file', 'kept', 'folder_lock', 'keep', 'digest', 'commit',
+           'finished', 'tuning_runs', 'tuned', 'rate_of', 'left', 'claim', 'step', 'work', 'run_study', 'interval',
+           'ratios', 'verdict', 'table', 'compare', 'comparisons', 'compared', 'parser', 'command', 'main']
 
 # %% ../../nbs/studies/05_study.ipynb #11e0abe1
 @dataclass(frozen=True)
@@ -296,14 +296,18 @@ def table(study: Study, out: Path) -> str:
     head = f"{'task':12} {'variant':16} {'seeds':>5}  {'median [95 %]':22} {'worst':>6}"
     return '\n'.join([head, *rows])
 
-# %% ../../nbs/studies/05_study.ipynb #132823dd
+# %% ../../nbs/studies/05_study.ipynb #9be82251
+FEWEST = 5  # seeds without which nothing is said
+
+
 def compare(a: list[dict], b: list[dict]) -> dict:
     "Two cells, seed by seed: median ratio of errors, interval, verdict, seeds won."
     both = ratios(a, b)
     mid, low, high = interval(both)
+    said = verdict(low, high) if len(both) >= FEWEST else 'too few seeds'
     won = sum(r < 1 for r in both)
-    said = dict(ratio=mid, low=low, high=high, verdict=verdict(low, high))
-    return said | dict(won=won, seeds=len(both))
+    span = dict(ratio=mid, low=low, high=high)
+    return span | dict(verdict=said, won=won, seeds=len(both))
 
 
 def comparisons(study: Study, out: Path) -> list[dict]:
@@ -329,9 +333,10 @@ def compared(study: Study, out: Path) -> str:
         lines.append(f"{who} {span:20} {won:9}  {c['verdict']}")
     return '\n'.join(lines)
 
-# %% ../../nbs/studies/05_study.ipynb #86e3dd66
+# %% ../../nbs/studies/05_study.ipynb #be428705
 STUDIES = {
     'salr': 'halo.studies.salr_study',
+    'salr_long': 'halo.studies.salr_study:longer',
     'salr_scratch': 'halo.studies.salr_study:scratch',
 }
 
