@@ -20,6 +20,7 @@ RUNS = {
     'tick': f'tick {PAPER} --graph --compile --no-eager --ticks 34',
     'eager': f'tick {PAPER} --ticks 34 --name "tick, eager"',
     'peers': 'peers --size full --dtype bfloat16 --graph --compile --rounds 20',
+    'base': 'peers --size base --dtype bfloat16 --graph --compile --name base',
     'salr': 'salr --rounds 20',
     'options': f'options {PAPER} --graph --compile --no-int8 --rounds 20',
     'denoise': f'denoise {PAPER} --rounds 20',

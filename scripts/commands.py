@@ -322,6 +322,11 @@ RULES = (
         serves='Serving HTTP',
         slow=True,
     ),
+    # all channels of eight observations take minutes
+    Rule(
+        r'halo\.viz\.knockout .*--write',
+        ((r'--write', '--observations 1 --channels 2 --steps 1'),),
+    ),
     # installation: an index of empty wheels, clones of empty repositories
     Rule(r'pip install', needs=('wheels', 'clones')),
     Rule(r'pip install .*-e "?\.\[', slow=True),
@@ -415,13 +420,13 @@ RULES = (
         slow=True,
     ),
     Rule(
-        r'launch/finetune_\dgpu\.yaml',
-        ((r'(\dgpu\.yaml)(?!.*\dgpu\.yaml)', rf'\1 {SMALL} {ONE_ROBOT}'),),
+        r'launch/(finetune_\dgpu|base_\d\dgb)\.yaml',
+        ((r'(\dg(?:pu|b)\.yaml)(?!.*\dgpu\.yaml)', rf'\1 {SMALL} {ONE_ROBOT}'),),
         ('data',),
         slow=True,
     ),
     Rule(
-        r'launch/(pretrain|finetune_\dgpu)\.yaml (?!.*--dry-run)',
+        r'launch/(pretrain|finetune_\dgpu|base_\d\dgb)\.yaml (?!.*--dry-run)',
         ((r'(run\.loggers=\[\])', rf'\1 {STEP}'),),
     ),
     Rule(r'test_scale\.py', ((r'NAME', 'parts'),), slow=True),
@@ -506,6 +511,11 @@ RULES = (
     Rule(
         r'(halo|halo\.) ?bench |halo\.studies\.bench ',
         ((r'( --preset \w+)?$', f' {LITTLE}'),),
+        slow=True,
+    ),
+    Rule(
+        r'expert_start --out',
+        ((r'bench/(.*)$', r'outputs/\1 --seeds 2 --steps 2 --read-steps 2'),),
         slow=True,
     ),
     Rule(r'bench_gpu', ((r'( \S+\.json)', r' outputs/gpu.json salr --try'),), slow=True),

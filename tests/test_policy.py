@@ -13,6 +13,7 @@ import pytest
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
+from test_weights import write_language
 
 import halo.policy.configuration_halo as C
 import halo.policy.modeling_halo as M
@@ -164,29 +165,45 @@ def robot(policy, n=0, **change):
 
 
 def no_reading(monkeypatch):
-    "Make every way to a VLM's own weights an error."
+    "Make every way to the VLM's and the expert's first weights an error."
     import transformers.modeling_utils as T
 
     def refuse(*a, **k):
-        raise AssertionError("the VLM's own weights were asked for")
+        raise AssertionError("weights outside the policy were asked for")
 
     monkeypatch.setattr(T.PreTrainedModel, 'from_pretrained', classmethod(refuse))
 
 
 @pytest.fixture(scope='module')
 def with_vlm(tmp_path_factory):
-    """A policy whose VLM came from a folder that has been deleted since, trained for two
-    steps by halo.train.loop.
+    """A policy whose VLM and whose expert came from folders that have been deleted since,
+    trained for two steps by halo.train.loop.
     """
     d = tmp_path_factory.mktemp('with_vlm')
     shutil.copytree(root / 'checkpoints/flash_place/vlm', d / 'vlm')
+    write_language(d / 'language', preset('tiny'))
     ds = record(d / 'data')
     tc = TrainConfig(steps=2, batch=2, warmup=1, log_every=1, save_every=1)
-    folder = train(
-        ds, d / 'run', tc, until=1, progress=False, vlm_id=str(d / 'vlm'), **SMALL
-    )
+    begun = dict(vlm_id=str(d / 'vlm'), expert_id=str(d / 'language'))
+    folder = train(ds, d / 'run', tc, until=1, progress=False, **begun, **SMALL)
     shutil.rmtree(d / 'vlm')
+    shutil.rmtree(d / 'language')
     return ds, folder, d
+
+
+def sources(folder):
+    "What a policy folder says of its first weights; no place to read from is in it."
+    saved = json.loads((Path(folder) / 'config.json').read_text())
+    for asked in ('vlm_id', 'expert_id'):
+        assert not saved[asked] and not saved['model'][asked]
+    return saved['vlm_source'], saved['expert_source']
+
+
+def from_both(folder):
+    "Whether a policy remembers the folders of `with_vlm`."
+    vlm, expert = sources(folder)
+    index = 'language (model.safetensors.index.json '
+    return vlm.startswith('vlm (model.safetensors ') and expert.startswith(index)
 
 
 def test_a_policy_folder_needs_nothing_else(with_vlm, monkeypatch, tmp_path):
@@ -194,12 +211,7 @@ def test_a_policy_folder_needs_nothing_else(with_vlm, monkeypatch, tmp_path):
     no_reading(monkeypatch)
     monkeypatch.chdir(tmp_path)
     moved = shutil.copytree(folder, tmp_path / 'a place ü' / 'policy')
-    saved = json.loads((moved / 'config.json').read_text())
-    assert (
-        not saved['vlm_id']
-        and not saved['model']['vlm_id']
-        and saved['vlm_source'].startswith('vlm (model.safetensors ')
-    )
+    assert from_both(moved)
     policy, pre, _ = loaded(moved)
     assert torch.isfinite(policy.select_action(pre(robot(policy)))).all()
 
@@ -209,16 +221,17 @@ def test_continuing_reads_no_vlm(with_vlm, monkeypatch, tmp_path):
     ds, folder, d = with_vlm
     no_reading(monkeypatch)
     tc = TrainConfig(steps=2, batch=2, warmup=1, log_every=1, save_every=1)
-    gone = dict(SMALL, vlm_id=str(d / 'vlm'))  # the same command as before, the folder gone
+    # the same command as before, the folders gone
+    gone = dict(SMALL, vlm_id=str(d / 'vlm'), expert_id=str(d / 'language'))
     assert train(ds, d / 'run', tc, progress=False, **gone) == folder  # resumed
     new = train(
         ds, tmp_path / 'new', tc, until=1, progress=False, init_from=folder, **SMALL
     )
-    assert json.loads((new / 'config.json').read_text())['vlm_source'].startswith('vlm (')
+    assert from_both(new)
     one = lerobot_train(
         monkeypatch, d / 'data', tmp_path / 'out', f'--policy.path={folder}'
     )
-    assert json.loads((one / 'config.json').read_text())['vlm_source'].startswith('vlm (')
+    assert from_both(one)
     resumed = [
         'lerobot-train',
         f'--config_path={one}/train_config.json',
@@ -237,30 +250,65 @@ def test_a_scaled_run_is_resumed_and_exported_without_the_vlm(tmp_path, monkeypa
     import halo.train.scale as S
 
     shutil.copytree(root / 'checkpoints/flash_place/vlm', tmp_path / 'vlm')
+    write_language(tmp_path / 'language', preset('tiny'))
     record(tmp_path / 'data')
+    begun = dict(vlm_id=str(tmp_path / 'vlm'), expert_id=str(tmp_path / 'language'))
     run = tmp_path / 'run.yaml'
     run.write_text(
         json.dumps(
             dict(
                 data=dict(root=str(tmp_path / 'data')),
                 out=str(tmp_path / 'out'),
-                policy=dict(
-                    SMALL, vlm_id=str(tmp_path / 'vlm'), model=dict(max_state_dim=9)
-                ),
+                policy=dict(SMALL, **begun, model=dict(max_state_dim=9)),
                 run=dict(steps=2, micro=2, save_every=1, warmup=1, log_every=1, ahead=0),
             )
         )
     )
     assert S.main([str(run), '--until', '1', '--device', 'cpu']) == 0
     shutil.rmtree(tmp_path / 'vlm')
+    shutil.rmtree(tmp_path / 'language')
     no_reading(monkeypatch)
     assert S.main([str(run), '--device', 'cpu']) == 0
     assert S.main([str(run), '--export', str(tmp_path / 'exported')]) == 0
     policy, pre, _ = loaded(tmp_path / 'exported')
+    # the folders are gone, and with them what a hash is made of
+    assert sources(tmp_path / 'exported') == ('vlm', 'language')
     assert (
         policy.config.model.max_state_dim == 9
         and torch.isfinite(policy.select_action(pre(robot(policy)))).all()
     )
+
+
+def test_lerobots_command_begins_with_a_language_model(tmp_path, monkeypatch):
+    """`--policy.expert_id=FOLDER` for a new policy: its layers are in it after a step too
+    small to move them; with `--policy.path` the same word is noted as not read.
+    """
+    want = write_language(tmp_path / 'language', preset('tiny'))
+    record(tmp_path / 'data')
+    said = f'--policy.expert_id={tmp_path / "language"}'
+    # too small for a float to notice
+    still = ['--policy.optimizer_lr=1e-20', '--policy.scheduler_decay_lr=1e-20']
+    there = '--policy.push_to_hub=false'
+    one = lerobot_train(
+        monkeypatch, tmp_path / 'data', tmp_path / 'a', *SMALL_CLI, *still, there, said
+    )
+    assert sources(one)[1].startswith('language (model.safetensors.index.json ')
+    got = M.HaloPolicy.from_pretrained(one).model.blocks[3].expert.layer.mlp.up_proj.weight
+    assert torch.equal(got, want['layers.3.mlp.up_proj.weight'].float())
+    shutil.rmtree(tmp_path / 'language')
+    path = f'--policy.path={one}'
+    two = lerobot_train(monkeypatch, tmp_path / 'data', tmp_path / 'b', path, said)
+    assert sources(two) == sources(one)
+
+
+def test_a_name_beside_a_trained_policy_is_no_origin(tmp_path, monkeypatch):
+    "A policy that began at random, and `--policy.expert_id` where its file is loaded."
+    record(tmp_path / 'data')
+    one = made(tmp_path / 'data')
+    no_reading(monkeypatch)
+    config = PreTrainedConfig.from_pretrained(one, cli_overrides=['--expert_id=elsewhere'])
+    config.pretrained_path = one
+    assert M.HaloPolicy.from_pretrained(one, config=config).config.expert_source == ''
 
 
 def test_shipped_policies_name_no_place(monkeypatch):

@@ -1253,9 +1253,16 @@ def test_launch_files(file, shape):
     assert launch_shape(ROOT / 'configs/launch' / file) == shape
 
 
+BASE = ('base_24gb', 'base_48gb', 'base_80gb')
+
+
 @pytest.mark.parametrize(
     'file,world',
-    [('pretrain.yaml', 32), ('finetune_8gpu.yaml', 8), ('finetune_1gpu.yaml', 1)],
+    [
+        ('pretrain.yaml', 32),
+        ('finetune_8gpu.yaml', 8),
+        *((f'{name}.yaml', 1) for name in ('finetune_1gpu', *BASE)),
+    ],
 )
 def test_run_files(file, world):
     from halo.train.scale import global_batch, mesh_shape

@@ -5,6 +5,7 @@
 # %% ../../nbs/method/05_expert.ipynb #2e48974f
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -13,22 +14,32 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from lerobot.policies.common.vla_utils import create_sinusoidal_pos_embedding
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoConfig
 from transformers.cache_utils import Cache
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2DecoderLayer,
+    Qwen2Model,
     Qwen2RMSNorm,
     Qwen2RotaryEmbedding,
     apply_rotary_pos_emb,
 )
 
 from .config import ModelConfig, preset
-from .vlm import Context
+from halo.method.vlm import (
+    TEXT_NAMES,
+    Context,
+    named,
+    read_hub,
+    refuse_sizes,
+    whole_weights,
+)
+
+log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['FEW', 'expert_mask', 'expert_config', 'grouped_attention', 'ExpertContext', 'ExpertLayer', 'ExpertHeads',
-           'attend_few']
+__all__ = ['log', 'FEW', 'expert_mask', 'expert_config', 'grouped_attention', 'ExpertContext', 'ExpertLayer', 'ExpertHeads',
+           'language_sizes', 'load_expert', 'attend_few']
 
 # %% ../../nbs/method/05_expert.ipynb #0ef6c054
 def expert_mask(valid: Tensor, s: int, state: bool) -> Tensor:
@@ -198,6 +209,44 @@ def context(self: ExpertHeads, ctx: Context, s: int, like: Tensor) -> ExpertCont
         self.rotary(like, ctx.next_position[:, None] + steps),
         self.rotary(like, ctx.positions) if before else None,
     )
+
+# %% ../../nbs/method/05_expert.ipynb #05read02
+def language_sizes(config) -> dict:
+    "Sizes of a Qwen2.5 from transformers' configuration of it."
+    heads = named(config, dict(h='head_dim', d='hidden_size', n='num_attention_heads'))
+    computed = heads['d'] // heads['n'] if heads['d'] and heads['n'] else None
+    return {
+        'model': config.model_type,
+        **named(config, TEXT_NAMES),
+        'head dim': heads['h'] or computed,
+    }
+
+# %% ../../nbs/method/05_expert.ipynb #05read04
+def _warn_of_rope(name: str, config, base: float) -> None:
+    "Say where the weights `name` learned with another base of RoPE than `base`."
+    theirs = (config.rope_parameters or {}).get('rope_theta')
+    if theirs != base:
+        log.warning(
+            "expert_id=%r learned with RoPE base %s; the expert rotates as the VLM does,"
+            " with %s: what these layers know of distances is off",
+            *(name, theirs, base),
+        )
+
+# %% ../../nbs/method/05_expert.ipynb #05read06
+def load_expert(cfg: ModelConfig, layers: list[ExpertLayer], heads: ExpertHeads) -> None:
+    """The layers and the last norm of the language model `cfg.expert_id` into the expert's.
+
+    Raises `OSError` with the way to get missing files, `ValueError` for another shape.
+    """
+    name = cfg.expert_id
+    found = read_hub(AutoConfig.from_pretrained, name, 'expert')
+    want = language_sizes(expert_config(cfg))
+    refuse_sizes('expert', name, language_sizes(found), want)
+    _warn_of_rope(name, found, cfg.text.rope_theta)
+    model = whole_weights(Qwen2Model, name, 'expert', dtype=getattr(torch, cfg.dtype))
+    for ours, theirs in zip(layers, model.layers, strict=True):
+        ours.layer.load_state_dict(theirs.state_dict())
+    heads.norm.load_state_dict(model.norm.state_dict())
 
 # %% ../../nbs/method/05_expert.ipynb #61b4c073
 # rows (samples, heads and queries together) up to which a GPU runs attention as products

@@ -17,7 +17,13 @@ from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, apply_rotary_pos_emb
 
 from .config import ModelConfig, preset
-from .expert import ExpertContext, ExpertHeads, ExpertLayer, expert_config
+from halo.method.expert import (
+    ExpertContext,
+    ExpertHeads,
+    ExpertLayer,
+    expert_config,
+    load_expert,
+)
 from .flow import flow_loss, integrate, interpolate, sample_time, velocity_target
 from .salr import SALR, HeadConverter
 from halo.method.vlm import (
@@ -133,6 +139,8 @@ class HaloModel(nn.Module):
             states = [b.state for b in self.blocks if b.state is not None]
             for m in (self.heads, *(b.expert for b in self.blocks), *states):
                 init_fan_in(m)
+        if cfg.expert_id:
+            load_expert(cfg, [b.expert for b in self.blocks], self.heads)
         self.to(getattr(torch, cfg.dtype))  # SALR's parameters refuse and stay float32
 
 # %% ../../nbs/method/06_model.ipynb #cc85a9e1
@@ -181,9 +189,9 @@ def forward(
             shares.append(share)
     return self.heads.read(a)
 
-# %% ../../nbs/method/06_model.ipynb #85a2d058
+# %% ../../nbs/method/06_model.ipynb #06losses
 @patch
-def loss(
+def losses(
     self: HaloModel,
     obs: Observation,
     actions: Tensor,
@@ -191,10 +199,9 @@ def loss(
     noise: Tensor | None = None,
     t: Tensor | None = None,
     reduction: str = 'mean',
-) -> Tensor:
-    """Flow-matching loss of action chunks (b, s, d); `mask` (b, s, d) marks real values.
-
-    `noise`, `t` may be given (b * draws rows). 'sample' returns (b,), 'none' (b, s, d).
+) -> tuple[Tensor, Tensor]:
+    """Flow-matching loss of action chunks (b, s, d), and the share of open latent channels
+    (a scalar); arguments as for `loss`.
     """
     r = self.cfg.flow.draws
     actions, mask = _rows(actions, r), None if mask is None else _rows(mask, r)
@@ -208,8 +215,34 @@ def loss(
     v = self(obs, interpolate(actions, noise, t), t, shares)
     out = flow_loss(v, velocity_target(actions, noise), mask, reduction)
     out = out if reduction == 'mean' else out.unflatten(0, (-1, r)).mean(1)
-    price = self.cfg.salr.closing if self.training else 0
-    return out + price * torch.stack(shares).mean() if price else out
+    return out, torch.stack(shares).mean()
+
+# %% ../../nbs/method/06_model.ipynb #06price0
+@patch(as_prop=True)
+def price(self: HaloModel) -> float:
+    "What the loss pays now for a latent space that is wholly open."
+    s = self.cfg.salr
+    return s.closing if self.training and s.enabled else 0.0
+
+# %% ../../nbs/method/06_model.ipynb #85a2d058
+@patch
+def loss(
+    self: HaloModel,
+    obs: Observation,
+    actions: Tensor,
+    mask: Tensor | None = None,
+    noise: Tensor | None = None,
+    t: Tensor | None = None,
+    reduction: str = 'mean',
+) -> Tensor:
+    """Flow-matching loss of action chunks (b, s, d), in training plus the price of open
+    latent channels; `mask` (b, s, d) marks real values.
+
+    `noise`, `t` may be given (b * draws rows). 'sample' returns (b,); 'none' (b, s, d), to
+    which the price does not belong (use `losses` for it).
+    """
+    flow, share = self.losses(obs, actions, mask, noise, t, reduction)
+    return flow + self.price * share if self.price else flow
 
 # %% ../../nbs/method/06_model.ipynb #335bb4cb
 @dataclass
@@ -371,13 +404,14 @@ def _count_between(m: HaloModel) -> dict[str, int]:
     }
 
 # %% ../../nbs/method/06_model.ipynb #06unread
-def _count_unread(m: HaloModel) -> dict[str, int]:
-    "Parameters of the published checkpoints that nothing in HALO reads."
-    t, first, last = m.cfg.text, m.blocks[0].vlm, m.blocks[-1].vlm
+def _count_unread(m: HaloModel, cfg: ModelConfig) -> dict[str, int]:
+    "Parameters of the checkpoints that `cfg` names that nothing in HALO reads."
+    t, first, last = cfg.text, m.blocks[0].vlm, m.blocks[-1].vlm
+    words = 151936 * cfg.expert.width if cfg.expert_id else 0
     return {
-        'lm_head of the VLM': t.vocab * t.width,
+        'lm_head of the VLM': 0 if t.tied else t.vocab * t.width,
         'final norm and rest of the last VLM layer': _count(first) - _count(last) + t.width,
-        "token embedding of the expert's language model": 151936 * m.cfg.expert.width,
+        "token embedding of the expert's language model": words,
     }
 
 # %% ../../nbs/method/06_model.ipynb #616b7593
@@ -386,7 +420,7 @@ def parameter_table(cfg: ModelConfig) -> dict[str, int]:
     hold besides. Needs no memory.
     """
     with torch.device('meta'):
-        m = HaloModel(cfg.but(vlm_id='', init='normal'))
+        m = HaloModel(cfg.without_weights().but(init='normal'))
     kept = {
         'vision tower': _count(m.embed.visual),
         'token embedding': _count(m.embed.embed_tokens),
@@ -395,7 +429,7 @@ def parameter_table(cfg: ModelConfig) -> dict[str, int]:
         'expert layers': sum(_count(b.expert) for b in m.blocks),
         'expert inputs and output': _count(m.heads),
     }
-    total, extra = sum(kept.values()), _count_unread(m)
+    total, extra = sum(kept.values()), _count_unread(m, cfg)
     assert total == _count(m)
     published = total + sum(extra.values())
     return dict(kept=kept, extra=extra, total_kept=total, total_published=published)

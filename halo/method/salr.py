@@ -257,7 +257,7 @@ def chance_open(logit: Tensor) -> Tensor:
     return (logit - GATE_HEAT * math.log(-GATE_LOW / GATE_HIGH)).sigmoid()
 
 # %% ../../nbs/method/03_salr.ipynb #03hard10
-GATE_SPEED = 10.0  # a hard concrete gate's logit, per unit of its stored parameter
+GATE_SPEED = 30.0  # a hard concrete gate's logit, per unit of its stored parameter
 
 # %% ../../nbs/method/03_salr.ipynb #45decb1a
 def _stored(kind: str, start: float) -> float:
@@ -340,8 +340,11 @@ def gate(self: LatentMap) -> Tensor:
 # %% ../../nbs/method/03_salr.ipynb #03gates2
 @patch
 def used_gate(self: LatentMap) -> Tensor:
-    "The factors (i, j, h) of this call: in training a hard concrete gate is drawn."
-    if self.training and self.mask_kind == 'hard_concrete':
+    """The factors (i, j, h) of this call: a hard concrete gate is drawn where a module in
+    training mode is asked with gradients.
+    """
+    learns = self.training and torch.is_grad_enabled()
+    if learns and self.mask_kind == 'hard_concrete':
         return drawn_gate(GATE_SPEED * self.mask)
     return self.gate()
 

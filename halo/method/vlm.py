@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.masking_utils import create_causal_mask
@@ -32,12 +32,12 @@ from transformers.utils import is_flash_attn_2_available
 from .config import ModelConfig, VisionSizes, preset
 
 # %% auto #0
-__all__ = ['SPECIAL', 'TINY_VOCAB', 'Observation', 'tiny_tokenizer', 'get_tokenizer', 'normalize_pixels', 'patchify',
-           'frame_pairs', 'Packed', 'row_layout', 'row_ids', 'row_groups', 'rope_positions', 'special_ids',
+__all__ = ['SPECIAL', 'TINY_VOCAB', 'TEXT_NAMES', 'Observation', 'tiny_tokenizer', 'get_tokenizer', 'normalize_pixels',
+           'patchify', 'frame_pairs', 'Packed', 'row_layout', 'row_ids', 'row_groups', 'rope_positions', 'special_ids',
            'image_tensors', 'pack', 'reference_processor', 'reference_inputs', 'attention_backend', 'qwen_config',
            'installed_positions', 'equal_pieces', 'StackedVisionAttention', 'MatmulPatchEmbed', 'exchange_vision_parts',
-           'Context', 'VLMEmbedding', 'VLMLayer', 'LastVLMLayer', 'unrotate', 'init_fan_in', 'build_qwen', 'split_qwen',
-           'encode']
+           'Context', 'VLMEmbedding', 'VLMLayer', 'LastVLMLayer', 'unrotate', 'init_fan_in', 'read_hub', 'refuse_sizes',
+           'named', 'qwen_sizes', 'whole_weights', 'build_qwen', 'split_qwen', 'encode']
 
 # %% ../../nbs/method/02_vlm.ipynb #c6c88ae7
 @dataclass
@@ -670,25 +670,102 @@ def init_fan_in(module: nn.Module) -> None:
         elif isinstance(m, nn.Embedding):
             nn.init.normal_(m.weight)
 
+# %% ../../nbs/method/02_vlm.ipynb #02files1
+def read_hub(read, name: str, what: str):
+    """`read(name)`, where `name` is a folder or a hub id of the weights of `what` ('vlm' or
+    'expert'). Raises `OSError` with the way to get the files.
+    """
+    try:
+        return read(name)
+    except (OSError, ValueError) as e:
+        said = dict(vlm='VLM').get(what, what)
+        raise OSError(
+            f"{said} weights {name!r} are neither a folder nor to be had from the"
+            f" hub; download them once with `hf download {name} --local-dir DIR`"
+            f" and set {what}_id=DIR, or set {what}_id='' for random weights"
+        ) from e
+
+# %% ../../nbs/method/02_vlm.ipynb #02files3
+def refuse_sizes(what: str, name: str, have: dict, want: dict) -> None:
+    """Raise `ValueError` unless the sizes of the weights `name` (`have`) are the model's
+    (`want`); both are named. `what`: 'vlm' or 'expert'.
+    """
+    wrong = [k for k in want if have[k] != want[k]]
+    if not wrong:
+        return
+    say = lambda sizes: ', '.join(f'{k} {v}' for k, v in sizes.items())
+    raise ValueError(
+        f"{what}_id={name!r} does not fit the model: it is {say(have)}; the model wants"
+        f" {say(want)}. They differ in {', '.join(wrong)}: name weights of this shape, or"
+        " take another preset"
+    )
+
+# %% ../../nbs/method/02_vlm.ipynb #02files5
+TEXT_NAMES = {
+    'layers': 'num_hidden_layers',
+    'width': 'hidden_size',
+    'heads': 'num_attention_heads',
+    'KV heads': 'num_key_value_heads',
+    'MLP': 'intermediate_size',
+}
+_VISION_NAMES = {
+    'vision depth': 'depth',
+    'vision width': 'hidden_size',
+    'vision heads': 'num_heads',
+    'vision MLP': 'intermediate_size',
+    'vision output': 'out_hidden_size',
+    'patch': 'patch_size',
+}
+
+# %% ../../nbs/method/02_vlm.ipynb #02filesc
+def named(config, names: dict[str, str]) -> dict:
+    "Attributes of `config` under names of ours; None where it has no such thing."
+    return {ours: getattr(config, theirs, None) for ours, theirs in names.items()}
+
+# %% ../../nbs/method/02_vlm.ipynb #02files7
+def qwen_sizes(config) -> dict:
+    "Sizes of a Qwen2.5-VL from transformers' configuration of it."
+    text = config.get_text_config()
+    rope = getattr(text, 'rope_parameters', None) or {}
+    return {
+        'model': config.model_type,
+        **named(text, TEXT_NAMES | dict(vocabulary='vocab_size')),
+        'RoPE base': rope.get('rope_theta'),
+        **named(getattr(config, 'vision_config', None), _VISION_NAMES),
+    }
+
+# %% ../../nbs/method/02_vlm.ipynb #02files9
+def whole_weights(cls, name: str, what: str, **kw):
+    """`cls.from_pretrained(name, **kw)`, every tensor of it from the files of `what` ('vlm'
+    or 'expert'); only a head may be left over. Raises `OSError` with the way to get missing
+    files, `ValueError` for missing or foreign tensors.
+    """
+    read = lambda n: cls.from_pretrained(n, output_loading_info=True, **kw)
+    model, info = read_hub(read, name, what)
+    left = [k for k in info['unexpected_keys'] if not k.startswith('lm_head.')]
+    if bad := sorted([*info['missing_keys'], *left]):
+        raise ValueError(
+            f"{what}_id={name!r}: {len(bad)} tensors are missing or foreign, {bad[0]!r}"
+            " among them; download the folder again"
+        )
+    return model
+
 # %% ../../nbs/method/02_vlm.ipynb #8acc6fd1
 def _pretrained_qwen(cfg: ModelConfig) -> Qwen2_5_VLModel:
-    "The weights of `cfg.vlm_id`. Raises `OSError` with the way to get the files."
+    """The weights of `cfg.vlm_id`. Raises `OSError` with the way to get the files,
+    `ValueError` where their sizes are not the configuration's.
+    """
+    found = read_hub(AutoConfig.from_pretrained, cfg.vlm_id, 'vlm')
+    refuse_sizes('vlm', cfg.vlm_id, qwen_sizes(found), qwen_sizes(qwen_config(cfg)))
     dtype = getattr(torch, cfg.dtype)
-    try:
-        return Qwen2_5_VLModel.from_pretrained(
-            cfg.vlm_id, dtype=dtype, attn_implementation=attention_backend(dtype)
-        )
-    except (OSError, ValueError) as e:
-        raise OSError(
-            f"VLM weights {cfg.vlm_id!r} are neither a folder nor to be had from the"
-            f" hub; download them once with `hf download {cfg.vlm_id} --local-dir DIR`"
-            " and set vlm_id=DIR, or set vlm_id='' for random weights"
-        ) from e
+    how = dict(dtype=dtype, attn_implementation=attention_backend(dtype))
+    return whole_weights(Qwen2_5_VLModel, cfg.vlm_id, 'vlm', **how)
 
 # %% ../../nbs/method/02_vlm.ipynb #4466d37e
 def build_qwen(cfg: ModelConfig) -> Qwen2_5_VLModel:
     """Qwen2.5-VL without its head: weights of `cfg.vlm_id` through `from_pretrained`, or
-    random ones. Raises `OSError` with the way to get the files.
+    random ones. Raises `OSError` with the way to get the files, `ValueError` for those of
+    another size.
     """
     if cfg.vlm_id:
         return _pretrained_qwen(cfg)

@@ -23,8 +23,8 @@ from ..method.config import ModelConfig, one_of, preset
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'ROLES', 'ModelChanges', 'infer_role', 'assign_roles', 'optional_twin', 'given', 'deep_update', 'changed_model',
-           'HaloConfig', 'is_picture', 'weights_origin']
+__all__ = ['log', 'ROLES', 'ModelChanges', 'ORIGINS', 'infer_role', 'assign_roles', 'optional_twin', 'given', 'deep_update',
+           'changed_model', 'HaloConfig', 'is_picture', 'weights_origin']
 
 # %% ../../nbs/policy/01_configuration.ipynb #5ad22451
 ROLES = ('primary', 'secondary', 'wrist')
@@ -132,7 +132,7 @@ def changed_model(base: ModelConfig, changes: dict) -> ModelConfig:
 class _AboutModel(PreTrainedConfig):
     "Which model; None leaves what the preset says."
 
-    # 'tiny' (where nothing is said), 'small', 'paper', 'paper_v2'
+    # 'tiny' (where nothing is said), 'small', 'base', 'paper', 'paper_v2'
     preset: str | None = None
     # a whole `ModelConfig` in the end; until then, changes to the preset
     model: ModelChanges | None = None
@@ -151,6 +151,9 @@ class _AboutModel(PreTrainedConfig):
     # where a new policy takes its VLM's weights: hub id or folder; '' = random
     vlm_id: str | None = None
     vlm_source: str = ''  # where they came from; never read again
+    # where a new policy's expert takes its layers: a Qwen2.5 of its shape; '' = random
+    expert_id: str | None = None
+    expert_source: str = ''  # where they came from; never read again
     tokenizer: str | None = None  # hub id or folder; 'tiny' = offline
 
 # %% ../../nbs/policy/01_configuration.ipynb #f95fad97
@@ -240,6 +243,7 @@ _SHORT = dict(
     max_state_dim='max_state_dim',
     max_action_dim='max_action_dim',
     vlm_id='vlm_id',
+    expert_id='expert_id',
     tokenizer='tokenizer',
 )
 # what a written-out model has
@@ -373,13 +377,13 @@ def get_scheduler_preset(self: HaloConfig) -> CosineDecayWithWarmupSchedulerConf
     )
 
 # %% ../../nbs/policy/01_configuration.ipynb #a7d0c004
-def weights_origin(vlm_id: str) -> str:
-    """What is remembered of `vlm_id`: a hub id as it is; a folder as its name and a hash of
-    its weights (or their index).
+def weights_origin(name: str) -> str:
+    """What is remembered of a `vlm_id` or `expert_id`: a hub id as it is; a folder as its
+    name and a hash of its weights (or their index).
     """
-    folder = Path(vlm_id)
+    folder = Path(name)
     if not folder.is_dir():
-        return folder.name if folder.is_absolute() else vlm_id
+        return folder.name if folder.is_absolute() else name
     found = [
         *sorted(folder.glob('*.safetensors.index.json')),
         *sorted(folder.glob('*.safetensors')),
@@ -390,21 +394,34 @@ def weights_origin(vlm_id: str) -> str:
         digest = hashlib.file_digest(f, 'sha256').hexdigest()
     return f'{folder.resolve().name} ({found[0].name} {digest[:12]})'
 
+# %% ../../nbs/policy/01_configuration.ipynb #830a00ab
+# where weights are asked for, and where is noted that they were
+ORIGINS = dict(vlm_id='vlm_source', expert_id='expert_source')
+
+# %% ../../nbs/policy/01_configuration.ipynb #830a00ad
+@patch
+def _has_own(self: HaloConfig, asked: str) -> bool:
+    "Whether the weights that the field `asked` names are in this policy's own file."
+    saved_so = asked == 'expert_id' and self.pretrained_path
+    return bool(saved_so or getattr(self, ORIGINS[asked]))
+
 # %% ../../nbs/policy/01_configuration.ipynb #830a00ae
 @patch
 def weights_are_in(self: HaloConfig, read: bool = True) -> None:
-    """Turn `vlm_id` into provenance: the policy holds its weights.
+    """Turn `vlm_id` and `expert_id` into provenance: the policy holds their weights.
 
     `read=False`: they came in the policy's own file.
     """
-    name = self.model.vlm_id
-    if name and self.vlm_source and not read:
-        log.warning(
-            "vlm_id=%r is not read: the policy's own file holds the VLM's weights", name
-        )
-    elif name:
-        self.vlm_source = weights_origin(name)
-    self.vlm_id, self.model = None, self.model.but(vlm_id='')
+    for asked, kept in ORIGINS.items():
+        name = getattr(self.model, asked)
+        if name and not read and self._has_own(asked):
+            log.warning(
+                "%s=%r is not read: the policy's own file holds these weights", asked, name
+            )
+        elif name:
+            setattr(self, kept, weights_origin(name))
+        setattr(self, asked, None)
+    self.model = self.model.without_weights()
 
 # %% ../../nbs/policy/01_configuration.ipynb #55d17b55
 # the methods above complete LeRobot's abstract class

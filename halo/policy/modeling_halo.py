@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'LORA_LAYERS', 'pad_last', 'with_dimensions', 'present_state', 'check_picture', 'history_flags', 'split_frames',
            'drop_oldest', 'take_shapes', 'check_rate', 'HaloPolicy', 'entries', 'check_finite', 'check_checkpoint',
-           'adapter_base', 'merge_adapters', 'weights_file', 'init_weights', 'vlm_source', 'same_bytes',
-           'write_weights']
+           'adapter_base', 'merge_adapters', 'weights_file', 'init_weights', 'weight_sources', 'remember_sources',
+           'same_bytes', 'write_weights']
 
 # %% ../../nbs/policy/03_modeling.ipynb #6907301d
 import json
@@ -46,7 +46,7 @@ from ..method.vlm import Observation
 
 # registers HALO's tokenizer step, which saved processors name
 from . import processor_halo
-from .configuration_halo import HaloConfig, weights_origin
+from .configuration_halo import ORIGINS, HaloConfig, weights_origin
 from ..realtime.graph import GraphStreamer
 from ..realtime.stream import Denoiser, Streamer
 
@@ -231,7 +231,8 @@ class HaloPolicy(PreTrainedPolicy):
     ):
         super().__init__(config)
         _meet(config, dataset_meta)
-        self.model = HaloModel(config.model if load_vlm else config.model.but(vlm_id=''))
+        sizes = config.model if load_vlm else config.model.without_weights()
+        self.model = HaloModel(sizes)
         config.weights_are_in(read=load_vlm)
         self.model.cfg = config.model
         self.cameras, self.rtc_processor = list(config.roles), None
@@ -436,8 +437,8 @@ def forward(
     noise: Tensor | None = None,
     time: Tensor | None = None,
 ):
-    """LeRobot's training call: flow-matching loss (scalar, or (b,) with reduction='none')
-    and a dict of plain numbers.
+    """LeRobot's training call: flow-matching loss (scalar, or (b,) with reduction='none'),
+    plus the price of SALR's open channels in training, and a dict of plain numbers.
     """
     m, d = self.config.model, self.config.action_feature.shape[0]
     check_finite(batch, (ACTION, OBS_STATE))
@@ -446,8 +447,12 @@ def forward(
     actions, real = _real_actions(batch, with_dimensions(batch[ACTION], d))
     mask = pad_last(real.float(), m.max_action_dim)
     how = 'mean' if reduction == 'mean' else 'sample'
-    loss = self.model.loss(obs, pad_last(actions, m.max_action_dim), mask, noise, time, how)
-    return loss, {'flow_loss': float(loss.detach().mean())}
+    wanted = pad_last(actions, m.max_action_dim)
+    flow, share = self.model.losses(obs, wanted, mask, noise, time, how)
+    said = {'flow_loss': float(flow.detach().mean())}
+    if not self.model.price:
+        return flow, said
+    return flow + self.model.price * share, said | {'open_share': float(share.detach())}
 
 # %% ../../nbs/policy/03_modeling.ipynb #0a6e55f1
 @patch
@@ -810,15 +815,22 @@ def init_weights(policy: HaloPolicy, source: str | Path, meta: bool = False) -> 
         policy.load_state_dict(load_file(str(file)))
 
 # %% ../../nbs/policy/03_modeling.ipynb #56c3c499
-def vlm_source(folder: str | Path) -> str:
-    """Where the policy in `folder` once had its VLM's weights from; '' where that is not
-    known.
+def weight_sources(folder: str | Path) -> dict[str, str]:
+    """Where the policy in `folder` once had its weights from: {'vlm_source': ...,
+    'expert_source': ...}, '' where that is not known.
     """
     file = Path(folder) / 'config.json'
     saved = json.loads(file.read_text()) if file.is_file() else {}
-    return saved.get('vlm_source') or (
-        weights_origin(saved['vlm_id']) if saved.get('vlm_id') else ''
-    )
+    origin = lambda name: weights_origin(name) if name else ''
+    return {
+        kept: saved.get(kept) or origin(saved.get(asked)) for asked, kept in ORIGINS.items()
+    }
+
+# %% ../../nbs/policy/03_modeling.ipynb #f5a0c0e2
+def remember_sources(config: HaloConfig, folder: str | Path) -> None:
+    "Note in `config` where the weights of the policy in `folder` came from, if it knows."
+    for kept, origin in weight_sources(folder).items():
+        setattr(config, kept, origin or getattr(config, kept))
 
 # %% ../../nbs/policy/03_modeling.ipynb #c9d0c00c
 def same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -37,8 +37,8 @@ __all__ = ['PEERS', 'BENCHES', 'wait', 'timed', 'alternate', 'summary', 'PeakMem
            'build', 'episode', 'recomputed', 'cached', 'bench_denoise', 'without_history', 'past_removed', 'Runner',
            'compare_ticks', 'tick_operations', 'tick_bound', 'bench_tick', 'bench_cost', 'Stopwatch', 'groups_of_parts',
            'parts', 'Pick', 'training_step', 'bench_share', 'linears', 'int8_weights', 'weight_bytes', 'option_errors',
-           'bench_options', 'count', 'pi0', 'smolvla', 'like_sized', 'peers', 'compare_peer', 'bench_peers', 'machine',
-           'keep', 'parser', 'main']
+           'bench_options', 'count', 'pi0', 'smolvla', 'like_sized', 'base_alone', 'peers', 'compare_peer',
+           'bench_peers', 'machine', 'keep', 'parser', 'main']
 
 # %% ../../nbs/studies/04_bench.ipynb #c3fd5918
 def wait(device) -> None:
@@ -208,11 +208,12 @@ def bench_config(args) -> ModelConfig:
     cfg = preset(
         args.preset,
         vlm_id='',
+        expert_id='',
         checkpointing=False,
         sampling__history_stride=1,
         sampling__history_frames=args.history,
         sampling__history_hop=args.hop,
-        init='normal' if args.preset.startswith('paper') else 'fan_in',
+        init=preset(args.preset).init,
         dtype={'float32': 'float32', 'bfloat16': 'bfloat16'}[args.dtype],
     )
     if not args.layers:
@@ -1016,6 +1017,7 @@ def smolvla(chunk: int, dtype: str, layers: int = 16) -> nn.Module:
 _SIZED = dict(
     name='sized',
     vlm_id='',
+    expert_id='',
     checkpointing=False,
     salr__state_heads=8,
     sampling__history_frames=0,
@@ -1095,14 +1097,25 @@ _BESIDE_SMOLVLA = dict(
 )
 
 # %% ../../nbs/studies/04_bench.ipynb #a78fd496
-PEERS = dict(full=(18, 16), third=(6, 16))  # layers of π0 and of SmolVLA
+# layers of π0 and of SmolVLA
+PEERS = dict(full=(18, 16), third=(6, 16), base=(25, None))
+
+# %% ../../nbs/studies/04_bench.ipynb #a78fd498
+def base_alone(chunk: int, dtype: str) -> ModelConfig:
+    "The preset `base` as it is, without history."
+    alone = preset('base').without_weights().but(checkpointing=False)
+    bare = dict(sampling__history_frames=0, sampling__history_hop=0)
+    return alone.but(chunk=chunk, dtype=dtype, **bare)
 
 # %% ../../nbs/studies/04_bench.ipynb #53e54b9d
-def peers(size: str, chunk: int, dtype: str) -> dict[str, tuple[nn.Module, dict]]:
-    """LeRobot's π0 and SmolVLA with random weights, each with the widths of the HALO that
-    is put beside it.
+def peers(size: str, chunk: int, dtype: str) -> dict[str, tuple]:
+    """LeRobot's π0 and SmolVLA with random weights, each with the widths (or the
+    configuration) of the HALO that is put beside it.
     """
     deep, shallow = PEERS[size]
+    if size == 'base':
+        make = partial(pi0, depth=deep, chunk=chunk, dtype=dtype, **_PI0)
+        return {'π0': (make, base_alone(chunk, dtype))}
     return {
         'π0': (partial(pi0, depth=deep, chunk=chunk, dtype=dtype, **_PI0), _BESIDE_PI0),
         'SmolVLA': (partial(smolvla, chunk, dtype, shallow), _BESIDE_SMOLVLA),
@@ -1145,7 +1158,7 @@ def _own_calls(model: HaloModel, obs: Observation, noise: Tensor, args) -> dict:
 
 # %% ../../nbs/studies/04_bench.ipynb #5499c30a
 @torch.inference_mode()
-def compare_peer(name: str, make: Callable, beside: dict, args, chunk: int = 50) -> dict:
+def compare_peer(name: str, make: Callable, beside, args, chunk: int = 50) -> dict:
     """Chunk times of a peer and of HALO without history at its size, eager, in turns: two
     views of 224 pixels, 16 words, ten steps.
     """
@@ -1153,7 +1166,9 @@ def compare_peer(name: str, make: Callable, beside: dict, args, chunk: int = 50)
     torch.manual_seed(0)
     with torch.device(dev):
         other = make().to(dev)
-    cfg = like_sized(count(other), chunk, args.dtype, **beside)
+    cfg = beside
+    if not isinstance(beside, ModelConfig):
+        cfg = like_sized(count(other), chunk, args.dtype, **beside)
     model = build(cfg, dev)
     obs = next(episode(cfg, range(1), device=dev))
     noise = torch.randn(1, chunk, 32, device=dev)

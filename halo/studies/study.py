@@ -338,6 +338,7 @@ STUDIES = {
     'salr': 'halo.studies.salr_study',
     'salr_long': 'halo.studies.salr_study:longer',
     'salr_scratch': 'halo.studies.salr_study:scratch',
+    'masks': 'halo.studies.masks',
 }
 
 # %% ../../nbs/studies/05_study.ipynb #8c3fa981

@@ -31,7 +31,13 @@ from ..data.files import CLONE
 from ..data.history import EpisodeSampler, HistoryDataset, fingerprint
 from ..method.salr import fp32_parameter_names
 from ..policy.configuration_halo import HaloConfig
-from ..policy.modeling_halo import HaloPolicy, check_checkpoint, init_weights, vlm_source
+from halo.policy.modeling_halo import (
+    HaloPolicy,
+    check_checkpoint,
+    init_weights,
+    remember_sources,
+    weight_sources,
+)
 from ..policy.processor_halo import make_halo_pre_post_processors, saved_tokenizer
 
 # %% auto #0
@@ -70,7 +76,7 @@ def make_policy(
         policy = HaloPolicy(cfg, dataset_meta=dataset.meta, load_vlm=own)
     if init_from is not None:
         init_weights(policy, init_from, meta)
-        cfg.vlm_source = vlm_source(init_from) or cfg.vlm_source
+        remember_sources(cfg, init_from)
     tokenizer = saved_tokenizer(init_from)
     return policy, *make_halo_pre_post_processors(cfg, dataset.meta.stats, tokenizer)
 
@@ -101,7 +107,7 @@ def train_step(policy, batch: dict, optimizer, clip: float = 1.0) -> tuple[float
 
     Raises `FloatingPointError` if the loss is not finite.
     """
-    loss, _ = policy(batch)
+    loss, said = policy(batch)
     if not torch.isfinite(loss):
         raise FloatingPointError(
             f"the loss became {float(loss.detach())}; lower the learning rate, or look for"
@@ -109,7 +115,8 @@ def train_step(policy, batch: dict, optimizer, clip: float = 1.0) -> tuple[float
         )
     loss.backward()
     norm = clip_and_step(policy.parameters(), optimizer, clip)
-    return float(loss.detach()), float(norm)
+    # what the policy says of itself leaves out the price of open channels
+    return (said or {}).get('flow_loss', float(loss.detach())), float(norm)
 
 # %% ../../nbs/train/01_loop.ipynb #ad18f1cc
 @dataclass
@@ -261,7 +268,7 @@ def load_checkpoint(folder: Path, policy, optimizer, sampler) -> int:
     file, kept = folder / 'model.safetensors', folder / 'training_state'
     check_checkpoint(file, policy)
     policy.load_state_dict(load_file(str(file)))
-    policy.config.vlm_source = vlm_source(folder)
+    vars(policy.config).update(weight_sources(folder))
     load_optimizer(optimizer, kept)
     state = json.loads((kept / 'state.json').read_text())
     sampler.load_state_dict(state['sampler'])

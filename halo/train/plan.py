@@ -15,7 +15,7 @@ from itertools import product
 
 import torch
 
-from ..method.config import ModelConfig, one_of, preset
+from ..method.config import PRESETS, ModelConfig, one_of, preset
 from ..method.sampling import view_shape
 
 # %% auto #0
@@ -615,7 +615,7 @@ def parameters_of(cfg: ModelConfig) -> tuple[tuple[str, tuple[int, ...], bool, b
     from halo.method.salr import fp32_parameter_names
 
     with torch.device('meta'):
-        m = HaloModel(cfg.but(vlm_id='', init='normal'))
+        m = HaloModel(cfg.without_weights().but(init='normal'))
     wide = set(fp32_parameter_names(m))
     linear = {n + '.weight' for n, x in m.named_modules() if isinstance(x, nn.Linear)}
     named = m.named_parameters()
@@ -1166,7 +1166,7 @@ _names = lambda s: tuple(x for x in s.split(',') if x)
 _COPIES = 'copies of the model; default: one per 8 cards'
 _BATCH = 'global batch; with --accumulate it sets --micro'
 _OPTIONS = {
-    '--preset': dict(default='paper'),
+    '--preset': dict(default='paper', help=', '.join(PRESETS)),
     '--gpu': dict(default='a100-40g', help=', '.join(GPUS)),
     '--count': dict(type=int, default=1, help='cards'),
     '--replicate': dict(type=int, default=0, help=_COPIES),
@@ -1227,7 +1227,7 @@ def run_of(a) -> Run:
     Raises `ValueError` for a batch that does not divide.
     """
     micro = _micro_of(a)
-    one_of('preset', a.preset, ('tiny', 'small', 'paper', 'paper_v2'))
+    one_of('preset', a.preset, tuple(PRESETS))
     nodes = a.count // 8 if a.count > 8 and a.count % 8 == 0 else 1
     same = ('checkpointing', 'freeze', 'lora_rank', 'lora_parts', 'offload')
     return Run(

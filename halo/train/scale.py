@@ -60,8 +60,8 @@ from ..data.history import EpisodeSampler, HistoryDataset, fingerprint
 from ..method.config import at_least, one_of
 from ..method.flow import sample_time
 from ..method.salr import fp32_parameter_names
-from ..policy.configuration_halo import HaloConfig, weights_origin
-from ..policy.modeling_halo import init_weights, pad_last, vlm_source, write_weights
+from ..policy.configuration_halo import ORIGINS, HaloConfig, weights_origin
+from ..policy.modeling_halo import init_weights, pad_last, weight_sources, write_weights
 from ..policy.processor_halo import saved_tokenizer
 from halo.train.loop import (
     clip_and_step,
@@ -185,15 +185,18 @@ def _real_values(batch: dict, dims: int) -> Tensor:
     return pad_last(real.float(), dims)
 
 # %% ../../nbs/train/03_scale.ipynb #10fec8c4
-def value_losses(policy, batch: dict, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared errors (b, s, d) of a preprocessed batch, zero where padded, and the mask (b,
-    s, d) of real values.
+def value_losses(
+    policy, batch: dict, noise: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared errors (b, s, d) of a preprocessed batch, zero where padded, the mask (b, s,
+    d) of real values, and SALR's share of open latent channels (a scalar).
     """
     dims, actions = policy.config.model.max_action_dim, batch['action']
     mask = _real_values(batch, dims)
     seen, wanted = policy.observation(batch), pad_last(actions, dims)
     noise, t = noise.to(actions.device), t.to(actions.device)
-    return policy.model.loss(seen, wanted, mask, noise, t, 'none'), mask
+    square, share = policy.model.losses(seen, wanted, mask, noise, t, 'none')
+    return square, mask, share
 
 # %% ../../nbs/train/03_scale.ipynb #96279805
 def sample_losses(square: Tensor, mask: Tensor) -> Tensor:
@@ -235,10 +238,10 @@ def scale_step(
     for k, (batch, (noise, t)) in enumerate(zip(batches, draws)):
         if hasattr(policy.model, 'set_requires_all_reduce'):
             policy.model.set_requires_all_reduce(k + 1 == len(batches))
-        square, mask = value_losses(policy, batch, noise, t)
-        loss = sample_losses(square, mask).mean() / len(batches)
-        loss.backward()
-        total = total + loss.detach()
+        square, mask, share = value_losses(policy, batch, noise, t)
+        loss = sample_losses(square, mask).mean() + policy.model.price * share
+        (loss / len(batches)).backward()
+        total = total + loss.detach() / len(batches)
         if tally:
             tally(square.detach(), mask, batch)
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -1214,13 +1217,13 @@ def read_config(file: str | Path, changes: list[str] = ()) -> dict:
 SIZES = (
     *('preset', 'model', 'history_frames', 'history_stride', 'history_hop', 'chunk_size'),
     *('denoising_steps', 'salr', 'fps', 'max_state_dim', 'max_action_dim'),
-    *('vlm_id', 'tokenizer'),
+    *('vlm_id', 'expert_id', 'tokenizer'),
 )
 
 # %% ../../nbs/train/03_scale.ipynb #2d1bb367
 def has_weights(c: dict) -> bool:
     """Whether a run's weights come from another policy or from its own checkpoints, so that
-    the VLM's own are not read.
+    those that `vlm_id` and `expert_id` name are not read.
     """
     folder = Path(c.get('out') or 'runs/scale') / 'checkpoints'
     return bool(c.get('init_from') or checkpoints(folder))
@@ -1252,6 +1255,15 @@ def _build_one(c: dict, model, kw: dict, meta: bool, data_too: bool) -> tuple:
         data = OneDataset(data, policy, d.get('store'), c['run'].seed, **checks)
     return policy, pre, post, data
 
+# %% ../../nbs/train/03_scale.ipynb #3947e99b
+def _note_sources(config: HaloConfig, named, start) -> None:
+    "Fill what `config` does not say of its weights' origin; `named`: the file's sizes."
+    known = weight_sources(start) if start else {}
+    for asked, kept in ORIGINS.items():
+        name = getattr(named, asked)
+        origin = weights_origin(name) if name and not start else ''
+        setattr(config, kept, getattr(config, kept) or known.get(kept, origin))
+
 # %% ../../nbs/train/03_scale.ipynb #e4ee191c
 def build(c: dict, meta: bool = False, data_too: bool = True) -> tuple:
     """Policy, processors, data of a run's file.
@@ -1260,15 +1272,13 @@ def build(c: dict, meta: bool = False, data_too: bool = True) -> tuple:
     """
     rc, start = c['run'], c.get('init_from')
     named = HaloConfig(**c['policy']).model
-    unread = dict(vlm_id='') if meta or has_weights(c) else {}
-    model = named.but(dtype=rc.dtype, **unread)
+    read = named if not meta and not has_weights(c) else named.without_weights()
+    model = read.but(dtype=rc.dtype)
     torch.manual_seed(rc.seed)
     kw = {k: v for k, v in c['policy'].items() if k not in SIZES}
     make = _build_mixture if c['data'].get('mixture') else _build_one
     policy, pre, post, data = make(c, model, kw, meta, data_too)
-    if not model.vlm_id and not policy.config.vlm_source:
-        origin = weights_origin(named.vlm_id) if named.vlm_id else ''
-        policy.config.vlm_source = vlm_source(start) if start else origin
+    _note_sources(policy.config, named, start)
     return policy, pre, post, data
 
 # %% ../../nbs/train/03_scale.ipynb #d25afccc
@@ -1425,7 +1435,7 @@ def _check_paths(c: dict) -> str:
     for k in ('root', 'mixture'):
         if d.get(k) and not locate(d[k]).exists():
             raise FileNotFoundError(f'data.{k}={d[k]} does not exist')
-    for k in ('vlm_id', 'tokenizer'):
+    for k in ('vlm_id', 'expert_id', 'tokenizer'):
         v = c['policy'].get(k)
         if not v or v == 'tiny':
             continue
