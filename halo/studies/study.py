@@ -373,9 +373,9 @@ def command(study: Study, out: Path, argv: list[str]) -> int:
         print(f'\n{compared(study, a.out)}')
     return 0
 
-# %% ../../nbs/studies/05_study.ipynb #5c4fc18d
+# %% ../../nbs/studies/05_study.ipynb #7646c8af
 def main(argv: list[str] | None = None) -> int:
-    "`halo study NAME ...`: the `main` of the study's module."
+    "What follows `halo study`: the name of a study, then arguments of its own."
     argv = list(sys.argv[1:] if argv is None else argv)
     names = ', '.join(STUDIES)
     if not argv or argv[0] in ('-h', '--help'):
