@@ -2679,6 +2679,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'halo.train.plan._evaluations': ('train/plan.html#_evaluations', 'halo/train/plan.py'),
                                  'halo.train.plan._expert_bytes': ('train/plan.html#_expert_bytes', 'halo/train/plan.py'),
                                  'halo.train.plan._facts': ('train/plan.html#_facts', 'halo/train/plan.py'),
+                                 'halo.train.plan._form_bytes': ('train/plan.html#_form_bytes', 'halo/train/plan.py'),
                                  'halo.train.plan._forward': ('train/plan.html#_forward', 'halo/train/plan.py'),
                                  'halo.train.plan._fused': ('train/plan.html#_fused', 'halo/train/plan.py'),
                                  'halo.train.plan._gradients': ('train/plan.html#_gradients', 'halo/train/plan.py'),

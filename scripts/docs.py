@@ -332,11 +332,27 @@ def slim(page: str, short: bool = True) -> str:
     if short:  # ten thousand marks a page, two in five of them operators (style/halo.css)
         page = re.sub(r'<span class="op">([^<]*)</span>', r'<i>\1</i>', page)
         page = re.sub(r'<span class="(\w\w)">([^<]*)</span>', r'<i class=\1>\2</i>', page)
+        # a name in the sidebar needs no box of its own; every page lists all chapters
+        bare = lambda m: re.sub(r'<span class="menu-text">([^<]*)</span>', r'\1', m[0])
+        page = re.sub(r'<nav id="quarto-sidebar".*?</nav>', bare, page, flags=re.S)
     if '<iframe class="halo-twin"' not in page:
         page = TWINS.sub('', page)
     return re.sub(
         r'(?<=src="data:)image/png;base64,([A-Za-z0-9+/=]+)', lambda m: webp(m[1]), page
     )
+
+
+def lean_twins(page: str) -> str:
+    """The explorers' frames in fewer bytes: an attribute between single quotes may hold
+    `"`, `<` and `>` as they are, and the indentation of a drawing is not drawn.
+    """
+    plainly = {"'": '&#x27;', '&quot;': '"', '&lt;': '<', '&gt;': '>'}
+
+    def lean(m):
+        inner = re.sub("'|&quot;|&lt;|&gt;", lambda c: plainly[c[0]], m[1])
+        return " srcdoc='" + re.sub(r'>\n\s+<', '>\n<', inner) + "'"
+
+    return re.sub(r' srcdoc="([^"]*)"', lean, page)
 
 
 def process(path, to, pages):
@@ -531,7 +547,7 @@ def build(to, offline=False, bare=False):
         own_maths(rendered, bare)
         for page in rendered.rglob('nbs/**/*.html'):
             text = slim(page.read_text(encoding='utf-8'), short=not quarto)
-            text = folded_solutions(text)
+            text = lean_twins(folded_solutions(text))
             page.write_text(text, encoding='utf-8')
         if bare:
             for css in rendered.rglob('*.css'):

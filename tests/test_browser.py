@@ -17,6 +17,7 @@ from halo.viz.attention import AttentionFilm, attention_explorer, groups_of
 from halo.viz.denoising import denoising_explorer
 from halo.viz.explorer import CATEGORIES, SIGNED
 from halo.viz.flow import CENTRES, FAR, MODES, ROUND, exact_velocity, flow_explorer
+from halo.viz.knockout import load_effects
 from halo.viz.masks import mask_explorer, mask_film, normalized_state, state_explorer
 from halo.viz.recording import Recording
 from halo.viz.sampling import COLOURS, sampling_explorer
@@ -112,10 +113,9 @@ def pixel(panel, xy, image):
 def test_masks_in_jupyterlab(opened):
     page = opened('viz/03_masks.ipynb')
     p, pre, post = policy('full')
-    explorer, live = (
-        mask_explorer(mask_film(shipped / 'full'), p.config.model.text.mrope_section),
-        Live(page, 'Masks along training'),
-    )
+    film, section = mask_film(shipped / 'full'), p.config.model.text.mrope_section
+    explorer = mask_explorer(film, section, effects=load_effects(shipped / 'full')[0])
+    live = Live(page, 'Masks along training')
     before = live.picture()
     same(before, explorer.picture())
     live.choose('masks of', 'V')
@@ -124,9 +124,9 @@ def test_masks_in_jupyterlab(opened):
     live.step('layer', -1)
     now = live.changed(now)
     same(now, explorer.picture(which='V', layer=1))
-    m = p.model.blocks[1].rerep.v.mask.detach().numpy() - 1
+    m = p.model.blocks[1].rerep.v.gate().detach().numpy() - film.start
     top = max(
-        float((x.mask.detach() - 1).abs().max())
+        float((x.gate().detach() - film.start).abs().max())
         for b in p.model.blocks
         for x in (b.rerep.k, b.rerep.v)
     )

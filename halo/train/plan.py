@@ -699,6 +699,14 @@ def vision_bytes(run: Run, mode: str) -> tuple[float, float, float]:
     ends = n * (pixels + v.width * (4 + 5 * size)) * flows
     return block, ends, n * v.width * size * flows
 
+# %% ../../nbs/train/04_plan.ipynb #04formb1
+def _form_bytes(run: Run, latent: int, out: int) -> float:
+    "Bytes that a normalised compression and drawn gates keep in one map, for all samples."
+    s = run.model.salr
+    rows = latent * (out + 3) if s.compression == 'normalised' else 0
+    gates = 4 * latent if s.mask == 'hard_concrete' else 0
+    return 4 * (rows + gates)
+
 # %% ../../nbs/train/04_plan.ipynb #2152b9b9
 def salr_bytes(run: Run, kept: bool) -> float:
     """Bytes kept by SALR in one layer for one sample; `kept`: the VLM layer keeps keys and
@@ -713,7 +721,8 @@ def salr_bytes(run: Run, kept: bool) -> float:
     if not s.fused:
         return 2 * (kv + 8 * l * latent)
     norm = l * (8 * narrow + out * size) if s.compression == 'mlp_norm' else 0
-    return 2 * (kv + 4 * latent + narrow * out * size + norm)
+    own = _form_bytes(run, latent, out) / run.micro
+    return 2 * (kv + 4 * latent + narrow * out * size + norm + own)
 
 # %% ../../nbs/train/04_plan.ipynb #3299cf8c
 def _vlm_bytes(run: Run, mode: str, last: bool) -> float:

@@ -490,7 +490,8 @@ def block_change(block, which: str, a: torch.Tensor, b: torch.Tensor) -> np.ndar
             " the projection encoder"
         )
     x, y = (_map_blocks(block, which, s) for s in (a, b))
-    return (100 * (y - x).norm(dim=(1, 3)) / x.norm(dim=(1, 3))).detach().cpu().numpy()
+    before = x.norm(dim=(1, 3)).clamp_min(1e-12)  # a block may be closed altogether
+    return (100 * (y - x).norm(dim=(1, 3)) / before).detach().cpu().numpy()
 
 # %% ../../nbs/viz/03_masks.ipynb #5452f994
 def action_paths(chunk: np.ndarray) -> list[np.ndarray]:
