@@ -382,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     "`halo study salr`: run what is left of the study, print its table."
     return command(STUDY, OUT, list(sys.argv[1:] if argv is None else argv))
 
-# %% ../../nbs/studies/06_salr.ipynb #f7aa7427
+# %% ../../nbs/studies/06_salr.ipynb #0f0da470
 def train_long(task: str, variant: str, seed: int, rate: float, share: float = 1.0):
     "`train`, four times as long."
     return train(task, variant, seed, rate, 4 * share)
@@ -390,7 +390,7 @@ def train_long(task: str, variant: str, seed: int, rate: float, share: float = 1
 
 LONGER = Study(
     name='salr_long',
-    tasks=('relevance',),
+    tasks=('relevance', 'history'),
     variants=('linear', 'converter', 'film'),
     train=train_long,
     rates=(4e-3,),
@@ -399,7 +399,7 @@ LONGER = Study(
 
 
 def longer(argv: list[str] | None = None) -> int:
-    "`halo study salr_long`: the task of relevance, four times as long."
+    "`halo study salr_long`: relevance and history, four times as long."
     return command(LONGER, OUT.with_name('salr_long'), list(argv or []))
 
 # %% ../../nbs/studies/06_salr.ipynb #8fbc3663
