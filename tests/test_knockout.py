@@ -13,7 +13,7 @@ from halo.method.salr import COMPRESSIONS, MASK_START
 from halo.method.vlm import Observation, tiny_tokenizer
 from halo.viz import knockout as k
 
-SMALL = dict(sampling__history_frames=2)
+SMALL = dict(sampling__history_frames=2, salr__closing=0.0)
 
 
 def model(seed=0, **changes):
@@ -23,7 +23,7 @@ def model(seed=0, **changes):
     with torch.no_grad():
         for maps in k.latent_maps(m).values():
             for one in maps:
-                one.mask += 0.05 * torch.randn_like(one.mask)
+                one.mask += 0.01 * torch.randn_like(one.mask)
     return m
 
 

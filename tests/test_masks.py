@@ -173,8 +173,8 @@ def test_a_model_of_each_form_trains_and_is_counted():
 
 
 def test_what_cannot_be_is_refused_in_one_sentence():
-    with pytest.raises(ValueError, match="salr.mask='real' cannot"):
-        preset('tiny', salr__closing=1.0, salr__mask='real')
+    with pytest.raises(ValueError, match='salr.closing=-1.0 is too small'):
+        preset('tiny', salr__closing=-1.0)
     with pytest.raises(ValueError, match="salr.converter='lora'"):
         preset('tiny', salr__converter='lora')
     with pytest.raises(ValueError, match='mask_init=1.0: a hard_concrete gate'):
@@ -196,6 +196,7 @@ def test_a_policy_saved_before_these_choices_keeps_its_own():
     assert read == preset('paper').but(vlm_id='')
 
 
-def test_a_policy_without_salr_pays_nothing():
-    m = HaloModel(preset('tiny', salr__enabled=False)).train()
-    assert m.price == 0
+@pytest.mark.parametrize('changes', [dict(salr__enabled=False), dict(salr__mask='real')])
+def test_what_cannot_close_pays_nothing(changes):
+    assert HaloModel(preset('tiny', **changes)).train().price == 0
+    assert HaloModel(preset('tiny')).train().price > 0

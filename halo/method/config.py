@@ -159,7 +159,7 @@ class SALRConfig:
 
 # %% ../../nbs/method/00_config.ipynb #00salrc2
 def _check_salr(s: SALRConfig) -> None:
-    "Raise `ValueError` for an unknown form, or a penalty that nothing can obey."
+    "Raise `ValueError` for an unknown form or a negative number."
     one_of('salr.state_encoder', s.state_encoder, ('projection', 'transformer'))
     one_of('salr.mask', s.mask, ('real', 'sigmoid', 'hard_concrete'))
     one_of('salr.compression', s.compression, ('linear', 'normalised', 'mlp_norm'))
@@ -167,11 +167,6 @@ def _check_salr(s: SALRConfig) -> None:
     one_of('salr.converter', s.converter, ('mlp', 'film'))
     at_least('salr.closing', s.closing, 0)
     at_least('salr.converter_hidden', s.converter_hidden, 0)
-    if s.closing and s.mask != 'hard_concrete':
-        raise ValueError(
-            f"salr.closing={s.closing} asks masks to close, salr.mask={s.mask!r} cannot;"
-            " set salr.mask='hard_concrete' or salr.closing=0"
-        )
 
 # %% ../../nbs/method/00_config.ipynb #1ce16838
 @dataclass(frozen=True)

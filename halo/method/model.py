@@ -74,31 +74,42 @@ def _deep_state(cfg: ModelConfig) -> bool:
 # %% ../../nbs/method/06_model.ipynb #b4d1df8a
 @patch
 def represent(
-    self: HaloBlock, k: Tensor, v: Tensor, state: Tensor, ctx: Context, ectx: ExpertContext
-) -> tuple[Tensor, Tensor, Tensor]:
+    self: HaloBlock,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    ctx: Context,
+    ectx: ExpertContext,
+    share: bool = False,
+) -> tuple[Tensor, ...]:
     """K, V (b, j, l, h) of the VLM, state or state tokens -> the next state tokens, and
-    K_u, V_u (b, o, l, h).
+    K_u, V_u (b, o, l, h); with `share` also the share of open latent channels.
     """
     heads = state
     if self.state is not None:
         state, heads = self.state(state)
     if self.before:
         k = unrotate(k, ctx.rope, self.section)
-    k, v = self.rerep(k, v, heads)
+    k, v, *open_share = self.rerep(k, v, heads, share=share)
     if self.before:
         k = apply_rotary_pos_emb(k, k, *ectx.prefix_rope)[1]
-    return state, k, v
+    return state, k, v, *open_share
 
 # %% ../../nbs/method/06_model.ipynb #1ada07a8
 @patch
 def encode(
-    self: HaloBlock, x: Tensor, state: Tensor, ctx: Context, ectx: ExpertContext
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    self: HaloBlock,
+    x: Tensor,
+    state: Tensor,
+    ctx: Context,
+    ectx: ExpertContext,
+    share: bool = False,
+) -> tuple[Tensor, ...]:
     """VLM hidden state (b, l, width), state or state tokens -> the same one layer on, and
-    K_u, V_u (b, o, l, h).
+    what `represent` returns of its keys and values.
     """
     x, k, v = self.vlm(x, ctx)
-    return x, *self.represent(k, v, state, ctx, ectx)
+    return x, *self.represent(k, v, state, ctx, ectx, share)
 
 # %% ../../nbs/method/06_model.ipynb #d2bf8d80
 def _rows(x: Tensor, r: int) -> Tensor:
@@ -113,10 +124,9 @@ def forward(
     """One training step of depth n; `a` (b * draws, q, width) are the expert's tokens. The
     last of the four is the share of open latent channels, a scalar.
     """
-    x, state, k, v = self.encode(x, state, ctx, ectx)
+    x, state, k, v, share = self.encode(x, state, ctx, ectx, share=True)
     r = len(a) // len(k)
-    a = self.expert(a, _rows(k, r), _rows(v, r), ectx)
-    return x, state, a, self.rerep.open_share()
+    return x, state, self.expert(a, _rows(k, r), _rows(v, r), ectx), share
 
 # %% ../../nbs/method/06_model.ipynb #0d82e301
 class HaloModel(nn.Module):
@@ -222,7 +232,8 @@ def losses(
 def price(self: HaloModel) -> float:
     "What the loss pays now for a latent space that is wholly open."
     s = self.cfg.salr
-    return s.closing if self.training and s.enabled else 0.0
+    can_close = s.enabled and s.mask == 'hard_concrete'
+    return s.closing if self.training and can_close else 0.0
 
 # %% ../../nbs/method/06_model.ipynb #85a2d058
 @patch

@@ -438,6 +438,12 @@ class SALR(KeepFP32):
         options = compression, mask, mask_init, branch_scale, eps
         self.k, self.v = (LatentMap(*sizes.values(), *options) for _ in 'kv')
 
+# %% ../../nbs/method/03_salr.ipynb #03share2
+@patch
+def open_share(self: SALR) -> Tensor:
+    "Expected share of open latent channels, a scalar with a gradient (1 without gates)."
+    return (self.k.open_share() + self.v.open_share()) / 2
+
 # %% ../../nbs/method/03_salr.ipynb #822d8e6f
 @patch
 def state_heads(self: SALR, state: Tensor) -> Tensor:
@@ -454,19 +460,21 @@ def state_heads(self: SALR, state: Tensor) -> Tensor:
 # %% ../../nbs/method/03_salr.ipynb #34e057aa
 @patch
 def forward(
-    self: SALR, keys: Tensor, values: Tensor, state: Tensor, fused: bool | None = None
-) -> tuple[Tensor, Tensor]:
-    "(K_u, V_u). `fused` overrides the constructor's choice."
+    self: SALR,
+    keys: Tensor,
+    values: Tensor,
+    state: Tensor,
+    fused: bool | None = None,
+    share: bool = False,
+) -> tuple[Tensor, ...]:
+    """(K_u, V_u). `fused` overrides the constructor's choice; `share=True` appends the
+    share of open channels, `open_share`.
+    """
     heads, fused = self.state_heads(state), self.fused if fused is None else fused
     for name, x in (('keys', keys), ('values', values)):
         _check(name, x, 'bjlh', b=len(heads), j=self.n_vlm_heads, h=self.head_dim)
-    return self.k(keys, heads, fused), self.v(values, heads, fused)
-
-# %% ../../nbs/method/03_salr.ipynb #03share2
-@patch
-def open_share(self: SALR) -> Tensor:
-    "Expected share of open latent channels, a scalar with a gradient (1 without gates)."
-    return (self.k.open_share() + self.v.open_share()) / 2
+    out = self.k(keys, heads, fused), self.v(values, heads, fused)
+    return (*out, self.open_share()) if share else out
 
 # %% ../../nbs/method/03_salr.ipynb #9603cff9
 @patch
@@ -562,19 +570,20 @@ class HeadConverter(KeepFP32):
 # %% ../../nbs/method/03_salr.ipynb #03film02
 @patch
 def forward(
-    self: HeadConverter, keys: Tensor, values: Tensor, state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    "(K_u, V_u), each (b, o, l, h); `state` (b, state_dim_in) is read only with FiLM."
+    self: HeadConverter,
+    keys: Tensor,
+    values: Tensor,
+    state: Tensor | None = None,
+    share: bool = False,
+) -> tuple[Tensor, ...]:
+    """(K_u, V_u), each (b, o, l, h); `state` (b, state_dim_in) is read only with FiLM.
+    `share=True` appends 1, since nothing here can close.
+    """
     for name, x in (('keys', keys), ('values', values)):
         _check(name, x, 'bjlh', j=self.n_vlm_heads, h=self.head_dim)
     k, v = (None, None) if self.film is None else (f(state) for f in self.film)
-    return self.k(keys, k), self.v(values, v)
-
-# %% ../../nbs/method/03_salr.ipynb #03film04
-@patch
-def open_share(self: HeadConverter) -> Tensor:
-    "1: nothing here can close."
-    return self.k.up.weight.new_ones(())
+    out = self.k(keys, k), self.v(values, v)
+    return (*out, out[0].new_ones((), dtype=torch.float32)) if share else out
 
 # %% ../../nbs/method/03_salr.ipynb #91a355a1
 def salr_cost(

@@ -668,8 +668,9 @@ class Pick(nn.Module):
         super().__init__()
         self.o = o
 
-    def forward(self, k: Tensor, v: Tensor, state=None):
-        return k[:, : self.o], v[:, : self.o]
+    def forward(self, k: Tensor, v: Tensor, state=None, share: bool = False):
+        out = k[:, : self.o], v[:, : self.o]
+        return (*out, k.new_ones(())) if share else out
 
 # %% ../../nbs/studies/04_bench.ipynb #8e97b58b
 def training_step(model: HaloModel, obs: Observation, actions: Tensor) -> None:

@@ -38,16 +38,16 @@ class StartConfig:
 
     layers: int = 4  # of the preset's 8
     chunk: int = 16  # s, of the preset's 50
-    seeds: int = 4
+    seeds: int = 3
     read_steps: int = 300  # of the language model
     read_batch: int = 16
     read_length: int = 128  # bytes of text in a row
     read_lr: float = 2e-3
-    steps: int = 120  # of each expert
-    batch: int = 16
+    steps: int = 80  # of each expert
+    batch: int = 8
     lr: float = 1e-3
-    every: int = 20  # steps between two points of the learning curve
-    held_out: int = 96  # chunks of the test
+    every: int = 40  # steps between two points of the learning curve
+    held_out: int = 48  # chunks of the test
 
 
 STARTS = ('random', 'pretrained', 'shuffled')
@@ -60,6 +60,8 @@ def model_config(c: StartConfig, expert_id: str = '') -> ModelConfig:
         text__layers=c.layers,
         vision__depth=1,
         vision__full_attention=(0,),
+        salr__mask='real',
+        salr__compression='linear',
         sampling__history_frames=0,
         chunk=c.chunk,
         max_state_dim=2,
@@ -74,9 +76,12 @@ def text_bytes() -> Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
 
 # %% ../../nbs/studies/07_expert_start.ipynb #07start11
-def train_reader(c: StartConfig, folder: Path, tell=print) -> list[float]:
-    "Train a Qwen2.5 of the expert's shape on text, save it; the loss of every step."
+def train_reader(c: StartConfig, folder: Path) -> dict:
+    """Train a Qwen2.5 of the expert's shape on text and save it in `folder`; returns
+    {'nats': {step: mean loss of 20 steps}, 'cpu_seconds': ...}.
+    """
     torch.manual_seed(0)
+    began = time.process_time()
     config, text = expert_config(model_config(c)), text_bytes()
     config.vocab_size, config._attn_implementation = 256, 'sdpa'
     model, losses = Qwen2ForCausalLM(config), []
@@ -93,10 +98,13 @@ def train_reader(c: StartConfig, folder: Path, tell=print) -> list[float]:
         rate.step()
         opt.zero_grad()
         losses.append(float(loss.detach()))
-        if n % 40 == 39:
-            tell(f'reading, step {n + 1}: {sum(losses[-20:]) / 20:.2f} nats a byte')
     model.save_pretrained(folder)
-    return losses
+    ends = range(min(40, c.read_steps), c.read_steps + 1, 40)
+    last = lambda n: losses[max(n - 20, 0) : n]
+    nats = {str(n): round(sum(last(n)) / len(last(n)), 2) for n in ends}
+    said = dict(nats=nats, cpu_seconds=round(time.process_time() - began))
+    write_whole(folder / 'reading.json', json.dumps(said))
+    return said
 
 # %% ../../nbs/studies/07_expert_start.ipynb #07start13
 WORDS = ('red', 'green', 'blue', 'left', 'right', 'front', 'back', 'top')
@@ -217,7 +225,7 @@ def difference(runs: list[dict], a: str, b: str, of) -> tuple[float, float, floa
     from scipy.stats import t
 
     value = {(r['start'], r['seed']): of(r) for r in runs}
-    seeds = sorted({r['seed'] for r in runs})
+    seeds = [n for s, n in value if s == a and (b, n) in value]
     d = torch.tensor([value[a, s] - value[b, s] for s in seeds], dtype=torch.float64)
     half = float(t.ppf(0.975, len(d) - 1) * d.std() / len(d) ** 0.5)
     return float(d.mean()), float(d.mean()) - half, float(d.mean()) + half
@@ -234,11 +242,12 @@ def table(runs: list[dict]) -> str:
     lines = []
     for name, of in MEASURES.items():
         lines.append(f'{name}:')
-        for start in STARTS:
+        starts = [s for s in STARTS if any(r['start'] == s for r in runs)]
+        for start in starts:
             values = sorted(of(r) for r in runs if r['start'] == start)
             said = ' '.join(f'{v:.3f}' for v in values)
             lines.append(f'  {start:11} {torch.tensor(values).mean():.3f}  seeds: {said}')
-        for a, b in (('pretrained', 'random'), ('pretrained', 'shuffled')):
+        for a, b in (('pretrained', b) for b in starts if b != 'pretrained'):
             mean, lo, hi = difference(runs, a, b, of)
             word = 'better' if hi < 0 else 'worse' if lo > 0 else 'not told apart'
             lines.append(f'  {a} - {b}: {mean:+.3f} [{lo:+.3f}, {hi:+.3f}], {word}')
@@ -254,23 +263,27 @@ def commit() -> str:
         return ''
 
 # %% ../../nbs/studies/07_expert_start.ipynb #07start33
-def study(c: StartConfig, tell=print) -> dict:
-    "All starts and seeds; what the JSON file holds."
+def study(c: StartConfig, reader: Path, out: Path, tell=print) -> dict:
+    """All starts and seeds into the JSON file `out`, less what is in it. `reader`: folder
+    of the language model, which is trained where it is not there yet.
+    """
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()  # a head left over is meant
     transformers_logging.disable_progress_bar()
-    began, runs = time.process_time(), []
-    with tempfile.TemporaryDirectory() as d:
-        reading = train_reader(c, Path(d), tell)
-        read = time.process_time() - began
-        for seed in range(c.seeds):
-            for start in STARTS:
-                runs.append(run(c, start, seed, Path(d)))
-                tell(f'{start:11} seed {seed}: error {runs[-1]["errors"][-1]:.3f}')
-    took = dict(reading=round(read, 1), all=round(time.process_time() - began, 1))
-    kept = dict(config=asdict(c), commit=commit(), torch=torch.__version__)
-    nats = [round(x, 4) for x in reading]
-    return kept | dict(cpu_seconds=took, reading=nats, runs=runs)
+    if not (reader / 'reading.json').exists():
+        train_reader(c, reader)
+    reading = json.loads((reader / 'reading.json').read_text())
+    tell('reading:', *(f'{n}: {x}' for n, x in reading['nats'].items()))
+    kept = dict(config=asdict(c), torch=torch.__version__, reading=reading, runs=[])
+    if out.exists() and (old := json.loads(out.read_text()))['config'] == kept['config']:
+        kept = old
+    have = {(r['start'], r['seed']) for r in kept['runs']}
+    for start, seed in ((s, n) for s in STARTS for n in range(c.seeds)):
+        if (start, seed) not in have:
+            kept['runs'].append(run(c, start, seed, reader) | dict(commit=commit()))
+            write_whole(out, json.dumps(kept, indent=1))
+            tell(f'{start:11} seed {seed}: error {kept["runs"][-1]["errors"][-1]:.3f}')
+    return kept
 
 # %% ../../nbs/studies/07_expert_start.ipynb #07start34
 def main(argv: list[str] | None = None) -> int:
@@ -280,6 +293,8 @@ def main(argv: list[str] | None = None) -> int:
         description="What a language model's layers are worth as the expert's start.",
     )
     p.add_argument('--out', type=Path, help='JSON file to write')
+    here = 'folder of the language model: read if it is there, else trained into it'
+    p.add_argument('--reader', type=Path, help=here)
     p.add_argument('--show', type=Path, help='print what such a file says; no training')
     for name in ('seeds', 'steps', 'read_steps'):
         flag, default = '--' + name.replace('_', '-'), getattr(StartConfig, name)
@@ -290,12 +305,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if a.seeds < 2:
         p.error(f'--seeds {a.seeds}: an interval needs 2 or more')
-    said = study(StartConfig(seeds=a.seeds, steps=a.steps, read_steps=a.read_steps))
-    print(table(said['runs']))
-    if a.out:
-        write_whole(a.out, json.dumps(said, indent=1))
+    c = StartConfig(seeds=a.seeds, steps=a.steps, read_steps=a.read_steps)
+    with tempfile.TemporaryDirectory() as d:
+        out = a.out or Path(d, 'runs.json')
+        print(table(study(c, a.reader or Path(d), out)['runs']))
     return 0
 
 # %% ../../nbs/studies/07_expert_start.ipynb #07start35
+#| eval: false
 if __name__ == '__main__':
     raise SystemExit(main())

@@ -84,7 +84,8 @@ def measure(form: str, seed: int, steps: int = STEPS, kept: Path = KEPT) -> dict
 def kept_runs(kept: Path = KEPT) -> dict[str, list[dict]]:
     "Records of the finished runs, by form, in the order of their seeds."
     found = [json.loads(f.read_text()) for f in sorted(locate(kept).glob('*.json'))]
-    return {form: [r for r in found if r['form'] == form] for form in FORMS}
+    runs = {form: [r for r in found if r['form'] == form] for form in FORMS}
+    return {form: rs for form, rs in runs.items() if rs}
 
 # %% ../../nbs/studies/08_masks.ipynb #dd11bf9e
 def numbers(record: dict) -> dict[str, float]:
@@ -110,9 +111,8 @@ def table(runs: dict[str, list[dict]]) -> str:
     for form, records in runs.items():
         rows = [numbers(r) for r in records]
         seeds = [str(r['seed']) for r in records]
-        if rows:
-            rows.append({n: float(np.nanmean([r[n] for r in rows])) for n in names})
-            seeds.append('mean')
+        rows.append({n: float(np.nanmean([r[n] for r in rows])) for n in names})
+        seeds.append('mean')
         for seed, row in zip(seeds, rows):
             cells = ' '.join(f'{row[n]:14.3f}' for n in names)
             out.append(f'{form:11}{seed:>5} {cells}')
@@ -142,5 +142,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 # %% ../../nbs/studies/08_masks.ipynb #8f5388a8
+#| eval: false
 if __name__ == '__main__' and globals().get('__spec__') is not None:  # python -m
     sys.exit(main())

@@ -1129,8 +1129,9 @@ def _masks_section(policies: dict[str, tuple], owner: str) -> str:
     return section(
         'What the masks learned',
         'SALR multiplies the state with the cached keys and values of the vision-language'
-        ' model and lets a learned mask choose among the products. Every mask starts at 1;'
-        ' this is what training added. Orange: amplified, purple: suppressed.',
+        ' model and lets a learned mask choose among the products. Every mask starts open,'
+        ' at or near 1; this is what training added. Orange: amplified, purple:'
+        ' suppressed.',
         drawing(figure_masks(policy), 'masks minus one'),
         drawing(figure_mask_distribution(policy), 'distribution of the masks'),
     )

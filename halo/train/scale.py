@@ -33,12 +33,12 @@ import yaml
 
 # %% auto #0
 __all__ = ['PARTS', 'META', 'SAME', 'CHECKS', 'SIZES', 'ScaleConfig', 'mesh_shape', 'global_batch', 'slots', 'flow_draws',
-           'value_losses', 'sample_losses', 'OneDataset', 'scale_step', 'part_of', 'add_lora', 'prepare_parts',
-           'make_optimizer', 'start_processes', 'shard_model', 'spread_model', 'set_checkpointing', 'allocator_peak',
-           'local', 'EMA', 'live_tensors', 'sha256', 'sync', 'everyone', 'write_shard', 'write_last', 'checkpoints',
-           'save', 'flaw', 'newest', 'load', 'Tally', 'read_rows', 'Log', 'peak_memory', 'Feed', 'merge_lora',
-           'write_policy', 'check_same', 'Stopper', 'own_folder', 'loop', 'scale_train', 'read_config', 'has_weights',
-           'build', 'launch_shape', 'check_room', 'dry_run', 'dry_run_policy', 'export', 'main']
+           'value_losses', 'sample_losses', 'OneDataset', 'drawn_from', 'scale_step', 'part_of', 'add_lora',
+           'prepare_parts', 'make_optimizer', 'start_processes', 'shard_model', 'spread_model', 'set_checkpointing',
+           'allocator_peak', 'local', 'EMA', 'live_tensors', 'sha256', 'sync', 'everyone', 'write_shard', 'write_last',
+           'checkpoints', 'save', 'flaw', 'newest', 'load', 'Tally', 'read_rows', 'Log', 'peak_memory', 'Feed',
+           'merge_lora', 'write_policy', 'check_same', 'Stopper', 'own_folder', 'loop', 'scale_train', 'read_config',
+           'has_weights', 'build', 'launch_shape', 'check_room', 'dry_run', 'dry_run_policy', 'export', 'main']
 
 # %% ../../nbs/train/03_scale.ipynb #29e729a2
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -227,18 +227,35 @@ class OneDataset:
     def sampler(self, batch: int):
         return EpisodeSampler(len(self.data), batch, self.seed)
 
+# %% ../../nbs/train/03_scale.ipynb #03gatesee2
+@contextlib.contextmanager
+def drawn_from(seed: int):
+    "Random numbers inside come from `seed`; those outside go on as if nothing had been."
+    cards = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(cards):
+        torch.manual_seed(seed)
+        yield
+
 # %% ../../nbs/train/03_scale.ipynb #b8704224
 def scale_step(
-    policy, batches: list[dict], draws: list[tuple], optimizer, clip: float, tally=None
+    policy,
+    batches: list[dict],
+    draws: list[tuple],
+    optimizer,
+    clip: float,
+    tally=None,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """One optimisation step over micro-batches; returns this process's loss and the norm of
-    the whole gradient. `tally(square, mask, batch)` sees every value.
+    the whole gradient. `tally(square, mask, batch)` sees every value; `seed` is the step's
+    draw of SALR's gates, one for all micro-batches and processes.
     """
     total = 0.0
     for k, (batch, (noise, t)) in enumerate(zip(batches, draws)):
         if hasattr(policy.model, 'set_requires_all_reduce'):
             policy.model.set_requires_all_reduce(k + 1 == len(batches))
-        square, mask, share = value_losses(policy, batch, noise, t)
+        with drawn_from(seed):
+            square, mask, share = value_losses(policy, batch, noise, t)
         loss = sample_losses(square, mask).mean() + policy.model.price * share
         (loss / len(batches)).backward()
         total = total + loss.detach() / len(batches)
@@ -1002,6 +1019,11 @@ class _Run:
         mine = [slots(rc, self.world, self.rank, k) for k in range(rc.accumulate)]
         return [flow_draws(cfg, rc.seed, self.step, rows) for rows in mine]
 
+    def gate_seed(self) -> int:
+        "Seed of the next step's draw of SALR's gates, the same in every process."
+        state = np.random.SeedSequence([self.rc.seed, self.step]).generate_state(1)
+        return int(state[0])
+
 # %% ../../nbs/train/03_scale.ipynb #5a0cada8
 def _make_ready(r: _Run) -> dict[str, tuple[int, int]]:
     "Freeze, cut and spread the model, make optimizer and averages; {part: parameters}."
@@ -1100,8 +1122,9 @@ def loop(r: _Run, until: int) -> dict:
         while r.step < until:
             set_lr(r.optimizer, r.step, r.rc)
             batches, position = next(feed)
-            draws, clip = r.draws(), r.rc.clip
-            loss, norm = scale_step(r.policy, batches, draws, r.optimizer, clip, tally)
+            draws, clip, seed = r.draws(), r.rc.clip, r.gate_seed()
+            parts = r.policy, batches, draws, r.optimizer
+            loss, norm = scale_step(*parts, clip, tally, seed)
             loss, asked = _agree(r, loss, stop.asked)
             _check_finite(r.step, loss, float(norm))
             r.step += 1
