@@ -427,7 +427,7 @@ def own_eyes(task: str, model: HaloModel, n: int = 512) -> float:
     spread = (marks.truth[:n] - marks.truth.mean(0)).square().mean()
     return float((miss / spread).sqrt())
 
-# %% ../../nbs/studies/06_salr.ipynb #bbe6717c
+# %% ../../nbs/studies/06_salr.ipynb #4b98f57f
 LONG = 800  # steps
 
 
@@ -436,22 +436,26 @@ def train_blind(task: str, variant: str, seed: int, rate: float, share: float = 
     steps = round(LONG * share)
     tc = TrainConfig(steps=steps, batch=BATCH, lr=rate, warmup=steps // 10, seed=seed)
     torch.manual_seed(seed)
-    model, test = HaloModel(config(task, variant)), functools.partial(own_eyes, task)
+    form = 'linear' if variant == 'calm' else variant
+    model, test = HaloModel(config(task, form)), functools.partial(own_eyes, task)
+    if variant == 'calm':
+        for block in model.blocks:
+            nn.init.zeros_(block.rerep.project.linear.weight)
     curve, norms = fit(model, glimpses(task, seed), test, tc)
     return dict(
         error=round(test(model), 5),
         curve=curve,
         gradient=norms,
         steps=steps,
-        parameters=sizes(variant)[0],
+        parameters=sizes(form)[0],
         sha256=digest(model),
     )
 
-# %% ../../nbs/studies/06_salr.ipynb #95bb4fa2
+# %% ../../nbs/studies/06_salr.ipynb #5c28441c
 SCRATCH = Study(
     name='salr_scratch',
     tasks=('bilinear',),
-    variants=('linear', 'converter'),
+    variants=('linear', 'calm', 'converter'),
     train=train_blind,
     rates=(4e-3,),
     rivals=('converter',),
