@@ -513,6 +513,7 @@ RULES = (
         ((r'( --preset \w+)?$', f' {LITTLE}'),),
         slow=True,
     ),
+    Rule(r'halo study \w+(?!.*--report)', ((r'$', ' --report'),)),
     Rule(
         r'expert_start --out',
         ((r'bench/(.*)$', r'outputs/\1 --seeds 2 --steps 2 --read-steps 2'),),

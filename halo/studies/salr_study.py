@@ -31,9 +31,9 @@ from ..train.loop import TrainConfig, clip_and_step, param_groups, set_lr
 
 # %% auto #0
 __all__ = ['SIDE', 'COLOURS', 'APART', 'TASKS', 'CHUNK', 'VARIANTS', 'WORDS', 'OUT', 'POOL', 'STEPS', 'BATCH', 'NOTES', 'STUDY',
-           'LONG', 'SCRATCH', 'scatter', 'draw', 'Robot', 'robots', 'Task', 'target', 'base', 'config', 'sizes',
-           'observe', 'train_eyes', 'eyes', 'look', 'pool', 'Seen', 'Blindfold', 'Exam', 'exam', 'batches', 'fit',
-           'train', 'main', 'glimpses', 'own_eyes', 'train_blind', 'scratch']
+           'LONGER', 'LONG', 'SCRATCH', 'scatter', 'draw', 'Robot', 'robots', 'Task', 'target', 'base', 'config',
+           'sizes', 'observe', 'train_eyes', 'eyes', 'look', 'pool', 'Seen', 'Blindfold', 'Exam', 'exam', 'batches',
+           'fit', 'train', 'main', 'train_long', 'longer', 'glimpses', 'own_eyes', 'train_blind', 'scratch']
 
 # %% ../../nbs/studies/06_salr.ipynb #cf569db3
 SIDE = 28  # pixels
@@ -65,7 +65,7 @@ def draw(dots: Tensor) -> Tensor:
         image = image * (1 - cover) + cover * torch.tensor(colour).view(3, 1, 1)
     return image.to(torch.uint8)
 
-# %% ../../nbs/studies/06_salr.ipynb #0ed4ba2d
+# %% ../../nbs/studies/06_salr.ipynb #05529123
 @dataclass
 class Robot:
     "What is true of a batch of robots: tool (n, 2), angle (n,), mode (n,), body (n,)."
@@ -82,7 +82,7 @@ class Robot:
         body = self.body[:, None] * 2.0 - 1
         return torch.cat([self.tool * math.sqrt(3), turn, mode, body], 1)
 
-
+# %% ../../nbs/studies/06_salr.ipynb #58d8cd9e
 def robots(n: int, g: torch.Generator) -> Robot:
     "Robots drawn at random: any place, any angle, any mode, either body."
     tool = torch.rand(n, 2, generator=g) * 2 - 1
@@ -141,7 +141,7 @@ VARIANTS = {
     'gates': _GATES,
 }
 
-# %% ../../nbs/studies/06_salr.ipynb #457262af
+# %% ../../nbs/studies/06_salr.ipynb #28b77f68
 def base() -> ModelConfig:
     "The smallest HALO: SALR linear on two layers, one view, no history."
     return ModelConfig(
@@ -170,7 +170,7 @@ def base() -> ModelConfig:
         init='fan_in',
     )
 
-
+# %% ../../nbs/studies/06_salr.ipynb #ee612c34
 def config(task: str, variant: str) -> ModelConfig:
     "The configuration of a cell."
     return base().but(**TASKS[task].config).but(**VARIANTS[variant])
@@ -233,7 +233,7 @@ def eyes() -> dict[str, Tensor]:
             save_file({k: v.contiguous() for k, v in weights.items()}, str(part))
     return load_file(str(path))
 
-# %% ../../nbs/studies/06_salr.ipynb #7035743b
+# %% ../../nbs/studies/06_salr.ipynb #40d8132f
 @torch.no_grad()
 def look(pictures: Tensor, past: bool) -> Tensor:
     "What the eyes make of pictures: their tokens (n, tokens, width), in order."
@@ -248,14 +248,14 @@ def look(pictures: Tensor, past: bool) -> Tensor:
         parts.append(torch.cat(tokens, 1))
     return torch.cat(parts)
 
-
+# %% ../../nbs/studies/06_salr.ipynb #15e5472f
 @functools.cache
 def pool(n: int, seed: int, past: bool) -> tuple[Tensor, Tensor]:
     "Dots (n, 3, 2), and the tokens of their pictures."
     dots = scatter(n, torch.Generator().manual_seed(seed))
     return dots, look(draw(dots), past)
 
-# %% ../../nbs/studies/06_salr.ipynb #a8cfe687
+# %% ../../nbs/studies/06_salr.ipynb #f5263541
 @dataclass
 class Seen:
     "An observation of which the eyes have already seen the pictures."
@@ -263,7 +263,7 @@ class Seen:
     tokens: Tensor  # (b, tokens, width)
     state: Tensor  # (b, d)
 
-
+# %% ../../nbs/studies/06_salr.ipynb #f9f5c5f0
 class Blindfold(HaloModel):
     "HALO behind frozen eyes: `start` takes `Seen`."
 
@@ -290,7 +290,7 @@ class Blindfold(HaloModel):
         x = self.embed.embed_tokens(ids)
         return x.index_copy(1, here, obs.tokens), obs.state, ctx
 
-# %% ../../nbs/studies/06_salr.ipynb #9e3f028b
+# %% ../../nbs/studies/06_salr.ipynb #b5a4f528
 @dataclass
 class Exam:
     "Held-out observations of a task, with the true actions and fixed noise."
@@ -308,7 +308,7 @@ class Exam:
         model.train()
         return float((miss / (truth - self.truth.mean(0)).square().mean()).sqrt())
 
-
+# %% ../../nbs/studies/06_salr.ipynb #f1ccabc3
 @functools.cache
 def exam(task: str) -> Exam:
     "The exam of a task; the same for every run."
@@ -319,7 +319,7 @@ def exam(task: str) -> Exam:
     noise = torch.randn(truth.shape, generator=g)
     return Exam(Seen(tokens, robot.state()), truth, noise)
 
-# %% ../../nbs/studies/06_salr.ipynb #d89dbda6
+# %% ../../nbs/studies/06_salr.ipynb #360afd48
 STEPS, BATCH, NOTES = 300, 32, 15
 
 
@@ -332,7 +332,7 @@ def batches(task: str, seed: int):
         robot = robots(BATCH, g)
         yield Seen(tokens[rows], robot.state()), target(TASKS[task], dots[rows], robot)
 
-
+# %% ../../nbs/studies/06_salr.ipynb #decd8a16
 def fit(model: HaloModel, data, test, tc: TrainConfig) -> tuple[list, list]:
     """Train a model on batches of `data`; its curve [(step, `test(model, 64)`)], and the
     largest gradient norm between notes.
@@ -349,7 +349,7 @@ def fit(model: HaloModel, data, test, tc: TrainConfig) -> tuple[list, list]:
             top = 0.0
     return curve, norms
 
-
+# %% ../../nbs/studies/06_salr.ipynb #eb42afc8
 def train(task: str, variant: str, seed: int, rate: float, share: float = 1.0) -> dict:
     "One run of the study: its final error, its curve, its weights' digest."
     steps = round(STEPS * share)
@@ -382,6 +382,26 @@ def main(argv: list[str] | None = None) -> int:
     "`halo study salr`: run what is left of the study, print its table."
     return command(STUDY, OUT, list(sys.argv[1:] if argv is None else argv))
 
+# %% ../../nbs/studies/06_salr.ipynb #0f0da470
+def train_long(task: str, variant: str, seed: int, rate: float, share: float = 1.0):
+    "`train`, four times as long."
+    return train(task, variant, seed, rate, 4 * share)
+
+
+LONGER = Study(
+    name='salr_long',
+    tasks=('relevance', 'history'),
+    variants=('linear', 'converter', 'film'),
+    train=train_long,
+    rates=(4e-3,),
+    rivals=('converter', 'film'),
+)
+
+
+def longer(argv: list[str] | None = None) -> int:
+    "`halo study salr_long`: relevance and history, four times as long."
+    return command(LONGER, OUT.with_name('salr_long'), list(argv or []))
+
 # %% ../../nbs/studies/06_salr.ipynb #8fbc3663
 def glimpses(task: str, seed: int):
     "Endless batches of real observations of a task, for models with their own eyes."
@@ -407,7 +427,7 @@ def own_eyes(task: str, model: HaloModel, n: int = 512) -> float:
     spread = (marks.truth[:n] - marks.truth.mean(0)).square().mean()
     return float((miss / spread).sqrt())
 
-# %% ../../nbs/studies/06_salr.ipynb #bb5acafe
+# %% ../../nbs/studies/06_salr.ipynb #4b98f57f
 LONG = 800  # steps
 
 
@@ -416,22 +436,26 @@ def train_blind(task: str, variant: str, seed: int, rate: float, share: float = 
     steps = round(LONG * share)
     tc = TrainConfig(steps=steps, batch=BATCH, lr=rate, warmup=steps // 10, seed=seed)
     torch.manual_seed(seed)
-    model, test = HaloModel(config(task, variant)), functools.partial(own_eyes, task)
+    form = 'linear' if variant == 'calm' else variant
+    model, test = HaloModel(config(task, form)), functools.partial(own_eyes, task)
+    if variant == 'calm':
+        for block in model.blocks:
+            nn.init.zeros_(block.rerep.project.linear.weight)
     curve, norms = fit(model, glimpses(task, seed), test, tc)
     return dict(
         error=round(test(model), 5),
         curve=curve,
         gradient=norms,
         steps=steps,
-        parameters=sizes(variant)[0],
+        parameters=sizes(form)[0],
         sha256=digest(model),
     )
 
-
+# %% ../../nbs/studies/06_salr.ipynb #5c28441c
 SCRATCH = Study(
     name='salr_scratch',
     tasks=('bilinear',),
-    variants=('linear', 'converter'),
+    variants=('linear', 'calm', 'converter'),
     train=train_blind,
     rates=(4e-3,),
     rivals=('converter',),

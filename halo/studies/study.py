@@ -29,9 +29,9 @@ from ..data.files import shown, write_whole
 from ..train.loop import _commit
 
 # %% auto #0
-__all__ = ['STUDIES', 'Study', 'Run', 'cell_of', 'cell_file', 'kept', 'folder_lock', 'keep', 'digest', 'commit', 'finished',
-           'tuning_runs', 'tuned', 'rate_of', 'left', 'claim', 'step', 'work', 'run_study', 'interval', 'ratio',
-           'verdict', 'table', 'comparisons', 'compared', 'parser', 'command', 'main']
+__all__ = ['FEWEST', 'STUDIES', 'Study', 'Run', 'cell_of', 'cell_file', 'kept', 'folder_lock', 'keep', 'digest', 'commit',
+           'finished', 'tuning_runs', 'tuned', 'rate_of', 'left', 'claim', 'step', 'work', 'run_study', 'interval',
+           'ratios', 'verdict', 'table', 'compare', 'comparisons', 'compared', 'parser', 'command', 'main']
 
 # %% ../../nbs/studies/05_study.ipynb #11e0abe1
 @dataclass(frozen=True)
@@ -80,19 +80,19 @@ def cell_of(study: Study, text: str) -> tuple[str, str]:
             raise ValueError(f"unknown {what} {name!r}; known are {', '.join(known)}")
     return task, variant
 
-# %% ../../nbs/studies/05_study.ipynb #d23ee0e0
+# %% ../../nbs/studies/05_study.ipynb #eb104783
 def cell_file(out: Path, task: str, variant: str) -> Path:
     "Where the runs of a cell are kept."
     return Path(out) / f'{task}--{variant}.json'
 
-
+# %% ../../nbs/studies/05_study.ipynb #cff1e1ba
 def kept(out: Path, task: str, variant: str, kind: str = 'study') -> list[dict]:
     "The finished runs of a cell, by seed."
     path = cell_file(out, task, variant)
     runs = json.loads(path.read_text())['runs'] if path.exists() else []
     return sorted((r for r in runs if r['kind'] == kind), key=lambda r: r['seed'])
 
-# %% ../../nbs/studies/05_study.ipynb #777fd373
+# %% ../../nbs/studies/05_study.ipynb #719afbc0
 @contextmanager
 def folder_lock(out: Path) -> Iterator[None]:
     "Hold the only lock of the folder `out`."
@@ -108,7 +108,7 @@ def _key(run: dict) -> tuple:
     "`Run.key` of a kept run."
     return Run(*(run[k] for k in ('kind', 'task', 'variant', 'seed', 'rate'))).key
 
-
+# %% ../../nbs/studies/05_study.ipynb #4ed6899b
 def keep(out: Path, run: Run, result: dict) -> None:
     "Add a finished run to the file of its cell; one of the same key is replaced."
     path = cell_file(out, run.task, run.variant)
@@ -118,7 +118,7 @@ def keep(out: Path, run: Run, result: dict) -> None:
         lines = ',\n'.join(json.dumps(r) for r in sorted(runs, key=_key))
         write_whole(path, '{"runs": [\n' + lines + '\n]}\n')
 
-# %% ../../nbs/studies/05_study.ipynb #bea364a6
+# %% ../../nbs/studies/05_study.ipynb #6a9d0317
 def digest(model: torch.nn.Module) -> str:
     "SHA-256 of all weights of a model, in the order of their names."
     h = hashlib.sha256()
@@ -127,13 +127,13 @@ def digest(model: torch.nn.Module) -> str:
         h.update(x.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()
 
-
+# %% ../../nbs/studies/05_study.ipynb #14913211
 @functools.cache
 def commit() -> str:
     "The commit at which this process began its runs."
     return _commit()
 
-
+# %% ../../nbs/studies/05_study.ipynb #40542769
 def finished(study: Study, run: Run) -> dict:
     "Train a run; its result with what it takes to believe it."
     start = time.perf_counter()
@@ -146,7 +146,7 @@ def finished(study: Study, run: Run) -> dict:
         threads=torch.get_num_threads(),
     )
 
-# %% ../../nbs/studies/05_study.ipynb #7c4db9b7
+# %% ../../nbs/studies/05_study.ipynb #b1b7107c
 def tuning_runs(study: Study, variant: str) -> list[Run]:
     "The runs that tune the rate of a variant."
     return [
@@ -156,14 +156,14 @@ def tuning_runs(study: Study, variant: str) -> list[Run]:
         for r in study.rates
     ]
 
-
+# %% ../../nbs/studies/05_study.ipynb #c09c0649
 def tuned(study: Study, out: Path, variant: str) -> dict[float, float]:
     "The geometric mean error of every rate tried for a variant."
     found = [r for t in study.tuning_tasks for r in kept(out, t, variant, 'tuning')]
     logs = {x: [math.log(r['error']) for r in found if r['rate'] == x] for x in study.rates}
     return {rate: math.exp(np.mean(e)) for rate, e in logs.items() if e}
 
-
+# %% ../../nbs/studies/05_study.ipynb #b3d587f9
 def rate_of(study: Study, out: Path, variant: str) -> float:
     """The rate that a variant got; 0 while its tuning is not finished. A study that tunes
     on no task has one rate, its first.
@@ -176,7 +176,7 @@ def rate_of(study: Study, out: Path, variant: str) -> float:
             return 0.0
     return min(means, key=means.get)
 
-# %% ../../nbs/studies/05_study.ipynb #56a636b1
+# %% ../../nbs/studies/05_study.ipynb #2050e53e
 def left(study: Study, out: Path, cells: list[tuple], seeds: int) -> list[Run]:
     "The runs that are not finished, in the order in which they are made."
     variants = list(dict.fromkeys(v for _, v in cells))
@@ -187,7 +187,7 @@ def left(study: Study, out: Path, cells: list[tuple], seeds: int) -> list[Run]:
     done = {(t, v): _keys(out, t, v) for t, v in runs}
     return [r for r in want if r.key not in done[r.task, r.variant]]
 
-
+# %% ../../nbs/studies/05_study.ipynb #ede2f9da
 def _keys(out: Path, task: str, variant: str) -> set[tuple]:
     "The keys of all finished runs of a cell."
     kinds = ('tuning', 'study')
@@ -209,7 +209,7 @@ def claim(out: Path, run: Run) -> Iterator[bool]:
             return
         yield True
 
-# %% ../../nbs/studies/05_study.ipynb #5f81bc5d
+# %% ../../nbs/studies/05_study.ipynb #03c775b0
 def step(study: Study, out: Path, cells: list[tuple], seeds: int) -> bool | None:
     "Make one run. True: made; False: all that is left is taken; None: nothing is left."
     todo = left(study, out, cells, seeds)
@@ -224,14 +224,14 @@ def step(study: Study, out: Path, cells: list[tuple], seeds: int) -> bool | None
                 return True
     return False if todo else None
 
-
+# %% ../../nbs/studies/05_study.ipynb #79073363
 def _line(run: Run, result: dict, more: int) -> str:
     "The progress line of a finished run."
     cell = f'{run.task}/{run.variant}'
     what = f'{run.kind:6} {cell:28} seed {run.seed:3} rate {run.rate:g}'
     return f"{what}  error {result['error']:.3f}  {result['seconds']:.0f} s, {more} left"
 
-# %% ../../nbs/studies/05_study.ipynb #46830596
+# %% ../../nbs/studies/05_study.ipynb #4c496c79
 def work(study: Study, out: Path, cells: list[tuple], seeds: int) -> None:
     "Make runs until none is left."
     torch.set_num_threads(1)
@@ -239,7 +239,7 @@ def work(study: Study, out: Path, cells: list[tuple], seeds: int) -> None:
         if not made:
             time.sleep(1)
 
-
+# %% ../../nbs/studies/05_study.ipynb #b8a663f2
 def run_study(
     study: Study, out: Path, cells: list[tuple], seeds: int, workers: int
 ) -> None:
@@ -265,16 +265,18 @@ def interval(values, draws: int = 10_000, seed: int = 0) -> tuple[float, float, 
     low, high = np.quantile(np.median(x[picks], axis=1), (0.025, 0.975))
     return float(np.median(x)), float(low), float(high)
 
-# %% ../../nbs/studies/05_study.ipynb #e0ea8c29
-def ratio(a: list[dict], b: list[dict]) -> tuple[float, float, float]:
-    "Median and interval of error a / error b over the seeds that both cells have."
+# %% ../../nbs/studies/05_study.ipynb #719b6785
+def ratios(a: list[dict], b: list[dict]) -> list[float]:
+    """error a / error b for every seed that both cells have. Raises `ValueError` where
+    there is none.
+    """
     other = {r['seed']: r['error'] for r in b}
     both = [r['error'] / other[r['seed']] for r in a if r['seed'] in other]
     if not both:
         raise ValueError('no seed is in both cells; nothing can be compared')
-    return interval(both)
+    return both
 
-
+# %% ../../nbs/studies/05_study.ipynb #cedc4275
 def verdict(low: float, high: float) -> str:
     "What an interval of error ratios allows to say."
     if high < 1:
@@ -294,41 +296,52 @@ def table(study: Study, out: Path) -> str:
     head = f"{'task':12} {'variant':16} {'seeds':>5}  {'median [95 %]':22} {'worst':>6}"
     return '\n'.join([head, *rows])
 
-# %% ../../nbs/studies/05_study.ipynb #0db5919a
+# %% ../../nbs/studies/05_study.ipynb #5830df42
+FEWEST = 5  # seeds without which nothing is said
+
+
+def compare(a: list[dict], b: list[dict]) -> dict:
+    "Two cells, seed by seed: median ratio of errors, interval, verdict, seeds won."
+    both = ratios(a, b)
+    mid, low, high = interval(both)
+    said = verdict(low, high) if len(both) >= FEWEST else 'too few seeds'
+    won = sum(r < 1 for r in both)
+    span = dict(ratio=mid, low=low, high=high)
+    return span | dict(verdict=said, won=won, seeds=len(both))
+
+# %% ../../nbs/studies/05_study.ipynb #40ebc2e5
 def comparisons(study: Study, out: Path) -> list[dict]:
-    "Every cell against every rival of its task: ratio of errors, interval, verdict."
-    found = []
-    for t in study.tasks:
-        for rival in study.rivals:
-            other = kept(out, t, rival)
-            for v in study.variants:
-                runs = kept(out, t, v)
-                if v == rival or not {r['seed'] for r in runs} & {r['seed'] for r in other}:
-                    continue
-                mid, low, high = ratio(runs, other)
-                row = dict(task=t, variant=v, rival=rival, ratio=mid, low=low, high=high)
-                found.append(row | dict(verdict=verdict(low, high)))
-    return found
+    "`compare` of every cell with every rival of its task, as far as there are runs."
+    runs = {(t, v): kept(out, t, v) for t in study.tasks for v in study.variants}
+    return [
+        dict(task=t, variant=v, rival=rival) | compare(runs[t, v], runs[t, rival])
+        for t in study.tasks
+        for rival in study.rivals
+        for v in study.variants
+        if v != rival and runs[t, v] and runs[t, rival]
+    ]
 
-
+# %% ../../nbs/studies/05_study.ipynb #70db786b
 def compared(study: Study, out: Path) -> str:
     "`comparisons` as text."
-    lines = [f"{'task':12} {'variant':16} {'rival':12} error ratio [95 %]"]
+    head = f"{'task':12} {'variant':16} {'rival':10} {'error ratio [95 %]':20}"
+    lines = [head + ' seeds won']
     for c in comparisons(study, out):
         span = f"{c['ratio']:.2f} [{c['low']:.2f}, {c['high']:.2f}]"
-        lines.append(
-            f"{c['task']:12} {c['variant']:16} {c['rival']:12} {span:20} {c['verdict']}"
-        )
+        who = f"{c['task']:12} {c['variant']:16} {c['rival']:10}"
+        won = f"{c['won']}/{c['seeds']}"
+        lines.append(f"{who} {span:20} {won:9}  {c['verdict']}")
     return '\n'.join(lines)
 
-# %% ../../nbs/studies/05_study.ipynb #86e3dd66
+# %% ../../nbs/studies/05_study.ipynb #be428705
 STUDIES = {
     'salr': 'halo.studies.salr_study',
+    'salr_long': 'halo.studies.salr_study:longer',
     'salr_scratch': 'halo.studies.salr_study:scratch',
     'masks': 'halo.studies.masks',
 }
 
-# %% ../../nbs/studies/05_study.ipynb #8c3fa981
+# %% ../../nbs/studies/05_study.ipynb #b252c9fd
 def parser(study: Study, out: Path) -> argparse.ArgumentParser:
     "The arguments of a study's command."
     p = argparse.ArgumentParser(f'halo study {study.name}')
@@ -340,7 +353,7 @@ def parser(study: Study, out: Path) -> argparse.ArgumentParser:
     p.add_argument('--report', action='store_true', help='train nothing, print the table')
     return p
 
-
+# %% ../../nbs/studies/05_study.ipynb #82a86cff
 def command(study: Study, out: Path, argv: list[str]) -> int:
     "Run a study's command line."
     p = parser(study, out)
@@ -360,9 +373,9 @@ def command(study: Study, out: Path, argv: list[str]) -> int:
         print(f'\n{compared(study, a.out)}')
     return 0
 
-# %% ../../nbs/studies/05_study.ipynb #5c4fc18d
+# %% ../../nbs/studies/05_study.ipynb #7646c8af
 def main(argv: list[str] | None = None) -> int:
-    "`halo study NAME ...`: the `main` of the study's module."
+    "What follows `halo study`: the name of a study, then arguments of its own."
     argv = list(sys.argv[1:] if argv is None else argv)
     names = ', '.join(STUDIES)
     if not argv or argv[0] in ('-h', '--help'):
