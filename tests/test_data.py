@@ -756,6 +756,7 @@ def test_only_episodes_of_one_frame_train(tmp_path):
     )
     batch['action'] = batch['action'].clone().requires_grad_()
     noise, time = flow_draws(policy.config.model, 0, 0, range(2))
+    policy.eval()  # no gate is drawn
     loss, _ = policy(batch, noise=noise.clone(), time=time)
     loss.backward()
     assert torch.isfinite(loss) and (batch['action'].grad[:, 0] != 0).any()

@@ -146,6 +146,7 @@ def test_padding_has_no_gradient(root, current):
     data = MixtureDataset(MIXTURE, CFG.but(sampling__current=current), root, progress=False)
     torch.manual_seed(0)
     policy, pre, _ = make_mixture_policy(data, n_action_steps=4, device='cpu')
+    policy.eval()  # no gate is drawn
     sampler, seen = data.sampler(8), set()
     for _ in range(4):
         b = ready(pre, data.batch(next(sampler)))

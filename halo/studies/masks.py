@@ -38,7 +38,7 @@ FORMS = {
 # %% ../../nbs/studies/08_masks.ipynb #c248c91e
 STEPS = 1200
 TRAINED = 0, 1, 2  # training seeds
-KEPT = place('bench/studies/masks')  # a JSON for each finished run
+KEPT = place('bench') / 'studies/masks'  # a JSON for each finished run
 RUNS = place('runs/studies/masks')  # checkpoints; not kept in git
 
 # %% ../../nbs/studies/08_masks.ipynb #9db13f34

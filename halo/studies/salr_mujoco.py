@@ -61,7 +61,7 @@ class Plan:
 
 # %% ../../nbs/studies/06a_salr_mujoco.ipynb #06a00008
 DATA, RUNS = place('data/tool_frame'), place('runs/salr_mujoco')
-OUT = place('bench/studies/salr_mujoco')
+OUT = place('bench') / 'studies/salr_mujoco'
 HELD_SEED = 500_000  # first seed of the held-out demonstrations
 ENV = make_env_config('tool_frame')
 
