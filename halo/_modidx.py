@@ -2469,6 +2469,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                          'halo.studies.salr_study.longer': ('studies/salr.html#longer', 'halo/studies/salr_study.py'),
                                          'halo.studies.salr_study.look': ('studies/salr.html#look', 'halo/studies/salr_study.py'),
                                          'halo.studies.salr_study.main': ('studies/salr.html#main', 'halo/studies/salr_study.py'),
+                                         'halo.studies.salr_study.noted': ('studies/salr.html#noted', 'halo/studies/salr_study.py'),
                                          'halo.studies.salr_study.observe': ('studies/salr.html#observe', 'halo/studies/salr_study.py'),
                                          'halo.studies.salr_study.own_eyes': ('studies/salr.html#own_eyes', 'halo/studies/salr_study.py'),
                                          'halo.studies.salr_study.pool': ('studies/salr.html#pool', 'halo/studies/salr_study.py'),

@@ -211,7 +211,8 @@ def losses(
     reduction: str = 'mean',
 ) -> tuple[Tensor, Tensor]:
     """Flow-matching loss of action chunks (b, s, d), and the share of open latent channels
-    (a scalar); arguments as for `loss`.
+    (a scalar). `mask` (b, s, d) marks real values; `noise`, `t` may be given (b * draws
+    rows). `reduction`: 'mean', 'sample' (b,) or 'none' (b, s, d).
     """
     r = self.cfg.flow.draws
     actions, mask = _rows(actions, r), None if mask is None else _rows(mask, r)
@@ -237,22 +238,12 @@ def price(self: HaloModel) -> float:
 
 # %% ../../nbs/method/06_model.ipynb #85a2d058
 @patch
-def loss(
-    self: HaloModel,
-    obs: Observation,
-    actions: Tensor,
-    mask: Tensor | None = None,
-    noise: Tensor | None = None,
-    t: Tensor | None = None,
-    reduction: str = 'mean',
-) -> Tensor:
+def loss(self: HaloModel, obs: Observation, actions: Tensor, **how) -> Tensor:
     """Flow-matching loss of action chunks (b, s, d), in training plus the price of open
-    latent channels; `mask` (b, s, d) marks real values.
-
-    `noise`, `t` may be given (b * draws rows). 'sample' returns (b,); 'none' (b, s, d), to
-    which the price does not belong (use `losses` for it).
+    latent channels. `how`: `mask`, `noise`, `t`, `reduction` of `losses`; to 'none' the
+    price does not belong (use `losses` for it).
     """
-    flow, share = self.losses(obs, actions, mask, noise, t, reduction)
+    flow, share = self.losses(obs, actions, **how)
     return flow + self.price * share if self.price else flow
 
 # %% ../../nbs/method/06_model.ipynb #335bb4cb

@@ -33,7 +33,7 @@ from ..train.loop import TrainConfig, clip_and_step, param_groups, set_lr
 __all__ = ['SIDE', 'COLOURS', 'APART', 'TASKS', 'CHUNK', 'VARIANTS', 'WORDS', 'OUT', 'POOL', 'STEPS', 'BATCH', 'NOTES', 'STUDY',
            'LONGER', 'LONG', 'SCRATCH', 'scatter', 'draw', 'Robot', 'robots', 'Task', 'target', 'base', 'config',
            'sizes', 'observe', 'train_eyes', 'eyes', 'look', 'pool', 'Seen', 'Blindfold', 'Exam', 'exam', 'batches',
-           'fit', 'train', 'main', 'train_long', 'longer', 'glimpses', 'own_eyes', 'train_blind', 'scratch']
+           'fit', 'noted', 'train', 'main', 'train_long', 'longer', 'glimpses', 'own_eyes', 'train_blind', 'scratch']
 
 # %% ../../nbs/studies/06_salr.ipynb #cf569db3
 SIDE = 28  # pixels
@@ -349,6 +349,15 @@ def fit(model: HaloModel, data, test, tc: TrainConfig) -> tuple[list, list]:
             top = 0.0
     return curve, norms
 
+# %% ../../nbs/studies/06_salr.ipynb #06noted1
+def noted(model: HaloModel, data, test, tc: TrainConfig) -> dict:
+    "Train `model`; its last error, how it got there, and the hash of its weights."
+    curve, norms = fit(model, data, test, tc)
+    error = round(test(model), 5)
+    return dict(
+        error=error, curve=curve, gradient=norms, steps=tc.steps, sha256=digest(model)
+    )
+
 # %% ../../nbs/studies/06_salr.ipynb #eb42afc8
 def train(task: str, variant: str, seed: int, rate: float, share: float = 1.0) -> dict:
     "One run of the study: its final error, its curve, its weights' digest."
@@ -357,15 +366,7 @@ def train(task: str, variant: str, seed: int, rate: float, share: float = 1.0) -
     test, data = exam(task).error, batches(task, seed)
     torch.manual_seed(seed)
     model = Blindfold(config(task, variant))
-    curve, norms = fit(model, data, test, tc)
-    return dict(
-        error=round(test(model), 5),
-        curve=curve,
-        gradient=norms,
-        steps=steps,
-        parameters=sizes(variant)[0],
-        sha256=digest(model),
-    )
+    return noted(model, data, test, tc) | dict(parameters=sizes(variant)[0])
 
 # %% ../../nbs/studies/06_salr.ipynb #408f5a4b
 STUDY = Study(
@@ -441,15 +442,8 @@ def train_blind(task: str, variant: str, seed: int, rate: float, share: float = 
     if variant == 'calm':
         for block in model.blocks:
             nn.init.zeros_(block.rerep.project.linear.weight)
-    curve, norms = fit(model, glimpses(task, seed), test, tc)
-    return dict(
-        error=round(test(model), 5),
-        curve=curve,
-        gradient=norms,
-        steps=steps,
-        parameters=sizes(form)[0],
-        sha256=digest(model),
-    )
+    found = noted(model, glimpses(task, seed), test, tc)
+    return found | dict(parameters=sizes(form)[0])
 
 # %% ../../nbs/studies/06_salr.ipynb #5c28441c
 SCRATCH = Study(
