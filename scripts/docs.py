@@ -18,6 +18,7 @@ no page asks another machine for anything.
 import argparse
 import ast
 import base64
+import hashlib
 import html
 import io
 import json
@@ -329,8 +330,8 @@ def slim(page: str, short: bool = True) -> str:
     )
     inside = lambda m: re.sub(r'<[^>]*>', '', m[3])
     page = same.sub(lambda m: f'<span class="{m[1]}">{m[2]}{inside(m)}</span>', page)
-    if short:  # ten thousand marks a page, two in five of them operators (style/halo.css)
-        page = re.sub(r'<span class="op">([^<]*)</span>', r'<i>\1</i>', page)
+    if short:  # ten thousand marks a page; two in five were operators, a grey beside black
+        page = re.sub(r'<span class="op">([^<]*)</span>', r'\1', page)
         page = re.sub(r'<span class="(\w\w)">([^<]*)</span>', r'<i class=\1>\2</i>', page)
         # a name in the sidebar needs no box of its own; every page lists all chapters
         bare = lambda m: re.sub(r'<span class="menu-text">([^<]*)</span>', r'\1', m[0])
@@ -340,6 +341,25 @@ def slim(page: str, short: bool = True) -> str:
     return re.sub(
         r'(?<=src="data:)image/png;base64,([A-Za-z0-9+/=]+)', lambda m: webp(m[1]), page
     )
+
+
+def apart(page: str, folder: Path, up: str) -> str:
+    """A rendered page with its larger pictures as files of `folder`, named by what is in
+    them: as text inside of the page a picture takes a third more, and delays the reading.
+    `up`: the way from the page to the site's top. Explorers' frames keep theirs.
+    """
+
+    def out(m):
+        if len(m[2]) < 2048:
+            return m[0]
+        data = base64.b64decode(m[2])
+        name = f'{hashlib.sha256(data).hexdigest()[:16]}.{m[1]}'
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+        return f'{up}{folder.name}/{name}'
+
+    inside = r'(?<=<img src=")data:image/(png|webp);base64,([A-Za-z0-9+/=]+)(?=")'
+    return re.sub(inside, out, page)
 
 
 def lean_twins(page: str) -> str:
@@ -547,6 +567,8 @@ def build(to, offline=False, bare=False):
         own_maths(rendered, bare)
         for page in rendered.rglob('nbs/**/*.html'):
             text = slim(page.read_text(encoding='utf-8'), short=not quarto)
+            up = '../' * (len(page.relative_to(rendered).parts) - 1)
+            text = apart(text, rendered / 'pictures', up)
             text = lean_twins(folded_solutions(text))
             page.write_text(text, encoding='utf-8')
         if bare:

@@ -40,6 +40,26 @@ def chromium():
     )
 
 
+def given_up(url, failure):
+    """Is this a request that JupyterLab takes back itself? It sets a picture under the
+    address written in the cell and replaces that by the one it serves; whether the browser
+    has asked by then is chance. `undrawn` says whether the picture came.
+    """
+    return '/lab/tree/' in url and failure == 'net::ERR_ABORTED'
+
+
+def undrawn(page, patience=20):
+    "The addresses of pictures on the page that do not appear, after `patience` seconds."
+    missing = """() => [...document.images]
+        .filter(i => i.getAttribute('src') && !(i.complete && i.naturalWidth))
+        .map(i => i.src.slice(0, 200))"""
+    for _ in range(patience * 5):
+        if not (left := page.evaluate(missing)):
+            break
+        page.wait_for_timeout(200)
+    return left
+
+
 class Watched:
     """A browser page and what went wrong on it: console errors, failed requests, requests
     that left the machine.
@@ -56,7 +76,11 @@ class Watched:
         self.page.on('pageerror', lambda e: self.wrong.append(f'error: {e}'))
         self.page.on(
             'requestfailed',
-            lambda r: self.wrong.append(f'failed: {r.url[:200]} {r.failure}'),
+            lambda r: (
+                None
+                if given_up(r.url, r.failure)
+                else self.wrong.append(f'failed: {r.url[:200]} {r.failure}')
+            ),
         )
         self.page.on(
             'response',
@@ -187,6 +211,7 @@ def run_all(page, lab, name, patience=180):
         " o.ename + ': ' + o.evalue) : [])"
     )
     assert not failed, failed
+    assert not (left := undrawn(page)), f'pictures that did not come: {left}'
 
 
 class Live:

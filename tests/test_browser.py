@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from browser import Lab, Live, Watched, chromium, root, run_all
+from browser import Lab, Live, Watched, chromium, given_up, root, run_all, undrawn
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
 from halo.method.flow import integrate
@@ -108,6 +108,19 @@ def pixel(panel, xy, image):
     x, y = panel.unit(np.array(xy))
     left, top, w, h = panel.box()['box']
     return int((top + (1 - y) * h) * image.shape[0]), int((left + x * w) * image.shape[1])
+
+
+def test_a_picture_that_does_not_come_is_found(browser):
+    page = browser.new_page()
+    dot = 'data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA='
+    page.set_content(f'<img src="{dot}"><img src="data:image/png;base64,AAAA">')
+    assert undrawn(page, patience=1) == ['data:image/png;base64,AAAA']
+    page.close()
+    # what JupyterLab takes back is no fault; what is refused, or missing elsewhere, is
+    address, back = 'http://127.0.0.1:8888/lab/tree/map/a.svg', 'net::ERR_ABORTED'
+    assert given_up(address, back)
+    assert not given_up(address, 'net::ERR_CONNECTION_REFUSED')
+    assert not given_up('http://127.0.0.1:8888/files/map/a.svg', back)
 
 
 def test_masks_in_jupyterlab(opened):
