@@ -207,15 +207,13 @@ def bench_config(args) -> ModelConfig:
     "The preset with the bench's history, hop and depth, and without files from a hub."
     cfg = preset(
         args.preset,
-        vlm_id='',
-        expert_id='',
         checkpointing=False,
         sampling__history_stride=1,
         sampling__history_frames=args.history,
         sampling__history_hop=args.hop,
         init=preset(args.preset).init,
         dtype={'float32': 'float32', 'bfloat16': 'bfloat16'}[args.dtype],
-    )
+    ).without_weights()
     if not args.layers:
         return cfg
     part = cfg.vision.depth * args.layers // cfg.text.layers
