@@ -513,6 +513,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                'halo/benchmarks/tables.py'),
                                         'halo.benchmarks.tables.task_entries': ( 'benchmarks/tables.html#task_entries',
                                                                                  'halo/benchmarks/tables.py'),
+                                        'halo.benchmarks.tables.task_rows': ( 'benchmarks/tables.html#task_rows',
+                                                                              'halo/benchmarks/tables.py'),
                                         'halo.benchmarks.tables.total_counts': ( 'benchmarks/tables.html#total_counts',
                                                                                  'halo/benchmarks/tables.py'),
                                         'halo.benchmarks.tables.untrained': ( 'benchmarks/tables.html#untrained',

@@ -32,9 +32,8 @@ def test_sources_of_every_row():
     assert {
         r['reference'] for n in T.PAPER_TABLES for r in T.printed(n) if r.get('reference')
     } == known
-    assert {r['source'] for r in T.read_csv('field')} == {
-        s['source'] for s in T.read_csv('sources')
-    }
+    cited = {r['source'] for name in ('field', 'tasks') for r in T.read_csv(name)}
+    assert cited == {s['source'] for s in T.read_csv('sources')}
     assert all('20' in s['state'] or 'commit' in s['state'] for s in T.read_csv('sources'))
 
 
@@ -63,6 +62,23 @@ def test_what_others_remember():
     }
     assert of('memory', 'RMBench') == dict(SimpleMemVLA=94.0) and of(4)['LoLA'] == 4.72
     assert list(of('interface', 'RoboMME').values()) == [88.3, 31.5, 22.6, 20.6]
+
+
+def test_single_tasks_of_others():
+    found = {(r['task'], r['system']): r['value'] for r in T.task_rows()}
+    assert len(found) == len(T.task_rows())
+    colours = 'RememberColor3', 'RememberColor5', 'RememberColor9'
+    of = lambda system: [found.get((c, system)) for c in colours]
+    assert of('ELMUR') == [89, 19, 23] and of('RATE') == [65, 13, 9]
+    assert of('GMP') == [80, 61, 17] and of('Diffusion Policy') == [32, 10, 17]
+    assert of('π0') == [35, 22, 15] and of('MemoryVLA') == [44, 30, 20]
+    assert of('OpenVLA-OFT, 8 frames') == [59, 16, 6] and of('μVLA') == [None, 93, None]
+    back = {r['system']: r['value'] for r in T.task_rows('TakeItBack')}
+    assert back == {'Diffusion Policy': 5, 'RATE': 42, 'ELMUR': 78, 'μVLA': 99}
+    assert [r['value'] for r in T.task_rows('MT50')] == [10.5, 31.6, 57.3, 80.6]
+    # the five tasks' means that the field's table has are theirs: no digit went astray
+    assert round((98 + 83 + sum(of('GMP'))) / 5, 1) == 67.8
+    assert round((88 + 24 + sum(of('MemoryVLA'))) / 5, 1) == 41.2
 
 
 def test_audit_finds_a_planted_error(monkeypatch):

@@ -19,12 +19,12 @@ from pathlib import Path
 from ..data.files import place, shipped
 
 # %% auto #0
-__all__ = ['TABLE_DIR', 'ABLATIONS', 'RESULTS', 'PAPER', 'OURS', 'WIDOWX', 'PAPER_TABLES', 'COLOURS', 'ABLATION', 'NEEDS', 'RUNS',
-           'CLIENTS', 'PaperTable', 'paper_table', 'read_csv', 'printed', 'number', 'half_unit', 'recomputed', 'slack',
-           'audit', 'bold_audit', 'cell', 'claims', 'counts', 'wilson95', 'fisher', 'field_rows', 'Result', 'rate_of',
-           'benchmark_name', 'task_entries', 'untrained', 'read_result', 'pooled', 'our_cells', 'our_row',
-           'find_results', 'total_counts', 'table_rows', 'draw_rows', 'draw_table', 'markdown', 'ablation', 'missing',
-           'run_table', 'ablation_lines', 'reproduce', 'parser', 'main']
+__all__ = ['TABLE_DIR', 'ABLATIONS', 'RESULTS', 'PAPER', 'OURS', 'WIDOWX', 'PAPER_TABLES', 'KINDS', 'COLOURS', 'ABLATION',
+           'NEEDS', 'RUNS', 'CLIENTS', 'PaperTable', 'paper_table', 'read_csv', 'printed', 'number', 'half_unit',
+           'recomputed', 'slack', 'audit', 'bold_audit', 'cell', 'claims', 'counts', 'wilson95', 'fisher', 'field_rows',
+           'task_rows', 'Result', 'rate_of', 'benchmark_name', 'task_entries', 'untrained', 'read_result', 'pooled',
+           'our_cells', 'our_row', 'find_results', 'total_counts', 'table_rows', 'draw_rows', 'draw_table', 'markdown',
+           'ablation', 'missing', 'run_table', 'ablation_lines', 'reproduce', 'parser', 'main']
 
 # %% ../../nbs/benchmarks/02_tables.ipynb #3c72e994
 TABLE_DIR, ABLATIONS = shipped('nbs/tables'), shipped('checkpoints/flash_place')
@@ -320,6 +320,20 @@ def field_rows(n, setting: str | None = None) -> list[dict]:
         dict(r) | dict(value=float(r['value']), entries=int(r['entries']))
         for r in read_csv('field')
         if r['table'] == str(n) and (setting is None or r['setting'] == setting)
+    ]
+
+# %% ../../nbs/benchmarks/02_tables.ipynb #cf8dcc42
+KINDS = 'from scratch', 'pretrained eyes', 'VLA'
+
+
+def task_rows(task: str | None = None) -> list[dict]:
+    """Others' success on single tasks, in per cent: benchmark, task, system, kind (of
+    `KINDS`), value, source; of one task, or of all.
+    """
+    return [
+        r | dict(value=float(r['value']))
+        for r in read_csv('tasks')
+        if task in (None, r['task'])
     ]
 
 # %% ../../nbs/benchmarks/02_tables.ipynb #051d1501
