@@ -22,19 +22,20 @@ from ..train.loop import train
 from ..viz import knockout as ko
 
 # %% auto #0
-__all__ = ['PRICE', 'CHEAP', 'FORMS', 'STEPS', 'TRAINED', 'KEPT', 'RUNS', 'fit', 'success', 'reading', 'measure', 'kept_runs',
-           'numbers', 'table', 'parser', 'main']
+__all__ = ['PRICES', 'FORMS', 'STEPS', 'TRAINED', 'KEPT', 'RUNS', 'fit', 'success', 'reading', 'measure', 'kept_runs', 'numbers',
+           'table', 'parser', 'main']
 
 # %% ../../nbs/studies/08_masks.ipynb #882417f1
-PRICE = 1.0  # of a latent space that is wholly open, in units of the flow-matching loss
-CHEAP = 0.3
+# of a latent space that is wholly open, in units of the flow-matching loss
+PRICES = {'cheap_gate': 0.3, 'mid_gate': 0.6, 'gate': 1.0}
 
 
 FORMS = {
     'free': dict(mask='real', compression='linear'),
     'normalised': dict(mask='real', compression='normalised'),
-    'gate': dict(mask='hard_concrete', compression='normalised', closing=PRICE),
-    'cheap_gate': dict(mask='hard_concrete', compression='normalised', closing=CHEAP),
+} | {
+    name: dict(mask='hard_concrete', compression='normalised', closing=price)
+    for name, price in PRICES.items()
 }
 
 # %% ../../nbs/studies/08_masks.ipynb #c248c91e
