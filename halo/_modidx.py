@@ -546,6 +546,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                'halo/benchmarks/thin.py'),
                                       'halo.benchmarks.thin._Between.message': ( 'benchmarks/thin.html#_between.message',
                                                                                  'halo/benchmarks/thin.py'),
+                                      'halo.benchmarks.thin._Between.read': ( 'benchmarks/thin.html#_between.read',
+                                                                              'halo/benchmarks/thin.py'),
                                       'halo.benchmarks.thin._answered': ('benchmarks/thin.html#_answered', 'halo/benchmarks/thin.py'),
                                       'halo.benchmarks.thin._as_chunk': ('benchmarks/thin.html#_as_chunk', 'halo/benchmarks/thin.py'),
                                       'halo.benchmarks.thin._bound_to': ('benchmarks/thin.html#_bound_to', 'halo/benchmarks/thin.py'),

@@ -97,7 +97,13 @@ class _Between:
     def __init__(self, policy, how: str):
         about = getattr(policy, 'get_server_metadata', dict)() or {}
         self.camera = (about.get('history') or {}).get('camera')  # None: unknown, send all
+        self.cameras = set(about.get('cameras') or ())  # of the policy; none: unknown
         self.policy, self.how, self.kept = policy, how, []
+
+    def read(self, images: dict) -> dict:
+        "Those of a robot's cameras that the server says its policy reads, where it says so."
+        known = {k: v for k, v in images.items() if k in self.cameras}
+        return known or images
 
     def frame(self, images: dict, tick: int):
         "A frame for which nothing is asked."
@@ -187,7 +193,7 @@ class Player:
 
     def ask(self, images: dict, state, prompt: str, tick: int) -> np.ndarray:
         "The actions (s, d) to execute of the server's next chunk."
-        obs = _observation(images, state, prompt, tick)
+        obs = _observation(self.between.read(images), state, prompt, tick)
         obs |= _opening(self.fresh, self.seed) | self.between.message()
         chunk, execute, ms = _answered(self.policy, obs, self.dim)
         self.ms.append(ms)
