@@ -101,7 +101,7 @@ class _Between:
         self.policy, self.how, self.kept = policy, how, []
 
     def read(self, images: dict) -> dict:
-        "Those of a robot's cameras that the server says its policy reads, where it says so."
+        "A robot's cameras that the policy reads, as far as the server names them."
         known = {k: v for k, v in images.items() if k in self.cameras}
         return known or images
 
