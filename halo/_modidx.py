@@ -282,6 +282,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                         'halo/benchmarks/suite.py'),
                                        'halo.benchmarks.suite.PolicyPlayer.reset': ( 'benchmarks/suite.html#policyplayer.reset',
                                                                                      'halo/benchmarks/suite.py'),
+                                       'halo.benchmarks.suite.PolicyPlayer.seen': ( 'benchmarks/suite.html#policyplayer.seen',
+                                                                                    'halo/benchmarks/suite.py'),
                                        'halo.benchmarks.suite.ServedPolicy': ( 'benchmarks/suite.html#servedpolicy',
                                                                                'halo/benchmarks/suite.py'),
                                        'halo.benchmarks.suite.ServedPolicy.__init__': ( 'benchmarks/suite.html#servedpolicy.__init__',
