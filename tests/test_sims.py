@@ -29,7 +29,7 @@ HEAVY = 'torch lerobot transformers fastcore scipy gymnasium PIL openpi_client w
 HEAVY = HEAVY.split()
 
 
-@pytest.mark.parametrize('module', ['thin', 'calvin', 'memory', 'simpler', 'robot'])
+@pytest.mark.parametrize('module', ['thin', 'calvin', 'memory', 'simpler', 'robot', 'demonstrations'])
 def test_thin_modules_import_numpy_only(module):
     "In the simulator's environment there is no torch, no lerobot, no fastcore."
     code = f'''
@@ -47,7 +47,7 @@ import halo.benchmarks.{module}
     assert done.returncode == 0, done.stderr[-600:]
 
 
-@pytest.mark.parametrize('module', ['thin', 'calvin', 'memory', 'simpler'])
+@pytest.mark.parametrize('module', ['thin', 'calvin', 'memory', 'simpler', 'demonstrations'])
 def test_thin_modules_parse_on_python_3_10(module):
     import ast
 
