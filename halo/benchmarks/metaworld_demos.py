@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib.util
 import json
 import sys
+import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -20,6 +22,7 @@ import numpy as np
 from . import suite
 from .demonstrations import About, Episode, record, summary
 from ..data.files import locate, shown
+from ..sim.flash_place import close_all
 
 # %% auto #0
 __all__ = ['FIRST_EVALUATION_SEED', 'tiers', 'by_tier', 'tier_means', 'tier_table', 'told_class', 'environment', 'disturbed',
@@ -76,10 +79,12 @@ def tier_table(rates: dict) -> str:
 
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #61b18e22
 def told_class(quality: str = 'plain'):
-    """The environment of the evaluation; its `told` (39,) is what an expert needs to know.
+    """The environment of the evaluation; its `told` (39,) is what an expert is to know.
 
     Raises `ImportError` without the simulator.
     """
+    # an expert's gain that is beyond the bounds is clipped here as it is there
+    warnings.filterwarnings('ignore', 'Constant', UserWarning, 'metaworld')
 
     class Told(suite.metaworld_class()[quality]):
         def _ensure_env(self):
@@ -96,14 +101,14 @@ def told_class(quality: str = 'plain'):
 
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #1b7891d1
 _OPEN = {}  # the environment of this process, by what it was made for
+atexit.register(close_all, _OPEN)
 
 
 def environment(task: str, quality: str, size: int):
     "The environment of a task with pictures of `size`; one is open at a time."
     key = task, quality, size
     if key not in _OPEN:
-        while _OPEN:
-            _OPEN.popitem()[1].close()
+        close_all(_OPEN)
         look = dict(observation_width=size, observation_height=size)
         _OPEN[key] = told_class(quality)(task=task, obs_type='pixels_agent_pos', **look)
     return _OPEN[key]
