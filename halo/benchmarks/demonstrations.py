@@ -27,7 +27,7 @@ from ..data.files import shown, whole, write_whole
 
 # %% auto #0
 __all__ = ['Episode', 'About', 'check_episode', 'write_episode', 'read_episode', 'only_successes', 'read_about', 'record',
-           'episode_files', 'read_episodes', 'summary', 'features', 'convert', 'sheet', 'main']
+           'episode_files', 'read_episodes', 'summary', 'features', 'convert', 'sheet', 'spoken', 'main']
 
 # %% ../../nbs/benchmarks/08_demonstrations.ipynb #61f9674e
 @dataclass
@@ -590,8 +590,8 @@ def sheet(e: Episode, columns: int = 12) -> np.ndarray:
             rows.append(row)
     return np.concatenate(rows)
 
-# %% ../../nbs/benchmarks/08_demonstrations.ipynb #70bb3059
-def _lines(s: dict) -> str:
+# %% ../../nbs/benchmarks/08_demonstrations.ipynb #bb6defcb
+def spoken(s: dict) -> str:
     "A folder's summary, for people."
     ticks = f" of {s['ticks'][0]} to {s['ticks'][1]} ticks" if s['ticks'] else ''
     out = [
@@ -605,10 +605,10 @@ def _lines(s: dict) -> str:
         )
     return '\n'.join(out)
 
-# %% ../../nbs/benchmarks/08_demonstrations.ipynb #d7e48a35
+# %% ../../nbs/benchmarks/08_demonstrations.ipynb #8500354c
 def _show(args) -> None:
     "Print a folder's summary, and write a sheet of one of its episodes if asked to."
-    print(_lines(summary(args.folder)))
+    print(spoken(summary(args.folder)))
     if args.sheet:
         from PIL import Image
 
