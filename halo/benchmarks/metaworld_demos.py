@@ -79,7 +79,7 @@ def tier_table(rates: dict) -> str:
 
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #61b18e22
 def told_class(quality: str = 'plain'):
-    """The environment of the evaluation; its `told` (39,) is what an expert is to know.
+    """The environment of the evaluation; its `told` (39,) is what an expert reads.
 
     Raises `ImportError` without the simulator.
     """
