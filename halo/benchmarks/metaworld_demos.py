@@ -46,7 +46,8 @@ def by_tier(rates: dict) -> dict[str, dict]:
     """Successes and n of every tier from {task: {successes, n}}; tasks may be written
     `tier/task`. Raises `ValueError` for a task that is none of the fifty.
     """
-    known, found = tiers(), defaultdict(lambda: dict(tasks=0, successes=0, n=0, rates=[]))
+    empty = lambda: dict(tasks=0, successes=0, n=0, rates=[])
+    known, found = tiers(), defaultdict(empty)
     for name, r in rates.items():
         task = name.split('/')[-1]
         if task not in known:
@@ -79,7 +80,7 @@ def tier_table(rates: dict) -> str:
 
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #61b18e22
 def told_class(quality: str = 'plain'):
-    """The environment of the evaluation; its `told` (39,) is what an expert reads.
+    """The environment of the evaluation; its `told` (39,) is what experts read.
 
     Raises `ImportError` without the simulator.
     """
