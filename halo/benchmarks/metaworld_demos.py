@@ -64,8 +64,8 @@ def tier_means(rates: dict) -> dict[str, float]:
     "The rate of every tier, their mean (`tiers`), and the mean over tasks (`tasks`)."
     found = by_tier(rates)
     means = {t: float(np.mean(r['rates'])) for t, r in found.items()}
-    every = [x for r in found.values() for x in r['rates']]
-    return means | dict(tiers=float(np.mean([*means.values()])), tasks=float(np.mean(every)))
+    every = np.mean([x for r in found.values() for x in r['rates']])
+    return means | dict(tiers=float(np.mean([*means.values()])), tasks=float(every))
 
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #cb457712
 def tier_table(rates: dict) -> str:
