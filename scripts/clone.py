@@ -338,6 +338,13 @@ class Clone:
     def make_demonstrations(self):
         self.do('python -m halo.sim.flash_place --root data/flash_place --episodes 1')
 
+    def make_mt50(self):
+        "A run's log and an evaluation's folder, as a study of Meta-World leaves them."
+        self.python(
+            "from pathlib import Path\nfrom test_metaworld import a_run, an_evaluation\n"
+            "a_run(Path('runs/mt50'), 16.0)\nan_evaluation(Path('outputs/mt50'))"
+        )
+
     def make_run(self):
         self.need('data')
         (self.root / 'run.yaml').write_text(RUN)

@@ -376,6 +376,22 @@ RULES = (
         slow=True,
     ),
     Rule(r'halo (evaluate|demo) --bench', ((r'$', ' --episodes 1'),), slow=True),
+    Rule(
+        r'halo evaluate --benchmark metaworld',
+        ((r'--policy \S+', '--policy random:tiny --tasks easy/reach-v3'),),
+    ),
+    Rule(
+        r'metaworld_demos --record',
+        ((r'--episodes \d+', '--episodes 1 --tasks reach-v3 --size 64'),),
+        slow=True,
+    ),
+    Rule(r'metaworld_demos --(tiers|hours)', needs=('mt50',), slow=True),
+    Rule(
+        r'studies/mt50\.yaml',
+        ((r'(mt50\.yaml)', rf'\1 {SMALL} {ONE_ROBOT} {STEP}'),),
+        ('data',),
+        slow=True,
+    ),
     Rule(r'halo files NAME', ((r'NAME', 'configs/mixtures'),)),
     Rule(
         r'--policy\.path=POLICY',

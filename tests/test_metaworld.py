@@ -143,7 +143,7 @@ def test_the_command_says_what_is_wrong(capsys, tmp_path):
 
 def a_run(folder, samples_per_s):
     "A run's log: an event, then rows, the first of them slow."
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     rows = [dict(event='begun'), dict(step=1, samples_per_s=1)]
     rows += [dict(step=k, samples_per_s=samples_per_s) for k in (2, 3, 4)]
     text = '\n'.join(map(json.dumps, rows))
@@ -153,7 +153,7 @@ def a_run(folder, samples_per_s):
 
 def an_evaluation(folder):
     "A result of two episodes of 100 and 300 ticks, 10 ms a tick, 2 s to begin."
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     lengths = {'easy/reach-v3': 100, 'hard/push-v3': 300}
     episodes = [dict(task=t, episode=0, ticks=n) for t, n in lengths.items()]
     times = [
