@@ -345,6 +345,13 @@ class Clone:
             "a_run(Path('runs/mt50'), 16.0)\nan_evaluation(Path('outputs/mt50'))"
         )
 
+    def make_recording(self):
+        "A folder of recorded episodes, as a simulator's client writes it."
+        self.python(
+            "from test_demonstrations import ABOUT, jobs, play, d\n"
+            "d.record('data/demos/little', ABOUT, jobs(2), play, progress=False)"
+        )
+
     def make_run(self):
         self.need('data')
         (self.root / 'run.yaml').write_text(RUN)
