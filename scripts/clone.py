@@ -338,6 +338,20 @@ class Clone:
     def make_demonstrations(self):
         self.do('python -m halo.sim.flash_place --root data/flash_place --episodes 1')
 
+    def make_mt50(self):
+        "A run's log and an evaluation's folder, as a study of Meta-World leaves them."
+        self.python(
+            "from pathlib import Path\nfrom test_metaworld import a_run, an_evaluation\n"
+            "a_run(Path('runs/mt50'), 16.0)\nan_evaluation(Path('outputs/mt50'))"
+        )
+
+    def make_recording(self):
+        "A folder of recorded episodes, as a simulator's client writes it."
+        self.python(
+            "from test_demonstrations import ABOUT, jobs, play, d\n"
+            "d.record('data/demos/little', ABOUT, jobs(2), play, progress=False)"
+        )
+
     def make_run(self):
         self.need('data')
         (self.root / 'run.yaml').write_text(RUN)

@@ -31,12 +31,12 @@ from types import SimpleNamespace
 __all__ = ['BENCHMARKS', 'LIBERO_SUITES', 'PERTURBATIONS', 'REWORDED', 'LIBERO_SEED', 'NO_LIBERO', 'LIBERO_REST', 'OFFSETS',
            'HEIGHTS', 'Benchmark', 'deviations', 'register', 'open_benchmark', 'flash_place', 'metaworld_class',
            'metaworld', 'plain_xml', 'libero_class', 'LiberoPolicyView', 'libero_tasks', 'libero_benchmark', 'libero',
-           'libero_pro', 'libero_put', 'libero_reach', 'libero_miss', 'prove_success', 'batched', 'same',
-           'PolicyPlayer', 'first', 'chunk_of', 'statistics', 'load_any', 'random_policy', 'pictures', 'ServedPolicy',
-           'connect', 'options', 'execute_of', 'open_player', 'observation_hash', 'run_episode', 'filmed',
-           'write_video', 'Journal', 'Plan', 'conventions_of', 'result_of', 'table_of', 'compare_results',
-           'begin_worker', 'work', 'run_cases', 'alone_in', 'run_alone', 'run_plan', 'frames_of', 'kept', 'rows_of',
-           'sheet', 'parser', 'prove', 'main']
+           'libero_pro', 'libero_put', 'libero_reach', 'libero_miss', 'prove_success', 'batched', 'same', 'pictures',
+           'PolicyPlayer', 'first', 'chunk_of', 'statistics', 'load_any', 'random_policy', 'ServedPolicy', 'connect',
+           'options', 'execute_of', 'open_player', 'observation_hash', 'run_episode', 'filmed', 'write_video',
+           'Journal', 'Plan', 'conventions_of', 'result_of', 'table_of', 'compare_results', 'begin_worker', 'work',
+           'run_cases', 'alone_in', 'run_alone', 'run_plan', 'frames_of', 'kept', 'rows_of', 'sheet', 'parser', 'prove',
+           'main']
 
 # %% ../../nbs/benchmarks/01_suite.ipynb #1030204b
 import gymnasium as gym
@@ -175,15 +175,22 @@ def _check_quality(quality: str) -> None:
 
 # %% ../../nbs/benchmarks/01_suite.ipynb #f6bdff52
 def metaworld_class():
-    """LeRobot's Meta-World environment whose pictures can be plain; a class made on first
-    use, because MuJoCo loads with it.
+    """LeRobot's Meta-World environment, drawn in the size that it declares, 'full' or
+    'plain'; classes made on first use, because MuJoCo loads with them.
     """
     from halo.sim.flash_place import require_sim
 
     mujoco = require_sim()
     from lerobot.envs.metaworld import MetaworldEnv
 
-    class PlainMetaworld(MetaworldEnv):
+    class SizedMetaworld(MetaworldEnv):
+        def _ensure_env(self):
+            if self._env is None:
+                super()._ensure_env()
+                drawn = self._env.mujoco_renderer
+                drawn.width, drawn.height = self.observation_width, self.observation_height
+
+    class PlainMetaworld(SizedMetaworld):
         def _ensure_env(self):
             if self._env is not None:
                 return
@@ -194,11 +201,10 @@ def metaworld_class():
                 flag = getattr(mujoco.mjtRndFlag, f'mjRND_{name}')
                 viewer.scn.flags[flag] = 0
 
-    return dict(full=MetaworldEnv, plain=PlainMetaworld)
+    return dict(full=SizedMetaworld, plain=PlainMetaworld)
 
 # %% ../../nbs/benchmarks/01_suite.ipynb #a90e7822
 _METAWORLD = dict(
-    cameras={'image': [480, 480, 3]},
     primary='image',
     flips='corner2 comes upside down and is turned by LeRobot',
     state='hand x, y, z (m), gripper opening',
@@ -224,18 +230,22 @@ _METAWORLD_PROTOCOL = dict(
 
 # %% ../../nbs/benchmarks/01_suite.ipynb #4b0e98a5
 @register('metaworld')
-def metaworld(quality: str = 'full', seed: int = 1000) -> Benchmark:
+def metaworld(quality: str = 'full', seed: int = 1000, size: int = 480) -> Benchmark:
     """Meta-World's 50 tasks (MT50), 50 seeds each from `seed` on, as `lerobot-eval` counts
-    them.
+    them; `quality` and `size` (pixels) are of the picture.
     """
     _check_quality(quality)
     env_class = metaworld_class()[quality]
     from lerobot.envs.metaworld import DIFFICULTY_TO_TASKS as groups
 
+    look = dict(observation_width=size, observation_height=size)
+
     def make(task, episode):
-        return env_class(task=task.split('/')[1], obs_type='pixels_agent_pos')
+        name = task.split('/')[1]
+        return env_class(task=name, obs_type='pixels_agent_pos', **look)
 
     mine = dict(first_seed=seed, shadows_and_multisampling=quality == 'full')
+    mine['image_size'] = size
     return Benchmark(
         'metaworld',
         tuple(f'{group}/{t}' for group, names in groups.items() for t in names),
@@ -244,7 +254,7 @@ def metaworld(quality: str = 'full', seed: int = 1000) -> Benchmark:
         lambda task, episode: seed + episode,
         _METAWORLD_PROTOCOL | mine,
         dict(_METAWORLD_PROTOCOL),
-        dict(_METAWORLD),
+        dict(cameras={'image': [size, size, 3]}) | _METAWORLD,
         ('mujoco', 'metaworld'),
     )
 
@@ -638,6 +648,11 @@ def batched(obs: dict) -> dict:
 def same(x):
     return x
 
+# %% ../../nbs/benchmarks/01_suite.ipynb #bd2d90c7
+def pictures(obs: dict) -> dict[str, np.ndarray]:
+    "Camera pictures of a raw observation by name; a single one is called 'image'."
+    return obs['pixels'] if isinstance(obs['pixels'], dict) else {'image': obs['pixels']}
+
 # %% ../../nbs/benchmarks/01_suite.ipynb #918d4a83
 class PolicyPlayer:
     """A LeRobot policy with its processors.
@@ -660,7 +675,13 @@ class PolicyPlayer:
         noise = batch_noise(self.policy, [self.seed], self.tick)
         ways = self.policy, self.pre, self.post, same, same
         self.tick += 1
-        return choose_action(*ways, batched(obs), [prompt], noise)[0]
+        return choose_action(*ways, batched(self.seen(obs)), [prompt], noise)[0]
+
+    def seen(self, obs: dict) -> dict:
+        "The observation; its camera is named where the policy's cameras have names."
+        if 'observation.image' in self.policy.config.image_features:
+            return obs
+        return obs | dict(pixels=pictures(obs))
 
     def close(self):
         pass
@@ -823,11 +844,6 @@ def random_policy(benchmark: Benchmark, preset: str = 'small', seed: int = 0, **
         policy = HaloPolicy(config)
     sizes = {'observation.state': c['state_size'], 'action': c['action_size']}
     return policy, *processors(config, {k: _unit(n) for k, n in sizes.items()})
-
-# %% ../../nbs/benchmarks/01_suite.ipynb #bd2d90c7
-def pictures(obs: dict) -> dict[str, np.ndarray]:
-    "Camera pictures of a raw observation by name; a single one is called 'image'."
-    return obs['pixels'] if isinstance(obs['pixels'], dict) else {'image': obs['pixels']}
 
 # %% ../../nbs/benchmarks/01_suite.ipynb #544fe2d6
 class ServedPolicy:
