@@ -110,6 +110,11 @@ def test_an_interrupted_recording_goes_on(tmp_path):
     assert d.record(tmp_path / 'x', ABOUT, jobs(5), play, progress=False)['episodes'] == 4
 
 
+def test_a_file_that_was_begun_is_no_episode(folder):
+    (folder / 'episodes/.A-0000000009.1.part.npz').write_bytes(b'PK')
+    assert len(list(d.read_episodes(folder))) == d.summary(folder)['episodes'] == 12
+
+
 def test_as_many_as_wanted(tmp_path):
     s = d.record(tmp_path / 'x', ABOUT, jobs(20, 'A', 'B'), play, wanted=6, progress=False)
     assert {t: r['successes'] for t, r in s['tasks'].items()} == dict(A=6, B=6)

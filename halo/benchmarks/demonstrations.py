@@ -27,7 +27,8 @@ from ..data.files import shown, whole, write_whole
 
 # %% auto #0
 __all__ = ['Episode', 'About', 'check_episode', 'write_episode', 'read_episode', 'only_successes', 'read_about', 'record',
-           'episode_files', 'read_episodes', 'summary', 'features', 'convert', 'sheet', 'spoken', 'main']
+           'episode_files', 'read_episodes', 'summary', 'features', 'convert', 'sheet', 'spoken', 'keep_summary',
+           'main']
 
 # %% ../../nbs/benchmarks/08_demonstrations.ipynb #61f9674e
 @dataclass
@@ -420,11 +421,16 @@ def record(
         pool.shutdown(wait=True, cancel_futures=True)
     return summary(folder)
 
-# %% ../../nbs/benchmarks/08_demonstrations.ipynb #03866115
+# %% ../../nbs/benchmarks/08_demonstrations.ipynb #f731e31c
+def _whole_files(folder: Path) -> list[Path]:
+    "A folder's episodes. A file that was begun when a recording was killed has a dot."
+    return sorted((folder / 'episodes').glob('[!.]*.npz'))
+
+# %% ../../nbs/benchmarks/08_demonstrations.ipynb #7594036c
 def episode_files(folder: str | Path) -> list[Path]:
     "The files of a folder's episodes, by task and seed. Raises `ValueError` without any."
     read_about(folder)
-    if not (files := sorted((Path(folder) / 'episodes').glob('*.npz'))):
+    if not (files := _whole_files(Path(folder))):
         raise ValueError(f"{shown(folder)} holds no episode yet; record some first")
     return files
 
@@ -434,11 +440,11 @@ def read_episodes(folder: str | Path):
     for path in episode_files(folder):
         yield read_episode(path)
 
-# %% ../../nbs/benchmarks/08_demonstrations.ipynb #237cf7d5
+# %% ../../nbs/benchmarks/08_demonstrations.ipynb #99e1aec3
 def _headers(folder: Path) -> list[dict]:
     "What is noted of every episode that was played."
     out = []
-    for path in sorted((folder / 'episodes').glob('*.npz')):
+    for path in _whole_files(folder):
         with np.load(path) as z:
             out.append(json.loads(str(z['header'])) | dict(kept=True))
     for path in sorted((folder / 'failed').glob('*.json')):
@@ -616,10 +622,20 @@ def spoken(s: dict) -> str:
         )
     return '\n'.join(out)
 
-# %% ../../nbs/benchmarks/08_demonstrations.ipynb #8500354c
+# %% ../../nbs/benchmarks/08_demonstrations.ipynb #35161ff7
+def keep_summary(folder: str | Path, path: str | Path) -> Path:
+    "Put a folder's summary, and what it is about, into the JSON file `path` by its name."
+    path, name = Path(path), Path(folder).resolve().name
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept[name] = summary(folder) | dict(about=read_about(folder).document())
+    return write_whole(path, json.dumps(dict(sorted(kept.items())), indent=1) + '\n')
+
+# %% ../../nbs/benchmarks/08_demonstrations.ipynb #0b22bd28
 def _show(args) -> None:
     "Print a folder's summary, and write a sheet of one of its episodes if asked to."
     print(spoken(summary(args.folder)))
+    if args.keep:
+        keep_summary(args.folder, args.keep)
     if args.sheet:
         from PIL import Image
 
@@ -636,7 +652,7 @@ def _convert(args) -> None:
     size = sum(p.stat().st_size for p in out.rglob('*') if p.is_file())
     print(f'{shown(out)}: {size / 1e6:.1f} MB')
 
-# %% ../../nbs/benchmarks/08_demonstrations.ipynb #71cb0f53
+# %% ../../nbs/benchmarks/08_demonstrations.ipynb #d28fcad8
 def _options():
     "The parser of `halo record`."
     about = 'Recorded demonstrations: what a folder holds, and a LeRobotDataset of it.'
@@ -644,6 +660,7 @@ def _options():
     kinds = p.add_subparsers(dest='what', required=True)
     show = kinds.add_parser('show', help='print what a folder holds')
     show.add_argument('folder', type=Path)
+    show.add_argument('--keep', type=Path, help='add the summary to this JSON file')
     show.add_argument('--sheet', type=Path, help='write the frames of an episode here')
     show.add_argument('--episode', type=int, default=0, help='which, counted from 0')
     show.add_argument('--columns', type=int, default=12, help='frames in a row')
