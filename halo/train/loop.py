@@ -27,6 +27,7 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from ..data.draw import ShareSampler, drawn_more, swap_colours
 from ..data.files import CLONE
 from ..data.history import EpisodeSampler, HistoryDataset, fingerprint
 from ..method.salr import fp32_parameter_names
@@ -43,7 +44,7 @@ from ..policy.processor_halo import make_halo_pre_post_processors, saved_tokeniz
 # %% auto #0
 __all__ = ['make_policy', 'preprocess', 'clip_and_step', 'train_step', 'TrainConfig', 'lr_at', 'set_lr', 'param_groups',
            'whole_folder', 'save_optimizer', 'load_optimizer', 'provenance', 'save_checkpoint', 'find_checkpoint',
-           'load_checkpoint', 'mask_values', 'MaskHistory', 'train']
+           'load_checkpoint', 'mask_values', 'MaskHistory', 'sampler_of', 'train']
 
 # %% ../../nbs/train/01_loop.ipynb #2d16fb39
 def _config_for(dataset: LeRobotDataset, config: dict) -> HaloConfig:
@@ -135,6 +136,11 @@ class TrainConfig:
     save_every: int = 500
     # steps between two notes of SALR's masks; 0: forty times in the run
     masks_every: int = 0
+    # ticks that are preferred: 'uniform' (none), 'before_motion', 'at_motion'
+    draw: str = 'uniform'
+    draw_share: float = 0.5  # of the draws that go to them; 'uniform' does not read it
+    # colour channels change places, alike in all pictures of a sample
+    swap_colours: bool = False
 
 # %% ../../nbs/train/01_loop.ipynb #550ae4b1
 def lr_at(step: int, tc: TrainConfig) -> float:
@@ -328,10 +334,21 @@ class _Trainee:
     optimizer: torch.optim.Optimizer
     sampler: EpisodeSampler
     step: int = 0
+    swap: bool = False  # let colour channels change places
 
     def batch(self) -> dict:
         "The next batch, preprocessed."
-        return preprocess(self.pre, self.data.batch(next(self.sampler)))
+        batch = self.data.batch(next(self.sampler))
+        if self.swap:
+            batch = swap_colours(batch, ['observation.history', *self.data.cameras])
+        return preprocess(self.pre, batch)
+
+# %% ../../nbs/train/01_loop.ipynb #140055ff
+def sampler_of(data: HistoryDataset, tc: TrainConfig) -> EpisodeSampler:
+    "The order in which a run reads `data`, by `tc.draw` and `tc.draw_share`."
+    if tc.draw == 'uniform':
+        return EpisodeSampler(len(data), tc.batch, seed=tc.seed)
+    return ShareSampler(drawn_more(data, tc.draw), tc.draw_share, tc.batch, seed=tc.seed)
 
 # %% ../../nbs/train/01_loop.ipynb #abdc871f
 def _begin(
@@ -342,10 +359,10 @@ def _begin(
     policy, pre, post = make_policy(dataset, **start, **config)
     sizes = policy.config.model, policy.config.roles
     data = HistoryDataset(dataset, *sizes, stats=True, **opened)
-    sampler = EpisodeSampler(len(data), tc.batch, seed=tc.seed)
     groups = param_groups(policy, tc.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=tc.lr, betas=(0.9, 0.95))
-    it = _Trainee(data, policy, pre, post, optimizer, sampler)
+    sampler = sampler_of(data, tc)
+    it = _Trainee(data, policy, pre, post, optimizer, sampler, swap=tc.swap_colours)
     if found:
         it.step = load_checkpoint(found, policy, optimizer, sampler)
     return it
