@@ -2768,6 +2768,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'halo.train.own_eyes.lesson': ('train/own_eyes.html#lesson', 'halo/train/own_eyes.py'),
                                      'halo.train.own_eyes.lesson_loss': ('train/own_eyes.html#lesson_loss', 'halo/train/own_eyes.py'),
                                      'halo.train.own_eyes.past_of': ('train/own_eyes.html#past_of', 'halo/train/own_eyes.py'),
+                                     'halo.train.own_eyes.places_in': ('train/own_eyes.html#places_in', 'halo/train/own_eyes.py'),
                                      'halo.train.own_eyes.pointed': ('train/own_eyes.html#pointed', 'halo/train/own_eyes.py'),
                                      'halo.train.own_eyes.pointing': ('train/own_eyes.html#pointing', 'halo/train/own_eyes.py'),
                                      'halo.train.own_eyes.question': ('train/own_eyes.html#question', 'halo/train/own_eyes.py'),

@@ -113,13 +113,13 @@ def linear_probe(
         right += int((said.argmax(1).numpy() == y[out]).sum())
     return dict(right=right / len(y), chance=float(np.bincount(y).max() / len(y)))
 
-# %% ../../nbs/train/02b_decision.ipynb #bffc38d3
+# %% ../../nbs/train/02b_decision.ipynb #76334d8e
 def place_label(extra: dict, camera: str, tick: int) -> int:
     """How many cubes stand left of the right one in the picture of `camera` at `tick`;
-    `extra` with `place_CAMERA` (T, c, 2) and `right`.
+    `extra` with `uv.CAMERA` (T, c, 2) pixels and `right` (T,).
     """
-    x = np.asarray(extra[f'place_{camera}'])[tick, :, 0]
-    return int((x < x[int(extra['right'])]).sum())
+    x = np.asarray(extra[f'uv.{camera}'])[tick, :, 0]
+    return int((x < x[int(extra['right'][tick])]).sum())
 
 # %% ../../nbs/train/02b_decision.ipynb #aa95c2b7
 def probe(

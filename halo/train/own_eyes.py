@@ -24,8 +24,8 @@ from .eyes import flow_and_hidden, save_vlm
 from .loop import TrainConfig, clip_and_step, set_lr
 
 # %% auto #0
-__all__ = ['COLOURS', 'HALF', 'PARTS', 'ANSWERS', 'LABELS', 'Shown', 'stand_in', 'Album', 'choice_begins', 'album', 'Asked',
-           'question', 'past_of', 'Lesson', 'lesson', 'cube_shares', 'token_answers', 'answers', 'pointing',
+__all__ = ['COLOURS', 'HALF', 'PARTS', 'ANSWERS', 'LABELS', 'Shown', 'stand_in', 'Album', 'choice_begins', 'places_in', 'album',
+           'Asked', 'question', 'past_of', 'Lesson', 'lesson', 'cube_shares', 'token_answers', 'answers', 'pointing',
            'lesson_loss', 'pointed', 'OwnEyes', 'read_out', 'learn']
 
 # %% ../../nbs/train/02a_own_eyes.ipynb #09f9b826
@@ -117,7 +117,7 @@ def stand_in(seed: int, colours: int = 3, side: int = 128) -> Shown:
         tcp = tcp + 0.06 * act[:3]
     return _collected(shots, right, colours)
 
-# %% ../../nbs/train/02a_own_eyes.ipynb #0cbc3c3b
+# %% ../../nbs/train/02a_own_eyes.ipynb #dadabde6
 def _shot(g, there: np.ndarray, tcp, paint, side: int) -> dict:
     "Pictures and places of a tick, by camera; `there` (c, 3) m, nan where hidden."
     out = {}
@@ -133,8 +133,10 @@ def _shot(g, there: np.ndarray, tcp, paint, side: int) -> dict:
 def _collected(shots: list, right: int, colours: int) -> Shown:
     "The ticks of an episode, stacked."
     frames = {c: np.stack([s[0][c][0] for s in shots]) for c in HALF}
-    extra = {f'place_{c}': np.stack([s[0][c][1] for s in shots]) for c in HALF}
-    extra |= dict(colour=np.arange(colours), right=np.array(right))
+    side = frames['primary'].shape[1]
+    extra = {f'uv.{c}': side * np.stack([s[0][c][1] for s in shots]) for c in HALF}
+    extra['index'] = np.arange(colours)[None].repeat(len(shots), 0)
+    extra['right'] = np.full(len(shots), right)
     state, action = (np.stack([s[k] for s in shots]).astype(np.float32) for k in (1, 2))
     return Shown(frames, state, action, extra)
 
@@ -174,22 +176,34 @@ def choice_begins(place: dict[str, np.ndarray]) -> int:
         )
     return int(many.argmax())
 
-# %% ../../nbs/train/02a_own_eyes.ipynb #c3fbcc35
+# %% ../../nbs/train/02a_own_eyes.ipynb #f735b291
+def places_in(episode, camera: str) -> np.ndarray:
+    """Where the cubes lie in a camera's pictures (T, c, 2), in parts of their sides; nan
+    where a cube is not in the picture. `episode.extra` holds `uv.CAMERA` (T, c, 2) pixels.
+    """
+    h, w = episode.frames[camera].shape[1:3]
+    at = np.asarray(episode.extra[f'uv.{camera}'], np.float32) / [w, h]
+    inside = ((at > 0) & (at < 1)).all(-1, keepdims=True)
+    return np.where(inside, at, np.nan).astype(np.float32)
+
+# %% ../../nbs/train/02a_own_eyes.ipynb #42f338eb
 def album(episodes, cfg: ModelConfig, roles: dict[str, str], half=None) -> Album:
-    """The album of `episodes` (`Shown`, or what a recorder wrote, with `place_CAMERA`,
-    `colour`, `right` in `extra`) at the sizes of `cfg`; `roles`: camera -> role.
+    """The album of `episodes` at the sizes of `cfg`; `roles`: camera -> role.
+
+    `episodes` are `Shown`, or what a recorder wrote, with `extra` as in `places_in`, and
+    `index` (T, c) and `right` (T,): the colour of each cube and which is right.
     """
     out, s = Album(list(roles), dict(half or HALF), ''), cfg.sampling
     size = {c: View(cfg.vision.factor, view_limit(s, role)) for c, role in roles.items()}
     for e in episodes:
         pictures = {c: torch.from_numpy(e.frames[c]).movedim(-1, 1) for c in roles}
-        place = {c: e.extra[f'place_{c}'] for c in roles}
+        place = {c: places_in(e, c) for c in roles}
         for c in roles:
             out.frames.setdefault(c, []).append(fit(pictures[c], size[c]))
             out.place.setdefault(c, []).append(torch.from_numpy(place[c]).float())
         out.past.append(fit(pictures[out.cameras[0]], s.history_size))
-        out.colour.append(torch.from_numpy(np.asarray(e.extra['colour'])).long())
-        out.right.append(int(e.extra['right']))
+        out.colour.append(torch.from_numpy(e.extra['index'][0]).long())
+        out.right.append(int(e.extra['right'][0]))
         out.begins.append(choice_begins(place))
         out.prompt = e.prompt
     return out
@@ -343,7 +357,7 @@ def _view_answers(book: Album, one: Lesson, k: int, factor: int) -> Tensor:
     said = token_answers(place, colour, right, book.half[camera], cells)
     return said.unflatten(0, (len(place), -1))
 
-# %% ../../nbs/train/02a_own_eyes.ipynb #f077f0ee
+# %% ../../nbs/train/02a_own_eyes.ipynb #b81becb8
 def _past_answers(book: Album, one: Lesson, factor: int) -> Tensor:
     "Answers of the tokens of all pairs of the past (tokens, ANSWERS)."
     side, places, colours = one.obs.history.shape[-1] // factor, [], []
@@ -375,19 +389,6 @@ def _weights(want: Tensor, images: int) -> Tensor:
     weight = 1.0, 4.0, 4.0 * now, 4.0 * there, now
     sizes = [torch.ones(len(want), n) for n in PARTS.values()]
     return torch.cat([n * w for n, w in zip(sizes, weight)], 1)
-
-
-def _past_answers(book: Album, one: Lesson, i: int, factor: int) -> list[Tensor]:
-    "Answers of each pair of the past of sample i."
-    side, (place, colour) = one.obs.history.shape[-1] // factor, one.past[i]
-    if len(place) % 2:
-        place, colour = (torch.cat([x, x[-1:]]) for x in (place, colour))
-    none = torch.zeros(place.shape[1])
-    half = book.half[book.cameras[0]]
-    return [
-        token_answers(place[k : k + 2], colour[k : k + 2], none, half, (side, side))
-        for k in range(0, len(place), 2)
-    ]
 
 # %% ../../nbs/train/02a_own_eyes.ipynb #2d967989
 def pointing(book: Album, one: Lesson, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
