@@ -1,4 +1,4 @@
-"""MIKASA-Robo's client: run it in ManiSkill's own environment
+"""MIKASA-Robo's client and recorder: run it in ManiSkill's own environment
 (configs/requirements/maniskill.txt).
 
 HALO need not be installed there: this file finds the folder halo/ that it came with, in a
@@ -16,7 +16,7 @@ import halo  # noqa: E402, F401
 
 # what lies beside halo (a wheel's site-packages) is not for this interpreter
 del sys.path[0]
-from halo.benchmarks.memory import main  # noqa: E402 - imports numpy and the standard library only
+from halo.benchmarks.mikasa import main  # noqa: E402 - imports numpy and the standard library only
 
 if __name__ == '__main__':
     main()

@@ -45,6 +45,10 @@ _ROBOTS = {
 
 # %% ../nbs/cli.ipynb #e0ec7c66
 COMMANDS = _ROBOTS | {
+    'record': Command(
+        'halo.benchmarks.demonstrations',
+        'recorded demonstrations: what is there, and a data set of it',
+    ),
     'reproduce': Command(
         'halo.benchmarks.tables', "the paper's tables beside our own numbers"
     ),

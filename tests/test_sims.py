@@ -29,7 +29,10 @@ HEAVY = 'torch lerobot transformers fastcore scipy gymnasium PIL openpi_client w
 HEAVY = HEAVY.split()
 
 
-@pytest.mark.parametrize('module', ['thin', 'calvin', 'memory', 'simpler', 'robot'])
+THIN = 'thin calvin memory simpler robot demonstrations mikasa'.split()
+
+
+@pytest.mark.parametrize('module', THIN)
 def test_thin_modules_import_numpy_only(module):
     "In the simulator's environment there is no torch, no lerobot, no fastcore."
     code = f'''
@@ -47,7 +50,7 @@ import halo.benchmarks.{module}
     assert done.returncode == 0, done.stderr[-600:]
 
 
-@pytest.mark.parametrize('module', ['thin', 'calvin', 'memory', 'simpler'])
+@pytest.mark.parametrize('module', [m for m in THIN if m != 'robot'])
 def test_thin_modules_parse_on_python_3_10(module):
     import ast
 

@@ -24,8 +24,8 @@ from ..data.files import locate, shown
 
 # %% auto #0
 __all__ = ['PROTOCOL', 'CHANCE', 'ROBOMME', 'chance', 'rpy', 'split_cameras', 'scalar', 'Mikasa', 'Scripted', 'vulkan_hint',
-           'shown_before', 'RoboMME', 'show_first', 'conventions', 'film', 'check', 'main', 'robomme_versions',
-           'main_robomme']
+           'shown_before', 'RoboMME', 'show_first', 'conventions', 'film', 'check', 'options', 'run',
+           'robomme_versions', 'main_robomme']
 
 # %% ../../nbs/benchmarks/05_memory.ipynb #80253a68
 PROTOCOL = dict(
@@ -339,8 +339,8 @@ def check(env: Mikasa, task: str, seeds):
             raise SystemExit(1)
 
 # %% ../../nbs/benchmarks/05_memory.ipynb #7f2700fe
-def _options():
-    "The parser of `clients/maniskill.py`."
+def options():
+    "The parser of `clients/maniskill.py`, as far as playing goes."
     p = parser('maniskill', 'Play a MIKASA-Robo memory task with a served policy.')
     p.add_argument('--task', default='RememberColor3-VLA-v0')
     p.add_argument('--device', default='cpu', choices=('cpu', 'gpu'))
@@ -382,9 +382,8 @@ def _play(env: Mikasa, args, seeds) -> None:
     print(_summary(args.task, out['success']))
 
 # %% ../../nbs/benchmarks/05_memory.ipynb #46a2629a
-def main(arguments=None):
-    "Command line of `clients/maniskill.py`."
-    args = _options().parse_args(arguments)
+def run(args):
+    "Play what the parsed options ask for."
     try:
         env = Mikasa(args.task, args.device)
     except RuntimeError as e:
