@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from ..data.draw import ShareSampler, drawn_more, swap_colours
 from ..data.files import CLONE
-from ..data.history import EpisodeSampler, HistoryDataset, fingerprint
+from ..data.history import EpisodeSampler, HistoryDataset, check_camera, fingerprint
 from ..method.salr import fp32_parameter_names
 from ..policy.configuration_halo import HaloConfig
 from halo.policy.modeling_halo import (
@@ -47,9 +47,15 @@ __all__ = ['make_policy', 'preprocess', 'clip_and_step', 'train_step', 'TrainCon
            'load_checkpoint', 'mask_values', 'MaskHistory', 'sampler_of', 'train']
 
 # %% ../../nbs/train/01_loop.ipynb #2d16fb39
-def _config_for(dataset: LeRobotDataset, config: dict) -> HaloConfig:
-    "A configuration with the dataset's features and rate, and the fields of `config`."
+def _config_for(dataset: LeRobotDataset, config: dict, cameras=None) -> HaloConfig:
+    """A configuration with the dataset's features and rate, and the fields of `config`; of
+    its cameras only `cameras`, if they are named.
+    """
     feats = dataset_to_policy_features(dataset.meta.features)
+    for c in cameras or ():
+        check_camera(dataset.meta, c)
+    left_out = {*dataset.meta.camera_keys} - {*(cameras or dataset.meta.camera_keys)}
+    feats = {k: f for k, f in feats.items() if k not in left_out}
     out = {k: f for k, f in feats.items() if f.type is FeatureType.ACTION}
     inputs = {k: f for k, f in feats.items() if k not in out}
     shapes = dict(input_features=inputs, output_features=out)
@@ -61,9 +67,11 @@ def make_policy(
     meta: bool = False,
     init_from=None,
     load_vlm: bool = True,
+    cameras: list[str] | None = None,
     **config,
 ) -> tuple[HaloPolicy, object, object]:
     """A HALO policy and its processors for `dataset`; `config` are fields of `HaloConfig`.
+    Of the dataset's cameras it reads `cameras`; None: all.
 
     `init_from` (a policy folder or hub id) gives the weights and the tokenizer: the VLM's
     own are not read then, nor with
@@ -71,7 +79,7 @@ def make_policy(
     they take no memory.
     Raises `ValueError` for a policy of other sizes.
     """
-    cfg = _config_for(dataset, config)
+    cfg = _config_for(dataset, config, cameras)
     own = load_vlm and not meta and init_from is None
     with torch.device('meta') if meta else nullcontext():
         policy = HaloPolicy(cfg, dataset_meta=dataset.meta, load_vlm=own)
