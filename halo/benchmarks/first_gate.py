@@ -24,10 +24,10 @@ from ..train.loop import TrainConfig, make_policy
 from ..train.own_eyes import OwnEyes, album, learn
 
 # %% auto #0
-__all__ = ['CAMERA', 'HELD', 'Look', 'eyes_model', 'policy_fields', 'split', 'own_eyes', 'opened', 'curve', 'probed',
+__all__ = ['CAMERA', 'FREE', 'HELD', 'Look', 'eyes_model', 'policy_fields', 'split', 'own_eyes', 'opened', 'curve', 'probed',
            'probe_table', 'parser', 'main']
 
-# %% ../../nbs/benchmarks/09a_first_gate.ipynb #15a95cf4
+# %% ../../nbs/benchmarks/09a_first_gate.ipynb #f1f2f8d7
 CAMERA = 'observation.images.{}'.format
 
 
@@ -41,6 +41,8 @@ class Look:
     view: int = 56  # of the primary camera's present picture
     other: int = 112  # of the second camera's
     chunk: int = 8
+    freeze: bool = True  # the eyes stay as they came
+    gates: bool = False  # SALR's masks as gates that can close, as in the preset
 
     def roles(self) -> dict[str, str]:
         "Camera -> role, primary first."
@@ -51,7 +53,7 @@ class Look:
         sizes = dict(history_size=self.size, view_size=self.view)
         return sizes | dict(secondary_size=self.other)
 
-# %% ../../nbs/benchmarks/09a_first_gate.ipynb #72e742d2
+# %% ../../nbs/benchmarks/09a_first_gate.ipynb #48bd4e6b
 def eyes_model(look: Look, vlm: str = '', fps: float = 20.0) -> ModelConfig:
     "The tiny model in which eyes for `look` learn, from the weights `vlm` or from none."
     time = dict(history_frames=look.frames, history_stride=1, fps=fps)
@@ -66,7 +68,12 @@ def policy_fields(look: Look, vlm: str = '') -> dict:
     fields |= dict(history_frames=look.frames, history_stride=1, chunk_size=look.chunk)
     roles = {CAMERA(c): role for c, role in look.roles().items()}
     seen = dict(cameras=keys, primary_camera=keys[0], camera_roles=roles)
-    return fields | seen | dict(model=dict(sampling=look.sampling()))
+    free = {} if look.gates else dict(salr=FREE)
+    seen |= dict(freeze_vlm=look.freeze, model=dict(sampling=look.sampling()) | free)
+    return fields | seen
+
+
+FREE = dict(mask='real', compression='linear', closing=0.0)  # masks of the paper
 
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #0ec25f9d
 HELD = 30
@@ -146,7 +153,7 @@ def probe_table(found: list[dict]) -> str:
         out.append(f'{label:6} {layer:5} {cells} {at[groups[0]]["chance"]:8.2f}')
     return '\n'.join(out)
 
-# %% ../../nbs/benchmarks/09a_first_gate.ipynb #35c118ed
+# %% ../../nbs/benchmarks/09a_first_gate.ipynb #16c1b58a
 def parser() -> argparse.ArgumentParser:
     "Arguments of `python -m halo.benchmarks.first_gate`."
     p = argparse.ArgumentParser(prog='python -m halo.benchmarks.first_gate')
@@ -155,6 +162,8 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument('--cameras', nargs='+', default=list(Look.cameras))
     for name in ('frames', 'size', 'view', 'other'):
         common.add_argument(f'--{name}', type=int, default=getattr(Look, name))
+    common.add_argument('--train-vlm', action='store_true', help='do not keep the eyes')
+    common.add_argument('--gates', action='store_true', help="masks of the preset")
     common.add_argument('--vlm', default='', help='folder of VLM weights; none: random')
     common.add_argument('--steps', type=int, default=1200)
     common.add_argument('--batch', type=int, default=16)
@@ -170,16 +179,18 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument('--draw', default='at_motion')
     fit.add_argument('--share', type=float, default=0.5)
     fit.add_argument('--plain-colours', action='store_true')
+    fit.add_argument('--state-noise', type=float, default=0.3)
     look = do.add_parser('probe', parents=[common], help='what the cache knows')
     look.add_argument('demos', type=Path)
     look.add_argument('data', type=Path)
     look.add_argument('--policy', type=Path)
     return p
 
-# %% ../../nbs/benchmarks/09a_first_gate.ipynb #7995eef2
+# %% ../../nbs/benchmarks/09a_first_gate.ipynb #a7146c61
 def _train(a, look: Look) -> None:
     "Train as the arguments say and print the curve."
     drawn = dict(draw=a.draw, draw_share=a.share, swap_colours=not a.plain_colours)
+    drawn |= dict(state_noise=a.state_noise)
     times = dict(warmup=50, log_every=50, save_every=10**6, masks_every=10**6)
     tc = TrainConfig(steps=a.steps, batch=a.batch, lr=a.lr, seed=a.seed, **times, **drawn)
     for row in curve(a.data, a.out, look, a.vlm, tc, a.every, a.minutes):
@@ -189,7 +200,8 @@ def _train(a, look: Look) -> None:
 def main(argv: list[str] | None = None) -> int:
     "`python -m halo.benchmarks.first_gate eyes|train|probe`; returns the exit status."
     a = parser().parse_args(argv)
-    look = Look(tuple(a.cameras), a.frames, a.size, a.view, a.other)
+    sizes = dict(frames=a.frames, size=a.size, view=a.view, other=a.other)
+    look = Look(tuple(a.cameras), **sizes, freeze=not a.train_vlm, gates=a.gates)
     if a.do == 'eyes':
         oc = OwnEyes(a.steps, a.batch, a.lr, seed=a.seed, minutes=a.minutes)
         folder = own_eyes(a.demos, a.out, look, a.vlm, oc)

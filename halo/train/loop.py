@@ -44,7 +44,7 @@ from ..policy.processor_halo import make_halo_pre_post_processors, saved_tokeniz
 # %% auto #0
 __all__ = ['make_policy', 'preprocess', 'clip_and_step', 'train_step', 'TrainConfig', 'lr_at', 'set_lr', 'param_groups',
            'whole_folder', 'save_optimizer', 'load_optimizer', 'provenance', 'save_checkpoint', 'find_checkpoint',
-           'load_checkpoint', 'mask_values', 'MaskHistory', 'sampler_of', 'train']
+           'load_checkpoint', 'mask_values', 'MaskHistory', 'noisy', 'sampler_of', 'train']
 
 # %% ../../nbs/train/01_loop.ipynb #2d16fb39
 def _config_for(dataset: LeRobotDataset, config: dict, cameras=None) -> HaloConfig:
@@ -149,6 +149,7 @@ class TrainConfig:
     draw_share: float = 0.5  # of the draws that go to them; 'uniform' does not read it
     # colour channels change places, alike in all pictures of a sample
     swap_colours: bool = False
+    state_noise: float = 0.0  # added to states, in their standard deviations
 
 # %% ../../nbs/train/01_loop.ipynb #550ae4b1
 def lr_at(step: int, tc: TrainConfig) -> float:
@@ -342,14 +343,22 @@ class _Trainee:
     optimizer: torch.optim.Optimizer
     sampler: EpisodeSampler
     step: int = 0
-    swap: bool = False  # let colour channels change places
+    tc: TrainConfig = field(default_factory=TrainConfig)
 
     def batch(self) -> dict:
         "The next batch, preprocessed."
         batch = self.data.batch(next(self.sampler))
-        if self.swap:
+        if self.tc.swap_colours:
             batch = swap_colours(batch, ['observation.history', *self.data.cameras])
-        return preprocess(self.pre, batch)
+        batch = preprocess(self.pre, batch)
+        if self.tc.state_noise:
+            batch['observation.state'] = noisy(batch['observation.state'], self.tc)
+        return batch
+
+# %% ../../nbs/train/01_loop.ipynb #d729d4a9
+def noisy(state: torch.Tensor, tc: TrainConfig) -> torch.Tensor:
+    "Normalised states (b, d) with noise of `tc.state_noise`, from torch's generator."
+    return state + tc.state_noise * torch.randn_like(state)
 
 # %% ../../nbs/train/01_loop.ipynb #140055ff
 def sampler_of(data: HistoryDataset, tc: TrainConfig) -> EpisodeSampler:
@@ -370,7 +379,7 @@ def _begin(
     groups = param_groups(policy, tc.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=tc.lr, betas=(0.9, 0.95))
     sampler = sampler_of(data, tc)
-    it = _Trainee(data, policy, pre, post, optimizer, sampler, swap=tc.swap_colours)
+    it = _Trainee(data, policy, pre, post, optimizer, sampler, tc=tc)
     if found:
         it.step = load_checkpoint(found, policy, optimizer, sampler)
     return it

@@ -77,17 +77,17 @@ def _table(g: np.random.Generator, colours: int) -> np.ndarray:
     xy = g.permutation(xy) + 0.01 * g.normal(size=xy.shape)
     return np.c_[xy, np.full(colours, 0.02)]
 
-# %% ../../nbs/train/02a_own_eyes.ipynb #8eb07180
+# %% ../../nbs/train/02a_own_eyes.ipynb #f4b4582f
 def _picture(g, places: np.ndarray, colours, hand, side: int, half: float) -> np.ndarray:
     "A picture (H, W, 3) uint8 with cubes at `places` (c, 2) and a hand at `hand` (2,)."
     x = np.full((side, side, 3), (196, 180, 160), np.float32)
-    x += 4 * g.normal(size=(side, side, 1))
+    x += 4 * g.normal(size=(side, 1, 1))  # a grain along the rows
     y, c = np.mgrid[:side, :side] / side
     for at, colour in zip(places, colours):
         x[(abs(c - at[0]) < half) & (abs(y - at[1]) < half)] = colour
     if hand is not None:
         x[(abs(c - hand[0]) < 0.05) & (y < hand[1] - 0.03)] = (235, 235, 235)
-    return np.clip(x + 2 * g.normal(size=x.shape), 0, 255).astype(np.uint8)
+    return np.clip(x + 4 * g.normal(), 0, 255).astype(np.uint8)
 
 # %% ../../nbs/train/02a_own_eyes.ipynb #9a319e34
 HALF = dict(primary=0.016, wrist=0.032)  # half a cube, in parts of the picture's side
