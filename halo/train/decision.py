@@ -122,15 +122,22 @@ def place_label(extra: dict, camera: str, tick: int) -> int:
     x = np.asarray(extra[f'uv.{camera}'])[tick, :, 0]
     return int((x < x[int(extra['right'][tick])]).sum())
 
-# %% ../../nbs/train/02b_decision.ipynb #aa95c2b7
+# %% ../../nbs/train/02b_decision.ipynb #56d8025c
 def probe(
     policy: HaloPolicy, pre, data: HistoryDataset, rows, labels: dict[str, np.ndarray]
 ) -> list[dict]:
     "`linear_probe` of every layer and group of tokens for each of `labels` (b,) by name."
-    obs = policy.observation(preprocess(pre, data.batch(rows)))
+    parts = []
+    for some in np.array_split(rows, -(-len(rows) // 32)):
+        obs = policy.observation(preprocess(pre, data.batch(some)))
+        parts.append(read_cache(policy, obs))
+    joined = [
+        {k: torch.cat([p[n][k] for p in parts]) for k in layer}
+        for n, layer in enumerate(parts[0])
+    ]
     return [
         dict(layer=n, group=group, label=name) | linear_probe(x, label)
-        for n, groups in enumerate(read_cache(policy, obs))
+        for n, groups in enumerate(joined)
         for group, x in groups.items()
         for name, label in labels.items()
     ]
