@@ -173,6 +173,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                              'halo/benchmarks/demonstrations.py'),
                                                 'halo.benchmarks.demonstrations._played': ( 'benchmarks/demonstrations.html#_played',
                                                                                             'halo/benchmarks/demonstrations.py'),
+                                                'halo.benchmarks.demonstrations._progress': ( 'benchmarks/demonstrations.html#_progress',
+                                                                                              'halo/benchmarks/demonstrations.py'),
                                                 'halo.benchmarks.demonstrations._provenance': ( 'benchmarks/demonstrations.html#_provenance',
                                                                                                 'halo/benchmarks/demonstrations.py'),
                                                 'halo.benchmarks.demonstrations._run': ( 'benchmarks/demonstrations.html#_run',

@@ -338,6 +338,13 @@ class Clone:
     def make_demonstrations(self):
         self.do('python -m halo.sim.flash_place --root data/flash_place --episodes 1')
 
+    def make_recording(self):
+        "A folder of recorded episodes, as a simulator's client writes it."
+        self.python(
+            "from test_demonstrations import ABOUT, jobs, play, d\n"
+            "d.record('data/demos/little', ABOUT, jobs(2), play, progress=False)"
+        )
+
     def make_run(self):
         self.need('data')
         (self.root / 'run.yaml').write_text(RUN)

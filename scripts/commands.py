@@ -376,6 +376,12 @@ RULES = (
         slow=True,
     ),
     Rule(r'halo (evaluate|demo) --bench', ((r'$', ' --episodes 1'),), slow=True),
+    Rule(
+        r'halo record (show|convert) (data/demos|FOLDER)',
+        ((r'FOLDER', 'data/demos'), (r'data/demos(/\S+)?', 'data/demos/little')),
+        ('recording',),
+        slow=True,
+    ),
     Rule(r'halo files NAME', ((r'NAME', 'configs/mixtures'),)),
     Rule(
         r'--policy\.path=POLICY',
@@ -582,6 +588,10 @@ EXCUSED = {  # a regular expression -> why such commands cannot run here
     ),
     r'clients/calvin\.py --check': (
         "asks CALVIN's own predicates, so a stand-in of the simulator cannot answer"
+    ),
+    r'clients/maniskill\.py .*--record': (
+        'needs ManiSkill and a Vulkan renderer; the last cells of'
+        ' nbs/benchmarks/09_mikasa_demonstrations.ipynb record with it'
     ),
     r'scripts/slurm_check\.py$': (
         'needs the daemons of Slurm and munge, and root to start them'

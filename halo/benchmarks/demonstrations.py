@@ -318,13 +318,14 @@ class _Queue:
         self.running[result['task']] -= 1
         self.kept[result['task']] += result['kept']
 
-# %% ../../nbs/benchmarks/08_demonstrations.ipynb #8b1d0fbe
+# %% ../../nbs/benchmarks/08_demonstrations.ipynb #e9276914
 class _Progress:
     "How far a recording is, in one line."
 
-    def __init__(self, total: int, visible: bool):
-        self.total, self.visible, self.start = total, visible, time.perf_counter()
+    def __init__(self, total: int, visible: bool, counts: str = 'played'):
+        self.total, self.counts, self.visible = total, counts, visible
         self.played = self.kept = self.ticks = 0
+        self.start = time.perf_counter()
         self.said = self.start - 30
 
     def add(self, result: dict) -> None:
@@ -333,7 +334,7 @@ class _Progress:
         self.kept += result['kept']
         self.ticks += result['ticks']
         terminal, now = sys.stderr.isatty(), time.perf_counter()
-        last = self.played == self.total
+        last = getattr(self, self.counts) == self.total
         if self.visible and (last or now - self.said > (0.2 if terminal else 30)):
             self.said = now
             end = '\r' if terminal and not last else '\n'
@@ -341,11 +342,21 @@ class _Progress:
 
     def line(self, seconds: float) -> str:
         "What is said after so many seconds."
-        left = (self.total - self.played) * seconds / self.played / 60
+        done = getattr(self, self.counts)
+        left = (self.total - done) * seconds / max(done, 1) / 60
         return (
-            f'{self.played} of at most {self.total} episodes, {self.kept} kept,'
+            f'{done} of {self.total} episodes ({self.played} played, {self.kept} kept),'
             f' {self.ticks / seconds:.1f} frames a second, {left:.0f} minutes left '
         )
+
+# %% ../../nbs/benchmarks/08_demonstrations.ipynb #405328b9
+def _progress(queue: _Queue, visible: bool) -> _Progress:
+    "The progress of what a queue still holds."
+    if queue.wanted is None:
+        return _Progress(len(queue.jobs), visible)
+    tasks = {task for task, _ in queue.jobs}
+    missing = sum(max(0, queue.wanted - queue.kept[t]) for t in tasks)
+    return _Progress(missing, visible, 'kept')
 
 # %% ../../nbs/benchmarks/08_demonstrations.ipynb #b6df0252
 def _open_jobs(folder: Path, about: About, jobs: list) -> list[tuple[str, int]]:
@@ -380,7 +391,7 @@ def _run(pool, queue: _Queue, progress: _Progress, workers: int) -> None:
             queue.done(result := future.result())
             progress.add(result)
 
-# %% ../../nbs/benchmarks/08_demonstrations.ipynb #f021da59
+# %% ../../nbs/benchmarks/08_demonstrations.ipynb #3b2ab255
 def record(
     folder: str | Path,
     about: About,
@@ -404,7 +415,7 @@ def record(
     queue = _Queue(todo, _kept(folder, jobs), wanted)
     pool = _Here(work) if workers == 1 else _Processes(work, workers)
     try:
-        _run(pool, queue, _Progress(len(todo), progress), workers)
+        _run(pool, queue, _progress(queue, progress), workers)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return summary(folder)
