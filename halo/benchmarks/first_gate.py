@@ -101,7 +101,7 @@ def own_eyes(
         book.prompt = 'touch'
     return learn(out, cfg, *books, oc)
 
-# %% ../../nbs/benchmarks/09a_first_gate.ipynb #250bcaa0
+# %% ../../nbs/benchmarks/09a_first_gate.ipynb #21838bd3
 def opened(data: Path, look: Look, held: int = HELD) -> tuple:
     """A dataset without its last episodes, those as `HistoryDataset`, all of it, and the
     folder of their frames.
@@ -117,17 +117,24 @@ def opened(data: Path, look: Look, held: int = HELD) -> tuple:
 
 
 def curve(
-    data: Path, out: Path, look: Look, vlm: str, tc: TrainConfig, every: int, minutes: float
+    data: Path,
+    out: Path,
+    look: Look,
+    vlm: str,
+    tc: TrainConfig,
+    every: int = 100,
+    minutes: float = 0.0,
+    held: int = HELD,
 ) -> list[dict]:
     "Train a policy and measure the right way after each `every` steps; see `gate`."
-    train, held, _, store = opened(data, look)
+    train, held, _, store = opened(data, look, held)
     how = dict(store=store, progress=False) | policy_fields(look, vlm)
     return gate(train, held, out, tc, every, minutes, **how)
 
-# %% ../../nbs/benchmarks/09a_first_gate.ipynb #bd1a537d
+# %% ../../nbs/benchmarks/09a_first_gate.ipynb #819cd764
 def probed(demos: Path, data: Path, look: Look, vlm: str = '', policy=None) -> list[dict]:
     "`probe` of the policy folder `policy`, or of the weights `vlm` in a new policy."
-    every = opened(data, look)[2]
+    every = opened(data, look, 1)[2]
     full = LeRobotDataset(f'local/{Path(data).name}', root=data)
     if policy:
         model = HaloPolicy.from_pretrained(policy)
@@ -153,7 +160,7 @@ def probe_table(found: list[dict]) -> str:
         out.append(f'{label:6} {layer:5} {cells} {at[groups[0]]["chance"]:8.2f}')
     return '\n'.join(out)
 
-# %% ../../nbs/benchmarks/09a_first_gate.ipynb #16c1b58a
+# %% ../../nbs/benchmarks/09a_first_gate.ipynb #beba69ee
 def parser() -> argparse.ArgumentParser:
     "Arguments of `python -m halo.benchmarks.first_gate`."
     p = argparse.ArgumentParser(prog='python -m halo.benchmarks.first_gate')
@@ -171,6 +178,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument('--seed', type=int, default=0)
     common.add_argument('--minutes', type=float, default=0.0, help='0: no limit')
     common.add_argument('--out', type=Path, help='folder to write')
+    common.add_argument('--held', type=int, default=HELD, help='episodes never trained on')
     eyes = do.add_parser('eyes', parents=[common], help='eyes from demonstrations')
     eyes.add_argument('demos', type=Path, nargs='+')
     fit = do.add_parser('train', parents=[common], help='a policy, with its curve')
@@ -186,14 +194,14 @@ def parser() -> argparse.ArgumentParser:
     look.add_argument('--policy', type=Path)
     return p
 
-# %% ../../nbs/benchmarks/09a_first_gate.ipynb #a7146c61
+# %% ../../nbs/benchmarks/09a_first_gate.ipynb #64eb7740
 def _train(a, look: Look) -> None:
     "Train as the arguments say and print the curve."
     drawn = dict(draw=a.draw, draw_share=a.share, swap_colours=not a.plain_colours)
     drawn |= dict(state_noise=a.state_noise)
     times = dict(warmup=50, log_every=50, save_every=10**6, masks_every=10**6)
     tc = TrainConfig(steps=a.steps, batch=a.batch, lr=a.lr, seed=a.seed, **times, **drawn)
-    for row in curve(a.data, a.out, look, a.vlm, tc, a.every, a.minutes):
+    for row in curve(a.data, a.out, look, a.vlm, tc, a.every, a.minutes, a.held):
         print({k: round(v, 3) for k, v in row.items()}, flush=True)
 
 
@@ -204,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     look = Look(tuple(a.cameras), **sizes, freeze=not a.train_vlm, gates=a.gates)
     if a.do == 'eyes':
         oc = OwnEyes(a.steps, a.batch, a.lr, seed=a.seed, minutes=a.minutes)
-        folder = own_eyes(a.demos, a.out, look, a.vlm, oc)
+        folder = own_eyes(a.demos, a.out, look, a.vlm, oc, a.held)
         print(json.dumps(json.loads((folder / 'log.json').read_text())['log'][-1]))
     elif a.do == 'train':
         _train(a, look)
