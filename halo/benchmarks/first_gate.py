@@ -160,7 +160,7 @@ def probe_table(found: list[dict]) -> str:
         out.append(f'{label:6} {layer:5} {cells} {at[groups[0]]["chance"]:8.2f}')
     return '\n'.join(out)
 
-# %% ../../nbs/benchmarks/09a_first_gate.ipynb #beba69ee
+# %% ../../nbs/benchmarks/09a_first_gate.ipynb #b581f4ee
 def parser() -> argparse.ArgumentParser:
     "Arguments of `python -m halo.benchmarks.first_gate`."
     p = argparse.ArgumentParser(prog='python -m halo.benchmarks.first_gate')
@@ -174,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument('--vlm', default='', help='folder of VLM weights; none: random')
     common.add_argument('--steps', type=int, default=1200)
     common.add_argument('--batch', type=int, default=16)
-    common.add_argument('--lr', type=float, default=8e-4)
+    common.add_argument('--lr', type=float, default=1e-3)
     common.add_argument('--seed', type=int, default=0)
     common.add_argument('--minutes', type=float, default=0.0, help='0: no limit')
     common.add_argument('--out', type=Path, help='folder to write')
@@ -187,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument('--draw', default='at_motion')
     fit.add_argument('--share', type=float, default=0.5)
     fit.add_argument('--plain-colours', action='store_true')
-    fit.add_argument('--state-noise', type=float, default=0.3)
+    fit.add_argument('--state-noise', type=float, default=0.0)
     look = do.add_parser('probe', parents=[common], help='what the cache knows')
     look.add_argument('demos', type=Path)
     look.add_argument('data', type=Path)
