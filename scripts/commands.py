@@ -609,6 +609,10 @@ EXCUSED = {  # a regular expression -> why such commands cannot run here
         'needs ManiSkill and a Vulkan renderer; the last cells of'
         ' nbs/benchmarks/09_mikasa_demonstrations.ipynb record with it'
     ),
+    r'halo\.benchmarks\.first_gate (eyes|train|probe)': (
+        'needs demonstrations that a simulator recorded; tests/test_first_gate.py gives'
+        ' the same commands a stand-in'
+    ),
     r'scripts/slurm_check\.py$': (
         'needs the daemons of Slurm and munge, and root to start them'
     ),

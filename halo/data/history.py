@@ -1139,10 +1139,11 @@ def state_dict(self: EpisodeSampler, step: int | None = None) -> dict:
 def load_state_dict(self: EpisodeSampler, state: dict) -> None:
     "Continue at a saved position. Raises `ValueError` if the sampler is another one."
     mine = self.state_dict(step=0)
-    for k in ('n', 'batch', 'seed'):
-        if state[k] != mine[k]:
+    for k in dict.fromkeys([*mine, *state]):
+        if k != 'step' and state.get(k) != mine.get(k):
             raise ValueError(
-                f"the saved sampler has {k}={state[k]} but this one has {k}={mine[k]};"
-                " resume with the same dataset, batch size and seed"
+                f"the saved sampler has {k}={state.get(k)} but this one has"
+                f" {k}={mine.get(k)}; resume with the same dataset, batch size, seed and"
+                " way of drawing"
             )
     self.step = int(state['step'])

@@ -42,6 +42,7 @@ class SamplingConfig:
     # longest side of a current view, pixels; 0 = the camera's own (in whole patches)
     view_size: int = 0
     wrist_size: int = 0  # the same for wrist cameras; 0 = as `view_size`
+    secondary_size: int = 0  # the same for secondary cameras; 0 = as `view_size`
     # where the present primary frame goes: 'view' or 'view_and_video'
     current: str = 'view'
     # temporal positions of video tokens: 'qwen' (real seconds) or 'installed'

@@ -88,10 +88,11 @@ def resize_view(x: Tensor, factor: int = 28, limit: int = 0) -> Tensor:
 
 # %% ../../nbs/method/01_sampling.ipynb #a611cab7
 def view_limit(cfg: SamplingConfig, role: str) -> int:
-    """Longest side of a current view in pixels: `wrist_size` for a wrist camera where it is
-    set, else `view_size`. `role`: 'primary', 'secondary' or 'wrist'.
+    """Longest side of a current view in pixels: `wrist_size` or `secondary_size` for such a
+    camera where it is set, else `view_size`. `role`: 'primary', 'secondary' or 'wrist'.
     """
-    return cfg.wrist_size if role == 'wrist' and cfg.wrist_size else cfg.view_size
+    own = dict(wrist=cfg.wrist_size, secondary=cfg.secondary_size)
+    return own.get(role) or cfg.view_size
 
 # %% ../../nbs/method/01_sampling.ipynb #191171f9
 class HistoryBuffer:

@@ -30,8 +30,8 @@ from .loop import TrainConfig, clip_and_step, set_lr, whole_folder
 
 # %% auto #0
 __all__ = ['COLOURS', 'INSTRUCTIONS', 'ellipse', 'box', 'paint', 'scene', 'draw', 'near_view', 'instruction_tokens',
-           'pointing_batch', 'token_targets', 'dense_loss', 'both_losses', 'pointing_error', 'save_vlm', 'pretrain',
-           'main']
+           'pointing_batch', 'token_targets', 'dense_loss', 'flow_and_hidden', 'both_losses', 'pointing_error',
+           'save_vlm', 'pretrain', 'main']
 
 # %% ../../nbs/train/02_eyes.ipynb #dc9cb63a
 COLOURS = dict(red=(0.95, 0.05, 0.05), green=(0.05, 0.75, 0.05), blue=(0.05, 0.15, 1.0))
@@ -287,6 +287,24 @@ def dense_loss(
     tokens = (weight * (got - want).square()).mean()
     return tokens + (head[1](hidden[:, -1]) - answer).square().mean()
 
+# %% ../../nbs/train/02_eyes.ipynb #1eb792e3
+def flow_and_hidden(
+    model: HaloModel, obs: Observation, target: Tensor, real: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Flow-matching loss of chunks `target` (b, s, d) with mask `real`, and the VLM's last
+    hidden state (b, l, width) over its own spread, from one interleaved pass.
+    """
+    r = model.cfg.flow.draws
+    x, state, ctx = model.start(obs)
+    target, real = (y.repeat_interleave(r, 0) for y in (target, real))
+    noise = torch.randn_like(target) * real
+    t = sample_time(len(target))
+    a, ectx = model.expert_start(obs.state, ctx, interpolate(target, noise, t), t)
+    for block in model.blocks:
+        x, state, a, _ = block(x, state, a, ctx, ectx)
+    flow = flow_loss(model.heads.read(a), velocity_target(target, noise), real)
+    return flow, x / x.detach().std(-1, keepdim=True)
+
 # %% ../../nbs/train/02_eyes.ipynb #caf02044
 def both_losses(
     model: HaloModel,
@@ -298,18 +316,9 @@ def both_losses(
     """Flow-matching loss of the pointing chunk, and the dense loss of the tokens, from one
     interleaved pass.
     """
-    cfg, r = model.cfg, model.cfg.flow.draws
-    x, state, ctx = model.start(obs)
-    target, real = (y.repeat_interleave(r, 0) for y in (target, real))
-    noise = torch.randn_like(target) * real
-    t = sample_time(len(target))
-    a, ectx = model.expert_start(obs.state, ctx, interpolate(target, noise, t), t)
-    for block in model.blocks:
-        x, state, a, _ = block(x, state, a, ctx, ectx)
-    x = x / x.detach().std(-1, keepdim=True)
-    flow = flow_loss(model.heads.read(a), velocity_target(target, noise), real)
-    disc = target[::r, -1, :2]
-    return flow, dense_loss(x, pack(obs, cfg), obs, disc, head, cfg)
+    flow, x = flow_and_hidden(model, obs, target, real)
+    packed = pack(obs, model.cfg)
+    return flow, dense_loss(x, packed, obs, target[:, -1, :2], head, model.cfg)
 
 # %% ../../nbs/train/02_eyes.ipynb #698d4919
 @torch.no_grad()

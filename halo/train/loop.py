@@ -27,8 +27,9 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from ..data.draw import ShareSampler, drawn_more, swap_colours
 from ..data.files import CLONE
-from ..data.history import EpisodeSampler, HistoryDataset, fingerprint
+from ..data.history import EpisodeSampler, HistoryDataset, check_camera, fingerprint
 from ..method.salr import fp32_parameter_names
 from ..policy.configuration_halo import HaloConfig
 from halo.policy.modeling_halo import (
@@ -43,12 +44,18 @@ from ..policy.processor_halo import make_halo_pre_post_processors, saved_tokeniz
 # %% auto #0
 __all__ = ['make_policy', 'preprocess', 'clip_and_step', 'train_step', 'TrainConfig', 'lr_at', 'set_lr', 'param_groups',
            'whole_folder', 'save_optimizer', 'load_optimizer', 'provenance', 'save_checkpoint', 'find_checkpoint',
-           'load_checkpoint', 'mask_values', 'MaskHistory', 'train']
+           'load_checkpoint', 'mask_values', 'MaskHistory', 'noisy', 'sampler_of', 'train']
 
 # %% ../../nbs/train/01_loop.ipynb #2d16fb39
-def _config_for(dataset: LeRobotDataset, config: dict) -> HaloConfig:
-    "A configuration with the dataset's features and rate, and the fields of `config`."
+def _config_for(dataset: LeRobotDataset, config: dict, cameras=None) -> HaloConfig:
+    """A configuration with the dataset's features and rate, and the fields of `config`; of
+    its cameras only `cameras`, if they are named.
+    """
     feats = dataset_to_policy_features(dataset.meta.features)
+    for c in cameras or ():
+        check_camera(dataset.meta, c)
+    left_out = {*dataset.meta.camera_keys} - {*(cameras or dataset.meta.camera_keys)}
+    feats = {k: f for k, f in feats.items() if k not in left_out}
     out = {k: f for k, f in feats.items() if f.type is FeatureType.ACTION}
     inputs = {k: f for k, f in feats.items() if k not in out}
     shapes = dict(input_features=inputs, output_features=out)
@@ -60,9 +67,11 @@ def make_policy(
     meta: bool = False,
     init_from=None,
     load_vlm: bool = True,
+    cameras: list[str] | None = None,
     **config,
 ) -> tuple[HaloPolicy, object, object]:
     """A HALO policy and its processors for `dataset`; `config` are fields of `HaloConfig`.
+    Of the dataset's cameras it reads `cameras`; None: all.
 
     `init_from` (a policy folder or hub id) gives the weights and the tokenizer: the VLM's
     own are not read then, nor with
@@ -70,7 +79,7 @@ def make_policy(
     they take no memory.
     Raises `ValueError` for a policy of other sizes.
     """
-    cfg = _config_for(dataset, config)
+    cfg = _config_for(dataset, config, cameras)
     own = load_vlm and not meta and init_from is None
     with torch.device('meta') if meta else nullcontext():
         policy = HaloPolicy(cfg, dataset_meta=dataset.meta, load_vlm=own)
@@ -135,6 +144,12 @@ class TrainConfig:
     save_every: int = 500
     # steps between two notes of SALR's masks; 0: forty times in the run
     masks_every: int = 0
+    # ticks that are preferred: 'uniform' (none), 'before_motion', 'at_motion'
+    draw: str = 'uniform'
+    draw_share: float = 0.5  # of the draws that go to them; 'uniform' does not read it
+    # colour channels change places, alike in all pictures of a sample
+    swap_colours: bool = False
+    state_noise: float = 0.0  # added to states, in their standard deviations
 
 # %% ../../nbs/train/01_loop.ipynb #550ae4b1
 def lr_at(step: int, tc: TrainConfig) -> float:
@@ -328,10 +343,29 @@ class _Trainee:
     optimizer: torch.optim.Optimizer
     sampler: EpisodeSampler
     step: int = 0
+    tc: TrainConfig = field(default_factory=TrainConfig)
 
     def batch(self) -> dict:
         "The next batch, preprocessed."
-        return preprocess(self.pre, self.data.batch(next(self.sampler)))
+        batch = self.data.batch(next(self.sampler))
+        if self.tc.swap_colours:
+            batch = swap_colours(batch, ['observation.history', *self.data.cameras])
+        batch = preprocess(self.pre, batch)
+        if self.tc.state_noise:
+            batch['observation.state'] = noisy(batch['observation.state'], self.tc)
+        return batch
+
+# %% ../../nbs/train/01_loop.ipynb #d729d4a9
+def noisy(state: torch.Tensor, tc: TrainConfig) -> torch.Tensor:
+    "Normalised states (b, d) with noise of `tc.state_noise`, from torch's generator."
+    return state + tc.state_noise * torch.randn_like(state)
+
+# %% ../../nbs/train/01_loop.ipynb #140055ff
+def sampler_of(data: HistoryDataset, tc: TrainConfig) -> EpisodeSampler:
+    "The order in which a run reads `data`, by `tc.draw` and `tc.draw_share`."
+    if tc.draw == 'uniform':
+        return EpisodeSampler(len(data), tc.batch, seed=tc.seed)
+    return ShareSampler(drawn_more(data, tc.draw), tc.draw_share, tc.batch, seed=tc.seed)
 
 # %% ../../nbs/train/01_loop.ipynb #abdc871f
 def _begin(
@@ -342,10 +376,10 @@ def _begin(
     policy, pre, post = make_policy(dataset, **start, **config)
     sizes = policy.config.model, policy.config.roles
     data = HistoryDataset(dataset, *sizes, stats=True, **opened)
-    sampler = EpisodeSampler(len(data), tc.batch, seed=tc.seed)
     groups = param_groups(policy, tc.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=tc.lr, betas=(0.9, 0.95))
-    it = _Trainee(data, policy, pre, post, optimizer, sampler)
+    sampler = sampler_of(data, tc)
+    it = _Trainee(data, policy, pre, post, optimizer, sampler, tc=tc)
     if found:
         it.step = load_checkpoint(found, policy, optimizer, sampler)
     return it

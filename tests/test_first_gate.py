@@ -1,0 +1,66 @@
+"""The commands of the first gate, on a stand-in that needs no simulator."""
+
+import json
+
+import pytest
+
+from halo.benchmarks import first_gate as fg
+from halo.benchmarks.demonstrations import About, Episode, convert, record
+from halo.train.own_eyes import stand_in
+
+
+def play(task, seed):
+    e = stand_in(seed, side=56)
+    return Episode(task, e.prompt, seed, True, e.frames, e.state, e.action, e.extra)
+
+
+@pytest.fixture(scope='module')
+def recorded(tmp_path_factory):
+    "A folder of demonstrations, and the dataset made of it."
+    root = tmp_path_factory.mktemp('gate')
+    names = [f'n{k}' for k in range(7)]
+    sizes = dict(primary=[56, 56], wrist=[56, 56])
+    about = About('stand-in', 20.0, names, names, 'none', sizes, {})
+    jobs = [('stand_in', k) for k in range(9)]
+    record(root / 'demos', about, jobs, play, progress=False)
+    return root / 'demos', convert(root / 'demos', root / 'data')
+
+
+def test_eyes_policy_and_probe(recorded, tmp_path, capsys):
+    demos, data = map(str, recorded)
+    few = ['--steps', '2', '--batch', '2', '--held', '2']
+    vlm, run = str(tmp_path / 'vlm'), tmp_path / 'run'
+    assert fg.main(['eyes', demos, '--out', vlm, *few]) == 0
+    log = json.loads((tmp_path / 'vlm/log.json').read_text())
+    assert log['episodes'] == 7 and log['labels'].startswith('privileged')
+    made = ['train', data, '--vlm', vlm, '--out', str(run), '--every', '1', *few]
+    assert fg.main(made) == 0
+    kept = json.loads((run / 'gate.json').read_text())
+    assert [r['step'] for r in kept['rows']] == [1, 2]
+    assert kept['rows'][0]['episodes'] == 2 and str(tmp_path) not in json.dumps(kept)
+    saved = json.loads((run / 'checkpoint/config.json').read_text())
+    assert [k for k in saved['input_features'] if 'images' in k] == [fg.CAMERA('wrist')]
+    capsys.readouterr()
+    assert fg.main(['probe', demos, data, '--policy', str(run / 'checkpoint')]) == 0
+    said = capsys.readouterr().out
+    assert 'history' in said and said.count('cue') == said.count('place') == 4
+
+
+def test_a_policy_without_history_is_measured(recorded, tmp_path):
+    look = fg.Look(frames=0, gates=True, freeze=False)
+    tc = fg.TrainConfig(steps=1, batch=2, warmup=0, draw='at_motion', state_noise=0.1)
+    rows = fg.curve(recorded[1], tmp_path / 'run', look, '', tc, every=1, held=3)
+    assert rows[0]['episodes'] == 3 and 0 <= rows[0]['right'] <= 1
+
+
+def test_both_cameras_have_their_sizes(recorded):
+    look = fg.Look(cameras=('wrist', 'primary'), other=28)
+    every = fg.opened(recorded[1], look, 2)[2]
+    batch = every.batch([0])
+    assert batch[fg.CAMERA('wrist')].shape[-1] == 56
+    assert batch[fg.CAMERA('primary')].shape[-1] == 28
+
+
+def test_an_unknown_camera_is_named(recorded):
+    with pytest.raises(ValueError, match='top'):
+        fg.opened(recorded[1], fg.Look(cameras=('top',)), 2)
