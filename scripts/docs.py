@@ -278,23 +278,36 @@ def slug(heading):
 
 
 def lighter(data: str) -> str:
-    "A PNG (base64) in 256 colours, if that is smaller."
-    out = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(data))).convert('RGB').quantize(
-        256, dither=Image.Dither.NONE
-    ).save(out, 'PNG', optimize=True)
+    """A PNG (base64) in 256 colours, if that is smaller; pictures of a camera, which have
+    thousands, stay as they are and become files with losses (`webp`).
+    """
+    out, picture = io.BytesIO(), Image.open(io.BytesIO(base64.b64decode(data)))
+    if is_photo(picture):
+        return data
+    colours = picture.convert('RGB').quantize(256, dither=Image.Dither.NONE)
+    colours.save(out, 'PNG', optimize=True)
     return min(data, base64.b64encode(out.getvalue()).decode(), key=len)
 
 
-def webp(data: str) -> str:
-    "A PNG (base64) as an image's source: the same pixels as lossless WebP, if smaller."
+def is_photo(picture) -> bool:
+    "Whether a picture has more colours than a drawing with its soft edges."
+    return picture.convert('RGB').getcolors(20_000) is None
+
+
+def webp(kind: str, data: str) -> str:
+    """A picture (base64, `kind` png or jpeg) as an image's source: the same pixels as
+    lossless WebP; a photo, in which nobody sees the difference, in good quality. The
+    picture itself, if that is smaller.
+    """
     picture, out = Image.open(io.BytesIO(base64.b64decode(data))), io.BytesIO()
     seen = 'RGBA' if 'A' in picture.mode or 'transparency' in picture.info else 'RGB'
-    picture.convert(seen).save(out, 'WEBP', lossless=True, quality=60, method=4)
+    photo = kind == 'jpeg' or is_photo(picture)
+    how = dict(quality=82) if photo else dict(lossless=True, quality=60)
+    picture.convert(seen).save(out, 'WEBP', method=4, **how)
     made = base64.b64encode(out.getvalue()).decode()
-    return (
-        f'image/webp;base64,{made}' if len(made) < len(data) else f'image/png;base64,{data}'
-    )
+    if len(made) < len(data):
+        return f'image/webp;base64,{made}'
+    return f'image/{kind};base64,{data}'
 
 
 def folded_solutions(page: str) -> str:
@@ -324,23 +337,31 @@ def slim(page: str, short: bool = True) -> str:
     colour, a mark between two neighbours of one colour, the explorers' script where no
     explorer is, and pictures larger than need be. `short`: the marks of code in few bytes.
     """
-    page = re.sub(r'<span class="bu">([^<]*)</span>', r'\1', page)
+    page = re.sub(r'<span class="(?:bu|va)">([^<]*)</span>', r'\1', page)
     same = re.compile(
         r'<span class="(\w\w)">([^<]*)</span>((?:<span class="\1">[^<]*</span>)+)'
     )
     inside = lambda m: re.sub(r'<[^>]*>', '', m[3])
     page = same.sub(lambda m: f'<span class="{m[1]}">{m[2]}{inside(m)}</span>', page)
-    if short:  # ten thousand marks a page; two in five were operators, a grey beside black
+    if short:  # ten thousand marks a page: operators none, strings `i`, keywords `b`
         page = re.sub(r'<span class="op">([^<]*)</span>', r'\1', page)
+        page = re.sub(r'<span class="(?:st|ch|ss)">([^<]*)</span>', r'<i>\1</i>', page)
+        page = re.sub(r'<span class="(?:kw|cf)">([^<]*)</span>', r'<b>\1</b>', page)
+        page = page.replace('</i><i>', '')
         page = re.sub(r'<span class="(\w\w)">([^<]*)</span>', r'<i class=\1>\2</i>', page)
         # a name in the sidebar needs no box of its own; every page lists all chapters
-        bare = lambda m: re.sub(r'<span class="menu-text">([^<]*)</span>', r'\1', m[0])
-        page = re.sub(r'<nav id="quarto-sidebar".*?</nav>', bare, page, flags=re.S)
+        page = re.sub(r'<nav id="quarto-sidebar".*?</nav>', bare_sidebar, page, flags=re.S)
     if '<iframe class="halo-twin"' not in page:
         page = TWINS.sub('', page)
-    return re.sub(
-        r'(?<=src="data:)image/png;base64,([A-Za-z0-9+/=]+)', lambda m: webp(m[1]), page
-    )
+    picture = r'(?<=src="data:)image/(png|jpeg);base64,([A-Za-z0-9+/=]+)'
+    return re.sub(picture, lambda m: webp(m[1], m[2]), page)
+
+
+def bare_sidebar(nav) -> str:
+    "The match of a sidebar without the boxes that a single link does not need."
+    text = re.sub(r'<span class="menu-text">([^<]*)</span>', r'\1', nav[0])
+    box = r'<div class="sidebar-item-container">(<a href=[^>]*>[^<]*</a>)</div>'
+    return re.sub(box, r'\1', text)
 
 
 def apart(page: str, folder: Path, up: str) -> str:
@@ -358,7 +379,7 @@ def apart(page: str, folder: Path, up: str) -> str:
         (folder / name).write_bytes(data)
         return f'{up}{folder.name}/{name}'
 
-    inside = r'(?<=<img src=")data:image/(png|webp);base64,([A-Za-z0-9+/=]+)(?=")'
+    inside = r'(?<=<img src=")data:image/(png|jpeg|webp);base64,([A-Za-z0-9+/=]+)(?=")'
     return re.sub(inside, out, page)
 
 
