@@ -160,7 +160,7 @@ def probe_table(found: list[dict]) -> str:
         out.append(f'{label:6} {layer:5} {cells} {at[groups[0]]["chance"]:8.2f}')
     return '\n'.join(out)
 
-# %% ../../nbs/benchmarks/09a_first_gate.ipynb #b581f4ee
+# %% ../../nbs/benchmarks/09a_first_gate.ipynb #72317d93
 def parser() -> argparse.ArgumentParser:
     "Arguments of `python -m halo.benchmarks.first_gate`."
     p = argparse.ArgumentParser(prog='python -m halo.benchmarks.first_gate')
@@ -186,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument('--every', type=int, default=100)
     fit.add_argument('--draw', default='at_motion')
     fit.add_argument('--share', type=float, default=0.5)
-    fit.add_argument('--plain-colours', action='store_true')
+    fit.add_argument('--swap-colours', action='store_true')
     fit.add_argument('--state-noise', type=float, default=0.0)
     look = do.add_parser('probe', parents=[common], help='what the cache knows')
     look.add_argument('demos', type=Path)
@@ -194,10 +194,10 @@ def parser() -> argparse.ArgumentParser:
     look.add_argument('--policy', type=Path)
     return p
 
-# %% ../../nbs/benchmarks/09a_first_gate.ipynb #64eb7740
+# %% ../../nbs/benchmarks/09a_first_gate.ipynb #446ccb66
 def _train(a, look: Look) -> None:
     "Train as the arguments say and print the curve."
-    drawn = dict(draw=a.draw, draw_share=a.share, swap_colours=not a.plain_colours)
+    drawn = dict(draw=a.draw, draw_share=a.share, swap_colours=a.swap_colours)
     drawn |= dict(state_noise=a.state_noise)
     times = dict(warmup=50, log_every=50, save_every=10**6, masks_every=10**6)
     tc = TrainConfig(steps=a.steps, batch=a.batch, lr=a.lr, seed=a.seed, **times, **drawn)

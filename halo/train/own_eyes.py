@@ -403,7 +403,7 @@ def pointing(book: Album, one: Lesson, cfg: ModelConfig) -> tuple[Tensor, Tensor
                 real[i, :, 2 * k : 2 * k + 2] = 1
     return target, real
 
-# %% ../../nbs/train/02a_own_eyes.ipynb #b6a43c94
+# %% ../../nbs/train/02a_own_eyes.ipynb #d00b1961
 def lesson_loss(
     model: HaloModel, head: torch.nn.ModuleList, book: Album, one: Lesson
 ) -> tuple[Tensor, Tensor]:
@@ -417,9 +417,9 @@ def lesson_loss(
     got = head[0](torch.cat([x[packed.input_ids == ids[k]] for k in kinds]))
     tokens = (weight * (got - want).square()).mean()
     last = (real[:, 0] * (head[1](x[:, -1]) - target[:, 0]).square()).sum()
-    return flow, tokens + last / real[:, 0].sum()
+    return flow, tokens + last / real[:, 0].sum().clamp_min(1)
 
-# %% ../../nbs/train/02a_own_eyes.ipynb #62a7ce96
+# %% ../../nbs/train/02a_own_eyes.ipynb #40dbb739
 @torch.no_grad()
 def pointed(model: HaloModel, book: Album, b: int = 64, seed: int = 1) -> dict[str, float]:
     """How often the sampled point is nearest to the right cube ('right', with 'chance'),
@@ -433,7 +433,10 @@ def pointed(model: HaloModel, book: Album, b: int = 64, seed: int = 1) -> dict[s
     model.train()
     right, far, chance = [], [], []
     for i, q in enumerate(one.asked):
-        k = max(k for k in range(len(book.cameras)) if real[i, 0, 2 * k])
+        seen = [k for k in range(len(book.cameras)) if real[i, 0, 2 * k]]
+        if not seen:
+            continue
+        k = seen[-1]
         cubes = book.place[book.cameras[k]][q.table][q.t]
         away = (cubes - out[i, 2 * k : 2 * k + 2]).norm(dim=-1)
         right.append(int(torch.nan_to_num(away, nan=9.0).argmin()) == q.right)
