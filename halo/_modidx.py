@@ -2352,6 +2352,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                         'halo.studies.baselines._Trainee': ('studies/baselines.html#_trainee', 'halo/studies/baselines.py'),
                                         'halo.studies.baselines._Trainee.batch': ( 'studies/baselines.html#_trainee.batch',
                                                                                    'halo/studies/baselines.py'),
+                                        'halo.studies.baselines._as_it_comes': ( 'studies/baselines.html#_as_it_comes',
+                                                                                 'halo/studies/baselines.py'),
                                         'halo.studies.baselines._baseline_config': ( 'studies/baselines.html#_baseline_config',
                                                                                      'halo/studies/baselines.py'),
                                         'halo.studies.baselines._baseline_name': ( 'studies/baselines.html#_baseline_name',

@@ -181,6 +181,16 @@ def test_frozen_norms_come_back(dataset, tmp_path):
     assert not torch.equal(norm.running_var, torch.ones_like(norm.running_var))
 
 
+@pytest.mark.parametrize(
+    'changed', [dict(draw='at_motion'), dict(swap_colours=True), dict(state_noise=0.1)]
+)
+def test_what_a_baseline_would_ignore_is_refused(changed, tmp_path):
+    (name,) = changed
+    with pytest.raises(ValueError, match=f'{name}=.* leave {name} at'):
+        B.train_baseline('act', None, tmp_path, TrainConfig(**changed))
+    assert not any(tmp_path.iterdir())
+
+
 def test_unknown_and_missing(dataset, tmp_path):
     with pytest.raises(ValueError, match='act, diffusion, smolvla'):
         B.make_baseline('rt2', dataset.meta)

@@ -511,6 +511,18 @@ def _usual(b: Baseline | None) -> TrainConfig:
     "How a baseline is trained where nothing else is asked for."
     return replace(TRAIN, lr=b.lr, steps=b.steps) if b else TRAIN
 
+# %% ../../nbs/studies/03_baselines.ipynb #39ef480d
+def _as_it_comes(tc: TrainConfig) -> TrainConfig:
+    "`tc`, if it changes nothing of what a batch holds. Raises `ValueError`."
+    usual = TrainConfig()
+    for name in ('draw', 'swap_colours', 'state_noise'):
+        if getattr(tc, name) != getattr(usual, name):
+            raise ValueError(
+                f"{name}={getattr(tc, name)!r} is for HALO's own loop; a baseline reads its"
+                f" batches as they come: leave {name} at {getattr(usual, name)!r}"
+            )
+    return tc
+
 # %% ../../nbs/studies/03_baselines.ipynb #716024b6
 def train_baseline(
     name: str,
@@ -525,7 +537,7 @@ def train_baseline(
     `out/log.jsonl`; goes on by itself. Returns the folder.
     """
     b, out = BASELINES.get(name), Path(out)
-    target, tc = out / 'checkpoint', _usual(b) if tc is None else tc
+    target, tc = out / 'checkpoint', _as_it_comes(tc or _usual(b))
     set_seed(tc.seed)
     acc = Accelerator(cpu=not torch.cuda.is_available())
     it = _trainee(name, dataset, target, tc, acc.device, store, progress)
