@@ -352,6 +352,13 @@ class Clone:
             "d.record('data/demos/little', ABOUT, jobs(2), play, progress=False)"
         )
 
+    def make_gate(self):
+        "Demonstrations of a stand-in for a memory benchmark, and the dataset of them."
+        self.python(
+            "from pathlib import Path\nfrom test_first_gate import recording\n"
+            "recording(Path('data/demos/stand_in'), Path('data/stand_in'))"
+        )
+
     def make_run(self):
         self.need('data')
         (self.root / 'run.yaml').write_text(RUN)

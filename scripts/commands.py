@@ -398,6 +398,17 @@ RULES = (
         ('recording',),
         slow=True,
     ),
+    Rule(
+        r'first_gate (eyes|train|probe)',
+        (
+            (r'data/demos/RememberColor3', 'data/demos/stand_in'),
+            (r'data/remember_color3', 'data/stand_in'),
+            (r'--vlm runs/rc3/vlm', '--vlm checkpoints/flash_place/vlm'),
+            (r' --(steps|minutes) \d+|$', ' --steps 2 --batch 2 --held 2'),
+        ),
+        ('gate',),
+        slow=True,
+    ),
     Rule(r'halo files NAME', ((r'NAME', 'configs/mixtures'),)),
     Rule(
         r'--policy\.path=POLICY',
@@ -608,10 +619,6 @@ EXCUSED = {  # a regular expression -> why such commands cannot run here
     r'clients/maniskill\.py .*--record': (
         'needs ManiSkill and a Vulkan renderer; the last cells of'
         ' nbs/benchmarks/09_mikasa_demonstrations.ipynb record with it'
-    ),
-    r'halo\.benchmarks\.first_gate (eyes|train|probe)': (
-        'needs demonstrations that a simulator recorded; tests/test_first_gate.py gives'
-        ' the same commands a stand-in'
     ),
     r'scripts/slurm_check\.py$': (
         'needs the daemons of Slurm and munge, and root to start them'

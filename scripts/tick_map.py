@@ -1,7 +1,7 @@
 """Draw the map of a control tick, once for each stage lit: nbs/map/STAGE.svg.
 
-    python scripts/tick_map.py            # writes what differs
-    python scripts/tick_map.py --check    # exit status 1 if something is out of date
+python scripts/tick_map.py            # writes what differs
+python scripts/tick_map.py --check    # exit status 1 if something is out of date
 """
 
 import argparse

@@ -14,16 +14,21 @@ def play(task, seed):
     return Episode(task, e.prompt, seed, True, e.frames, e.state, e.action, e.extra)
 
 
+def recording(demos, data, episodes=9):
+    "Record the stand-in into the folder `demos`, convert it into `data`; both folders."
+    names = [f'n{k}' for k in range(7)]
+    sizes = dict(primary=[56, 56], wrist=[56, 56])
+    about = About('stand-in', 20.0, names, names, 'none', sizes, {})
+    jobs = [('stand_in', k) for k in range(episodes)]
+    record(demos, about, jobs, play, progress=False)
+    return demos, convert(demos, data)
+
+
 @pytest.fixture(scope='module')
 def recorded(tmp_path_factory):
     "A folder of demonstrations, and the dataset made of it."
     root = tmp_path_factory.mktemp('gate')
-    names = [f'n{k}' for k in range(7)]
-    sizes = dict(primary=[56, 56], wrist=[56, 56])
-    about = About('stand-in', 20.0, names, names, 'none', sizes, {})
-    jobs = [('stand_in', k) for k in range(9)]
-    record(root / 'demos', about, jobs, play, progress=False)
-    return root / 'demos', convert(root / 'demos', root / 'data')
+    return recording(root / 'demos', root / 'data')
 
 
 def test_eyes_policy_and_probe(recorded, tmp_path, capsys):

@@ -206,7 +206,7 @@ def _train(a, look: Look) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    "`python -m halo.benchmarks.first_gate eyes|train|probe`; returns the exit status."
+    "Eyes, a policy, or what a cache knows, by the first argument; returns the exit status."
     a = parser().parse_args(argv)
     sizes = dict(frames=a.frames, size=a.size, view=a.view, other=a.other)
     look = Look(tuple(a.cameras), **sizes, freeze=not a.train_vlm, gates=a.gates)
