@@ -274,7 +274,7 @@ def without_weights(self: ModelConfig) -> ModelConfig:
 
 # %% ../../nbs/method/00_config.ipynb #00readab
 # masks that can be read
-_GATES = dict(mask='hard_concrete', compression='normalised', closing=0.3)
+_GATES = dict(mask='hard_concrete', compression='normalised', closing=0.6)
 
 # %% ../../nbs/method/00_config.ipynb #a4e25bbf
 _TINY_VLM = dict(
