@@ -233,6 +233,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                   'halo/benchmarks/first_gate.py'),
                                             'halo.benchmarks.first_gate.eyes_model': ( 'benchmarks/first_gate.html#eyes_model',
                                                                                        'halo/benchmarks/first_gate.py'),
+                                            'halo.benchmarks.first_gate.kept_play': ( 'benchmarks/first_gate.html#kept_play',
+                                                                                      'halo/benchmarks/first_gate.py'),
                                             'halo.benchmarks.first_gate.main': ( 'benchmarks/first_gate.html#main',
                                                                                  'halo/benchmarks/first_gate.py'),
                                             'halo.benchmarks.first_gate.opened': ( 'benchmarks/first_gate.html#opened',

@@ -16,6 +16,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 
 from .demonstrations import read_episodes
+from .thin import differences
 from ..data.history import HistoryDataset, as_meta, default_store, policy_sizes
 from ..method.config import ModelConfig, preset
 from ..policy.modeling_halo import HaloPolicy
@@ -25,7 +26,7 @@ from ..train.own_eyes import OwnEyes, album, learn
 
 # %% auto #0
 __all__ = ['CAMERA', 'FREE', 'HELD', 'Look', 'eyes_model', 'policy_fields', 'split', 'own_eyes', 'opened', 'curve', 'probed',
-           'probe_table', 'parser', 'main']
+           'probe_table', 'parser', 'main', 'kept_play']
 
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #f1f2f8d7
 CAMERA = 'observation.images.{}'.format
@@ -226,3 +227,15 @@ def main(argv: list[str] | None = None) -> int:
 # python -m, but not a notebook
 if __name__ == '__main__' and globals().get('__spec__') is not None:
     sys.exit(main())
+
+# %% ../../nbs/benchmarks/09a_first_gate.ipynb #204149be
+def kept_play(run: Path, result: Path) -> dict:
+    "The client's `result` in short, with the curve and the provenance of the policy `run`."
+    d, made = (json.loads(Path(f).read_text()) for f in (result, run / 'gate.json'))
+    own, n = d['conventions'], len(d['episodes'])  # a run may end before all it asked for
+    differs = differences(own['standard'], own['protocol'] | dict(episodes=n))
+    record = dict(task=own['task'], success=d['success'], differs=differs)
+    record |= dict(checkpoint_sha256=own['server']['checkpoint'], seconds=d['seconds'])
+    record |= dict(seeds=d['seeds'], each=[e['success'] for e in d['episodes']])
+    provenance = json.loads((run / 'checkpoint/provenance.json').read_text())
+    return record | dict(curve=made['rows'], how=made['how'], provenance=provenance)
