@@ -25,8 +25,9 @@ from ..data.files import locate, shown
 from ..sim.flash_place import close_all
 
 # %% auto #0
-__all__ = ['FIRST_EVALUATION_SEED', 'tiers', 'by_tier', 'tier_means', 'tier_table', 'told_class', 'environment', 'disturbed',
-           'Demonstrate', 'about', 'jobs', 'report', 'seconds_a_step', 'seconds_an_episode', 'hours', 'parser', 'main']
+__all__ = ['FIRST_EVALUATION_SEED', 'tiers', 'by_tier', 'tier_means', 'tier_table', 'told_class', 'freed_at_exit', 'environment',
+           'disturbed', 'Demonstrate', 'about', 'jobs', 'report', 'seconds_a_step', 'seconds_an_episode', 'hours',
+           'parser', 'main']
 
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #95295245
 @cache
@@ -102,7 +103,19 @@ def told_class(quality: str = 'plain'):
 
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #1b7891d1
 _OPEN = {}  # the environment of this process, by what it was made for
-atexit.register(close_all, _OPEN)
+
+
+def freed_at_exit():
+    """Let Python's end free the open environment first. What was registered last goes
+    first, and MuJoCo registers its own clean-up when it draws for the first time: so to be
+    called when something has been drawn.
+    """
+    atexit.unregister(_free)
+    atexit.register(_free)
+
+
+def _free():
+    close_all(_OPEN)
 
 
 def environment(task: str, quality: str, size: int):
@@ -133,6 +146,7 @@ class Demonstrate:
         env = environment(task, self.quality, self.size)
         rng = np.random.default_rng([seed, 1])
         obs, _ = env.reset(seed=seed)
+        freed_at_exit()
         seen, wanted, done, info = [], [], False, {}
         while not done and len(seen) < env._max_episode_steps:
             action = np.clip(env.expert_policy.get_action(env.told), -1, 1)
