@@ -273,7 +273,7 @@ class Clone:
 
         asked, folder = command.split(), self.top / 'wheels'
         folder.mkdir(exist_ok=True)
-        for file in re.findall(r'-r (\S+)', command):
+        for file in re.findall(r'-r "?(?:\$\(halo files )?([^\s")]+)', command):
             asked += (
                 (self.root / file).read_text().splitlines()
                 if (self.root / file).exists()

@@ -540,6 +540,16 @@ RULES = (
         ('simulator', 'calvin served'),
         slow=True,
     ),
+    Rule(
+        r'clients/maniskill\.py .*--record',
+        (
+            (r'\bpython ', 'VENV/bin/python '),
+            (r'--episodes \d+', '--episodes 2'),
+            (r'--record \S+', '--record data/demos/touched'),
+        ),
+        ('simulator',),
+        slow=True,
+    ),
     # benches and checks
     Rule(
         r'(halo|halo\.) ?bench |halo\.studies\.bench ',
@@ -615,10 +625,6 @@ EXCUSED = {  # a regular expression -> why such commands cannot run here
     ),
     r'clients/calvin\.py --check': (
         "asks CALVIN's own predicates, so a stand-in of the simulator cannot answer"
-    ),
-    r'clients/maniskill\.py .*--record': (
-        'needs ManiSkill and a Vulkan renderer; the last cells of'
-        ' nbs/benchmarks/09_mikasa_demonstrations.ipynb record with it'
     ),
     r'scripts/slurm_check\.py$': (
         'needs the daemons of Slurm and munge, and root to start them'

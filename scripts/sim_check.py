@@ -7,11 +7,9 @@ interpreter of its own environment (configs/requirements/). What follows `--` go
 client.
 Exit status 1 unless the client ends well, plays every episode, and names the random weights
 in its result. `--keep` puts the episodes and conventions of a run that ended well into one
-small
-file for all simulators, without the rates, which mean nothing here.
+small file for all simulators, without the rates, which mean nothing here.
 
-    python scripts/sim_check.py maniskill --python /path/to/maniskill/bin/python --keep
-    bench/sims.json -- --task RememberColor3-VLA-v0
+    python scripts/sim_check.py maniskill --python /path/to/python --keep bench/sims.json
 """
 
 import argparse

@@ -151,7 +151,7 @@ def test_counts():
     "All that is printed is run, but for a few, and each of those says why."
     print('\n' + commands.summary(RUNS))
     excused = [r for r in RUNS if r.excuse]
-    assert len(RUNS) > 100 and len(excused) <= 6, [r.printed.text for r in excused]
+    assert len(RUNS) > 100 and len(excused) <= 5, [r.printed.text for r in excused]
     for pattern, why in commands.EXCUSED.items():
         assert len(why) > 20 and any(re.search(pattern, r.printed.text) for r in excused), (
             f'{pattern} excuses nothing'

@@ -69,3 +69,23 @@ def test_both_cameras_have_their_sizes(recorded):
 def test_an_unknown_camera_is_named(recorded):
     with pytest.raises(ValueError, match='top'):
         fg.opened(recorded[1], fg.Look(cameras=('top',)), 2)
+
+
+def test_a_result_is_kept_with_its_policy(tmp_path):
+    run = tmp_path / 'run'
+    (run / 'checkpoint').mkdir(parents=True)
+    (run / 'gate.json').write_text(json.dumps(dict(rows=[dict(right=0.9)], how={})))
+    (run / 'checkpoint/provenance.json').write_text('{"commit": "c"}')
+    rules = dict(episodes=50, control_rate=20)
+    own = dict(task='RememberColor3-VLA-v0', standard=rules)
+    own |= dict(protocol=rules | dict(episodes=100), server=dict(checkpoint='h'))
+    played = [dict(seed=k, success=k > 0) for k in range(3)]
+    result = dict(conventions=own, success=dict(n=3), seconds=1, seeds=[0, 1, 2])
+    (tmp_path / 'r.json').write_text(json.dumps(result | dict(episodes=played)))
+    out = tmp_path / 'kept.json'
+    assert fg.main(['keep', str(run), str(tmp_path / 'r.json'), '--out', str(out)]) == 0
+    kept = json.loads(out.read_text())
+    assert kept['each'] == [False, True, True] and kept['checkpoint_sha256'] == 'h'
+    # what was played counts, not what was asked for
+    assert kept['differs'] == ['episodes: 3 instead of 50']
+    assert kept['provenance'] == dict(commit='c') and kept['curve'][0]['right'] == 0.9

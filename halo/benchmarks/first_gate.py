@@ -17,6 +17,7 @@ from lerobot.policies.factory import make_pre_post_processors
 
 from .demonstrations import read_episodes
 from .thin import differences
+from ..data.files import write_whole
 from ..data.history import HistoryDataset, as_meta, default_store, policy_sizes
 from ..method.config import ModelConfig, preset
 from ..policy.modeling_halo import HaloPolicy
@@ -189,6 +190,10 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument('--share', type=float, default=0.5)
     fit.add_argument('--swap-colours', action='store_true')
     fit.add_argument('--state-noise', type=float, default=0.0)
+    result = do.add_parser('keep', help='a result of the client, with its policy')
+    result.add_argument('run', type=Path)
+    result.add_argument('result', type=Path)
+    result.add_argument('--out', type=Path, required=True, help='file to write')
     look = do.add_parser('probe', parents=[common], help='what the cache knows')
     look.add_argument('demos', type=Path)
     look.add_argument('data', type=Path)
@@ -209,6 +214,9 @@ def _train(a, look: Look) -> None:
 def main(argv: list[str] | None = None) -> int:
     "Eyes, a policy, or what a cache knows, by the first argument; returns the exit status."
     a = parser().parse_args(argv)
+    if a.do == 'keep':
+        write_whole(a.out, json.dumps(kept_play(a.run, a.result)))
+        return 0
     sizes = dict(frames=a.frames, size=a.size, view=a.view, other=a.other)
     look = Look(tuple(a.cameras), **sizes, freeze=not a.train_vlm, gates=a.gates)
     if a.do == 'eyes':

@@ -1,0 +1,3 @@
+class RenderBodyComponent:
+    def disable(self):
+        self.drawn = False
