@@ -230,12 +230,6 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(asdict(look)), probe_table(found), sep='\n')
     return 0
 
-# %% ../../nbs/benchmarks/09a_first_gate.ipynb #fdc739c4
-#| eval: false
-# python -m, but not a notebook
-if __name__ == '__main__' and globals().get('__spec__') is not None:
-    sys.exit(main())
-
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #204149be
 def kept_play(run: Path, result: Path) -> dict:
     "The client's `result` in short, with the curve and the provenance of the policy `run`."
@@ -247,3 +241,9 @@ def kept_play(run: Path, result: Path) -> dict:
     record |= dict(seeds=d['seeds'], each=[e['success'] for e in d['episodes']])
     provenance = json.loads((run / 'checkpoint/provenance.json').read_text())
     return record | dict(curve=made['rows'], how=made['how'], provenance=provenance)
+
+# %% ../../nbs/benchmarks/09a_first_gate.ipynb #fdc739c4
+#| eval: false
+# python -m, but not a notebook
+if __name__ == '__main__' and globals().get('__spec__') is not None:
+    sys.exit(main())
