@@ -26,8 +26,8 @@ from ..train.loop import TrainConfig, make_policy
 from ..train.own_eyes import OwnEyes, album, learn
 
 # %% auto #0
-__all__ = ['CAMERA', 'FREE', 'HELD', 'Look', 'eyes_model', 'policy_fields', 'split', 'own_eyes', 'opened', 'curve', 'probed',
-           'probe_table', 'parser', 'main', 'kept_play']
+__all__ = ['CAMERA', 'FREE', 'HELD', 'NUMBERS', 'Look', 'eyes_model', 'policy_fields', 'split', 'split_tasks', 'tasks_of',
+           'own_eyes', 'opened', 'curve', 'probed', 'probe_table', 'parser', 'main', 'kept_play']
 
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #f1f2f8d7
 CAMERA = 'observation.images.{}'.format
@@ -38,13 +38,16 @@ class Look:
     "Which cameras a policy has, how large, and how much past."
 
     cameras: tuple[str, ...] = ('wrist',)  # the first is the primary one
-    frames: int = 12  # of the past, one a tick; 0: no history
+    frames: int = 12  # of the past; 0: no history
+    stride: int = 1  # ticks from one to the next
     size: int = 56  # side of a past frame, pixels
     view: int = 56  # of the primary camera's present picture
     other: int = 112  # of the second camera's
     chunk: int = 8
+    execute: int = 1  # actions of a chunk
     freeze: bool = True  # the eyes stay as they came
     gates: bool = False  # SALR's masks as gates that can close, as in the preset
+    salr: bool = True  # the state re-represents the cache
 
     def roles(self) -> dict[str, str]:
         "Camera -> role, primary first."
@@ -58,7 +61,7 @@ class Look:
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #48bd4e6b
 def eyes_model(look: Look, vlm: str = '', fps: float = 20.0) -> ModelConfig:
     "The tiny model in which eyes for `look` learn, from the weights `vlm` or from none."
-    time = dict(history_frames=look.frames, history_stride=1, fps=fps)
+    time = dict(history_frames=look.frames, history_stride=look.stride, fps=fps)
     sampling = {f'sampling__{k}': v for k, v in (look.sampling() | time).items()}
     return preset('tiny', vlm_id=vlm, chunk=2, flow__draws=1, **sampling)
 
@@ -66,12 +69,14 @@ def eyes_model(look: Look, vlm: str = '', fps: float = 20.0) -> ModelConfig:
 def policy_fields(look: Look, vlm: str = '') -> dict:
     "Arguments of `train` for a policy that looks so."
     keys = [CAMERA(c) for c in look.cameras]
-    fields = dict(preset='tiny', device='cpu', vlm_id=vlm, n_action_steps=1)
-    fields |= dict(history_frames=look.frames, history_stride=1, chunk_size=look.chunk)
+    fields = dict(preset='tiny', device='cpu', vlm_id=vlm, n_action_steps=look.execute)
+    fields |= dict(history_frames=look.frames, history_stride=look.stride)
+    fields |= dict(chunk_size=look.chunk)
     roles = {CAMERA(c): role for c, role in look.roles().items()}
     seen = dict(cameras=keys, primary_camera=keys[0], camera_roles=roles)
-    free = {} if look.gates else dict(salr=FREE)
-    seen |= dict(freeze_vlm=look.freeze, model=dict(sampling=look.sampling()) | free)
+    salr = ({} if look.gates else FREE) | ({} if look.salr else dict(enabled=False))
+    model = dict(sampling=look.sampling()) | (dict(salr=salr) if salr else {})
+    seen |= dict(freeze_vlm=look.freeze, model=model)
     return fields | seen
 
 
@@ -90,15 +95,40 @@ def split(episodes: list, held: int = HELD) -> tuple[list, list]:
         )
     return episodes[:-held], episodes[-held:]
 
+
+def split_tasks(tasks: list[str], held: int = HELD) -> tuple[list[int], list[int]]:
+    "Numbers of the episodes to train on, and of the last `held` of each of the `tasks`."
+    train, test = [], []
+    for task in dict.fromkeys(tasks):
+        some, last = split([n for n, t in enumerate(tasks) if t == task], held)
+        train, test = train + some, test + last
+    return sorted(train), sorted(test)
+
+
+def tasks_of(data: Path, episodes: int) -> list[str]:
+    "The task of each episode of a converted recording; all alike where nothing says it."
+    said = Path(data) / 'meta/demonstrations.json'
+    if not said.exists():
+        return [''] * episodes
+    return [e['task'] for e in json.loads(said.read_text())['episodes']]
+
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #eaca6f88
 def own_eyes(
-    folders, out: Path, look: Look, vlm: str, oc: OwnEyes, held: int = HELD
+    folders,
+    out: Path,
+    look: Look,
+    vlm: str,
+    oc: OwnEyes,
+    held: int = HELD,
+    target: int | None = None,
 ) -> Path:
-    "Eyes for the demonstrations in `folders`, which may be of several tasks, from `vlm`."
+    """Eyes for the demonstrations in `folders`, which may be of several tasks, from `vlm`;
+    `target` as in `album`.
+    """
     parts = [split(list(read_episodes(f)), held) for f in folders]
     cfg, roles = eyes_model(look, vlm), look.roles()
     train, test = (sum((p[k] for p in parts), []) for k in (0, 1))
-    books = [album(x, cfg, roles) for x in (train, test)]
+    books = [album(x, cfg, roles, target=target) for x in (train, test)]
     for book in books:
         book.prompt = 'touch'
     return learn(out, cfg, *books, oc)
@@ -112,7 +142,7 @@ def opened(data: Path, look: Look, held: int = HELD) -> tuple:
     policy = make_policy(full, meta=True, **policy_fields(look))[0]
     model, roles = policy.config.model, policy.config.roles
     every = HistoryDataset(full, model, roles, progress=False)
-    train, test = split(list(range(full.num_episodes)), held)
+    train, test = split_tasks(tasks_of(data, full.num_episodes), held)
     store = default_store(as_meta(full), policy_sizes(as_meta(full), model, roles)[0])
     last = HistoryDataset(full, model, roles, episodes=test, progress=False)
     return LeRobotDataset(full.repo_id, root=data, episodes=train), last, every, store
@@ -163,16 +193,20 @@ def probe_table(found: list[dict]) -> str:
     return '\n'.join(out)
 
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #72317d93
+NUMBERS = 'frames stride size view other chunk execute'.split()  # of `Look`
+
+
 def parser() -> argparse.ArgumentParser:
     "Arguments of `python -m halo.benchmarks.first_gate`."
     p = argparse.ArgumentParser(prog='python -m halo.benchmarks.first_gate')
     do = p.add_subparsers(dest='do', required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--cameras', nargs='+', default=list(Look.cameras))
-    for name in ('frames', 'size', 'view', 'other'):
+    for name in NUMBERS:
         common.add_argument(f'--{name}', type=int, default=getattr(Look, name))
     common.add_argument('--train-vlm', action='store_true', help='do not keep the eyes')
     common.add_argument('--gates', action='store_true', help="masks of the preset")
+    common.add_argument('--no-salr', action='store_true', help='the cache as it is')
     common.add_argument('--vlm', default='', help='folder of VLM weights; none: random')
     common.add_argument('--steps', type=int, default=1200)
     common.add_argument('--batch', type=int, default=16)
@@ -183,6 +217,8 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument('--held', type=int, default=HELD, help='episodes never trained on')
     eyes = do.add_parser('eyes', parents=[common], help='eyes from demonstrations')
     eyes.add_argument('demos', type=Path, nargs='+')
+    own = 'number of the thing whose place is asked of each episode\'s own past'
+    eyes.add_argument('--target', type=int, help=own)
     fit = do.add_parser('train', parents=[common], help='a policy, with its curve')
     fit.add_argument('data', type=Path)
     fit.add_argument('--every', type=int, default=100)
@@ -217,11 +253,12 @@ def main(argv: list[str] | None = None) -> int:
     if a.do == 'keep':
         write_whole(a.out, json.dumps(kept_play(a.run, a.result)))
         return 0
-    sizes = dict(frames=a.frames, size=a.size, view=a.view, other=a.other)
-    look = Look(tuple(a.cameras), **sizes, freeze=not a.train_vlm, gates=a.gates)
+    sizes = {name: getattr(a, name) for name in NUMBERS}
+    parts = dict(freeze=not a.train_vlm, gates=a.gates, salr=not a.no_salr)
+    look = Look(tuple(a.cameras), **sizes, **parts)
     if a.do == 'eyes':
         oc = OwnEyes(a.steps, a.batch, a.lr, seed=a.seed, minutes=a.minutes)
-        folder = own_eyes(a.demos, a.out, look, a.vlm, oc, a.held)
+        folder = own_eyes(a.demos, a.out, look, a.vlm, oc, a.held, a.target)
         print(json.dumps(json.loads((folder / 'log.json').read_text())['log'][-1]))
     elif a.do == 'train':
         _train(a, look)

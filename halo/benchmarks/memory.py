@@ -37,6 +37,7 @@ PROTOCOL = dict(
     success='at any tick',
     observation='rgb',
     cameras=dict(primary='base_camera 128×128', wrist='hand_camera 128×128'),
+    camera_body='visible',
     orientation='as rendered (upright)',
     wrappers='apply_mikasa_vla_wrappers(include_overlays=False)',
     state=(
@@ -284,6 +285,7 @@ def conventions(args, env, metadata: dict) -> dict:
         episodes=args.episodes,
         first_seed=args.seed,
         simulation=args.device.upper(),
+        camera_body='hidden' if getattr(args, 'lite', False) else 'visible',
         versions=f"ManiSkill {m.version('mani_skill')}, gymnasium {m.version('gymnasium')}",
     )
     return own | dict(
@@ -382,10 +384,10 @@ def _play(env: Mikasa, args, seeds) -> None:
     print(_summary(args.task, out['success']))
 
 # %% ../../nbs/benchmarks/05_memory.ipynb #46a2629a
-def run(args):
-    "Play what the parsed options ask for."
+def run(args, make=Mikasa):
+    "Play what the parsed options ask for, in what `make(task, device)` makes."
     try:
-        env = Mikasa(args.task, args.device)
+        env = make(args.task, args.device)
     except RuntimeError as e:
         raise SystemExit(vulkan_hint(e)) from e
     if args.film:

@@ -364,7 +364,7 @@ def _options():
     next(a for a in p._actions if a.dest == 'seed').help = first
     p.add_argument('--record', type=Path, help='record demonstrations into this folder')
     p.add_argument('--workers', type=int, default=1, help='processes that record')
-    body = 'record without the wrist camera\'s own body, which takes long to draw'
+    body = 'do not draw the wrist camera\'s own body, which takes long'
     p.add_argument('--lite', action='store_true', help=body)
     p.add_argument('--noise', type=float, default=0.0, help='pushes, in units of action')
     changes = 'only say what --lite changes in the first picture'
@@ -395,6 +395,6 @@ def main(arguments=None):
         elif args.record:
             _record(args)
         else:
-            run(args)
+            run(args, lambda task, device: Stage(task, device, args.lite))
     except ValueError as e:
         raise SystemExit(f'maniskill: {e}') from e

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..data.history import View, fit
 from ..method.config import ModelConfig
 from ..method.model import HaloModel
-from ..method.sampling import view_limit
+from ..method.sampling import history_ticks, view_limit
 from ..method.vlm import Observation, build_qwen, get_tokenizer, pack, special_ids
 from .eyes import flow_and_hidden, save_vlm
 from .loop import TrainConfig, clip_and_step, set_lr
@@ -158,6 +158,7 @@ class Album:
     colour: list[Tensor] = field(default_factory=list)
     right: list[int] = field(default_factory=list)
     begins: list[int] = field(default_factory=list)
+    alone: bool = False  # each episode is asked about its own past only
 
     def __len__(self):
         return len(self.right)
@@ -187,13 +188,17 @@ def places_in(episode, camera: str) -> np.ndarray:
     return np.where(inside, at, np.nan).astype(np.float32)
 
 # %% ../../nbs/train/02a_own_eyes.ipynb #42f338eb
-def album(episodes, cfg: ModelConfig, roles: dict[str, str], half=None) -> Album:
+def album(
+    episodes, cfg: ModelConfig, roles: dict[str, str], half=None, target: int | None = None
+) -> Album:
     """The album of `episodes` at the sizes of `cfg`; `roles`: camera -> role.
 
     `episodes` are `Shown`, or what a recorder wrote, with `extra` as in `places_in`, and
-    `index` (T, c) and `right` (T,): the colour of each cube and which is right.
+    `index` (T, c) and `right` (T,): the colour of each cube and which is right. With a
+    `target` the thing of that number is the right one, at every tick.
     """
     out, s = Album(list(roles), dict(half or HALF), ''), cfg.sampling
+    out.alone = target is not None
     size = {c: View(cfg.vision.factor, view_limit(s, role)) for c, role in roles.items()}
     for e in episodes:
         pictures = {c: torch.from_numpy(e.frames[c]).movedim(-1, 1) for c in roles}
@@ -203,8 +208,8 @@ def album(episodes, cfg: ModelConfig, roles: dict[str, str], half=None) -> Album
             out.place.setdefault(c, []).append(torch.from_numpy(place[c]).float())
         out.past.append(fit(pictures[out.cameras[0]], s.history_size))
         out.colour.append(torch.from_numpy(e.extra['index'][0]).long())
-        out.right.append(int(e.extra['right'][0]))
-        out.begins.append(choice_begins(place))
+        out.right.append(target if out.alone else int(e.extra['right'][0]))
+        out.begins.append(0 if out.alone else choice_begins(place))
         out.prompt = e.prompt
     return out
 
@@ -222,6 +227,8 @@ class Asked:
 def question(book: Album, g: np.random.Generator, late: int = 3) -> Asked:
     "A random question; up to `late` ticks after the choice began, half of them at once."
     a = int(g.integers(len(book)))
+    if book.alone:
+        return Asked(a, a, int(g.integers(1, len(book.past[a]))), book.right[a])
     colour = book.colour[a][book.right[a]]
     while True:
         b = int(g.integers(len(book)))
@@ -233,9 +240,11 @@ def question(book: Album, g: np.random.Generator, late: int = 3) -> Asked:
     return Asked(a, b, t, int(found[0]))
 
 # %% ../../nbs/train/02a_own_eyes.ipynb #7ef2e8a3
-def past_of(book: Album, q: Asked, n: int) -> tuple[Tensor, Tensor, Tensor]:
+def past_of(
+    book: Album, q: Asked, n: int, stride: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """Frames (k, 3, S, S), places (k, c, 2) and colours (k, c) of the past of a question,
-    k <= n; c is the larger number of cubes of the two episodes.
+    k <= n, `stride` ticks apart; c: the larger number of cubes of the two episodes.
     """
     first, spans = book.cameras[0], []
     for e, a, z in ((q.cue, 0, book.begins[q.cue]), (q.table, book.begins[q.table], q.t)):
@@ -247,7 +256,8 @@ def past_of(book: Album, q: Asked, n: int) -> tuple[Tensor, Tensor, Tensor]:
         more = c - p.shape[1]
         p = F.pad(p, (0, 0, 0, more), value=torch.nan)
         wide.append((x, p, F.pad(k, (0, more))))
-    return tuple(torch.cat(x)[-n:] if n else torch.cat(x)[:0] for x in zip(*wide))
+    seen = [torch.cat(x) for x in zip(*wide)]
+    return tuple(x[history_ticks(len(x), n, stride)] for x in seen)
 
 # %% ../../nbs/train/02a_own_eyes.ipynb #a6edabf6
 @dataclass
@@ -265,7 +275,7 @@ def lesson(book: Album, cfg: ModelConfig, b: int, g: np.random.Generator) -> Les
     frames = torch.zeros(b, s.history_frames, 3, s.history_size, s.history_size).byte()
     mask = torch.zeros(b, s.history_frames, dtype=torch.bool)
     for i, q in enumerate(asked):
-        x, *known = past_of(book, q, s.history_frames)
+        x, *known = past_of(book, q, s.history_frames, s.history_stride)
         past.append(known)
         if len(x):
             frames[i, -len(x) :], mask[i, -len(x) :] = x, True
