@@ -36,7 +36,7 @@ LOCAL = re.compile(
     r'(?<![\w./:-])(?:/home/[\w.-]+|/root|/Users/[\w.-]+|/work|/tmp|/private/var|[A-Z]:\\Users)(?=/[\w.])[\w./\\-]*'
 )
 # A coloured piece of code: four in five of all tags of a page, and neither links nor loads
-COLOURED = re.compile(r'<(?:span class="\w\w"|i|b|i class=\w\w)>([^<]*)</(?:span|i|b)>')
+COLOURED = re.compile(r'<(?:span class="\w\w"|[ibu]|i class=\w\w)>([^<]*)</(?:span|[ibu])>')
 
 
 class Page(HTMLParser):

@@ -33,6 +33,7 @@ from pathlib import Path
 
 import check_site
 import landing
+import lean
 import vendor
 import yaml
 from execnb.nbio import mk_cell, read_nb, write_nb
@@ -335,7 +336,7 @@ def cell_end(markup: str) -> int:
 def slim(page: str, short: bool = True) -> str:
     """A rendered page without what nobody sees: marks of code that has the text's own
     colour, a mark between two neighbours of one colour, the explorers' script where no
-    explorer is, and pictures larger than need be. `short`: the marks of code in few bytes.
+    explorer is, and pictures larger than need be. `short`: as lean.py writes it.
     """
     page = re.sub(r'<span class="(?:bu|va)">([^<]*)</span>', r'\1', page)
     same = re.compile(
@@ -343,25 +344,12 @@ def slim(page: str, short: bool = True) -> str:
     )
     inside = lambda m: re.sub(r'<[^>]*>', '', m[3])
     page = same.sub(lambda m: f'<span class="{m[1]}">{m[2]}{inside(m)}</span>', page)
-    if short:  # ten thousand marks a page: operators none, strings `i`, keywords `b`
-        page = re.sub(r'<span class="op">([^<]*)</span>', r'\1', page)
-        page = re.sub(r'<span class="(?:st|ch|ss)">([^<]*)</span>', r'<i>\1</i>', page)
-        page = re.sub(r'<span class="(?:kw|cf)">([^<]*)</span>', r'<b>\1</b>', page)
-        page = page.replace('</i><i>', '')
-        page = re.sub(r'<span class="(\w\w)">([^<]*)</span>', r'<i class=\1>\2</i>', page)
-        # a name in the sidebar needs no box of its own; every page lists all chapters
-        page = re.sub(r'<nav id="quarto-sidebar".*?</nav>', bare_sidebar, page, flags=re.S)
+    if short:
+        page = lean.short(page)
     if '<iframe class="halo-twin"' not in page:
         page = TWINS.sub('', page)
     picture = r'(?<=src="data:)image/(png|jpeg);base64,([A-Za-z0-9+/=]+)'
     return re.sub(picture, lambda m: webp(m[1], m[2]), page)
-
-
-def bare_sidebar(nav) -> str:
-    "The match of a sidebar without the boxes that a single link does not need."
-    text = re.sub(r'<span class="menu-text">([^<]*)</span>', r'\1', nav[0])
-    box = r'<div class="sidebar-item-container">(<a href=[^>]*>[^<]*</a>)</div>'
-    return re.sub(box, r'\1', text)
 
 
 def apart(page: str, folder: Path, up: str) -> str:
@@ -385,15 +373,17 @@ def apart(page: str, folder: Path, up: str) -> str:
 
 def lean_twins(page: str) -> str:
     """The explorers' frames in fewer bytes: an attribute between single quotes may hold
-    `"`, `<` and `>` as they are, and the indentation of a drawing is not drawn.
+    `"`, `<` and `>` as they are, the indentation of a drawing is not drawn, and its places
+    need not be known to a millionth of a point.
     """
     plainly = {"'": '&#x27;', '&quot;': '"', '&lt;': '<', '&gt;': '>'}
 
-    def lean(m):
+    def thin(m):
         inner = re.sub("'|&quot;|&lt;|&gt;", lambda c: plainly[c[0]], m[1])
+        inner = re.sub(r'<svg .*?</svg>', lambda s: lean.drawing(s[0]), inner, flags=re.S)
         return " srcdoc='" + re.sub(r'>\n\s+<', '>\n<', inner) + "'"
 
-    return re.sub(r' srcdoc="([^"]*)"', lean, page)
+    return re.sub(r' srcdoc="([^"]*)"', thin, page)
 
 
 def process(path, to, pages):
@@ -505,9 +495,10 @@ def names_in(code: str) -> str:
     return ' '.join(dict.fromkeys(n for n in names if n))
 
 
-def lean_search(folder):
+def lean_search(folder, short=True):
     """The search index with prose as it is and, of code, its names: the index is fetched
-    whole, and nobody looks for a bracket.
+    whole, and nobody looks for a bracket. `short`: without the second name of an entry,
+    its address once more, which smalldocs never reads.
     """
     index = folder / 'search.json'
     if not index.exists():  # a site without a search
@@ -521,7 +512,10 @@ def lean_search(folder):
             codes[page] = {' '.join(c.split()): names_in(c) for c in map(plain, pieces)}
         for code, names in codes[page].items():
             e['text'] = e['text'].replace(code, names) if code else e['text']
-    index.write_text(json.dumps(entries, ensure_ascii=False), encoding='utf-8')
+        if short:
+            e.pop('objectID', None)
+    made = json.dumps(entries, ensure_ascii=False, separators=(',', ':'))
+    index.write_text(made, encoding='utf-8')
 
 
 def own_maths(folder, bare):
@@ -584,7 +578,8 @@ def build(to, offline=False, bare=False):
         rendered = built / made['project'].get('output-dir', '_site')
         no_styles_from_elsewhere(rendered)
         one_icon_font(rendered)
-        lean_search(rendered)
+        lean.used_icons(rendered)
+        lean_search(rendered, short=not quarto)
         own_maths(rendered, bare)
         for page in rendered.rglob('nbs/**/*.html'):
             text = slim(page.read_text(encoding='utf-8'), short=not quarto)

@@ -24,6 +24,7 @@ sys.path.insert(0, str(root / 'scripts'))
 import check_site
 import docs
 import landing
+import lean
 import vendor
 
 unable = pytest.mark.skipif(
@@ -663,6 +664,114 @@ def test_an_explorer_is_the_same_in_fewer_bytes():
     held = re.search(r"srcdoc='([^']*)'", lean)[1]
     assert html.unescape(held) == inner.replace('    ', '') and len(lean) < len(page)
     assert lean.endswith(' style="a"></iframe>') and docs.lean_twins(lean) == lean
+
+
+def cell(code, n=1):
+    "A cell's code as smalldocs writes it."
+    return (
+        '<div class="code-copy-outer-scaffold"><div class="sourceCode" id="cb'
+        + str(n)
+        + '"><pre class="sourceCode python code-with-copy cell-code">'
+        '<code class="sourceCode python">' + code + '</code></pre></div>'
+        '<button title="Copy to Clipboard" class="code-copy-button">'
+        '<i class="bi"></i></button></div>'
+    )
+
+
+def test_a_page_says_the_same_in_fewer_bytes():
+    code = (
+        '<span class="kw">if</span> x <span class="op">==</span> <span class="dv">3</span>:'
+        ' <span class="fu">f</span>(<span class="st">&#x27;a</span>'
+        '<span class="ss">&lt;&amp;gt;&#x27;</span>)'
+    )
+    tip = '<a title="&quot;1&quot; > 0" href="x.html">it&#x27;s 1 &gt; 0</a>'
+    script = '<script>if (1 < 2) { s = "&gt;<b>"; }</script>'
+    load = '<script src="../site_libs/smalldocs.js" defer></script>'
+    page = load + cell(code) + tip + script + cell('y', 2)
+    made = lean.short(page)
+    assert made == (
+        f'<script src="../style/page.js" defer></script>{load}'
+        '<div class=sourceCode><pre class=sourceCode><code class=sourceCode>'
+        "<b>if</b> x == <u>3</u>: <i class=fu>f</i>(<i>'a&lt;&amp;gt;'</i>)"
+        f'</code></pre></div><a title="&quot;1&quot; > 0" href="x.html">it\'s 1 > 0</a>'
+        f'{script}<div class=sourceCode><pre class=sourceCode><code class=sourceCode>'
+        'y</code></pre></div>'
+    )
+    was, now = check_site.Page(page), check_site.Page(made)
+    assert ''.join(was.said) == ''.join(now.said) and was.scripts == now.scripts
+
+
+def test_a_drawing_is_the_same_in_fewer_bytes():
+    "Places within a hundredth of a point; scales, names and other fonts stay."
+    font = "font-family: &#x27;DejaVu Sans&#x27;, &#x27;Arial&#x27;, sans-serif; "
+    text = f'<text style="font-size: 9px; {font}fill: #1b1f24" x="1.23456" y="2"'
+    other = '<text style="font-family: &#x27;Mono&#x27;; fill: #000000">0.123456</text>'
+    svg = (
+        '<svg viewBox="0 0 7 7"><metadata>x</metadata>\n'
+        '<path id="m1234.5678" d="M 10.006 -0.0046 \nL 3.14159 2e-05 \nz\n"/>'
+        f'{text} transform="rotate(-0 1.23 2)">a 1.23456</text>'
+        f'{text} transform="rotate(-90 1.23456 2)">b</text>{other}'
+        '<g transform="translate(1.23456 7.5) scale(0.015625)"/></svg>'
+    )
+    kept = '<text style="font-size: 9px; fill: #1b1f24" x="1.23" y="2"'
+    assert lean.drawing(svg) == (
+        f'<svg style="{font[:-2]}" viewBox="0 0 7 7">'
+        '<path id="m1234.5678" d="M10.01 0L3.14 2e-05z"/>'
+        f'{kept}>a 1.23456</text>{kept} transform="rotate(-90 1.23 2)">b</text>{other}'
+        '<g transform="translate(1.23 7.5) scale(0.015625)"/></svg>'
+    )
+
+
+def test_only_icons_that_a_page_shows_have_a_name(tmp_path):
+    css = tmp_path / 'bootstrap-icons.min.css'
+    head = '.bi::before,[class^=bi-]::before{display:inline-block}'
+    names = ('search', 'search-heart', 'moon')
+    css.write_text(head + ''.join(f'.bi-{n}::before{{content:"\\f1"}}' for n in names))
+    (tmp_path / 'a.html').write_text('<i class="bi bi-search"></i>')
+    (tmp_path / 'a.js').write_text('e.className = "bi-moon"')
+    lean.used_icons(tmp_path)
+    kept = ''.join(f'.bi-{n}::before{{content:"\\f1"}}' for n in ('search', 'moon'))
+    assert css.read_text() == head + kept
+
+
+@browses
+@pytest.mark.parametrize('opened', ['served', 'as a file'])
+def test_what_pages_leave_out_is_put_back(served, opened):
+    "Code is copied by a button, and the parts of the sidebar fold."
+    b, url, site = served
+    top = url if opened == 'served' else site.as_uri()
+    context = b.new_context(viewport=dict(width=1280, height=900))
+    context.grant_permissions(['clipboard-read', 'clipboard-write'])
+    watched = Watched(context)
+    page = watched.page
+    page.goto(f'{top}/nbs/method/04_flow.html')
+    cells = page.locator('.cell div.sourceCode')
+    assert cells.count() > 20
+    assert page.locator('.cell button.code-copy-button').count() == cells.count()
+    page.locator('button.code-copy-button').first.click()
+    page.wait_for_function("() => document.querySelector('button[title=\"Copied!\"]')")
+    copied = page.evaluate('navigator.clipboard.readText()')
+    assert copied.strip() == cells.first.locator('code').inner_text().strip() != ''
+    links = page.locator('#quarto-sidebar li > a[href]')
+    assert links.count() == len(books()) and links.first.is_visible()
+    parts = page.locator('#quarto-sidebar ul ul')
+    folds = page.locator('#quarto-sidebar a.sidebar-item-toggle')
+    assert folds.count() == parts.count() >= len(docs.PARTS)
+    folds.nth(1).click()
+    parts.nth(1).wait_for(state='hidden')
+    assert (
+        parts.nth(0).is_visible() and folds.nth(1).get_attribute('aria-expanded') == 'false'
+    )
+    assert not watched.wrong, watched.wrong
+    context.close()
+
+
+def test_a_page_without_scripts_lacks_no_link_and_no_text(site):
+    page = (site / 'nbs/method/04_flow.html').read_text()
+    bar = re.search(r'<nav id="quarto-sidebar".*?</nav>', page, re.S)[0]
+    assert len(re.findall('<a href=', bar)) == len(books())
+    assert len(re.findall(r'<li><b>[^<]+</b><ul>', bar)) >= len(docs.PARTS)
+    assert 'data-bs-toggle' not in bar and bar.count('aria-current="page"') == 1
 
 
 def test_no_link_is_left_as_it_was_written(site):

@@ -12,7 +12,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from fastcore.basics import patch
-from lerobot.policies.common.vla_utils import create_sinusoidal_pos_embedding
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig
 from transformers.cache_utils import Cache
@@ -168,6 +167,9 @@ class ExpertHeads(nn.Module):
 @patch
 def embed_actions(self: ExpertHeads, x_t: Tensor, t: Tensor) -> Tensor:
     "Noisy actions (b, s, d), flow time (b,) -> tokens (b, s, width)."
+    # here, not above: LeRobot's policies take seconds to import, `halo plan` needs none
+    from lerobot.policies.common.vla_utils import create_sinusoidal_pos_embedding
+
     a = self.action_in(x_t.to(self.action_in.weight.dtype))
     e = create_sinusoidal_pos_embedding(t, a.shape[-1], 4e-3, 4.0, device=t.device)
     e = e.to(a.dtype)[:, None].expand_as(a)

@@ -377,7 +377,8 @@ def paint(self: Lines, lines) -> None:
 def pack(self: Lines, lines) -> bytes:
     parts = self._arrays(lines)
     lengths = np.array([len(p) for p in parts], '<i2').tobytes()
-    return lengths + b''.join(small_ints(self.unit(p)) for p in parts if len(p))
+    points = np.concatenate([np.empty((0, 2)), *parts])  # one transform for all
+    return lengths + (small_ints(self.unit(points)) if len(points) else b'')
 
 # %% ../../nbs/viz/01_explorer.ipynb #85e3d452
 @patch
