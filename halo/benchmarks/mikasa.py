@@ -86,14 +86,11 @@ class Touch:
 
 # %% ../../nbs/benchmarks/09_mikasa_demonstrations.ipynb #d341ae95
 class TakeBack:
-    "Grasps the cube, carries it to the middle of its goal and back."
-
-    settle = 8  # ticks at most from the goal's edge to its middle
+    "Grasps the cube, carries it to its goal and back."
 
     def __init__(self, sim):
         self.sim, self.do = sim, self.approach
         self.ticks, self.reach, self.last = 0, STEP, None
-        self.settled = 0
 
     def act(self) -> np.ndarray:
         self.cube, self.tool = place(self.sim.cube), place(self.sim.agent.tcp)
@@ -121,11 +118,9 @@ class TakeBack:
         self.ticks, self.last = self.ticks + 1, self.tool
         if stuck and self.ticks > 6:
             self.reach *= 0.6
-        way = np.array([*place(self.sim.goal_region)[:2], 0.03]) - self.tool
         if scalar(self.sim.goal_reached_status):
-            self.settled += 1
-            if self.settled > self.settle or np.linalg.norm(way[:2]) < 0.015:
-                self.do = self.home
+            self.do = self.home
+        way = np.array([*place(self.sim.goal_region)[:2], 0.03]) - self.tool
         return towards(way * min(1, self.reach / np.abs(way).max()), -1)
 
     def home(self) -> np.ndarray:
@@ -288,7 +283,6 @@ class Demonstrator:
     device: str = 'cpu'
     lite: bool = False
     noise: float = 0.0
-    settle: int | None = None  # of `TakeBack`, where it is to be another
     stage = None  # of the task played last; made when it is first needed
 
     def __call__(self, task: str, seed: int) -> Episode:
@@ -298,10 +292,7 @@ class Demonstrator:
                 self.stage = Stage(task, self.device, self.lite)
             except RuntimeError as e:
                 raise SystemExit(vulkan_hint(e)) from e
-        expert = expert_for(task)
-        if self.settle is not None:
-            expert = type(expert.__name__, (expert,), dict(settle=self.settle))
-        return demonstrate(self.stage, expert, seed, self.noise)
+        return demonstrate(self.stage, expert_for(task), seed, self.noise)
 
 # %% ../../nbs/benchmarks/09_mikasa_demonstrations.ipynb #92680860
 def _one_thread() -> None:
@@ -376,8 +367,6 @@ def _options():
     body = 'do not draw the wrist camera\'s own body, which takes long'
     p.add_argument('--lite', action='store_true', help=body)
     p.add_argument('--noise', type=float, default=0.0, help='pushes, in units of action')
-    turn = f'TakeItBack: ticks at most to the goal\'s middle ({TakeBack.settle}); 0: turn at once'
-    p.add_argument('--settle', type=int, help=turn)
     changes = 'only say what --lite changes in the first picture'
     p.add_argument('--lite-changes', action='store_true', help=changes)
     return p
@@ -388,9 +377,7 @@ def _record(args) -> None:
     expert_for(args.task)
     jobs = [(args.task, args.seed + k) for k in range(2 * args.episodes)]
     kind = about(args.device, args.lite, args.noise, versions())
-    play = Demonstrator(args.device, args.lite, args.noise, args.settle)
-    if args.task.startswith('TakeItBack'):
-        kind.more['settle'] = TakeBack.settle if args.settle is None else args.settle
+    play = Demonstrator(args.device, args.lite, args.noise)
     made = record(
         args.record, kind, jobs, play, workers=args.workers, wanted=args.episodes
     )
