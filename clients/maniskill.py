@@ -11,7 +11,10 @@ from pathlib import Path
 home = next(
     d for d in Path(__file__).resolve().parents if (d / 'halo/__init__.py').exists()
 )
-sys.path[0] = str(home)  # for a moment, in place of this folder
+# a process that records beside others begins without this folder on its path
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]
+sys.path.insert(0, str(home))  # for a moment
 import halo  # noqa: E402, F401
 
 # what lies beside halo (a wheel's site-packages) is not for this interpreter

@@ -550,6 +550,16 @@ RULES = (
         ('simulator',),
         slow=True,
     ),
+    Rule(
+        r'clients/robomme\.py .*--re(cord|play)',
+        (
+            (r'\bpython ', 'VENV/bin/python '),
+            (r'--episodes \d+', '--episodes 2'),
+            (r'data/demos/\S+', 'data/demos/pressed'),
+        ),
+        ('simulator',),
+        slow=True,
+    ),
     # benches and checks
     Rule(
         r'(halo|halo\.) ?bench |halo\.studies\.bench ',

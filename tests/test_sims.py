@@ -29,7 +29,7 @@ HEAVY = 'torch lerobot transformers fastcore scipy gymnasium PIL openpi_client w
 HEAVY = HEAVY.split()
 
 
-THIN = 'thin calvin memory simpler robot demonstrations mikasa'.split()
+THIN = 'thin calvin memory simpler robot demonstrations mikasa robomme_demos'.split()
 
 
 @pytest.mark.parametrize('module', THIN)

@@ -25,7 +25,7 @@ from ..data.files import locate, shown
 # %% auto #0
 __all__ = ['PROTOCOL', 'CHANCE', 'ROBOMME', 'chance', 'rpy', 'split_cameras', 'scalar', 'Mikasa', 'Scripted', 'vulkan_hint',
            'shown_before', 'RoboMME', 'show_first', 'conventions', 'film', 'check', 'options', 'run',
-           'robomme_versions', 'main_robomme']
+           'robomme_versions', 'robomme_options', 'run_robomme']
 
 # %% ../../nbs/benchmarks/05_memory.ipynb #80253a68
 PROTOCOL = dict(
@@ -173,14 +173,14 @@ class Scripted:
         return dict(actions=np.array([[*move, 0, 0, 0, -1]], np.float32))
 
 # %% ../../nbs/benchmarks/05_memory.ipynb #13cac618
-def vulkan_hint(error: Exception) -> str:
-    "What to do when the renderer did not start."
+def vulkan_hint(error: Exception, how: str = '--device cpu') -> str:
+    "What to do when the renderer did not start; `how` tells the simulator of the CPU."
     unpack = f"""eval "$(bash '{shown(locate('scripts/lavapipe.sh'))}' FOLDER)\""""
     return (
         f"ManiSkill's renderer did not start ({str(error)[:100]}). On a machine without"
         " GPU: Mesa 25 or later with lavapipe (Debian 12: apt install -t"
         f" bookworm-backports mesa-vulkan-drivers, or unpacked by {unpack}), and"
-        " --device cpu"
+        f" {how}"
     )
 
 # %% ../../nbs/benchmarks/05_memory.ipynb #6d64d7a6
@@ -424,8 +424,8 @@ def _robomme_episode(env, player: Player, seed: int, limit: int) -> dict:
     return run_episode(env, player, seed, limit, start=begin) | env.about()
 
 # %% ../../nbs/benchmarks/05_memory.ipynb #905de781
-def _robomme_options():
-    "The parser of `clients/robomme.py`."
+def robomme_options():
+    "The parser of `clients/robomme.py`, as far as playing goes."
     p = parser('robomme', 'Play a RoboMME task with a served policy.')
     p.add_argument('--task', default='PickXtimes')
     p.add_argument('--dataset', default='test')
@@ -433,9 +433,8 @@ def _robomme_options():
     return p
 
 # %% ../../nbs/benchmarks/05_memory.ipynb #742f5ceb
-def main_robomme(arguments=None):
-    "Command line of `clients/robomme.py`."
-    args = _robomme_options().parse_args(arguments)
+def run_robomme(args):
+    "Play what the parsed options of `clients/robomme.py` ask for."
     env = RoboMME(args.task, args.dataset, args.limit)
     env.reset(0)  # only pictures say how large they are; before a server waits
     policy = connect(args.address, args.token)
