@@ -560,6 +560,19 @@ RULES = (
         ('simulator',),
         slow=True,
     ),
+    Rule(
+        r'libero_demos --(record|rate|same)',
+        (
+            (r'\bpython ', 'VENV/bin/python '),
+            (r'$', " --tasks '*milk*' --size 32"),
+            (r'--episodes \d+', '--episodes 1'),
+            (r'--record \S+', '--record data/demos/milk'),
+            (r'--rate \d+', '--rate 1'),
+            (r'--keep \S+', '--keep outputs/libero_expert.json'),
+        ),
+        ('simulator',),
+        slow=True,
+    ),
     # benches and checks
     Rule(
         r'(halo|halo\.) ?bench |halo\.studies\.bench ',
