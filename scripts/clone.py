@@ -359,6 +359,13 @@ class Clone:
             "recording(Path('data/demos/stand_in'), Path('data/stand_in'))"
         )
 
+    def make_taken(self):
+        "A made-up recording of TakeItBack."
+        self.python(
+            "from pathlib import Path\nfrom test_memory_study import carried\n"
+            "carried(Path('data/demos/TakeItBack'), True)"
+        )
+
     def make_run(self):
         self.need('data')
         (self.root / 'run.yaml').write_text(RUN)

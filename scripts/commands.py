@@ -399,9 +399,10 @@ RULES = (
         slow=True,
     ),
     Rule(
-        r'first_gate (eyes|train|probe)',
+        r'first_gate (eyes|train|probe|ask)',
         (
-            (r'data/demos/RememberColor3', 'data/demos/stand_in'),
+            (r'(data/demos/RememberColor\d ?)+', 'data/demos/stand_in '),
+            (r'--vlm runs/remember_color/vlm', '--vlm checkpoints/flash_place/vlm'),
             (r'data/remember_color3', 'data/stand_in'),
             (r'--vlm runs/rc3/vlm', '--vlm checkpoints/flash_place/vlm'),
             (r' --(steps|minutes) \d+|$', ' --steps 2 --batch 2 --held 2'),
@@ -409,6 +410,8 @@ RULES = (
         ('gate',),
         slow=True,
     ),
+    Rule(r'memory_study configs', ((r'$', ' --report'),)),
+    Rule(r'memory_study --given-away', needs=('taken',)),
     Rule(r'halo files NAME', ((r'NAME', 'configs/mixtures'),)),
     Rule(
         r'--policy\.path=POLICY',

@@ -8,26 +8,42 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
+from torch import Tensor
 
 from .demonstrations import read_episodes
 from .thin import differences
 from ..data.files import write_whole
 from ..data.history import HistoryDataset, as_meta, default_store, policy_sizes
 from ..method.config import ModelConfig, preset
+from ..method.model import HaloModel
+from ..method.vlm import build_qwen, pack, special_ids
 from ..policy.modeling_halo import HaloPolicy
 from ..train.decision import decisions, gate, place_label, probe
+from ..train.eyes import flow_and_hidden
 from ..train.loop import TrainConfig, make_policy
-from ..train.own_eyes import OwnEyes, album, learn
+from halo.train.own_eyes import (
+    COLOURS,
+    PARTS,
+    OwnEyes,
+    album,
+    answers,
+    learn,
+    lesson,
+    pointing,
+)
 
 # %% auto #0
 __all__ = ['CAMERA', 'FREE', 'HELD', 'NUMBERS', 'Look', 'eyes_model', 'policy_fields', 'split', 'split_tasks', 'tasks_of',
-           'own_eyes', 'opened', 'curve', 'probed', 'probe_table', 'parser', 'main', 'kept_play']
+           'own_eyes', 'opened', 'curve', 'probed', 'probe_table', 'ask', 'parser', 'main', 'kept_play']
 
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #f1f2f8d7
 CAMERA = 'observation.images.{}'.format
@@ -192,6 +208,53 @@ def probe_table(found: list[dict]) -> str:
         out.append(f'{label:6} {layer:5} {cells} {at[groups[0]]["chance"]:8.2f}')
     return '\n'.join(out)
 
+# %% ../../nbs/benchmarks/09a_first_gate.ipynb #8ab199fe
+def _questions(model, book, n: int, seed: int) -> tuple:
+    "Tokens (n, k, width) of the first view, and what they should say (n, k, ANSWERS)."
+    cfg, g, parts = model.cfg, np.random.default_rng(seed), []
+    image = special_ids(cfg.tokenizer)['<|image_pad|>']
+    for _ in range(n // 32):
+        one = lesson(book, cfg, 32, g)
+        with torch.no_grad():
+            x = flow_and_hidden(model, one.obs, *pointing(book, one, cfg))[1]
+        there = pack(one.obs, cfg).input_ids == image
+        want = answers(book, one, cfg.vision.factor)[0][: int(there.sum())]
+        parts.append((x[there].unflatten(0, (32, -1)), want.unflatten(0, (32, -1))))
+    return tuple(torch.cat(p) for p in zip(*parts))
+
+
+def _told(got: Tensor, want: Tensor) -> dict:
+    "Shares of right answers ('cue', 'found'), and the commonest mistakes of colour."
+    at = np.cumsum([0, *PARTS.values()])
+    right, cue = at[2], slice(at[4], at[5])
+    said, true = (x[..., cue].mean(1).argmax(1) for x in (got, want))
+    claimed = got[..., right].argmax(1, keepdim=True)
+    hit = want[..., right].gather(1, claimed)[:, 0] > 0.1
+    names, pairs = list(COLOURS), zip(said.tolist(), true.tolist())
+    wrong = Counter(f'{names[a]} for {names[b]}' for a, b in pairs if a != b)
+    shares = dict(cue=float((said == true).float().mean()), found=float(hit.float().mean()))
+    return shares | dict(mistakes=dict(wrong.most_common(3)))
+
+
+def ask(folders, look: Look, vlm: str, held: int = HELD, n: int = 320) -> dict[str, dict]:
+    "`n` questions about the held-out episodes of each of the `folders`, by name."
+    cfg, roles = eyes_model(look, vlm).but(salr__enabled=False), look.roles()
+    model = HaloModel(cfg, build_qwen(cfg)).eval()
+    parts = {Path(f).name: split(list(read_episodes(f)), held) for f in folders}
+    learned = album(sum((p[0] for p in parts.values()), []), cfg, roles)
+    learned.prompt = 'touch'
+    x, y = (v.flatten(0, 1) for v in _questions(model, learned, 2 * n, 0))
+    x = F.pad(x, (0, 1), value=1.0)
+    w = torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.shape[1]), x.T @ y)
+    found = {}
+    for name, (_, last) in parts.items():
+        book = album(last, cfg, roles)
+        book.prompt = 'touch'
+        x, y = _questions(model, book, n, 5)
+        got = F.pad(x, (0, 1), value=1.0) @ w
+        found[name] = _told(got, y)
+    return found
+
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #72317d93
 NUMBERS = 'frames stride size view other chunk execute'.split()  # of `Look`
 
@@ -230,6 +293,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument('run', type=Path)
     result.add_argument('result', type=Path)
     result.add_argument('--out', type=Path, required=True, help='file to write')
+    seen = do.add_parser('ask', parents=[common], help='which task eyes fail on')
+    seen.add_argument('demos', type=Path, nargs='+')
     look = do.add_parser('probe', parents=[common], help='what the cache knows')
     look.add_argument('demos', type=Path)
     look.add_argument('data', type=Path)
@@ -262,6 +327,11 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(json.loads((folder / 'log.json').read_text())['log'][-1]))
     elif a.do == 'train':
         _train(a, look)
+    elif a.do == 'ask':
+        said = json.dumps(ask(a.demos, look, a.vlm, a.held))
+        print(said)
+        if a.out:
+            write_whole(a.out, said)
     else:
         found = probed(a.demos, a.data, look, a.vlm, a.policy)
         print(json.dumps(asdict(look)), probe_table(found), sep='\n')

@@ -1,0 +1,174 @@
+"""Studies of memory tasks, without their simulator: what there is to do, what is kept."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_first_gate import recording
+
+from halo.benchmarks import first_gate as fg
+from halo.benchmarks import memory_study as ms
+from halo.benchmarks.demonstrations import About, Episode, record
+from halo.benchmarks.mikasa import STATE
+
+root = Path(__file__).resolve().parents[1]
+CONFIGS = ['remember_color', 'take_it_back']
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    "A study of one task whose folders lie in `tmp_path`."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HALO_MANISKILL_PYTHON', sys.executable)
+    monkeypatch.setattr(ms, 'keep_folder', lambda s: tmp_path / 'kept')
+    how = dict(train=dict(steps=2), seeds=(0, 1, 2), episodes=4)
+    return ms.Memory('little', ('RememberColor3-VLA-v0',), **how)
+
+
+def carried(folder, knows: bool, episodes: int = 30):
+    "A made-up recording of TakeItBack in which the hand's y gives the side away, or not."
+    rng = np.random.default_rng(0)
+
+    def play(task, seed):
+        side, state = rng.choice([-0.1, 0.1]), rng.normal(size=(6, 7)).astype('f4')
+        state[:, 0] = [0, 0.1, 0.2, 0.3, 0.2, 0.1]
+        state[3, 1] = side / 3 if knows else 0.03 * rng.normal()
+        objects = np.zeros((6, 4, 3), 'f4')
+        objects[:, 3, 1] = side
+        frames = dict(primary=np.zeros((6, 8, 8, 3), 'u1'))
+        extra = dict(phase=np.array([0, 0, 0, 1, 1, 1]), objects=objects)
+        action = np.zeros((6, 7), 'f4')
+        return Episode(task, 'take it back', seed, True, frames, state, action, extra)
+
+    names = [f'a{k}' for k in range(7)]
+    about = About('made up', 20.0, list(STATE), names, 'none', dict(primary=[8, 8]), {})
+    jobs = [('TakeItBack', k) for k in range(episodes)]
+    record(folder, about, jobs, play, progress=False)
+    return folder
+
+
+def result(run: str, each: list) -> dict:
+    "A kept record as `kept_play` makes it, as far as it is read here."
+    provenance = dict(seconds=90.0, data=dict(episodes=9), commit='c' * 40)
+    rest = dict(checkpoint_sha256='d' * 64, provenance=provenance, seeds=list(each))
+    return dict(each=each) | rest
+
+
+def test_what_the_hand_gives_away(tmp_path, capsys):
+    told = ms.given_away(carried(tmp_path / 'told', True))
+    silent = ms.given_away(carried(tmp_path / 'silent', False))
+    assert told['each']['y'] > 0.95 > 0.3 > silent['each']['y']
+    kept = tmp_path / 'kept.json'
+    words = ['--given-away', str(tmp_path / 'told'), '--keep', str(kept)]
+    assert ms.main(words) == 0
+    assert json.loads(kept.read_text()) == told == json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_the_first_gate_takes_every_option_of_a_configuration(name, monkeypatch):
+    monkeypatch.setenv('HALO_MANISKILL_PYTHON', sys.executable)
+    s = ms.read_study(root / f'configs/studies/{name}.yaml')
+    module = 'halo.benchmarks.first_gate'
+    commands = [w.command for w in ms.works(s) if module in w.command]
+    assert len(commands) == 1 + len(s.seeds) * len(s.variants)
+    for words in commands:
+        fg.parser().parse_args(words[words.index(module) + 1 :])
+
+
+def test_each_variant_trains_as_it_is_called(monkeypatch):
+    monkeypatch.setenv('HALO_MANISKILL_PYTHON', sys.executable)
+    s = ms.read_study(root / 'configs/studies/remember_color.yaml')
+    words = {v: ms.policy_work(s, v, 1)[0].command for v in s.variants}
+    assert words['halo'][words['halo'].index('--frames') + 1] == '16'
+    for v, w in words.items():
+        blind = w[w.index('--frames') + 1] == '0'
+        assert blind == v.startswith(('no_history', 'neither'))
+        assert ('--no-salr' in w) == v.startswith(('no_salr', 'neither'))
+        assert ('--train-vlm' in w) == v.endswith('trained')
+
+
+def test_a_wrong_entry_is_named(tmp_path):
+    file = tmp_path / 'study.yaml'
+    file.write_text('name: x\ntasks: [A]\nsteps: 3\n')
+    with pytest.raises(ValueError, match="'steps' is unknown"):
+        ms.read_study(file)
+    file.write_text('name: x\n')
+    with pytest.raises(ValueError, match="'tasks' is unknown or missing"):
+        ms.read_study(file)
+
+
+def test_without_the_simulators_python_one_sentence(monkeypatch, capsys):
+    monkeypatch.delenv('HALO_MANISKILL_PYTHON', raising=False)
+    assert ms.main([str(root / 'configs/studies/take_it_back.yaml'), '--list']) == 1
+    assert 'HALO_MANISKILL_PYTHON is not set' in capsys.readouterr().err
+
+
+def test_an_unknown_variant_is_refused(study):
+    with pytest.raises(ValueError, match="no variant 'full'; it has halo"):
+        ms.chosen(study, ['full'])
+    assert ms.chosen(study, seeds=[2]).seeds == (2,)
+
+
+def test_three_seeds_make_an_interval(study):
+    keep = ms.keep_folder(study)
+    keep.mkdir()
+    for n, each in enumerate([[1, 1, 0, 1], [1, 0, 1, 1], [0, 0, 1, 1]]):
+        file = ms.record_file(keep, f'halo-{n}', study.tasks[0])
+        file.write_text(json.dumps(result(f'halo-{n}', each)))
+        assert ms.has_played(keep, f'halo-{n}', study.tasks[0], 4)
+        assert not ms.has_played(keep, f'halo-{n}', study.tasks[0], 5)
+        said = ms.report(study)
+        assert ('no interval' in said) == (n < 2)
+    assert '66.7 %' in said and 'each seed: 75, 75, 50' in said and 'guessing 33 %' in said
+    assert ms.origins(study).count('1.5 min, 9 episodes') == 3
+
+
+def test_the_same_work_is_not_done_twice(study):
+    run = study.runs / 'halo-0'
+    trained, played = ms.policy_work(study, 'halo', 0)
+    assert not trained.done() and not played.done()
+    run.mkdir(parents=True)
+    (run / 'gate.json').write_text(json.dumps(dict(rows=[dict(step=1)])))
+    assert not trained.done()
+    (run / 'gate.json').write_text(json.dumps(dict(rows=[dict(step=1), dict(step=2)])))
+    assert trained.done()
+
+
+def test_recordings_with_options_lie_apart(study):
+    assert study.folders == [Path('data/demos/RememberColor3')]
+    noisy = replace(study, record=dict(noise=0.2))
+    assert noisy.folders == [Path('data/demos/little/RememberColor3')]
+    assert ms.data_work(noisy)[0].command[-2:] == ['--noise', '0.2']
+
+
+CLIENT = """
+import json, socket, sys
+a = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+host, port = a['--address'].split(':')
+socket.create_connection((host, int(port))).close()  # a server listens
+n = int(a['--episodes'])
+own = dict(task=a['--task'], standard={}, protocol={}, server=dict(checkpoint='e' * 64))
+each = [dict(success=k % 2 == 0) for k in range(n)]
+made = dict(success=dict(rate=0.5), seconds=1.0, seeds=list(range(n)), episodes=each)
+json.dump(made | dict(conventions=own), open(a['--out'], 'w'))
+"""
+
+
+@pytest.mark.slow
+def test_a_policy_is_served_played_and_kept(study, tmp_path, monkeypatch):
+    "A real policy behind a real server; the client is a stand-in that only connects."
+    demos, data = recording(tmp_path / 'demos', tmp_path / 'data')
+    run = tmp_path / 'halo-0'
+    few = ['--steps', '1', '--batch', '2', '--held', '2', '--every', '1']
+    assert fg.main(['train', str(data), '--out', str(run), *few]) == 0
+    (tmp_path / 'client.py').write_text(CLIENT)
+    words = [sys.executable, str(tmp_path / 'client.py')]
+    monkeypatch.setattr(ms, 'client', lambda: words)
+    ms.play(run, study.tasks, 4, tmp_path / 'kept')
+    kept = json.loads((tmp_path / 'kept/halo-0-RememberColor3.json').read_text())
+    assert kept['each'] == [True, False, True, False]
+    assert kept['checkpoint_sha256'] == 'e' * 64
+    assert ms.has_played(tmp_path / 'kept', 'halo-0', study.tasks[0], 4)
