@@ -123,7 +123,13 @@ def test_three_seeds_make_an_interval(study):
         said = ms.report(study)
         assert ('no interval' in said) == (n < 2)
     assert '66.7 %' in said and 'each seed: 75, 75, 50' in said and 'guessing 33 %' in said
-    assert ms.origins(study).count('1.5 min, 9 episodes') == 3
+    assert 'less' not in said
+    blind = replace(study, variants=dict(halo={}, no_history={}))
+    for n in range(3):
+        file = ms.record_file(keep, f'no_history-{n}', study.tasks[0])
+        file.write_text(json.dumps(result(f'no_history-{n}', [0, 0, 0, 0])))
+    assert '  halo less no_history: +66.7 points [+' in ms.report(blind)
+    assert ms.origins(study).count('1.5 min, 9 episodes') == 6
 
 
 def test_the_same_work_is_not_done_twice(study):
