@@ -40,7 +40,7 @@ def test_eyes_policy_and_probe(recorded, tmp_path, capsys):
     assert fg.main(['eyes', demos, '--out', vlm, *few]) == 0
     log = json.loads((tmp_path / 'vlm/log.json').read_text())
     assert log['episodes'] == 7 and log['labels'].startswith('privileged')
-    told = fg.ask([demos], fg.Look(), vlm, held=2, n=32)['demos']
+    told = fg.ask([demos], fg.Look(), vlm, held=2, n=32)['demos']['held']
     assert 0 <= told['found'] <= 1 and sum(told['mistakes'].values()) <= 32
     assert round(32 * (1 - told['cue'])) >= sum(told['mistakes'].values())
     made = ['train', data, '--vlm', vlm, '--out', str(run), '--every', '1', *few]

@@ -95,6 +95,9 @@ def test_a_wrong_entry_is_named(tmp_path):
     file.write_text('name: x\ntasks: [A]\nsteps: 3\n')
     with pytest.raises(ValueError, match="'steps' is unknown"):
         ms.read_study(file)
+    file.write_text('name: x\ntasks: [A]\n')
+    with pytest.raises(ValueError, match='train needs steps'):
+        ms.read_study(file)
     file.write_text('name: x\n')
     with pytest.raises(ValueError, match="'tasks' is unknown or missing"):
         ms.read_study(file)
@@ -118,8 +121,6 @@ def test_three_seeds_make_an_interval(study):
     for n, each in enumerate([[1, 1, 0, 1], [1, 0, 1, 1], [0, 0, 1, 1]]):
         file = ms.record_file(keep, f'halo-{n}', study.tasks[0])
         file.write_text(json.dumps(result(f'halo-{n}', each)))
-        assert ms.has_played(keep, f'halo-{n}', study.tasks[0], 4)
-        assert not ms.has_played(keep, f'halo-{n}', study.tasks[0], 5)
         said = ms.report(study)
         assert ('no interval' in said) == (n < 2)
     assert '66.7 %' in said and 'each seed: 75, 75, 50' in said and 'guessing 33 %' in said
@@ -141,6 +142,20 @@ def test_the_same_work_is_not_done_twice(study):
     assert not trained.done()
     (run / 'gate.json').write_text(json.dumps(dict(rows=[dict(step=1), dict(step=2)])))
     assert trained.done()
+
+
+def test_a_record_of_other_weights_is_no_play_of_this_run(study):
+    "A fresh clone holds records and no runs: everything is to be made anew."
+    run, keep, task = study.runs / 'halo-0', ms.keep_folder(study), study.tasks[0]
+    keep.mkdir()
+    ms.record_file(keep, 'halo-0', task).write_text(json.dumps(result('', [1, 0, 1, 1])))
+    assert not ms.has_played(run, keep, task, 4)
+    run.mkdir(parents=True)
+    for weights, played in (('e' * 64, False), ('d' * 64, True)):
+        own = dict(conventions=dict(server=dict(checkpoint=weights)))
+        (run / 'RememberColor3.json').write_text(json.dumps(own))
+        assert ms.has_played(run, keep, task, 4) == played
+    assert not ms.has_played(run, keep, task, 5)
 
 
 def test_recordings_with_options_lie_apart(study):
@@ -177,4 +192,4 @@ def test_a_policy_is_served_played_and_kept(study, tmp_path, monkeypatch):
     kept = json.loads((tmp_path / 'kept/halo-0-RememberColor3.json').read_text())
     assert kept['each'] == [True, False, True, False]
     assert kept['checkpoint_sha256'] == 'e' * 64
-    assert ms.has_played(tmp_path / 'kept', 'halo-0', study.tasks[0], 4)
+    assert ms.has_played(run, tmp_path / 'kept', study.tasks[0], 4)

@@ -237,7 +237,9 @@ def _told(got: Tensor, want: Tensor) -> dict:
 
 
 def ask(folders, look: Look, vlm: str, held: int = HELD, n: int = 320) -> dict[str, dict]:
-    "`n` questions about the held-out episodes of each of the `folders`, by name."
+    """`n` questions about the episodes of each of the `folders` that eyes learned from, and
+    about those `held` out: {folder: {'learned': …, 'held': …}}.
+    """
     cfg, roles = eyes_model(look, vlm).but(salr__enabled=False), look.roles()
     model = HaloModel(cfg, build_qwen(cfg)).eval()
     parts = {Path(f).name: split(list(read_episodes(f)), held) for f in folders}
@@ -247,12 +249,13 @@ def ask(folders, look: Look, vlm: str, held: int = HELD, n: int = 320) -> dict[s
     x = F.pad(x, (0, 1), value=1.0)
     w = torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.shape[1]), x.T @ y)
     found = {}
-    for name, (_, last) in parts.items():
-        book = album(last, cfg, roles)
-        book.prompt = 'touch'
-        x, y = _questions(model, book, n, 5)
-        got = F.pad(x, (0, 1), value=1.0) @ w
-        found[name] = _told(got, y)
+    for name, both in parts.items():
+        for which, episodes in zip(('learned', 'held'), both):
+            book = album(episodes, cfg, roles)
+            book.prompt = 'touch'
+            x, y = _questions(model, book, n, 5)
+            told = _told(F.pad(x, (0, 1), value=1.0) @ w, y)
+            found.setdefault(name, {})[which] = told
     return found
 
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #72317d93

@@ -76,6 +76,8 @@ def read_study(path: str | Path) -> Memory:
             f"{path}: entry {wrong[0]!r} is unknown or missing; a study has"
             f" {', '.join(known)}, and needs name and tasks"
         )
+    if 'steps' not in said.get('train', {}):
+        raise ValueError(f"{path}: train needs steps, such as train: {{steps: 3000}}")
     lists = {k: tuple(said[k]) for k in ('tasks', 'seeds') if k in said}
     return Memory(**said | lists)
 
@@ -169,7 +171,7 @@ def policy_work(s: Memory, variant: str, seed: int) -> list[Work]:
     how = dict(play=run, tasks=list(s.tasks), episodes=s.episodes)
     how |= dict(keep=keep_folder(s), lite=s.lite)
     play = [sys.executable, '-m', 'halo.benchmarks.memory_study', *flags(how)]
-    each = [(keep_folder(s), run.name, t, s.episodes) for t in s.tasks]
+    each = [(run, keep_folder(s), t, s.episodes) for t in s.tasks]
     played = lambda: all(has_played(*x) for x in each)
     return [trained, Work(f'play {run.name}', play, played, (trained.name,))]
 
@@ -190,10 +192,14 @@ def record_file(keep: Path, run: str, task: str) -> Path:
     return Path(keep) / f"{run}-{task.split('-')[0]}.json"
 
 
-def has_played(keep: Path, run: str, task: str, episodes: int) -> bool:
-    "Whether that record has its episodes."
-    file = record_file(keep, run, task)
-    return file.exists() and len(json.loads(file.read_text())['seeds']) >= episodes
+def has_played(run: Path, keep: Path, task: str, episodes: int) -> bool:
+    "Whether the run itself has its episodes, and the record is of these very weights."
+    result, file = run / f"{task.split('-')[0]}.json", record_file(keep, run.name, task)
+    if not (result.exists() and file.exists()):
+        return False
+    own, record = (json.loads(f.read_text()) for f in (result, file))
+    same = own['conventions']['server']['checkpoint'] == record['checkpoint_sha256']
+    return same and len(record['seeds']) >= episodes
 
 
 def works(s: Memory) -> list[Work]:
@@ -405,6 +411,8 @@ def given_away(folder: Path) -> dict:
     """
     states, sides = [], []
     for e in read_episodes(folder):
+        if not e.task.startswith('TakeItBack'):
+            raise ValueError(f"{folder} holds {e.task}; give a recording of TakeItBack")
         turned = np.flatnonzero(e.extra['phase'] == 1)
         if len(turned):
             # where the hand is farthest; things: cube, goal, changed goal, first place
