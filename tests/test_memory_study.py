@@ -15,7 +15,7 @@ from halo.benchmarks.demonstrations import About, Episode, record
 from halo.benchmarks.mikasa import STATE
 
 root = Path(__file__).resolve().parents[1]
-CONFIGS = ['remember_color', 'take_it_back']
+CONFIGS = sorted(f.stem for f in ms.studies())
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_the_first_gate_takes_every_option_of_a_configuration(name, monkeypatch)
     s = ms.read_study(root / f'configs/studies/{name}.yaml')
     module = 'halo.benchmarks.first_gate'
     commands = [w.command for w in ms.works(s) if module in w.command]
-    assert len(commands) == 1 + len(s.seeds) * len(s.variants)
+    assert len(commands) == len(ms.lessons(s)) + len(s.seeds) * len(s.variants)
     for words in commands:
         fg.parser().parse_args(words[words.index(module) + 1 :])
 
@@ -193,3 +193,37 @@ def test_a_policy_is_served_played_and_kept(study, tmp_path, monkeypatch):
     assert kept['each'] == [True, False, True, False]
     assert kept['checkpoint_sha256'] == 'e' * 64
     assert ms.has_played(run, tmp_path / 'kept', study.tasks[0], 4)
+
+
+def test_each_lesson_begins_where_the_last_one_ended(study):
+    two = replace(study, eyes=[dict(vlm='own', steps=5, size=56), dict(steps=7, size=84)])
+    first, second = ms.eyes_work(two)
+    after = lambda w, flag: w.command[w.command.index(flag) + 1]
+    assert after(first, '--vlm') == 'own' and after(first, '--size') == '56'
+    assert after(second, '--vlm') == after(first, '--out') == str(two.runs / 'vlm')
+    assert after(second, '--size') == '84' and second.after == ('eyes',)
+    trained = ms.policy_work(two, 'halo', 0)[0]
+    assert after(trained, '--vlm') == after(second, '--out') == str(ms.eyes_folder(two))
+    assert trained.after == ('convert', 'eyes2')
+    assert ms.eyes_folder(replace(two, eyes=dict(vlm='own'))) == 'own'
+    assert not ms.eyes_work(replace(two, eyes=[dict(vlm='own')]))
+
+
+def test_studies_may_share_their_demonstrations(study):
+    other = replace(study, dataset='first')
+    assert study.data == Path('data/little') and other.data == Path('data/first')
+    assert other.folders == study.folders and other.runs == study.runs
+
+
+def test_the_cells_of_table_6(study):
+    keep = ms.keep_folder(study)
+    keep.mkdir()
+    for cell, each in dict(halo=[1, 1, 1, 0], neither_trained=[0, 0, 0, 1]).items():
+        for n in range(3):
+            file = ms.record_file(keep, f'{cell}-{n}', study.tasks[0])
+            file.write_text(json.dumps(result(f'{cell}-{n}', each)))
+    rows = [r.strip('| ').split(' | ') for r in ms.ablation_table(study).splitlines()]
+    assert rows[0] == ['VLM', 'history', 'SALR', 'seeds', 'RememberColor3'] and len(rows) == 10
+    assert rows[2][:4] == ['kept', 'yes', 'yes', '3'] and rows[2][4].startswith('75.0 [')
+    assert rows[9][:4] == ['trained', 'no', 'no', '3'] and rows[9][4].startswith('25.0 [')
+    assert [r[4] for r in rows[3:9]] == ['not run'] * 6

@@ -26,9 +26,9 @@ from .thin import differences, rate
 from ..data.files import shown, whole, write_whole
 
 # %% auto #0
-__all__ = ['Episode', 'About', 'check_episode', 'write_episode', 'read_episode', 'only_successes', 'read_about', 'record',
-           'episode_files', 'read_episodes', 'summary', 'features', 'convert', 'sheet', 'spoken', 'keep_summary',
-           'main']
+__all__ = ['Episode', 'from_ticks', 'About', 'check_episode', 'write_episode', 'read_episode', 'only_successes', 'read_about',
+           'record', 'episode_files', 'read_episodes', 'summary', 'features', 'convert', 'sheet', 'spoken',
+           'keep_summary', 'main']
 
 # %% ../../nbs/benchmarks/08_demonstrations.ipynb #61f9674e
 @dataclass
@@ -59,6 +59,16 @@ class Episode:
 
     def __len__(self) -> int:
         return len(self.action)
+
+# %% ../../nbs/benchmarks/08_demonstrations.ipynb #10af318a
+def from_ticks(task: str, prompt: str, seed: int, success: bool, ticks) -> Episode:
+    """The episode of its `ticks`, each (pictures by camera, state, action, what only the
+    simulator knows by name).
+    """
+    seen, states, actions, known = zip(*ticks)
+    stacked = lambda dicts: {k: np.stack([d[k] for d in dicts]) for k in dicts[0]}
+    arrays = stacked(seen), np.stack(states), np.stack(actions), stacked(known)
+    return Episode(task, prompt, seed, success, *arrays)
 
 # %% ../../nbs/benchmarks/08_demonstrations.ipynb #4a18bd40
 def _word_faults(e: Episode):

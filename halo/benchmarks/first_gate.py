@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import re
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -43,7 +46,7 @@ from halo.train.own_eyes import (
 
 # %% auto #0
 __all__ = ['CAMERA', 'FREE', 'HELD', 'NUMBERS', 'Look', 'eyes_model', 'policy_fields', 'split', 'split_tasks', 'tasks_of',
-           'own_eyes', 'opened', 'curve', 'probed', 'probe_table', 'ask', 'parser', 'main', 'kept_play']
+           'own_eyes', 'opened', 'curve', 'probed', 'probe_table', 'ask', 'parser', 'main', 'processor', 'kept_play']
 
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #f1f2f8d7
 CAMERA = 'observation.images.{}'.format
@@ -137,9 +140,11 @@ def own_eyes(
     oc: OwnEyes,
     held: int = HELD,
     target: int | None = None,
+    even: bool = False,
+    shake: float = 0.0,
 ) -> Path:
     """Eyes for the demonstrations in `folders`, which may be of several tasks, from `vlm`;
-    `target` as in `album`.
+    `target` as in `album`, `even` and `shake` as in `Album`.
     """
     parts = [split(list(read_episodes(f)), held) for f in folders]
     cfg, roles = eyes_model(look, vlm), look.roles()
@@ -147,6 +152,7 @@ def own_eyes(
     books = [album(x, cfg, roles, target=target) for x in (train, test)]
     for book in books:
         book.prompt = 'touch'
+    books[0].even, books[0].shake = even, shake
     return learn(out, cfg, *books, oc)
 
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #21838bd3
@@ -244,7 +250,7 @@ def ask(folders, look: Look, vlm: str, held: int = HELD, n: int = 320) -> dict[s
     model = HaloModel(cfg, build_qwen(cfg)).eval()
     parts = {Path(f).name: split(list(read_episodes(f)), held) for f in folders}
     learned = album(sum((p[0] for p in parts.values()), []), cfg, roles)
-    learned.prompt = 'touch'
+    learned.prompt, learned.even = 'touch', True
     x, y = (v.flatten(0, 1) for v in _questions(model, learned, 2 * n, 0))
     x = F.pad(x, (0, 1), value=1.0)
     w = torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.shape[1]), x.T @ y)
@@ -285,6 +291,11 @@ def parser() -> argparse.ArgumentParser:
     eyes.add_argument('demos', type=Path, nargs='+')
     own = 'number of the thing whose place is asked of each episode\'s own past'
     eyes.add_argument('--target', type=int, help=own)
+    eyes.add_argument('--even', action='store_true', help='ask each colour equally often')
+    moved = 'move the past by up to this part of its side, and light it anew'
+    named = "weight of the cross entropy of the colours' names"
+    eyes.add_argument('--naming', type=float, default=0.0, help=named)
+    eyes.add_argument('--shake', type=float, default=0.0, help=moved)
     fit = do.add_parser('train', parents=[common], help='a policy, with its curve')
     fit.add_argument('data', type=Path)
     fit.add_argument('--every', type=int, default=100)
@@ -325,8 +336,9 @@ def main(argv: list[str] | None = None) -> int:
     parts = dict(freeze=not a.train_vlm, gates=a.gates, salr=not a.no_salr)
     look = Look(tuple(a.cameras), **sizes, **parts)
     if a.do == 'eyes':
-        oc = OwnEyes(a.steps, a.batch, a.lr, seed=a.seed, minutes=a.minutes)
-        folder = own_eyes(a.demos, a.out, look, a.vlm, oc, a.held, a.target)
+        oc = OwnEyes(a.steps, a.batch, a.lr, seed=a.seed, minutes=a.minutes, naming=a.naming)
+        how = dict(target=a.target, even=a.even, shake=a.shake)
+        folder = own_eyes(a.demos, a.out, look, a.vlm, oc, a.held, **how)
         print(json.dumps(json.loads((folder / 'log.json').read_text())['log'][-1]))
     elif a.do == 'train':
         _train(a, look)
@@ -340,6 +352,13 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(asdict(look)), probe_table(found), sep='\n')
     return 0
 
+# %% ../../nbs/benchmarks/09a_first_gate.ipynb #9beaad7a
+def processor() -> str:
+    "The name of this machine's processor and how many cores there are, as the system says."
+    info = Path('/proc/cpuinfo')
+    names = re.findall(r'model name\s*: (.*)', info.read_text()) if info.exists() else []
+    return f"{(names or [platform.processor() or 'unknown'])[0]}, {os.cpu_count()} cores"
+
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #204149be
 def kept_play(run: Path, result: Path) -> dict:
     "The client's `result` in short, with the curve and the provenance of the policy `run`."
@@ -347,6 +366,7 @@ def kept_play(run: Path, result: Path) -> dict:
     own, n = d['conventions'], len(d['episodes'])  # a run may end before all it asked for
     differs = differences(own['standard'], own['protocol'] | dict(episodes=n))
     record = dict(task=own['task'], success=d['success'], differs=differs)
+    record |= dict(machine=processor())
     record |= dict(checkpoint_sha256=own['server']['checkpoint'], seconds=d['seconds'])
     record |= dict(seeds=d['seeds'], each=[e['success'] for e in d['episodes']])
     provenance = json.loads((run / 'checkpoint/provenance.json').read_text())

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from . import suite
-from .demonstrations import About, Episode, record, spoken, summary
+from .demonstrations import About, Episode, from_ticks, record, spoken, summary
 from .thin import rate
 from ..data.files import write_whole
 from ..sim.flash_place import close_all
@@ -359,18 +359,17 @@ def disturbed(action: np.ndarray, noise: float, rng: np.random.Generator) -> np.
     return np.clip(action + shake, -1, 1).astype(np.float32)
 
 
-def played(env, seed: int, noise: float) -> tuple[bool, list, list]:
-    "Success of the expert from the start of a seed, what was seen, what was wanted."
+def played(env, seed: int, noise: float) -> tuple[bool, list]:
+    "Success of the expert from the start of a seed, and the ticks that it took."
     rng = np.random.default_rng([seed, 1])
     obs, _ = env.reset(seed=seed)
     expert = PickPlace(looker(env.unwrapped._env.env))
-    seen, wanted, done, info = [], [], False, {}
-    while not done and len(seen) < env.unwrapped._max_episode_steps:
+    ticks, done, info = [], False, {}
+    while not done and len(ticks) < env.unwrapped._max_episode_steps:
         action = np.clip(expert.act(), -1, 1).astype(np.float32)
-        seen.append(obs)
-        wanted.append(action)
+        ticks.append((obs['pixels'], obs['agent_pos'], action, {}))
         obs, _, done, _, info = env.step(disturbed(action, noise, rng))
-    return bool(info['is_success']), seen, wanted
+    return bool(info['is_success']), ticks
 
 # %% ../../nbs/benchmarks/12_libero_demonstrations.ipynb #b9a3adc5
 @dataclass(frozen=True)
@@ -383,17 +382,8 @@ class Demonstrate:
 
     def __call__(self, task: str, seed: int) -> Episode:
         env = environment(task, self.quality, self.size)
-        success, seen, wanted = played(env, seed, self.noise)
-        frames = {k: np.stack([o['pixels'][k] for o in seen]) for k in seen[0]['pixels']}
-        return Episode(
-            task=task,
-            prompt=env.unwrapped.task_description,
-            seed=seed,
-            success=success,
-            frames=frames,
-            state=np.stack([o['agent_pos'] for o in seen]),
-            action=np.stack(wanted),
-        )
+        success, ticks = played(env, seed, self.noise)
+        return from_ticks(task, env.unwrapped.task_description, seed, success, ticks)
 
 # %% ../../nbs/benchmarks/12_libero_demonstrations.ipynb #1d61dab3
 def same_look(task: str, play: Demonstrate, seed: int = 5) -> dict[str, bool]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,10 +30,11 @@ from ..data.files import locate, place, shown, write_whole
 from ..studies.salr_mujoco import interval, resampled
 
 # %% auto #0
-__all__ = ['Memory', 'read_study', 'chosen', 'flags', 'Work', 'client', 'data_work', 'eyes_work', 'policy_work', 'keep_folder',
-           'is_trained', 'record_file', 'has_played', 'works', 'Running', 'begin', 'ended', 'do', 'free_port',
-           'listens', 'served', 'play', 'keep_eyes', 'records', 'outcomes', 'rate_and_interval', 'lead', 'line',
-           'leads', 'report', 'origins', 'known_from', 'given_away', 'parser', 'run', 'main']
+__all__ = ['CELLS', 'Memory', 'read_study', 'studies', 'chosen', 'flags', 'Work', 'client', 'data_work', 'lessons', 'eyes_names',
+           'eyes_folder', 'eyes_work', 'train_command', 'policy_work', 'keep_folder', 'is_trained', 'record_file',
+           'has_played', 'works', 'Running', 'begin', 'ended', 'do', 'free_port', 'listens', 'served', 'play',
+           'train_baseline', 'keep_eyes', 'eyes_minutes', 'ship', 'records', 'outcomes', 'rate_and_interval', 'lead',
+           'line', 'leads', 'report', 'ablation_table', 'origins', 'known_from', 'given_away', 'parser', 'run', 'main']
 
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #6041cf34
 @dataclass(frozen=True)
@@ -42,13 +44,14 @@ class Memory:
     name: str
     tasks: tuple[str, ...]
     look: dict = field(default_factory=dict)
-    eyes: dict = field(default_factory=dict)
+    eyes: dict | list[dict] = field(default_factory=dict)  # a list: lessons one by one
     train: dict = field(default_factory=dict)
     variants: dict[str, dict] = field(default_factory=lambda: dict(halo={}))
     seeds: tuple[int, ...] = (0, 1, 2)
     demonstrations: int = 250
     episodes: int = 100
     record: dict = field(default_factory=dict)  # options of the recorder
+    dataset: str = ''  # the study whose converted demonstrations are taken; none: its own
     lite: bool = False  # play without the wrist camera's body: see the recorder
 
     @property
@@ -59,7 +62,7 @@ class Memory:
 
     @property
     def data(self) -> Path:
-        return Path('data') / self.name
+        return Path('data') / (self.dataset or self.name)
 
     @property
     def runs(self) -> Path:
@@ -80,6 +83,12 @@ def read_study(path: str | Path) -> Memory:
         raise ValueError(f"{path}: train needs steps, such as train: {{steps: 3000}}")
     lists = {k: tuple(said[k]) for k in ('tasks', 'seeds') if k in said}
     return Memory(**said | lists)
+
+# %% ../../nbs/benchmarks/09b_memory_study.ipynb #43d1a76a
+def studies() -> list[Path]:
+    "The configurations of memory studies in `configs/studies`."
+    files = sorted(locate('configs/studies').glob('*.yaml'))
+    return [f for f in files if 'tasks' in yaml.safe_load(f.read_text())]
 
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #8e18ec99
 def chosen(s: Memory, variants=None, seeds=None) -> Memory:
@@ -148,25 +157,52 @@ def data_work(s: Memory) -> list[Work]:
     return works + [Work('convert', words, there, tuple(w.name for w in works))]
 
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #1d2e61e7
+def lessons(s: Memory) -> list[dict]:
+    "The options of each lesson of the eyes."
+    each = s.eyes if isinstance(s.eyes, list) else [s.eyes]
+    return [e for e in each if 'steps' in e]
+
+
+def eyes_names(s: Memory) -> list[str]:
+    "The name of each lesson: eyes, eyes2, …"
+    return ['eyes' + str(n) * (n > 1) for n in range(1, len(lessons(s)) + 1)]
+
+
+def eyes_folder(s: Memory) -> Path | str:
+    "The weights with which the policies begin."
+    if names := eyes_names(s):
+        return s.runs / names[-1].replace('eyes', 'vlm')
+    return s.eyes.get('vlm', '') if isinstance(s.eyes, dict) else s.eyes[-1].get('vlm', '')
+
+
 def eyes_work(s: Memory) -> list[Work]:
     "Teach the eyes, where the study teaches any."
-    if 'steps' not in s.eyes:
-        return []
-    out = s.runs / 'vlm'
-    words = _gate('eyes', *s.folders, '--out', out, *flags(s.look | s.eyes))
-    after = tuple(f'record {t}' for t in s.tasks)
-    return [Work('eyes', words, (out / 'log.json').exists, after)]
+    made, after = [], tuple(f'record {t}' for t in s.tasks)
+    vlm = {}
+    for name, how in zip(eyes_names(s), lessons(s)):
+        out = s.runs / name.replace('eyes', 'vlm')
+        words = _gate('eyes', *s.folders, '--out', out, *flags(s.look | vlm | how))
+        made.append(Work(name, words, (out / 'log.json').exists, after))
+        vlm, after = dict(vlm=out), (name,)
+    return made
+
+
+def train_command(s: Memory, run: Path, how: dict) -> tuple[list[str], tuple[str, ...]]:
+    "What trains a policy into `run`, and what must be done before."
+    if 'baseline' in how:
+        part = {k: how[k] for k in ('baseline', 'steps', 'seed')}
+        module = [sys.executable, '-m', 'halo.benchmarks.memory_study']
+        return [*module, *flags(part | dict(data=s.data, out=run))], ('convert',)
+    words = _gate('train', s.data, '--out', run, *flags(how | dict(vlm=eyes_folder(s))))
+    return words, ('convert', *eyes_names(s)[-1:])
 
 
 def policy_work(s: Memory, variant: str, seed: int) -> list[Work]:
     "Train one policy, and play it."
     run = s.runs / f'{variant}-{seed}'
-    taught = eyes_work(s)
-    vlm = s.runs / 'vlm' if taught else s.eyes.get('vlm', '')
     how = s.look | s.train | s.variants[variant] | dict(seed=seed)
     steps = how['steps']
-    words = _gate('train', s.data, '--out', run, *flags(how | dict(vlm=vlm)))
-    first = ('convert', *(w.name for w in taught))
+    words, first = train_command(s, run, how)
     trained = Work(f'train {run.name}', words, lambda: is_trained(run, steps), first)
     how = dict(play=run, tasks=list(s.tasks), episodes=s.episodes)
     how |= dict(keep=keep_folder(s), lite=s.lite)
@@ -305,13 +341,61 @@ def play(run: Path, tasks, episodes: int, keep: Path, lite: bool = False) -> Non
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, record)
 
+# %% ../../nbs/benchmarks/09b_memory_study.ipynb #f0b88e37
+def train_baseline(name: str, data: Path, out: Path, steps: int, seed: int) -> None:
+    "Train one of LeRobot's policies into `out`, with a curve that says how far it came."
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    from halo.studies.baselines import ELSEWHERE, TRAIN
+    from halo.studies.baselines import train_baseline as train
+
+    if name not in ELSEWHERE:
+        raise ValueError(f"no baseline {name!r}; choose among {', '.join(ELSEWHERE)}")
+    b, full = ELSEWHERE[name], LeRobotDataset(f'local/{Path(data).name}', root=data)
+    tc = replace(TRAIN, lr=b.lr, steps=steps, seed=seed)
+    train(b, full, out, tc, progress=False)
+    log = [json.loads(row) for row in (out / 'log.jsonl').read_text().splitlines()]
+    how = dict(baseline=name, label=b.label) | {k: str(v) for k, v in b.config.items()}
+    kept = dict(rows=[{k: r[k] for k in ('step', 'loss', 'seconds')} for r in log], how=how)
+    write_whole(out / 'gate.json', json.dumps(kept))
+
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #fc77df42
 def keep_eyes(s: Memory) -> None:
     "Keep the log of the eyes' lesson, where there is one."
-    log = s.runs / 'vlm/log.json'
-    if log.exists():
-        keep_folder(s).mkdir(parents=True, exist_ok=True)
-        write_whole(keep_folder(s) / 'eyes.json', log.read_text())
+    for name in eyes_names(s):
+        log = s.runs / name.replace('eyes', 'vlm') / 'log.json'
+        if log.exists():
+            keep_folder(s).mkdir(parents=True, exist_ok=True)
+            write_whole(keep_folder(s) / f'{name}.json', log.read_text())
+
+# %% ../../nbs/benchmarks/09b_memory_study.ipynb #0dd33e46
+def eyes_minutes(s: Memory) -> float:
+    "How long the kept lessons of a study's eyes took, minutes."
+    logs = [keep_folder(s) / f'{w}.json' for w in eyes_names(s)]
+    rows = [json.loads(f.read_text())['log'][-1] for f in logs if f.exists()]
+    return sum(r['seconds'] for r in rows) / 60
+
+# %% ../../nbs/benchmarks/09b_memory_study.ipynb #94678986
+def ship(run: Path, out: Path) -> Path:
+    """Copy the policy of `run` to the folder `out`, its weights in half precision; returns
+    it. Raises `ValueError` where the run has no policy or `out` is there already.
+    """
+    from safetensors.torch import load_file, save_file
+
+    from halo.train.loop import whole_folder
+
+    source = Path(run) / 'checkpoint'
+    if not (source / 'model.safetensors').exists():
+        raise ValueError(f"{shown(run)} holds no trained policy (checkpoint/model.safetensors)")
+    if Path(out).exists():
+        raise ValueError(f"{shown(out)} is there already; name another folder for the copy")
+    with whole_folder(Path(out)) as part:
+        for f in (f for f in source.iterdir() if f.is_file()):
+            shutil.copyfile(f, part / f.name)
+        weights = load_file(source / 'model.safetensors')
+        half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+        save_file(half, part / 'model.safetensors', metadata=dict(format='pt'))
+    return Path(out)
 
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #442a820a
 def records(s: Memory, variant: str, task: str) -> list[dict]:
@@ -380,6 +464,32 @@ def report(s: Memory) -> str:
         out.append('  others: ' + (', '.join(others) or 'none known'))
     return '\n'.join(out)
 
+# %% ../../nbs/benchmarks/09b_memory_study.ipynb #cf1875db
+CELLS = dict(
+    halo=('yes', 'yes'), no_history=('no', 'yes'), no_salr=('yes', 'no'), neither=('no', 'no')
+)
+
+
+def ablation_table(s: Memory) -> str:
+    "History x SALR x VLM of a study as Markdown: success in % and its interval."
+    short = [t.split('-')[0] for t in s.tasks]
+    rows = [['VLM', 'history', 'SALR', 'seeds', *short]]
+    rows.append(['---'] * len(rows[0]))
+    for vlm, end in (('kept', ''), ('trained', '_trained')):
+        for cell, parts in CELLS.items():
+            found = [records(s, cell + end, t) for t in s.tasks]
+            seeds = str(max(map(len, found)))
+            rows.append([vlm, *parts, seeds, *(_cell(f) for f in found)])
+    return '\n'.join('| ' + ' | '.join(r) + ' |' for r in rows)
+
+
+def _cell(found: list[dict]) -> str:
+    "Success in % with its interval, or that there is none."
+    if not found:
+        return 'not run'
+    mean, low, high = rate_and_interval(outcomes(found))
+    return f'{mean:.1f}' + (f' [{low:.0f}, {high:.0f}]' if np.isfinite(low) else '')
+
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #00f8e8de
 def origins(s: Memory) -> str:
     "One line for each kept record: minutes of training, episodes, weights, commit."
@@ -436,6 +546,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--play', type=Path, help='play the policy of this run instead')
     told = 'only say what the state in this recording of TakeItBack gives away'
     p.add_argument('--given-away', type=Path, help=told)
+    other = "train one of LeRobot's policies (act, smolvla) on --data into --out instead"
+    p.add_argument('--baseline', help=other)
+    p.add_argument('--data', type=Path, help='converted demonstrations (--baseline)')
+    p.add_argument('--out', type=Path, help='folder of the run (--baseline) or of the copy (--ship)')
+    p.add_argument('--steps', type=int, default=3000)
+    p.add_argument('--seed', type=int, default=0)
+    half = 'only copy the policy of this run to --out, in half precision'
+    p.add_argument('--ship', type=Path, help=half)
     p.add_argument('--tasks', nargs='+', default=[])
     p.add_argument('--episodes', type=int, default=PROTOCOL['episodes'])
     p.add_argument('--keep', type=Path, help='folder (--play) or file (--given-away)')
@@ -447,6 +565,12 @@ def run(a: argparse.Namespace) -> int:
     "Do what the arguments say; the exit status."
     if a.play:
         play(a.play, a.tasks, a.episodes, a.keep, a.lite)
+        return 0
+    if a.ship:
+        print(f'{shown(ship(a.ship, a.out))} written')
+        return 0
+    if a.baseline:
+        train_baseline(a.baseline, a.data, a.out, a.steps, a.seed)
         return 0
     if a.given_away:
         said = json.dumps(given_away(a.given_away))
@@ -473,7 +597,7 @@ def main(argv: list[str] | None = None) -> int:
     "Run a study, or print what it found; returns the exit status."
     p = parser()
     a = p.parse_args(argv)
-    if not (a.study or a.play or a.given_away):
+    if not (a.study or a.play or a.given_away or a.baseline or a.ship):
         p.error('name a configuration, such as configs/studies/remember_color.yaml')
     try:
         return run(a)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from . import suite
-from .demonstrations import About, Episode, record, summary
+from .demonstrations import About, Episode, from_ticks, record, summary
 from ..data.files import locate, shown
 from ..sim.flash_place import close_all
 
@@ -147,28 +147,13 @@ class Demonstrate:
         rng = np.random.default_rng([seed, 1])
         obs, _ = env.reset(seed=seed)
         freed_at_exit()
-        seen, wanted, done, info = [], [], False, {}
-        while not done and len(seen) < env._max_episode_steps:
+        ticks, done, info = [], False, {}
+        while not done and len(ticks) < env._max_episode_steps:
             action = np.clip(env.expert_policy.get_action(env.told), -1, 1)
-            seen.append((obs['pixels'], obs['agent_pos']))
-            wanted.append(action.astype(np.float32))
+            ticks.append((dict(image=obs['pixels']), obs['agent_pos'], action, {}))
             obs, _, ended, cut, info = env.step(disturbed(action, self.noise, rng))
             done = ended or cut
-        return _episode(env, task, seed, bool(info['is_success']), seen, wanted)
-
-# %% ../../nbs/benchmarks/10_metaworld.ipynb #c9a28c59
-def _episode(env, task: str, seed: int, success: bool, seen: list, wanted: list) -> Episode:
-    "What was `seen` and `wanted` as an episode."
-    pictures, states = zip(*seen)
-    return Episode(
-        task=task,
-        prompt=env.task_description,
-        seed=seed,
-        success=success,
-        frames=dict(image=np.stack(pictures)),
-        state=np.stack(states).astype(np.float32),
-        action=np.stack(wanted),
-    )
+        return from_ticks(task, env.task_description, seed, info['is_success'], ticks)
 
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #3e954dcc
 FIRST_EVALUATION_SEED = suite._METAWORLD_PROTOCOL['first_seed']

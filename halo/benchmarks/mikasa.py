@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .demonstrations import About, Episode, record, spoken
+from .demonstrations import About, Episode, from_ticks, record, spoken
 from .memory import PROTOCOL, Mikasa, options, run, scalar, vulkan_hint
 from ..data.files import locate, shown
 
@@ -262,18 +262,7 @@ def demonstrate(stage, expert, seed: int, noise: float = 0.0) -> Episode:
         ticks.append((images, state, action, stage.known()))
         pushed = _pushed(action, noise, rng)
         images, state, _, done, success = stage.step(pushed)
-    seen, states, actions, known = zip(*ticks)
-    stacked = lambda dicts: {k: np.stack([d[k] for d in dicts]) for k in dicts[0]}
-    return Episode(
-        task=stage.task,
-        prompt=prompt,
-        seed=seed,
-        success=success,
-        frames=stacked(seen),
-        state=np.stack(states),
-        action=np.stack(actions),
-        extra=stacked(known),
-    )
+    return from_ticks(stage.task, prompt, seed, success, ticks)
 
 # %% ../../nbs/benchmarks/09_mikasa_demonstrations.ipynb #af30a429
 @dataclass

@@ -16,6 +16,7 @@ import numpy as np
 from halo.benchmarks.demonstrations import (
     About,
     Episode,
+    from_ticks,
     read_about,
     read_episodes,
     record,
@@ -227,18 +228,7 @@ def demonstrate(stage, seed: int, planner=own_planner) -> Episode:
     _solve(seat, planner)
     if not seat.ticks:
         _stand(seat)
-    seen, states, actions, facts = zip(*seat.ticks)
-    stacked = lambda dicts: {k: np.stack([d[k] for d in dicts]) for k in dicts[0]}
-    return Episode(
-        task=stage.task,
-        prompt=stage.prompt,
-        seed=seed,
-        success=seat.success,
-        frames=stacked(seen),
-        state=np.stack(states),
-        action=np.stack(actions),
-        extra=stacked(facts),
-    )
+    return from_ticks(stage.task, stage.prompt, seed, seat.success, seat.ticks)
 
 # %% ../../nbs/benchmarks/11_robomme_demonstrations.ipynb #174ea68f
 @dataclass

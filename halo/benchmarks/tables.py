@@ -24,7 +24,8 @@ __all__ = ['TABLE_DIR', 'ABLATIONS', 'RESULTS', 'PAPER', 'OURS', 'WIDOWX', 'PAPE
            'recomputed', 'slack', 'audit', 'bold_audit', 'cell', 'claims', 'counts', 'wilson95', 'fisher', 'field_rows',
            'task_rows', 'Result', 'rate_of', 'benchmark_name', 'task_entries', 'untrained', 'read_result', 'pooled',
            'our_cells', 'our_row', 'find_results', 'total_counts', 'table_rows', 'draw_rows', 'draw_table', 'markdown',
-           'ablation', 'missing', 'run_table', 'ablation_lines', 'reproduce', 'parser', 'main']
+           'shipped_result', 'ablation', 'missing', 'run_table', 'ablation_lines', 'studied', 'reproduce', 'parser',
+           'main']
 
 # %% ../../nbs/benchmarks/02_tables.ipynb #3c72e994
 TABLE_DIR, ABLATIONS = shipped('nbs/tables'), shipped('checkpoints/flash_place')
@@ -714,7 +715,7 @@ def markdown(n: int, results=()) -> str:
 ABLATION = {'full': ('yes', 'yes'), 'no_history': ('no', 'yes'), 'no_salr': ('yes', 'no')}
 
 # %% ../../nbs/benchmarks/02_tables.ipynb #5a0f3725
-def _shipped_result(folder: Path):
+def shipped_result(folder: Path):
     "The evaluation beside a checkpoint. Raises unless it is there and of these weights."
     from halo.sim.evaluate import EvalResult, sha256
 
@@ -740,7 +741,7 @@ def ablation(folder: str | Path = ABLATIONS) -> list[dict]:
     """
     from halo.sim.evaluate import compare
 
-    results = {name: _shipped_result(Path(folder) / name) for name in ABLATION}
+    results = {name: shipped_result(Path(folder) / name) for name in ABLATION}
     rows = []
     for name, r in results.items():
         mf, salr = ABLATION[name]
@@ -893,6 +894,18 @@ def ablation_lines() -> list[str]:
         for a in rows
     ]
 
+# %% ../../nbs/benchmarks/02_tables.ipynb #6c2fcfe7
+def studied() -> list[str]:
+    "The cells of Table 6 on other people's memory tasks, as lines of text."
+    from halo.benchmarks.memory_study import CELLS, ablation_table, read_study, studies
+
+    lines = []
+    for s in map(read_study, studies()):
+        if set(CELLS) <= set(s.variants):
+            lines += ['', f'{s.name}, success in % over training seeds:', '']
+            lines += ablation_table(s).splitlines()
+    return lines
+
 # %% ../../nbs/benchmarks/02_tables.ipynb #150151ad
 def reproduce(
     n: int, results: str | Path = RESULTS, figure: str | Path | None = None
@@ -905,7 +918,7 @@ def reproduce(
     lines += _sources(n, found) + _gaps(n, found)
     if n == 6:
         same = 'The same question on the demonstration task, measured with the shipped'
-        lines += ['', f'{same} checkpoints:', *ablation_lines()]
+        lines += ['', f'{same} checkpoints:', *ablation_lines(), *studied()]
     if figure is not None:
         draw_table(n, found).savefig(figure, dpi=150)
         lines.append('figure written')

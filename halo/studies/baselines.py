@@ -31,10 +31,11 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['TINY_SMOLVLM', 'CHUNK', 'SMOLVLM', 'MADE_BY', 'BASELINES', 'SHIPPED', 'NAMES', 'LIMIT', 'GoalColourStep',
-           'smolvlm_folder', 'Baseline', 'portable', 'make_baseline', 'Demonstrations', 'settle_frozen_norms',
-           'restore', 'train_baseline', 'load_baseline', 'baseline_conventions', 'evaluate_baseline', 'load_results',
-           'comparison', 'table', 'draw_comparison', 'ship_file', 'ship_result', 'left_out', 'parser', 'run', 'main']
+__all__ = ['TINY_SMOLVLM', 'CHUNK', 'SMOLVLM', 'MADE_BY', 'BASELINES', 'ELSEWHERE', 'SHIPPED', 'NAMES', 'LIMIT', 'GoalColourStep',
+           'smolvlm_folder', 'Baseline', 'portable', 'baseline_of', 'make_baseline', 'Demonstrations',
+           'settle_frozen_norms', 'restore', 'train_baseline', 'load_baseline', 'baseline_conventions',
+           'evaluate_baseline', 'load_results', 'comparison', 'table', 'draw_comparison', 'ship_file', 'ship_result',
+           'left_out', 'parser', 'run', 'main']
 
 # %% ../../nbs/studies/03_baselines.ipynb #f043df57
 from ..data.files import locate, place, shipped, shown, write_whole
@@ -282,6 +283,14 @@ BASELINES['smolvla_clock'] = replace(
     BASELINES['smolvla'], label="SmolVLA architecture, HALO's wall-clock", steps=6000
 )
 
+# %% ../../nbs/studies/03_baselines.ipynb #5040aa04
+ELSEWHERE = {
+    'act': replace(BASELINES['act'], goal=False),
+    'smolvla': replace(
+        BASELINES['smolvla'], config=_SMOLVLA | dict(max_state_dim=8, max_action_dim=8)
+    ),
+}
+
 # %% ../../nbs/studies/03_baselines.ipynb #f3000002
 def portable(config):
     "A policy's configuration without a folder of this machine."
@@ -327,15 +336,22 @@ def _built(b: Baseline, cfg) -> torch.nn.Module:
         ) from e
 
 # %% ../../nbs/studies/03_baselines.ipynb #776f54c2
-def make_baseline(name: str, meta, dev: str = 'cpu'):
+def baseline_of(name: str | Baseline) -> Baseline:
+    "A baseline, or that of a name. Raises `ValueError` for an unknown name."
+    if isinstance(name, Baseline):
+        return name
+    if name not in BASELINES:
+        raise ValueError(f"no baseline {name!r}; choose among {', '.join(BASELINES)}")
+    return BASELINES[name]
+
+
+def make_baseline(name: str | Baseline, meta, dev: str = 'cpu'):
     """An untrained policy `name` and its processors for a dataset's metadata.
 
     Raises `ValueError` for an unknown name, `ImportError` with the fix where LeRobot lacks
     a package.
     """
-    if name not in BASELINES:
-        raise ValueError(f"no baseline {name!r}; choose among {', '.join(BASELINES)}")
-    b = BASELINES[name]
+    b = baseline_of(name)
     cfg = _baseline_config(b, meta, dev)
     policy = _built(b, cfg)
     pre, post = make_pre_post_processors(cfg, dataset_stats=meta.stats)
@@ -407,7 +423,7 @@ def settle_frozen_norms(policy, batch: dict) -> int:
     return len(norms)
 
 # %% ../../nbs/studies/03_baselines.ipynb #d31df997
-def restore(name: str, folder: Path, policy, optimizer, sampler) -> int:
+def restore(folder: Path, policy, optimizer, sampler) -> int:
     """Weights, optimizer, sampler and random state of a checkpoint into the given objects;
     returns its step.
     """
@@ -439,7 +455,7 @@ class _Trainee:
 
 # %% ../../nbs/studies/03_baselines.ipynb #b5484d33
 def _trainee(
-    name: str, dataset, target: Path, tc: TrainConfig, dev, store, progress: bool
+    name: str | Baseline, dataset, target: Path, tc: TrainConfig, dev, store, progress: bool
 ) -> _Trainee:
     "Baseline `name`, new or as its checkpoint in `target` left it."
     policy, pre, post = make_baseline(name, dataset.meta, str(dev.type))
@@ -450,7 +466,7 @@ def _trainee(
     optimizer = torch.optim.AdamW(groups, lr=tc.lr, betas=(0.9, 0.95))
     it = _Trainee(policy, pre, post, data, sampler, optimizer)
     if found := find_checkpoint(target):
-        it.step = restore(name, found, policy, optimizer, sampler)
+        it.step = restore(found, policy, optimizer, sampler)
     else:
         every = max(1, len(data) // 64)
         settle_frozen_norms(policy, it.batch(range(0, len(data), every)))
@@ -507,9 +523,9 @@ def _train_until(stop: int, it: _Trainee, acc, tc, b, log: _Log, bar, save) -> N
     bar.close()
 
 # %% ../../nbs/studies/03_baselines.ipynb #0802316e
-def _usual(b: Baseline | None) -> TrainConfig:
+def _usual(b: Baseline) -> TrainConfig:
     "How a baseline is trained where nothing else is asked for."
-    return replace(TRAIN, lr=b.lr, steps=b.steps) if b else TRAIN
+    return replace(TRAIN, lr=b.lr, steps=b.steps)
 
 # %% ../../nbs/studies/03_baselines.ipynb #39ef480d
 def _as_it_comes(tc: TrainConfig) -> TrainConfig:
@@ -525,7 +541,7 @@ def _as_it_comes(tc: TrainConfig) -> TrainConfig:
 
 # %% ../../nbs/studies/03_baselines.ipynb #716024b6
 def train_baseline(
-    name: str,
+    name: str | Baseline,
     dataset: LeRobotDataset,
     out: str | Path,
     tc: TrainConfig | None = None,
@@ -536,7 +552,7 @@ def train_baseline(
     """Train baseline `name` into `out/checkpoint` (a LeRobot policy folder) and
     `out/log.jsonl`; goes on by itself. Returns the folder.
     """
-    b, out = BASELINES.get(name), Path(out)
+    b, out = baseline_of(name), Path(out)
     target, tc = out / 'checkpoint', _as_it_comes(tc or _usual(b))
     set_seed(tc.seed)
     acc = Accelerator(cpu=not torch.cuda.is_available())
@@ -550,7 +566,7 @@ def train_baseline(
         parts = (model, it.pre, it.post, optimizer, it.sampler)
         save_checkpoint(target, *parts, it.step, made)
 
-    shown_as = dict(desc=name, unit='step', mininterval=2, file=sys.stdout)
+    shown_as = dict(desc=b.label, unit='step', mininterval=2, file=sys.stdout)
     bar = tqdm(total=tc.steps, initial=it.step, disable=not progress, **shown_as)
     _train_until(min(tc.steps, until or tc.steps), it, acc, tc, b, log, bar, save)
     return target

@@ -171,10 +171,11 @@ def gate(
     **how,
 ) -> list[dict]:
     """Train on `dataset` into `out` and measure `right_way` on `held` after each `every`
-    steps; rows of steps, loss and measures, kept in `out/gate.json`. `how`: as `train`.
+    steps and at the end; rows of steps, loss and measures, kept in `out/gate.json`. `how`:
+    as `train`.
     """
     out, rows, t0 = Path(out), [], time.time()
-    for stop in range(every, tc.steps + 1, every):
+    for stop in [*range(every, tc.steps, every), tc.steps]:
         folder = train(dataset, out, tc, until=stop, **how)
         last = json.loads((out / 'log.jsonl').read_text().splitlines()[-1])
         row = {k: last[k] for k in ('step', 'loss', 'seconds')}

@@ -25,8 +25,8 @@ from .loop import TrainConfig, clip_and_step, set_lr
 
 # %% auto #0
 __all__ = ['COLOURS', 'HALF', 'PARTS', 'ANSWERS', 'LABELS', 'Shown', 'stand_in', 'Album', 'choice_begins', 'places_in', 'album',
-           'Asked', 'question', 'past_of', 'Lesson', 'lesson', 'cube_shares', 'token_answers', 'answers', 'pointing',
-           'lesson_loss', 'pointed', 'OwnEyes', 'read_out', 'learn']
+           'Asked', 'question', 'past_of', 'shaken', 'lit', 'Lesson', 'lesson', 'cube_shares', 'token_answers',
+           'answers', 'pointing', 'naming_loss', 'lesson_loss', 'pointed', 'OwnEyes', 'read_out', 'learn']
 
 # %% ../../nbs/train/02a_own_eyes.ipynb #09f9b826
 COLOURS = dict(
@@ -159,6 +159,8 @@ class Album:
     right: list[int] = field(default_factory=list)
     begins: list[int] = field(default_factory=list)
     alone: bool = False  # each episode is asked about its own past only
+    even: bool = False  # every colour is asked for equally often
+    shake: float = 0.0  # the past is moved by up to this part of its side, and lit anew
 
     def __len__(self):
         return len(self.right)
@@ -224,9 +226,17 @@ class Asked:
     right: int  # which cube of the table has the cue's colour
 
 
+def _cue(book: Album, g: np.random.Generator) -> int:
+    "An episode to take the cue from: any, or of a colour drawn first."
+    if not book.even:
+        return int(g.integers(len(book)))
+    shown = [int(k[r]) for k, r in zip(book.colour, book.right)]
+    return int(g.choice(np.flatnonzero(shown == g.choice(np.unique(shown)))))
+
+
 def question(book: Album, g: np.random.Generator, late: int = 3) -> Asked:
     "A random question; up to `late` ticks after the choice began, half of them at once."
-    a = int(g.integers(len(book)))
+    a = _cue(book, g)
     if book.alone:
         return Asked(a, a, int(g.integers(1, len(book.past[a]))), book.right[a])
     colour = book.colour[a][book.right[a]]
@@ -259,6 +269,26 @@ def past_of(
     seen = [torch.cat(x) for x in zip(*wide)]
     return tuple(x[history_ticks(len(x), n, stride)] for x in seen)
 
+# %% ../../nbs/train/02a_own_eyes.ipynb #cf4cc04e
+def shaken(
+    x: Tensor, place: Tensor, part: float, g: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Frames (n, 3, S, S) moved by up to `part` of their side, edges repeated, and the
+    places (n, c, 2) in them; all frames alike.
+    """
+    side = x.shape[-1]
+    most = int(part * side)
+    dx, dy = (int(v) for v in g.integers(-most, most + 1, 2))
+    wide = F.pad(x.float(), (most,) * 4, mode='replicate')
+    a, b = most - dy, most - dx
+    moved = wide[..., a : a + side, b : b + side].to(x.dtype)
+    return moved, place + torch.tensor([dx, dy]) / side
+
+
+def lit(x: Tensor, by: float) -> Tensor:
+    "Pictures (uint8), their light multiplied."
+    return (x.float() * by).clamp(0, 255).to(x.dtype)
+
 # %% ../../nbs/train/02a_own_eyes.ipynb #a6edabf6
 @dataclass
 class Lesson:
@@ -275,8 +305,10 @@ def lesson(book: Album, cfg: ModelConfig, b: int, g: np.random.Generator) -> Les
     frames = torch.zeros(b, s.history_frames, 3, s.history_size, s.history_size).byte()
     mask = torch.zeros(b, s.history_frames, dtype=torch.bool)
     for i, q in enumerate(asked):
-        x, *known = past_of(book, q, s.history_frames, s.history_stride)
-        past.append(known)
+        x, place, colour = past_of(book, q, s.history_frames, s.history_stride)
+        if book.shake:
+            x, place = shaken(x, place, book.shake, g)
+        past.append((place, colour))
         if len(x):
             frames[i, -len(x) :], mask[i, -len(x) :] = x, True
     views = [
@@ -285,6 +317,10 @@ def lesson(book: Album, cfg: ModelConfig, b: int, g: np.random.Generator) -> Les
     words = get_tokenizer(cfg.tokenizer)([book.prompt] * b, return_tensors='pt')
     state = torch.from_numpy(g.normal(size=(b, cfg.max_state_dim))).float()
     there = torch.ones(b, len(views), dtype=torch.bool)
+    if book.shake:
+        light = 1 + book.shake * g.uniform(-1, 1, b)
+        frames = torch.stack([lit(x, by) for x, by in zip(frames, light)])
+        views = [torch.stack([lit(x, by) for x, by in zip(v, light)]) for v in views]
     text = words['input_ids'], words['attention_mask'].bool()
     return Lesson(Observation(frames, mask, views, there, *text, state), asked, past)
 
@@ -414,18 +450,37 @@ def pointing(book: Album, one: Lesson, cfg: ModelConfig) -> tuple[Tensor, Tensor
     return target, real
 
 # %% ../../nbs/train/02a_own_eyes.ipynb #d00b1961
+def naming_loss(names: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the colour that fills most of a token, and the share of right names,
+    over the tokens of which a cube fills a quarter; `names` (tokens, colours), `want`
+    (tokens, ANSWERS).
+    """
+    shown = want[:, PARTS['own'] : PARTS['own'] + PARTS['colours']] / 2
+    clear = shown.max(1).values > 0.25
+    names, colour = names[clear], shown[clear].argmax(1)
+    return F.cross_entropy(names, colour), (names.argmax(1) == colour).float().mean()
+
+
 def lesson_loss(
-    model: HaloModel, head: torch.nn.ModuleList, book: Album, one: Lesson
+    model: HaloModel,
+    head: torch.nn.ModuleList,
+    book: Album,
+    one: Lesson,
+    naming: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    "Flow-matching loss of the pointing, and squared error of the linear readouts."
+    """Flow-matching loss of the pointing, and squared error of the linear readouts, with
+    `naming` times the cross entropy of the colours' names.
+    """
     cfg = model.cfg
     target, real = pointing(book, one, cfg)
     flow, x = flow_and_hidden(model, one.obs, target, real)
     ids, packed = special_ids(cfg.tokenizer), pack(one.obs, cfg)
     want, weight = answers(book, one, cfg.vision.factor)
     kinds = ('<|image_pad|>', '<|video_pad|>')
-    got = head[0](torch.cat([x[packed.input_ids == ids[k]] for k in kinds]))
-    tokens = (weight * (got - want).square()).mean()
+    x_at = torch.cat([x[packed.input_ids == ids[k]] for k in kinds])
+    tokens = (weight * (head[0](x_at) - want).square()).mean()
+    if naming:
+        tokens = tokens + naming * naming_loss(head[2](x_at), want)[0]
     last = (real[:, 0] * (head[1](x[:, -1]) - target[:, 0]).square()).sum()
     return flow, tokens + last / real[:, 0].sum().clamp_min(1)
 
@@ -455,12 +510,12 @@ def pointed(model: HaloModel, book: Album, b: int = 64, seed: int = 1) -> dict[s
     return dict(right=np.mean(right), chance=np.mean(chance), far=np.mean(far))
 
 # %% ../../nbs/train/02a_own_eyes.ipynb #b23b5a6a
-def _learner(cfg: ModelConfig, lr: float) -> tuple:
+def _learner(cfg: ModelConfig, lr: float, naming: float = 0.0) -> tuple:
     "The VLM, the model around it, the readouts and an optimizer of them all."
     cfg = cfg.but(salr__enabled=False)
     qwen, width = build_qwen(cfg), cfg.text.width
     model = HaloModel(cfg, qwen).train()
-    sizes = ANSWERS, cfg.max_action_dim
+    sizes = [ANSWERS, cfg.max_action_dim] + [len(COLOURS)] * bool(naming)
     head = torch.nn.ModuleList(torch.nn.Linear(width, n) for n in sizes)
     params = [*model.parameters(), *head.parameters()]
     opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=1e-4)
@@ -478,6 +533,7 @@ class OwnEyes:
     seed: int = 0
     log_every: int = 50
     minutes: float = 0.0  # stop after them, whatever `steps` says; 0 = no limit
+    naming: float = 0.0  # weight of the cross entropy of the colours' names
 
 
 def _share_done(step: int, t0: float, oc: OwnEyes) -> float:
@@ -491,21 +547,25 @@ def read_out(
     model: HaloModel, head: torch.nn.ModuleList, book: Album, b: int = 64, seed: int = 2
 ) -> dict[str, float]:
     """How often the readouts of the present are right: 'cue', the colour that was shown;
-    'found', the token that holds the right cube in a view that shows it.
+    'found', the token that holds the right cube in a view that shows it; 'named', a cube's
+    own colour, where names are taught.
     """
     cfg, one = model.cfg, lesson(book, model.cfg, b, np.random.default_rng(seed))
     target, real = pointing(book, one, cfg)
     x = flow_and_hidden(model, one.obs, target, real)[1]
     image = pack(one.obs, cfg).input_ids == special_ids(cfg.tokenizer)['<|image_pad|>']
-    want = answers(book, one, cfg.vision.factor)[0][: int(image.sum())]
+    want_all = answers(book, one, cfg.vision.factor)[0][: int(image.sum())]
     got = head[0](x[image]).unflatten(0, (b, -1)).split(list(PARTS.values()), 2)
-    want = want.unflatten(0, (b, -1)).split(list(PARTS.values()), 2)
+    want = want_all.unflatten(0, (b, -1)).split(list(PARTS.values()), 2)
     cue = (got[4].mean(1).argmax(1) == want[4].mean(1).argmax(1)).float().mean()
     first = one.obs.views[0][0, 0].numel() // cfg.vision.factor**2
     claimed, there = got[2][:, :first, 0], want[2][:, :first, 0]
     seen = there.sum(1) > 0.5
     hit = there.gather(1, claimed.argmax(1, keepdim=True))[:, 0] > 0.1
-    return dict(cue=float(cue), found=float(hit[seen].float().mean()))
+    told = dict(cue=float(cue), found=float(hit[seen].float().mean()))
+    if len(head) > 2:
+        told['named'] = float(naming_loss(head[2](x[image]), want_all)[1])
+    return told
 
 # %% ../../nbs/train/02a_own_eyes.ipynb #a8b13f99
 def _row(step: int, recent: list, learner: tuple, held: Album, t0: float) -> dict:
@@ -518,7 +578,7 @@ def _row(step: int, recent: list, learner: tuple, held: Album, t0: float) -> dic
 def _lesson_step(model, head, opt, book: Album, oc: OwnEyes, g) -> tuple[float, float]:
     "One step on a fresh batch of questions; its two losses."
     one = lesson(book, model.cfg, oc.batch, g)
-    flow, dense = lesson_loss(model, head, book, one)
+    flow, dense = lesson_loss(model, head, book, one, oc.naming)
     (flow + dense).backward()
     clip_and_step(model.parameters(), opt, 1.0)
     return float(flow.detach()), float(dense.detach())
@@ -537,7 +597,7 @@ def learn(
     `held`. Returns it.
     """
     torch.manual_seed(oc.seed)
-    g, learner = np.random.default_rng(oc.seed), _learner(cfg, oc.lr)
+    g, learner = np.random.default_rng(oc.seed), _learner(cfg, oc.lr, oc.naming)
     qwen, model, head, opt = learner
     tc = TrainConfig(oc.steps, lr=oc.lr, warmup=oc.warmup)
     log, recent, t0, step, done = [], [], time.time(), 0, 0.0

@@ -1,0 +1,49 @@
+"""Every rate that the repository holds, in one table."""
+
+import json
+
+import numpy as np
+import pytest
+
+from halo.benchmarks import memory_study as ms
+from halo.benchmarks import results
+from halo.benchmarks.tables import task_rows
+
+
+def test_every_kept_record_is_in_the_table():
+    lines, files = results.all_lines(), 0
+    shown = {(g.policy, g.task): g for g in lines}
+    for config in ms.studies():
+        s = ms.read_study(config)
+        for file in sorted(ms.keep_folder(s).glob('*-*.json')):
+            variant, _, task = file.stem.rsplit('-', 2)
+            r = json.loads(file.read_text())
+            assert r['checkpoint_sha256'] in shown[f'{s.name}: {variant}', task].weights
+            files += 1
+    assert files == sum(len(g.weights) for g in lines if ':' in g.policy) > 0
+
+
+def test_one_run_has_no_interval_over_seeds():
+    some = results.Got('T', 'p', np.ones((2, 10)), 0.1, ('a' * 64,) * 2, 'make it')
+    assert 'episodes only' in some.line()[3]
+    three = results.Got('T', 'p', np.eye(3), 0.1, ('a' * 64,) * 3, 'make it')
+    assert 'only' not in three.line()[3] and three.line()[4] == '3 × 3'
+
+
+def test_a_task_without_a_policy_is_named_too(capsys):
+    assert results.main([]) == 0
+    said = capsys.readouterr().out
+    for task in {r['task'] for r in task_rows()}:
+        assert task in said
+    for task in results.untried(results.all_lines()):
+        assert f'{task}: no trained policy here' in said
+
+
+def test_eyes_are_counted_once():
+    lines = {g.policy: g for g in results.all_lines() if g.task == 'RememberColor3'}
+    first, other = (lines[f'remember_color: {v}'] for v in ('halo', 'no_history'))
+    s = next(s for s in map(ms.read_study, ms.studies()) if s.name == 'remember_color')
+    trained = [ms.records(s, 'halo', s.tasks[0]), ms.records(s, 'no_history', s.tasks[0])]
+    hours = [sum(r['provenance']['seconds'] for r in x) / 3600 for x in trained]
+    assert first.hours == pytest.approx(hours[0] + ms.eyes_minutes(s) / 60)
+    assert other.hours == pytest.approx(hours[1]) and ms.eyes_minutes(s) > 1
