@@ -411,6 +411,20 @@ RULES = (
         slow=True,
     ),
     Rule(r'memory_study configs', ((r'$', ' --report'),)),
+    Rule(
+        r'memory_study --ship',
+        (
+            (
+                r'--ship \S+ --out \S+',
+                '--ship outputs/shown --out outputs/half',
+            ),
+            (
+                r'^',
+                'mkdir -p outputs/shown && cp -r checkpoints/flash_place/full'
+                ' outputs/shown/checkpoint && ',
+            ),
+        ),
+    ),
     Rule(r'memory_study --given-away', needs=('taken',)),
     Rule(r'halo files NAME', ((r'NAME', 'configs/mixtures'),)),
     Rule(

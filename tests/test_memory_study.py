@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,11 +72,18 @@ def test_what_the_hand_gives_away(tmp_path, capsys):
 def test_the_first_gate_takes_every_option_of_a_configuration(name, monkeypatch):
     monkeypatch.setenv('HALO_MANISKILL_PYTHON', sys.executable)
     s = ms.read_study(root / f'configs/studies/{name}.yaml')
-    module = 'halo.benchmarks.first_gate'
-    commands = [w.command for w in ms.works(s) if module in w.command]
-    assert len(commands) == len(ms.lessons(s)) + len(s.seeds) * len(s.variants)
-    for words in commands:
-        fg.parser().parse_args(words[words.index(module) + 1 :])
+    own, gate = 'halo.benchmarks.memory_study', 'halo.benchmarks.first_gate'
+    count = {own: 0, gate: 0}
+    for w in ms.works(s):
+        for module, parser in ((own, ms.parser()), (gate, fg.parser())):
+            if module in w.command:
+                a = parser.parse_args(w.command[w.command.index(module) + 1 :])
+                assert module == gate or a.play or a.baseline in ms.baselines()
+                count[module] += 1
+    runs = len(s.seeds) * len(s.variants)
+    others = len(s.seeds) * sum('baseline' in how for how in s.variants.values())
+    lessons = len(ms.lessons(s)) + len(ms.ask_work(s))
+    assert count == {own: runs + others, gate: lessons + runs - others}
 
 
 def test_each_variant_trains_as_it_is_called(monkeypatch):
@@ -84,6 +92,8 @@ def test_each_variant_trains_as_it_is_called(monkeypatch):
     words = {v: ms.policy_work(s, v, 1)[0].command for v in s.variants}
     assert words['halo'][words['halo'].index('--frames') + 1] == '16'
     for v, w in words.items():
+        if 'baseline' in s.variants[v]:
+            continue
         blind = w[w.index('--frames') + 1] == '0'
         assert blind == v.startswith(('no_history', 'neither'))
         assert ('--no-salr' in w) == v.startswith(('no_salr', 'neither'))
@@ -130,7 +140,7 @@ def test_three_seeds_make_an_interval(study):
         file = ms.record_file(keep, f'no_history-{n}', study.tasks[0])
         file.write_text(json.dumps(result(f'no_history-{n}', [0, 0, 0, 0])))
     assert '  halo less no_history: +66.7 points [+' in ms.report(blind)
-    assert ms.origins(study).count('1.5 min, 9 episodes') == 6
+    assert ms.origins(study).count('1.5 min, dataset of 9,') == 6
 
 
 def test_the_same_work_is_not_done_twice(study):
@@ -148,14 +158,21 @@ def test_a_record_of_other_weights_is_no_play_of_this_run(study):
     "A fresh clone holds records and no runs: everything is to be made anew."
     run, keep, task = study.runs / 'halo-0', ms.keep_folder(study), study.tasks[0]
     keep.mkdir()
-    ms.record_file(keep, 'halo-0', task).write_text(json.dumps(result('', [1, 0, 1, 1])))
+    record = result('', [1, 0, 1, 1])
+    ms.record_file(keep, 'halo-0', task).write_text(json.dumps(record))
     assert not ms.has_played(run, keep, task, 4)
-    run.mkdir(parents=True)
-    for weights, played in (('e' * 64, False), ('d' * 64, True)):
-        own = dict(conventions=dict(server=dict(checkpoint=weights)))
-        (run / 'RememberColor3.json').write_text(json.dumps(own))
-        assert ms.has_played(run, keep, task, 4) == played
-    assert not ms.has_played(run, keep, task, 5)
+    (run / 'checkpoint').mkdir(parents=True)
+    own = dict(conventions=dict(server=dict(checkpoint=record['checkpoint_sha256'])))
+    (run / 'RememberColor3.json').write_text(json.dumps(own))
+    weights = run / 'checkpoint/model.safetensors'
+    weights.write_bytes(b'others')
+    assert not ms.has_played(run, keep, task, 4)
+    own['conventions']['server']['checkpoint'] = ms.weights_of(run)
+    (run / 'RememberColor3.json').write_text(json.dumps(own))
+    assert not ms.has_played(run, keep, task, 4)
+    record['checkpoint_sha256'] = ms.weights_of(run)
+    ms.record_file(keep, 'halo-0', task).write_text(json.dumps(record))
+    assert ms.has_played(run, keep, task, 4) and not ms.has_played(run, keep, task, 5)
 
 
 def test_recordings_with_options_lie_apart(study):
@@ -227,3 +244,106 @@ def test_the_cells_of_table_6(study):
     assert rows[2][:4] == ['kept', 'yes', 'yes', '3'] and rows[2][4].startswith('75.0 [')
     assert rows[9][:4] == ['trained', 'no', 'no', '3'] and rows[9][4].startswith('25.0 [')
     assert [r[4] for r in rows[3:9]] == ['not run'] * 6
+
+
+def test_eyes_are_asked_with_the_size_of_their_lesson(study):
+    look = dict(frames=16, size=84, view=112)
+    two = replace(study, look=look, eyes=[dict(steps=5, size=56), dict(steps=7, naming=1.0)])
+    sizes = [w.command[w.command.index('--size') + 1] for w in ms.ask_work(two)]
+    assert sizes == ['56', '84'] and [w.after for w in ms.ask_work(two)] == [('eyes',), ('eyes2',)]
+    for w in ms.ask_work(two):
+        fg.parser().parse_args(w.command[3:])
+    assert not ms.ask_work(replace(study, eyes=dict(steps=5, target=0)))
+
+
+def test_a_policy_is_shipped_in_half_precision(tmp_path, capsys):
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file
+
+    from halo.policy.modeling_halo import HaloPolicy
+
+    source, run, out = root / 'checkpoints/flash_place/full', tmp_path / 'run', tmp_path / 'out'
+    shutil.copytree(source, run / 'checkpoint')
+    (run / 'checkpoint/training_state').mkdir()
+    words = ['--ship', str(run), '--out', str(out)]
+    assert ms.main(words) == 0
+    assert not (out / 'training_state').exists() and not list(tmp_path.glob('out.*'))
+    made = json.loads((out / 'shipped.json').read_text())
+    assert made['shipped_from_sha256'] == ms.weights_of(run)
+    half, full = (load_file(f / 'model.safetensors') for f in (out, source))
+    assert {v.dtype for v in half.values() if v.is_floating_point()} == {torch.float16}
+    for name, x in HaloPolicy.from_pretrained(out).model.state_dict().items():
+        if f'model.{name}' in full:
+            want = full[f'model.{name}'].half().float()
+            torch.testing.assert_close(x.float(), want)
+    assert ms.main(words) == 1 and 'is there already' in capsys.readouterr().err
+    assert ms.main(['--ship', str(tmp_path / 'none'), '--out', str(tmp_path / 'x')]) == 1
+    assert 'train first' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'words, said',
+    [
+        ([], 'name a configuration'),
+        (['--play', 'x'], '--play needs --tasks'),
+        (['--ship', 'x'], 'need --out'),
+        (['--baseline', 'act', '--out', 'x'], '--baseline needs --data'),
+        (['some.yaml', '--steps', '3'], 'are of --baseline'),
+    ],
+)
+def test_arguments_that_cannot_be(words, said, capsys):
+    with pytest.raises(SystemExit):
+        ms.main(words)
+    assert said in capsys.readouterr().err
+
+
+def test_a_lesson_without_steps_is_no_lesson(tmp_path):
+    file = tmp_path / 'study.yaml'
+    file.write_text('name: x\ntasks: [A]\ntrain: {steps: 3}\neyes: [{steps: 3}, {step: 4}]\n')
+    with pytest.raises(ValueError, match='lesson 2 of the eyes needs steps'):
+        ms.read_study(file)
+    file.write_text('')
+    with pytest.raises(ValueError, match="'name' is unknown or missing"):
+        ms.read_study(file)
+
+
+def test_what_a_piece_of_work_began_ends_with_it(tmp_path):
+    "A play is a server and a client; neither outlives the study."
+    code = (
+        'import subprocess, sys, time\n'
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "open('child', 'w').write(str(p.pid))\n"
+        'time.sleep(60)\n'
+    )
+    words = [sys.executable, '-c', f'import os; os.chdir({str(tmp_path)!r})\n' + code]
+    r = ms.begin(ms.Work('two', words, lambda: False), tmp_path)
+    file, end = tmp_path / 'child', time.time() + 20
+    while not (file.exists() and file.read_text()) and time.time() < end:
+        time.sleep(0.05)
+    child = Path('/proc') / file.read_text()
+    assert child.exists()
+    ms.stop(r)
+    while child.exists() and (child / 'stat').read_text().split()[2] != 'Z':
+        assert time.time() < end, 'the child lives on'
+        time.sleep(0.05)
+
+
+def test_answers_are_kept_as_soon_as_they_are_there(study):
+    two = replace(study, eyes=[dict(steps=5), dict(steps=7)])
+    kept = ms.keep_folder(two)
+    assert np.isnan(ms.eyes_minutes(two))
+    for k, name in enumerate(ms.lessons(two)):
+        vlm, asked = ms.lesson_files(two, name)
+        vlm.mkdir(parents=True)
+        (vlm / 'log.json').write_text(json.dumps(dict(log=[dict(seconds=60.0)])))
+        asked.write_text('{}')
+        ms.keep_eyes(two)
+        assert len(list(kept.iterdir())) == 2 * (k + 1)
+    assert ms.eyes_minutes(two) == 2
+
+
+def test_an_unknown_baseline_is_refused(tmp_path, capsys):
+    assert ms.main(['--baseline', 'pi0', '--data', 'x', '--out', str(tmp_path / 'y')]) == 1
+    assert "no baseline 'pi0'" in capsys.readouterr().err and not (tmp_path / 'y').exists()

@@ -46,7 +46,8 @@ from halo.train.own_eyes import (
 
 # %% auto #0
 __all__ = ['CAMERA', 'FREE', 'HELD', 'NUMBERS', 'Look', 'eyes_model', 'policy_fields', 'split', 'split_tasks', 'tasks_of',
-           'own_eyes', 'opened', 'curve', 'probed', 'probe_table', 'ask', 'parser', 'main', 'processor', 'kept_play']
+           'own_eyes', 'opened', 'curve', 'probed', 'probe_table', 'ask', 'parser', 'run', 'main', 'processor',
+           'kept_play']
 
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #f1f2f8d7
 CAMERA = 'observation.images.{}'.format
@@ -144,8 +145,14 @@ def own_eyes(
     shake: float = 0.0,
 ) -> Path:
     """Eyes for the demonstrations in `folders`, which may be of several tasks, from `vlm`;
-    `target` as in `album`, `even` and `shake` as in `Album`.
+    `target` as in `album`, `even` and `shake` as in `Album`. Raises `ValueError` for
+    `shake` with a `target`.
     """
+    if shake and target is not None:
+        raise ValueError(
+            "--shake moves the past, and with --target the answer is a place in it as it is;"
+            " give one of the two"
+        )
     parts = [split(list(read_episodes(f)), held) for f in folders]
     cfg, roles = eyes_model(look, vlm), look.roles()
     train, test = (sum((p[k] for p in parts), []) for k in (0, 1))
@@ -230,12 +237,14 @@ def _questions(model, book, n: int, seed: int) -> tuple:
 
 
 def _told(got: Tensor, want: Tensor) -> dict:
-    "Shares of right answers ('cue', 'found'), and the commonest mistakes of colour."
+    """Shares of right answers ('cue'; 'found', of the questions whose right cube the view
+    shows), and the commonest mistakes of colour.
+    """
     at = np.cumsum([0, *PARTS.values()])
     right, cue = at[2], slice(at[4], at[5])
     said, true = (x[..., cue].mean(1).argmax(1) for x in (got, want))
-    claimed = got[..., right].argmax(1, keepdim=True)
-    hit = want[..., right].gather(1, claimed)[:, 0] > 0.1
+    claimed, there = got[..., right].argmax(1, keepdim=True), want[..., right]
+    hit = (there.gather(1, claimed)[:, 0] > 0.1)[there.sum(1) > 0.5]  # where it is seen
     names, pairs = list(COLOURS), zip(said.tolist(), true.tolist())
     wrong = Counter(f'{names[a]} for {names[b]}' for a, b in pairs if a != b)
     shares = dict(cue=float((said == true).float().mean()), found=float(hit.float().mean()))
@@ -326,30 +335,47 @@ def _train(a, look: Look) -> None:
         print({k: round(v, 3) for k, v in row.items()}, flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    "Eyes, a policy, or what a cache knows, by the first argument; returns the exit status."
-    a = parser().parse_args(argv)
+def _teach(a, look: Look) -> None:
+    "Teach eyes as the arguments say and print the last row of their log."
+    own = dict(seed=a.seed, minutes=a.minutes, naming=a.naming)
+    how = dict(target=a.target, even=a.even, shake=a.shake)
+    oc = OwnEyes(a.steps, a.batch, a.lr, **own)
+    folder = own_eyes(a.demos, a.out, look, a.vlm, oc, a.held, **how)
+    print(json.dumps(json.loads((folder / 'log.json').read_text())['log'][-1]))
+
+
+def _ask(a, look: Look) -> None:
+    "Ask eyes, and print what they said or write it too."
+    said = json.dumps(ask(a.demos, look, a.vlm, a.held))
+    print(said)
+    if a.out:
+        write_whole(a.out, said)
+
+
+def _probe(a, look: Look) -> None:
+    "Print what a cache knows."
+    found = probed(a.demos, a.data, look, a.vlm, a.policy)
+    print(json.dumps(asdict(look)), probe_table(found), sep='\n')
+
+
+def run(a: argparse.Namespace) -> None:
+    "Eyes, a policy, or what a cache knows, by the first argument."
     if a.do == 'keep':
         write_whole(a.out, json.dumps(kept_play(a.run, a.result)))
-        return 0
+        return
     sizes = {name: getattr(a, name) for name in NUMBERS}
     parts = dict(freeze=not a.train_vlm, gates=a.gates, salr=not a.no_salr)
     look = Look(tuple(a.cameras), **sizes, **parts)
-    if a.do == 'eyes':
-        oc = OwnEyes(a.steps, a.batch, a.lr, seed=a.seed, minutes=a.minutes, naming=a.naming)
-        how = dict(target=a.target, even=a.even, shake=a.shake)
-        folder = own_eyes(a.demos, a.out, look, a.vlm, oc, a.held, **how)
-        print(json.dumps(json.loads((folder / 'log.json').read_text())['log'][-1]))
-    elif a.do == 'train':
-        _train(a, look)
-    elif a.do == 'ask':
-        said = json.dumps(ask(a.demos, look, a.vlm, a.held))
-        print(said)
-        if a.out:
-            write_whole(a.out, said)
-    else:
-        found = probed(a.demos, a.data, look, a.vlm, a.policy)
-        print(json.dumps(asdict(look)), probe_table(found), sep='\n')
+    dict(eyes=_teach, train=_train, ask=_ask, probe=_probe)[a.do](a, look)
+
+
+def main(argv: list[str] | None = None) -> int:
+    "Do what the arguments say, or say what is wrong with them; returns the exit status."
+    try:
+        run(parser().parse_args(argv))
+    except (ValueError, OSError) as e:
+        print(f'first_gate: {e}', file=sys.stderr)
+        return 1
     return 0
 
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #9beaad7a

@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +33,12 @@ from ..data.files import locate, place, shown, write_whole
 from ..studies.salr_mujoco import interval, resampled
 
 # %% auto #0
-__all__ = ['CELLS', 'Memory', 'read_study', 'studies', 'chosen', 'flags', 'Work', 'client', 'data_work', 'lessons', 'eyes_names',
-           'eyes_folder', 'eyes_work', 'train_command', 'policy_work', 'keep_folder', 'is_trained', 'record_file',
-           'has_played', 'works', 'Running', 'begin', 'ended', 'do', 'free_port', 'listens', 'served', 'play',
-           'train_baseline', 'keep_eyes', 'eyes_minutes', 'ship', 'records', 'outcomes', 'rate_and_interval', 'lead',
-           'line', 'leads', 'report', 'ablation_table', 'origins', 'known_from', 'given_away', 'parser', 'run', 'main']
+__all__ = ['LOOK', 'CELLS', 'FAULTS', 'Memory', 'read_study', 'studies', 'chosen', 'flags', 'Work', 'client', 'is_recorded',
+           'data_work', 'lessons', 'lesson_files', 'eyes_folder', 'eyes_work', 'ask_work', 'train_command', 'play_work',
+           'policy_work', 'keep_folder', 'is_trained', 'record_file', 'weights_of', 'has_played', 'works', 'Running',
+           'begin', 'stop', 'ended', 'do', 'free_port', 'listens', 'served', 'play', 'baselines', 'train_other',
+           'keep_eyes', 'eyes_minutes', 'ship', 'records', 'outcomes', 'rate_and_interval', 'lead', 'line', 'leads',
+           'report', 'ablation_table', 'origins', 'known_from', 'given_away', 'parser', 'refused', 'run', 'main']
 
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #6041cf34
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Memory:
 
 def read_study(path: str | Path) -> Memory:
     "The study in a YAML file. Raises `ValueError` for an unknown entry or a missing one."
-    said = yaml.safe_load(Path(path).read_text())
+    said = yaml.safe_load(Path(path).read_text()) or {}
     known = Memory.__dataclass_fields__
     wrong = sorted(set(said) - set(known)) + [k for k in ('name', 'tasks') if k not in said]
     if wrong:
@@ -79,16 +83,20 @@ def read_study(path: str | Path) -> Memory:
             f"{path}: entry {wrong[0]!r} is unknown or missing; a study has"
             f" {', '.join(known)}, and needs name and tasks"
         )
+    if isinstance(eyes := said.get('eyes', {}), list):
+        for n, how in enumerate(eyes, 1):
+            if 'steps' not in how:
+                raise ValueError(f"{path}: lesson {n} of the eyes needs steps, has {how}")
     if 'steps' not in said.get('train', {}):
         raise ValueError(f"{path}: train needs steps, such as train: {{steps: 3000}}")
     lists = {k: tuple(said[k]) for k in ('tasks', 'seeds') if k in said}
     return Memory(**said | lists)
 
-# %% ../../nbs/benchmarks/09b_memory_study.ipynb #43d1a76a
+# %% ../../nbs/benchmarks/09b_memory_study.ipynb #3e11e89b
 def studies() -> list[Path]:
     "The configurations of memory studies in `configs/studies`."
     files = sorted(locate('configs/studies').glob('*.yaml'))
-    return [f for f in files if 'tasks' in yaml.safe_load(f.read_text())]
+    return [f for f in files if 'tasks' in (yaml.safe_load(f.read_text()) or {})]
 
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #8e18ec99
 def chosen(s: Memory, variants=None, seeds=None) -> Memory:
@@ -138,9 +146,17 @@ def client() -> list[str]:
     return [python, str(locate('clients/maniskill.py'))]
 
 
+LOOK = ('cameras', 'frames', 'stride', 'size', 'view', 'other')  # what eyes are asked with
+
+
 def _gate(*words) -> list[str]:
     "A command of the first gate."
     return [sys.executable, '-m', 'halo.benchmarks.first_gate', *map(str, words)]
+
+
+def is_recorded(folder: Path, episodes: int) -> bool:
+    "Whether a folder holds so many demonstrations."
+    return folder.exists() and len(episode_files(folder)) >= episodes
 
 
 def data_work(s: Memory) -> list[Work]:
@@ -148,45 +164,56 @@ def data_work(s: Memory) -> list[Work]:
     works = []
     for task, folder in zip(s.tasks, s.folders):
         how = dict(task=task, episodes=s.demonstrations, lite=True, record=folder)
-        done = lambda f=folder: f.exists() and len(episode_files(f)) >= s.demonstrations
-        words = client() + flags(how | s.record)
-        works.append(Work(f'record {task}', words, done))
+        done = partial(is_recorded, folder, s.demonstrations)
+        works.append(Work(f'record {task}', client() + flags(how | s.record), done))
     convert = [sys.executable, '-m', 'halo.benchmarks.demonstrations', 'convert']
     words = [*convert, *map(str, s.folders), str(s.data)]
     there = (s.data / 'meta/info.json').exists
     return works + [Work('convert', words, there, tuple(w.name for w in works))]
 
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #1d2e61e7
-def lessons(s: Memory) -> list[dict]:
-    "The options of each lesson of the eyes."
+def lessons(s: Memory) -> dict[str, dict]:
+    "{name: options} of each lesson of the eyes: eyes, eyes2, …"
     each = s.eyes if isinstance(s.eyes, list) else [s.eyes]
-    return [e for e in each if 'steps' in e]
+    taught = [how for how in each if 'steps' in how]
+    return {'eyes' + str(n) * (n > 1): how for n, how in enumerate(taught, 1)}
 
 
-def eyes_names(s: Memory) -> list[str]:
-    "The name of each lesson: eyes, eyes2, …"
-    return ['eyes' + str(n) * (n > 1) for n in range(1, len(lessons(s)) + 1)]
+def lesson_files(s: Memory, name: str) -> tuple[Path, Path]:
+    "Of a lesson: the folder of the weights that it makes, and the file of their answers."
+    vlm, asked = (s.runs / name.replace('eyes', x) for x in ('vlm', 'asked'))
+    return vlm, asked.with_suffix('.json')
 
 
 def eyes_folder(s: Memory) -> Path | str:
     "The weights with which the policies begin."
-    if names := eyes_names(s):
-        return s.runs / names[-1].replace('eyes', 'vlm')
-    return s.eyes.get('vlm', '') if isinstance(s.eyes, dict) else s.eyes[-1].get('vlm', '')
+    taught = list(lessons(s))
+    return lesson_files(s, taught[-1])[0] if taught else s.eyes.get('vlm', '')
 
-
+# %% ../../nbs/benchmarks/09b_memory_study.ipynb #6a0e96bd
 def eyes_work(s: Memory) -> list[Work]:
     "Teach the eyes, where the study teaches any."
-    made, after = [], tuple(f'record {t}' for t in s.tasks)
-    vlm = {}
-    for name, how in zip(eyes_names(s), lessons(s)):
-        out = s.runs / name.replace('eyes', 'vlm')
+    made, vlm, after = [], {}, tuple(f'record {t}' for t in s.tasks)
+    for name, how in lessons(s).items():
+        out = lesson_files(s, name)[0]
         words = _gate('eyes', *s.folders, '--out', out, *flags(s.look | vlm | how))
         made.append(Work(name, words, (out / 'log.json').exists, after))
         vlm, after = dict(vlm=out), (name,)
     return made
 
 
+def ask_work(s: Memory) -> list[Work]:
+    "Ask the eyes after each lesson in which cubes of several colours were shown."
+    made = []
+    for name, how in lessons(s).items():
+        if 'target' not in how:
+            vlm, out = lesson_files(s, name)
+            look = {k: v for k, v in (s.look | how).items() if k in LOOK}
+            words = _gate('ask', *s.folders, *flags(look | dict(vlm=vlm, out=out)))
+            made.append(Work(f'ask {name}', words, out.exists, (name,)))
+    return made
+
+# %% ../../nbs/benchmarks/09b_memory_study.ipynb #30838ff9
 def train_command(s: Memory, run: Path, how: dict) -> tuple[list[str], tuple[str, ...]]:
     "What trains a policy into `run`, and what must be done before."
     if 'baseline' in how:
@@ -194,22 +221,30 @@ def train_command(s: Memory, run: Path, how: dict) -> tuple[list[str], tuple[str
         module = [sys.executable, '-m', 'halo.benchmarks.memory_study']
         return [*module, *flags(part | dict(data=s.data, out=run))], ('convert',)
     words = _gate('train', s.data, '--out', run, *flags(how | dict(vlm=eyes_folder(s))))
-    return words, ('convert', *eyes_names(s)[-1:])
+    return words, ('convert', *list(lessons(s))[-1:])
+
+
+def play_work(s: Memory, run: Path) -> Work:
+    "Play the policy of a run on each task."
+    options = dict(play=run, tasks=list(s.tasks), episodes=s.episodes)
+    options |= dict(keep=keep_folder(s), lite=s.lite)
+    words = [sys.executable, '-m', 'halo.benchmarks.memory_study', *flags(options)]
+    each = [(run, keep_folder(s), t, s.episodes) for t in s.tasks]
+    return Work(f'play {run.name}', words, partial(_all_played, each), (f'train {run.name}',))
+
+
+def _all_played(each: list[tuple]) -> bool:
+    "`has_played` of all."
+    return all(has_played(*one) for one in each)
 
 
 def policy_work(s: Memory, variant: str, seed: int) -> list[Work]:
     "Train one policy, and play it."
     run = s.runs / f'{variant}-{seed}'
     how = s.look | s.train | s.variants[variant] | dict(seed=seed)
-    steps = how['steps']
     words, first = train_command(s, run, how)
-    trained = Work(f'train {run.name}', words, lambda: is_trained(run, steps), first)
-    how = dict(play=run, tasks=list(s.tasks), episodes=s.episodes)
-    how |= dict(keep=keep_folder(s), lite=s.lite)
-    play = [sys.executable, '-m', 'halo.benchmarks.memory_study', *flags(how)]
-    each = [(run, keep_folder(s), t, s.episodes) for t in s.tasks]
-    played = lambda: all(has_played(*x) for x in each)
-    return [trained, Work(f'play {run.name}', play, played, (trained.name,))]
+    done = partial(is_trained, run, how['steps'])
+    return [Work(f'train {run.name}', words, done, first), play_work(s, run)]
 
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #fa4ae199
 def keep_folder(s: Memory) -> Path:
@@ -228,20 +263,26 @@ def record_file(keep: Path, run: str, task: str) -> Path:
     return Path(keep) / f"{run}-{task.split('-')[0]}.json"
 
 
+def weights_of(run: Path) -> str:
+    "SHA-256 of the weights of a run's policy; '' where it has none."
+    file = run / 'checkpoint/model.safetensors'
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ''
+
+
 def has_played(run: Path, keep: Path, task: str, episodes: int) -> bool:
     "Whether the run itself has its episodes, and the record is of these very weights."
     result, file = run / f"{task.split('-')[0]}.json", record_file(keep, run.name, task)
     if not (result.exists() and file.exists()):
         return False
     own, record = (json.loads(f.read_text()) for f in (result, file))
-    same = own['conventions']['server']['checkpoint'] == record['checkpoint_sha256']
-    return same and len(record['seeds']) >= episodes
+    told = own['conventions']['server']['checkpoint'], record['checkpoint_sha256']
+    return set(told) == {weights_of(run)} and len(record['seeds']) >= episodes
 
 
 def works(s: Memory) -> list[Work]:
     "All of a study, in an order in which it can be done."
     each = [policy_work(s, v, seed) for seed in s.seeds for v in s.variants]
-    return data_work(s) + eyes_work(s) + [w for pair in each for w in pair]
+    return data_work(s) + eyes_work(s) + ask_work(s) + [w for pair in each for w in pair]
 
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #949833f6
 @dataclass
@@ -261,8 +302,15 @@ def begin(work: Work, logs: Path) -> Running:
     one = dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
     with log.open('ab') as f:
         how = dict(stdout=f, stderr=subprocess.STDOUT, env=os.environ | one)
-        process = subprocess.Popen(work.command, **how)
+        process = subprocess.Popen(work.command, start_new_session=True, **how)
     return Running(work, process, log, time.time())
+
+
+def stop(r: Running) -> None:
+    "End a piece of work and all processes that it started."
+    with suppress(ProcessLookupError):
+        os.killpg(r.process.pid, signal.SIGTERM)
+    r.process.wait()
 
 
 def ended(r: Running, say) -> bool:
@@ -276,8 +324,10 @@ def ended(r: Running, say) -> bool:
     return False
 
 
-def do(todo: list[Work], logs: Path, workers: int = 1, say=print) -> bool:
-    "Do what is not done yet, `workers` at once; whether all of it is done."
+def do(todo: list[Work], logs: Path, workers: int = 1, say=print, then=None) -> bool:
+    """Do what is not done yet, `workers` at once; whether all of it is done. `then` is
+    called whenever a piece has ended.
+    """
     done = {w.name for w in todo if w.done()}
     left, running = [w for w in todo if w.name not in done], []
     try:
@@ -291,9 +341,11 @@ def do(todo: list[Work], logs: Path, workers: int = 1, say=print) -> bool:
             for r in [r for r in running if r.process.poll() is not None]:
                 running.remove(r)
                 done |= {r.work.name} if ended(r, say) else set()
+                if then:
+                    then()
     finally:
         for r in running:
-            r.process.terminate()
+            stop(r)
     return done >= {w.name for w in todo}
 
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #4c4f9ce6
@@ -341,19 +393,27 @@ def play(run: Path, tasks, episodes: int, keep: Path, lite: bool = False) -> Non
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, record)
 
-# %% ../../nbs/benchmarks/09b_memory_study.ipynb #f0b88e37
-def train_baseline(name: str, data: Path, out: Path, steps: int, seed: int) -> None:
-    "Train one of LeRobot's policies into `out`, with a curve that says how far it came."
+# %% ../../nbs/benchmarks/09b_memory_study.ipynb #197f4dc5
+def baselines() -> dict:
+    "LeRobot's policies that a variant may name."
+    from halo.studies.baselines import ELSEWHERE
+
+    return ELSEWHERE
+
+
+def train_other(name: str, data: Path, out: Path, steps: int, seed: int) -> None:
+    """Train one of LeRobot's policies on the converted demonstrations `data` into the folder
+    `out`, with a curve that says how far it came. Raises `ValueError` for an unknown name.
+    """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    from halo.studies.baselines import ELSEWHERE, TRAIN
-    from halo.studies.baselines import train_baseline as train
+    from halo.studies.baselines import TRAIN, train_baseline
 
-    if name not in ELSEWHERE:
-        raise ValueError(f"no baseline {name!r}; choose among {', '.join(ELSEWHERE)}")
-    b, full = ELSEWHERE[name], LeRobotDataset(f'local/{Path(data).name}', root=data)
+    if name not in baselines():
+        raise ValueError(f"no baseline {name!r}; choose among {', '.join(baselines())}")
+    b, full = baselines()[name], LeRobotDataset(f'local/{Path(data).name}', root=data)
     tc = replace(TRAIN, lr=b.lr, steps=steps, seed=seed)
-    train(b, full, out, tc, progress=False)
+    train_baseline(b, full, out, tc, progress=False)
     log = [json.loads(row) for row in (out / 'log.jsonl').read_text().splitlines()]
     how = dict(baseline=name, label=b.label) | {k: str(v) for k, v in b.config.items()}
     kept = dict(rows=[{k: r[k] for k in ('step', 'loss', 'seconds')} for r in log], how=how)
@@ -361,24 +421,27 @@ def train_baseline(name: str, data: Path, out: Path, steps: int, seed: int) -> N
 
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #fc77df42
 def keep_eyes(s: Memory) -> None:
-    "Keep the log of the eyes' lesson, where there is one."
-    for name in eyes_names(s):
-        log = s.runs / name.replace('eyes', 'vlm') / 'log.json'
-        if log.exists():
-            keep_folder(s).mkdir(parents=True, exist_ok=True)
-            write_whole(keep_folder(s) / f'{name}.json', log.read_text())
+    "Keep the log and the answers of each lesson that has been taught."
+    for name in lessons(s):
+        vlm, asked = lesson_files(s, name)
+        for file, kept in ((vlm / 'log.json', f'{name}.json'), (asked, asked.name)):
+            if file.exists():
+                keep_folder(s).mkdir(parents=True, exist_ok=True)
+                write_whole(keep_folder(s) / kept, file.read_text())
 
-# %% ../../nbs/benchmarks/09b_memory_study.ipynb #0dd33e46
+# %% ../../nbs/benchmarks/09b_memory_study.ipynb #9dcd7b85
 def eyes_minutes(s: Memory) -> float:
-    "How long the kept lessons of a study's eyes took, minutes."
-    logs = [keep_folder(s) / f'{w}.json' for w in eyes_names(s)]
-    rows = [json.loads(f.read_text())['log'][-1] for f in logs if f.exists()]
-    return sum(r['seconds'] for r in rows) / 60
+    "How long the lessons of a study's eyes took, minutes; nan where a log was not kept."
+    logs = [keep_folder(s) / f'{name}.json' for name in lessons(s)]
+    if not all(f.exists() for f in logs):
+        return np.nan
+    return sum(json.loads(f.read_text())['log'][-1]['seconds'] for f in logs) / 60
 
-# %% ../../nbs/benchmarks/09b_memory_study.ipynb #94678986
+# %% ../../nbs/benchmarks/09b_memory_study.ipynb #5f2c1dcb
 def ship(run: Path, out: Path) -> Path:
-    """Copy the policy of `run` to the folder `out`, its weights in half precision; returns
-    it. Raises `ValueError` where the run has no policy or `out` is there already.
+    """Copy the policy of `run` to the folder `out`, its weights in half precision, with the
+    SHA-256 of those that it was made of; returns it. Raises `ValueError` where the run has
+    no policy or `out` is there already.
     """
     from safetensors.torch import load_file, save_file
 
@@ -386,7 +449,7 @@ def ship(run: Path, out: Path) -> Path:
 
     source = Path(run) / 'checkpoint'
     if not (source / 'model.safetensors').exists():
-        raise ValueError(f"{shown(run)} holds no trained policy (checkpoint/model.safetensors)")
+        raise ValueError(f"{shown(run)} holds no checkpoint/model.safetensors; train first")
     if Path(out).exists():
         raise ValueError(f"{shown(out)} is there already; name another folder for the copy")
     with whole_folder(Path(out)) as part:
@@ -395,6 +458,8 @@ def ship(run: Path, out: Path) -> Path:
         weights = load_file(source / 'model.safetensors')
         half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
         save_file(half, part / 'model.safetensors', metadata=dict(format='pt'))
+        made = dict(shipped_from_sha256=weights_of(Path(run)))
+        (part / 'shipped.json').write_text(json.dumps(made))
     return Path(out)
 
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #442a820a
@@ -435,7 +500,7 @@ def line(name: str, x: np.ndarray) -> str:
     mean, low, high = rate_and_interval(x)
     sure = f'[{low:.0f}, {high:.0f}]' if np.isfinite(low) else 'no interval'
     each = ', '.join(f'{100 * v:.0f}' for v in x.mean(1))
-    return f'  {name:14} {mean:5.1f} %  {sure:12} {x.shape[1]} episodes, each seed: {each}'
+    return f'  {name:18} {mean:5.1f} %  {sure:12} {x.shape[1]} episodes, each seed: {each}'
 
 
 def leads(s: Memory, task: str) -> list[str]:
@@ -464,9 +529,12 @@ def report(s: Memory) -> str:
         out.append('  others: ' + (', '.join(others) or 'none known'))
     return '\n'.join(out)
 
-# %% ../../nbs/benchmarks/09b_memory_study.ipynb #cf1875db
+# %% ../../nbs/benchmarks/09b_memory_study.ipynb #088cd716
 CELLS = dict(
-    halo=('yes', 'yes'), no_history=('no', 'yes'), no_salr=('yes', 'no'), neither=('no', 'no')
+    halo=('yes', 'yes'),
+    no_history=('no', 'yes'),
+    no_salr=('yes', 'no'),
+    neither=('no', 'no'),
 )
 
 
@@ -478,7 +546,7 @@ def ablation_table(s: Memory) -> str:
     for vlm, end in (('kept', ''), ('trained', '_trained')):
         for cell, parts in CELLS.items():
             found = [records(s, cell + end, t) for t in s.tasks]
-            seeds = str(max(map(len, found)))
+            seeds = str(min(map(len, found)))
             rows.append([vlm, *parts, seeds, *(_cell(f) for f in found)])
     return '\n'.join('| ' + ' | '.join(r) + ' |' for r in rows)
 
@@ -497,7 +565,7 @@ def origins(s: Memory) -> str:
     for file in sorted(keep_folder(s).glob('*-*.json')):
         r = json.loads(file.read_text())
         p = r['provenance']
-        made = f"{p['seconds'] / 60:4.1f} min, {p['data']['episodes']} episodes"
+        made = f"{p['seconds'] / 60:4.1f} min, dataset of {p['data']['episodes']}"
         sha, commit = r['checkpoint_sha256'][:8], p['commit'][:8]
         out.append(f'{file.stem:34} {made}, weights {sha}, commit {commit}')
     return '\n'.join(out)
@@ -549,9 +617,10 @@ def parser() -> argparse.ArgumentParser:
     other = "train one of LeRobot's policies (act, smolvla) on --data into --out instead"
     p.add_argument('--baseline', help=other)
     p.add_argument('--data', type=Path, help='converted demonstrations (--baseline)')
-    p.add_argument('--out', type=Path, help='folder of the run (--baseline) or of the copy (--ship)')
-    p.add_argument('--steps', type=int, default=3000)
-    p.add_argument('--seed', type=int, default=0)
+    folder = 'folder of the run (--baseline) or of the copy (--ship)'
+    p.add_argument('--out', type=Path, help=folder)
+    p.add_argument('--steps', type=int, help='of --baseline (3000)')
+    p.add_argument('--seed', type=int, help='of --baseline (0)')
     half = 'only copy the policy of this run to --out, in half precision'
     p.add_argument('--ship', type=Path, help=half)
     p.add_argument('--tasks', nargs='+', default=[])
@@ -559,6 +628,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--keep', type=Path, help='folder (--play) or file (--given-away)')
     p.add_argument('--lite', action='store_true', help='as the client\'s option')
     return p
+
+
+def refused(a: argparse.Namespace) -> str:
+    "What is wrong with the arguments in a sentence; '' for nothing."
+    if not (a.study or a.play or a.given_away or a.baseline or a.ship):
+        return 'name a configuration, such as configs/studies/remember_color.yaml'
+    if a.play and not (a.tasks and a.keep):
+        return '--play needs --tasks, and --keep, the folder for the records'
+    if (a.ship or a.baseline) and not a.out:
+        return '--ship and --baseline need --out, the folder to write'
+    if a.baseline and not a.data:
+        return '--baseline needs --data, a converted recording such as data/remember_color'
+    if not a.baseline and (a.steps or a.seed is not None):
+        return '--steps and --seed are of --baseline; a study has its own, and --seeds'
+    return ''
 
 
 def run(a: argparse.Namespace) -> int:
@@ -570,7 +654,7 @@ def run(a: argparse.Namespace) -> int:
         print(f'{shown(ship(a.ship, a.out))} written')
         return 0
     if a.baseline:
-        train_baseline(a.baseline, a.data, a.out, a.steps, a.seed)
+        train_other(a.baseline, a.data, a.out, a.steps or 3000, a.seed or 0)
         return 0
     if a.given_away:
         said = json.dumps(given_away(a.given_away))
@@ -587,21 +671,26 @@ def run(a: argparse.Namespace) -> int:
             if not w.done():
                 print(f'{w.name}: {" ".join(w.command)}')
         return 0
-    whole = do(works(s), s.runs / 'logs', a.workers)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what it began, too
+    whole = do(works(s), s.runs / 'logs', a.workers, then=partial(keep_eyes, s))
     keep_eyes(s)
     print(report(s))
     return 0 if whole else 1
+
+
+FAULTS = (ValueError, RuntimeError, OSError, ImportError, yaml.YAMLError)
+FAULTS += (subprocess.SubprocessError,)  # told in one sentence
 
 
 def main(argv: list[str] | None = None) -> int:
     "Run a study, or print what it found; returns the exit status."
     p = parser()
     a = p.parse_args(argv)
-    if not (a.study or a.play or a.given_away or a.baseline or a.ship):
-        p.error('name a configuration, such as configs/studies/remember_color.yaml')
+    if said := refused(a):
+        p.error(said)
     try:
         return run(a)
-    except (ValueError, RuntimeError, OSError, subprocess.CalledProcessError) as e:
+    except FAULTS as e:
         print(f'memory: {e}', file=sys.stderr)
         return 1
 

@@ -160,7 +160,7 @@ class Album:
     begins: list[int] = field(default_factory=list)
     alone: bool = False  # each episode is asked about its own past only
     even: bool = False  # every colour is asked for equally often
-    shake: float = 0.0  # the past is moved by up to this part of its side, and lit anew
+    shake: float = 0.0  # up to this part of its side the past is moved; ± share of light
 
     def __len__(self):
         return len(self.right)
@@ -230,8 +230,8 @@ def _cue(book: Album, g: np.random.Generator) -> int:
     "An episode to take the cue from: any, or of a colour drawn first."
     if not book.even:
         return int(g.integers(len(book)))
-    shown = [int(k[r]) for k, r in zip(book.colour, book.right)]
-    return int(g.choice(np.flatnonzero(shown == g.choice(np.unique(shown)))))
+    cues = np.array([int(k[r]) for k, r in zip(book.colour, book.right)])
+    return int(g.choice(np.flatnonzero(cues == g.choice(np.unique(cues)))))
 
 
 def question(book: Album, g: np.random.Generator, late: int = 3) -> Asked:
@@ -269,7 +269,7 @@ def past_of(
     seen = [torch.cat(x) for x in zip(*wide)]
     return tuple(x[history_ticks(len(x), n, stride)] for x in seen)
 
-# %% ../../nbs/train/02a_own_eyes.ipynb #cf4cc04e
+# %% ../../nbs/train/02a_own_eyes.ipynb #37f42eb6
 def shaken(
     x: Tensor, place: Tensor, part: float, g: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -286,7 +286,7 @@ def shaken(
 
 
 def lit(x: Tensor, by: float) -> Tensor:
-    "Pictures (uint8), their light multiplied."
+    "Pictures (..., 3, H, W) uint8, each value `by` times as large, cut at 255."
     return (x.float() * by).clamp(0, 255).to(x.dtype)
 
 # %% ../../nbs/train/02a_own_eyes.ipynb #a6edabf6
@@ -451,12 +451,14 @@ def pointing(book: Album, one: Lesson, cfg: ModelConfig) -> tuple[Tensor, Tensor
 
 # %% ../../nbs/train/02a_own_eyes.ipynb #d00b1961
 def naming_loss(names: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy of the colour that fills most of a token, and the share of right names,
-    over the tokens of which a cube fills a quarter; `names` (tokens, colours), `want`
-    (tokens, ANSWERS).
+    """Cross entropy () of the colour that fills most of a token, and the share of right
+    names (), over the tokens of which a cube fills a quarter; 0 and nan where there is none.
+    `names` (tokens, colours), `want` (tokens, ANSWERS).
     """
     shown = want[:, PARTS['own'] : PARTS['own'] + PARTS['colours']] / 2
     clear = shown.max(1).values > 0.25
+    if not clear.any():
+        return 0 * names.sum(), torch.tensor(torch.nan)
     names, colour = names[clear], shown[clear].argmax(1)
     return F.cross_entropy(names, colour), (names.argmax(1) == colour).float().mean()
 
@@ -611,7 +613,10 @@ def learn(
             log.append(_row(step, recent, learner, held, t0))
             bar.set_postfix({k: f'{v:.2f}' for k, v in log[-1].items() if k != 'step'})
             recent = []
-    record = dict(run=vars(oc), episodes=len(book), labels=LABELS, log=log)
+    asked = dict(even=book.even, shake=book.shake, own_past_only=book.alone)
+    asked |= dict(frames=cfg.sampling.history_frames, size=cfg.sampling.history_size)
+    record = dict(run=vars(oc), began_with=Path(cfg.vlm_id).name, asked=asked)
+    record |= dict(episodes=len(book), labels=LABELS, log=log)
     return save_vlm(qwen, out, record)
 
 # %% ../../nbs/train/02a_own_eyes.ipynb #4b39d5bb
