@@ -96,3 +96,21 @@ def test_a_result_is_kept_with_its_policy(tmp_path):
     # what was played counts, not what was asked for
     assert kept['differs'] == ['episodes: 3 instead of 50']
     assert kept['provenance'] == dict(commit='c') and kept['curve'][0]['right'] == 0.9
+
+
+def test_a_curve_ends_where_the_training_ends(tmp_path, monkeypatch):
+    "Steps that are no multiple of `every` are trained too, and measured."
+    from halo.train import decision
+    from halo.train.loop import TrainConfig
+
+    def train(dataset, out, tc, until, **how):
+        out.mkdir(parents=True, exist_ok=True)
+        row = json.dumps(dict(step=until, loss=1.0, seconds=2.0))
+        (out / 'log.jsonl').write_text(row + '\n')
+        return out
+
+    monkeypatch.setattr(decision, 'train', train)
+    monkeypatch.setattr(decision, 'measured', lambda folder, held: dict(right=1.0))
+    for steps, every, want in ((7, 3, [3, 6, 7]), (6, 3, [3, 6]), (2, 5, [2])):
+        rows = decision.gate(None, None, tmp_path / f'{steps}', TrainConfig(steps), every)
+        assert [r['step'] for r in rows] == want

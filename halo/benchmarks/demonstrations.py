@@ -60,16 +60,6 @@ class Episode:
     def __len__(self) -> int:
         return len(self.action)
 
-# %% ../../nbs/benchmarks/08_demonstrations.ipynb #10af318a
-def from_ticks(task: str, prompt: str, seed: int, success: bool, ticks) -> Episode:
-    """The episode of its `ticks`, each (pictures by camera, state, action, what only the
-    simulator knows by name).
-    """
-    seen, states, actions, known = zip(*ticks)
-    stacked = lambda dicts: {k: np.stack([d[k] for d in dicts]) for k in dicts[0]}
-    arrays = stacked(seen), np.stack(states), np.stack(actions), stacked(known)
-    return Episode(task, prompt, seed, success, *arrays)
-
 # %% ../../nbs/benchmarks/08_demonstrations.ipynb #4a18bd40
 def _word_faults(e: Episode):
     "What is wrong with the words of an episode, one sentence each."
@@ -98,6 +88,16 @@ def _array_faults(e: Episode):
         if x.ndim == 0 or len(x) != len(e.action) or not len(x):
             have = f"{name} has shape {x.shape} and there are {len(e.action)} actions"
             yield f"{have}; keep one of each a tick, and at least one tick"
+
+# %% ../../nbs/benchmarks/08_demonstrations.ipynb #10af318a
+def from_ticks(task: str, prompt: str, seed: int, success: bool, ticks) -> Episode:
+    """The episode of its `ticks`, each (pictures by camera, state, action, what only the
+    simulator knows by name).
+    """
+    seen, states, actions, known = zip(*ticks)
+    stacked = lambda dicts: {k: np.stack([d[k] for d in dicts]) for k in dicts[0]}
+    arrays = stacked(seen), np.stack(states), np.stack(actions), stacked(known)
+    return Episode(task, prompt, seed, success, *arrays)
 
 # %% ../../nbs/benchmarks/08_demonstrations.ipynb #2e60ea68
 @dataclass
