@@ -414,10 +414,7 @@ RULES = (
     Rule(
         r'memory_study --ship',
         (
-            (
-                r'--ship \S+ --out \S+',
-                '--ship outputs/shown --out outputs/half',
-            ),
+            (r'--ship \S+ --out \S+', '--ship outputs/shown --out outputs/half'),
             (
                 r'^',
                 'mkdir -p outputs/shown && cp -r checkpoints/flash_place/full'

@@ -240,7 +240,9 @@ def test_the_cells_of_table_6(study):
             file = ms.record_file(keep, f'{cell}-{n}', study.tasks[0])
             file.write_text(json.dumps(result(f'{cell}-{n}', each)))
     rows = [r.strip('| ').split(' | ') for r in ms.ablation_table(study).splitlines()]
-    assert rows[0] == ['VLM', 'history', 'SALR', 'seeds', 'RememberColor3'] and len(rows) == 10
+    assert (
+        rows[0] == ['VLM', 'history', 'SALR', 'seeds', 'RememberColor3'] and len(rows) == 10
+    )
     assert rows[2][:4] == ['kept', 'yes', 'yes', '3'] and rows[2][4].startswith('75.0 [')
     assert rows[9][:4] == ['trained', 'no', 'no', '3'] and rows[9][4].startswith('25.0 [')
     assert [r[4] for r in rows[3:9]] == ['not run'] * 6
@@ -248,9 +250,14 @@ def test_the_cells_of_table_6(study):
 
 def test_eyes_are_asked_with_the_size_of_their_lesson(study):
     look = dict(frames=16, size=84, view=112)
-    two = replace(study, look=look, eyes=[dict(steps=5, size=56), dict(steps=7, naming=1.0)])
+    two = replace(
+        study, look=look, eyes=[dict(steps=5, size=56), dict(steps=7, naming=1.0)]
+    )
     sizes = [w.command[w.command.index('--size') + 1] for w in ms.ask_work(two)]
-    assert sizes == ['56', '84'] and [w.after for w in ms.ask_work(two)] == [('eyes',), ('eyes2',)]
+    assert sizes == ['56', '84'] and [w.after for w in ms.ask_work(two)] == [
+        ('eyes',),
+        ('eyes2',),
+    ]
     for w in ms.ask_work(two):
         fg.parser().parse_args(w.command[3:])
     assert not ms.ask_work(replace(study, eyes=dict(steps=5, target=0)))
@@ -264,7 +271,11 @@ def test_a_policy_is_shipped_in_half_precision(tmp_path, capsys):
 
     from halo.policy.modeling_halo import HaloPolicy
 
-    source, run, out = root / 'checkpoints/flash_place/full', tmp_path / 'run', tmp_path / 'out'
+    source, run, out = (
+        root / 'checkpoints/flash_place/full',
+        tmp_path / 'run',
+        tmp_path / 'out',
+    )
     shutil.copytree(source, run / 'checkpoint')
     (run / 'checkpoint/training_state').mkdir()
     words = ['--ship', str(run), '--out', str(out)]
@@ -301,7 +312,9 @@ def test_arguments_that_cannot_be(words, said, capsys):
 
 def test_a_lesson_without_steps_is_no_lesson(tmp_path):
     file = tmp_path / 'study.yaml'
-    file.write_text('name: x\ntasks: [A]\ntrain: {steps: 3}\neyes: [{steps: 3}, {step: 4}]\n')
+    file.write_text(
+        'name: x\ntasks: [A]\ntrain: {steps: 3}\neyes: [{steps: 3}, {step: 4}]\n'
+    )
     with pytest.raises(ValueError, match='lesson 2 of the eyes needs steps'):
         ms.read_study(file)
     file.write_text('')

@@ -150,8 +150,8 @@ def own_eyes(
     """
     if shake and target is not None:
         raise ValueError(
-            "--shake moves the past, and with --target the answer is a place in it as it is;"
-            " give one of the two"
+            "--shake moves the past, and with --target the answer is a place in it as it"
+            " is; give one of the two"
         )
     parts = [split(list(read_episodes(f)), held) for f in folders]
     cfg, roles = eyes_model(look, vlm), look.roles()

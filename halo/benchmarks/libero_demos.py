@@ -17,7 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from . import suite
-from .demonstrations import About, Episode, from_ticks, record, spoken, summary
+from halo.benchmarks.demonstrations import (
+    About,
+    Episode,
+    from_ticks,
+    record,
+    spoken,
+    summary,
+)
 from .thin import rate
 from ..data.files import write_whole
 from ..sim.flash_place import close_all

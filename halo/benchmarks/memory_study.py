@@ -230,7 +230,8 @@ def play_work(s: Memory, run: Path) -> Work:
     options |= dict(keep=keep_folder(s), lite=s.lite)
     words = [sys.executable, '-m', 'halo.benchmarks.memory_study', *flags(options)]
     each = [(run, keep_folder(s), t, s.episodes) for t in s.tasks]
-    return Work(f'play {run.name}', words, partial(_all_played, each), (f'train {run.name}',))
+    done = partial(_all_played, each)
+    return Work(f'play {run.name}', words, done, (f'train {run.name}',))
 
 
 def _all_played(each: list[tuple]) -> bool:
@@ -305,7 +306,7 @@ def begin(work: Work, logs: Path) -> Running:
         process = subprocess.Popen(work.command, start_new_session=True, **how)
     return Running(work, process, log, time.time())
 
-
+# %% ../../nbs/benchmarks/09b_memory_study.ipynb #5fa0f8a0
 def stop(r: Running) -> None:
     "End a piece of work and all processes that it started."
     with suppress(ProcessLookupError):
@@ -323,7 +324,7 @@ def ended(r: Running, say) -> bool:
     say(f'{r.work.name}: failed, see {r.log}: {"".join(last)[:300]}')
     return False
 
-
+# %% ../../nbs/benchmarks/09b_memory_study.ipynb #6f659472
 def do(todo: list[Work], logs: Path, workers: int = 1, say=print, then=None) -> bool:
     """Do what is not done yet, `workers` at once; whether all of it is done. `then` is
     called whenever a piece has ended.
@@ -402,8 +403,9 @@ def baselines() -> dict:
 
 
 def train_other(name: str, data: Path, out: Path, steps: int, seed: int) -> None:
-    """Train one of LeRobot's policies on the converted demonstrations `data` into the folder
-    `out`, with a curve that says how far it came. Raises `ValueError` for an unknown name.
+    """Train one of LeRobot's policies on the converted demonstrations `data` into the
+    folder `out`, with a curve that says how far it came. Raises `ValueError` for an unknown
+    name.
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -474,7 +476,7 @@ def outcomes(found: list[dict]) -> np.ndarray:
     n = min(len(r['each']) for r in found)
     return np.array([r['each'][:n] for r in found], float)
 
-
+# %% ../../nbs/benchmarks/09b_memory_study.ipynb #8ed3d04c
 def rate_and_interval(x: np.ndarray, draws: int = 4000) -> tuple[float, float, float]:
     "Success in % of `x` (seeds, episodes), and the ends of the interval over both; nan."
     mean = 100 * x.mean()
@@ -494,7 +496,7 @@ def lead(a: np.ndarray, b: np.ndarray, draws: int = 4000) -> tuple[float, float,
     x, y = (100 * resampled(v[:, :n], columns, rng) for v in (a, b))
     return 100 * (a[:, :n].mean() - b[:, :n].mean()), *interval(x - y)
 
-
+# %% ../../nbs/benchmarks/09b_memory_study.ipynb #f97160e7
 def line(name: str, x: np.ndarray) -> str:
     "A rate in a line: mean, interval, training seeds and episodes."
     mean, low, high = rate_and_interval(x)
@@ -629,7 +631,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--lite', action='store_true', help='as the client\'s option')
     return p
 
-
+# %% ../../nbs/benchmarks/09b_memory_study.ipynb #3d78d19a
 def refused(a: argparse.Namespace) -> str:
     "What is wrong with the arguments in a sentence; '' for nothing."
     if not (a.study or a.play or a.given_away or a.baseline or a.ship):

@@ -94,8 +94,9 @@ def gate_lines() -> list[Got]:
     for name, policy in GATE.items():
         files = sorted(f for f in folder.glob('*.json') if f.stem.split('-')[0] == name)
         if found := [json.loads(f.read_text()) for f in files]:
-            how = f'first gate: {policy}', found, np.nan, 'python -m halo.benchmarks.first_gate'
-            out.append(of_records(found[0]['task'], *how))
+            how = f'first gate: {policy}', found, np.nan
+            again = 'python -m halo.benchmarks.first_gate'
+            out.append(of_records(found[0]['task'], *how, again))
     return out
 
 # %% ../../nbs/benchmarks/13_results.ipynb #a0585ce6
@@ -124,8 +125,9 @@ def demonstration_lines() -> list[Got]:
     own = [(Path(ABLATIONS) / name, name) for name in ABLATION]
     out = [of_evaluation(f, shipped_result(f), name, 'make demo-train') for f, name in own]
     for file in sorted(locate('checkpoints/baselines').glob('*/evaluation.json')):
-        name, again = file.parent.name, 'python -m halo.studies.baselines'
-        out.append(of_evaluation(file.parent, EvalResult.load(file), name, f'{again} {name}'))
+        name, result = file.parent.name, EvalResult.load(file)
+        again = f'python -m halo.studies.baselines {name}'
+        out.append(of_evaluation(file.parent, result, name, again))
     return out
 
 # %% ../../nbs/benchmarks/13_results.ipynb #13tab001

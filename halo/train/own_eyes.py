@@ -452,7 +452,7 @@ def pointing(book: Album, one: Lesson, cfg: ModelConfig) -> tuple[Tensor, Tensor
 # %% ../../nbs/train/02a_own_eyes.ipynb #d00b1961
 def naming_loss(names: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
     """Cross entropy () of the colour that fills most of a token, and the share of right
-    names (), over the tokens of which a cube fills a quarter; 0 and nan where there is none.
+    names (), over the tokens of which a cube fills a quarter; 0 and nan where none does.
     `names` (tokens, colours), `want` (tokens, ANSWERS).
     """
     shown = want[:, PARTS['own'] : PARTS['own'] + PARTS['colours']] / 2
