@@ -447,8 +447,8 @@ def tried(names, tries: int, noise: float, keep: str | Path | None = None) -> di
         if task not in done:
             env = environment(task, drawn=False)
             ends = [played(env, seed, noise) for seed in range(tries)]
-            ticks = [len(wanted) for _, _, wanted in ends]
-            done[task] = rate([won for won, _, _ in ends]) | dict(ticks=ticks)
+            lengths = [len(ticks) for _, ticks in ends]
+            done[task] = rate([won for won, _ in ends]) | dict(ticks=lengths)
             if keep:
                 write_whole(keep, json.dumps(kind | dict(tasks=done), indent=1) + '\n')
     return {task: done[task] for task in names}

@@ -23,7 +23,7 @@ from halo.benchmarks.memory_study import (
     studies,
 )
 from .tables import ABLATION, ABLATIONS, shipped_result, task_rows, wilson95
-from ..data.files import locate, place, shown
+from ..data.files import locate, place
 
 # %% auto #0
 __all__ = ['GATE', 'HEAD', 'Got', 'of_records', 'study_lines', 'gate_lines', 'shipped_lines', 'of_evaluation',
@@ -75,7 +75,8 @@ def of_records(task: str, policy: str, found: list[dict], hours: float, again: s
 def study_lines(file: Path) -> list[Got]:
     "What was kept of a study, by task and variant."
     s, out = read_study(file), []
-    again = f'python -m halo.benchmarks.memory_study {shown(file)} --variants'
+    config = f'configs/studies/{file.name}'
+    again = f'python -m halo.benchmarks.memory_study {config} --variants'
     for task in s.tasks:
         for variant, how in s.variants.items():
             if found := records(s, variant, task):
@@ -106,7 +107,7 @@ def shipped_lines() -> list[Got]:
     for file in sorted(folder.glob('half-0-*.json')):
         r = json.loads(file.read_text())
         how = 'shipped in half precision', [r], np.nan
-        out.append(of_records(r['task'], *how, f'halo serve --policy {shown(folder)}'))
+        out.append(of_records(r['task'], *how, 'halo serve --policy checkpoints/remember_color'))
     return out
 
 # %% ../../nbs/benchmarks/13_results.ipynb #13dem001
@@ -122,8 +123,9 @@ def demonstration_lines() -> list[Got]:
     "The policies of `checkpoints/flash_place` and the baselines, one training seed each."
     from halo.sim.evaluate import EvalResult
 
+    again = 'python -m halo.studies.demo --train-from-scratch'
     own = [(Path(ABLATIONS) / name, name) for name in ABLATION]
-    out = [of_evaluation(f, shipped_result(f), name, 'make demo-train') for f, name in own]
+    out = [of_evaluation(f, shipped_result(f), name, again) for f, name in own]
     for file in sorted(locate('checkpoints/baselines').glob('*/evaluation.json')):
         name, result = file.parent.name, EvalResult.load(file)
         again = f'python -m halo.studies.baselines {name}'
