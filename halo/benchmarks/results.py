@@ -107,7 +107,8 @@ def shipped_lines() -> list[Got]:
     for file in sorted(folder.glob('half-0-*.json')):
         r = json.loads(file.read_text())
         how = 'shipped in half precision', [r], np.nan
-        out.append(of_records(r['task'], *how, 'halo serve --policy checkpoints/remember_color'))
+        again = 'halo serve --policy checkpoints/remember_color'
+        out.append(of_records(r['task'], *how, again))
     return out
 
 # %% ../../nbs/benchmarks/13_results.ipynb #13dem001
