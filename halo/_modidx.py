@@ -259,6 +259,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'halo/benchmarks/first_gate.py'),
                                             'halo.benchmarks.first_gate.policy_fields': ( 'benchmarks/first_gate.html#policy_fields',
                                                                                           'halo/benchmarks/first_gate.py'),
+                                            'halo.benchmarks.first_gate.policy_of': ( 'benchmarks/first_gate.html#policy_of',
+                                                                                      'halo/benchmarks/first_gate.py'),
                                             'halo.benchmarks.first_gate.probe_table': ( 'benchmarks/first_gate.html#probe_table',
                                                                                         'halo/benchmarks/first_gate.py'),
                                             'halo.benchmarks.first_gate.probed': ( 'benchmarks/first_gate.html#probed',

@@ -412,6 +412,16 @@ RULES = (
     ),
     Rule(r'memory_study configs', ((r'$', ' --report'),)),
     Rule(
+        r'memory_study --play',
+        (
+            (r'--tasks.* --keep \S+', '--tasks RememberColor3-VLA-v0 --keep outputs/kept'),
+            (r'$', ' --episodes 1'),
+            (r'^', 'HALO_MANISKILL_PYTHON=VENV/bin/python '),
+        ),
+        ('simulator',),
+        slow=True,
+    ),
+    Rule(
         r'memory_study --ship',
         (
             (r'--ship \S+ --out \S+', '--ship outputs/shown --out outputs/half'),

@@ -183,12 +183,15 @@ def test_recordings_with_options_lie_apart(study):
 
 
 CLIENT = """
-import json, socket, sys
+import hashlib, json, socket, sys
+from pathlib import Path
 a = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 host, port = a['--address'].split(':')
 socket.create_connection((host, int(port))).close()  # a server listens
 n = int(a['--episodes'])
-own = dict(task=a['--task'], standard={}, protocol={}, server=dict(checkpoint='e' * 64))
+weights = Path(a['--out']).parent / 'checkpoint/model.safetensors'
+sha = hashlib.sha256(weights.read_bytes()).hexdigest()
+own = dict(task=a['--task'], standard={}, protocol={}, server=dict(checkpoint=sha))
 each = [dict(success=k % 2 == 0) for k in range(n)]
 made = dict(success=dict(rate=0.5), seconds=1.0, seeds=list(range(n)), episodes=each)
 json.dump(made | dict(conventions=own), open(a['--out'], 'w'))
@@ -208,7 +211,7 @@ def test_a_policy_is_served_played_and_kept(study, tmp_path, monkeypatch):
     ms.play(run, study.tasks, 4, tmp_path / 'kept')
     kept = json.loads((tmp_path / 'kept/halo-0-RememberColor3.json').read_text())
     assert kept['each'] == [True, False, True, False]
-    assert kept['checkpoint_sha256'] == 'e' * 64
+    assert kept['checkpoint_sha256'] == ms.weights_of(run)
     assert ms.has_played(run, tmp_path / 'kept', study.tasks[0], 4)
 
 

@@ -47,7 +47,7 @@ from halo.train.own_eyes import (
 # %% auto #0
 __all__ = ['CAMERA', 'FREE', 'HELD', 'NUMBERS', 'Look', 'eyes_model', 'policy_fields', 'split', 'split_tasks', 'tasks_of',
            'own_eyes', 'opened', 'curve', 'probed', 'probe_table', 'ask', 'parser', 'run', 'main', 'processor',
-           'kept_play']
+           'policy_of', 'kept_play']
 
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #f1f2f8d7
 CAMERA = 'observation.images.{}'.format
@@ -386,8 +386,16 @@ def processor() -> str:
     return f"{(names or [platform.processor() or 'unknown'])[0]}, {os.cpu_count()} cores"
 
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #204149be
+def policy_of(run: Path) -> Path:
+    "The policy folder of a run, or `run` where it is one itself."
+    inner = Path(run) / 'checkpoint'
+    return inner if inner.exists() else Path(run)
+
+
 def kept_play(run: Path, result: Path) -> dict:
-    "The client's `result` in short, with the curve and the provenance of the policy `run`."
+    """The client's `result` in short, with the curve and the provenance of the policy of
+    `run`, a run or a shipped policy.
+    """
     d, made = (json.loads(Path(f).read_text()) for f in (result, run / 'gate.json'))
     own, n = d['conventions'], len(d['episodes'])  # a run may end before all it asked for
     differs = differences(own['standard'], own['protocol'] | dict(episodes=n))
@@ -395,7 +403,7 @@ def kept_play(run: Path, result: Path) -> dict:
     record |= dict(machine=processor())
     record |= dict(checkpoint_sha256=own['server']['checkpoint'], seconds=d['seconds'])
     record |= dict(seeds=d['seeds'], each=[e['success'] for e in d['episodes']])
-    provenance = json.loads((run / 'checkpoint/provenance.json').read_text())
+    provenance = json.loads((policy_of(run) / 'provenance.json').read_text())
     return record | dict(curve=made['rows'], how=made['how'], provenance=provenance)
 
 # %% ../../nbs/benchmarks/09a_first_gate.ipynb #fdc739c4

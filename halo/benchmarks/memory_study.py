@@ -25,7 +25,7 @@ import numpy as np
 import yaml
 
 from .demonstrations import episode_files, read_episodes
-from .first_gate import kept_play
+from .first_gate import kept_play, policy_of
 from .memory import PROTOCOL, chance
 from .mikasa import STATE
 from .tables import task_rows
@@ -266,7 +266,7 @@ def record_file(keep: Path, run: str, task: str) -> Path:
 
 def weights_of(run: Path) -> str:
     "SHA-256 of the weights of a run's policy; '' where it has none."
-    file = run / 'checkpoint/model.safetensors'
+    file = policy_of(run) / 'model.safetensors'
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ''
 
 
@@ -382,10 +382,15 @@ def served(policy: Path, seconds: float = 120):
 
 
 def play(run: Path, tasks, episodes: int, keep: Path, lite: bool = False) -> None:
-    "Play a run's policy on the official seeds of the `tasks`, and keep the records."
-    with served(run / 'checkpoint') as port:
+    """Play the policy of a run, or of a shipped folder, on the official seeds of the
+    `tasks`, and keep the records in `keep`. What the client writes goes into the run, of a
+    shipped folder to `outputs`.
+    """
+    results = run if policy_of(run) != run else place('outputs') / run.name
+    results.mkdir(parents=True, exist_ok=True)
+    with served(policy_of(run)) as port:
         for task in tasks:
-            out = run / f"{task.split('-')[0]}.json"
+            out = results / f"{task.split('-')[0]}.json"
             how = dict(task=task, episodes=episodes, out=out, lite=lite)
             how |= dict(address=f'127.0.0.1:{port}')
             subprocess.run(client() + flags(how), check=True)
@@ -441,9 +446,9 @@ def eyes_minutes(s: Memory) -> float:
 
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #5f2c1dcb
 def ship(run: Path, out: Path) -> Path:
-    """Copy the policy of `run` to the folder `out`, its weights in half precision, with the
-    SHA-256 of those that it was made of; returns it. Raises `ValueError` where the run has
-    no policy or `out` is there already.
+    """Copy the policy of `run` and its curve to the folder `out`, the weights in half
+    precision, with the SHA-256 of those that they were made of; returns it. Raises
+    `ValueError` where the run has no policy or `out` is there already.
     """
     from safetensors.torch import load_file, save_file
 
@@ -460,6 +465,8 @@ def ship(run: Path, out: Path) -> Path:
         weights = load_file(source / 'model.safetensors')
         half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
         save_file(half, part / 'model.safetensors', metadata=dict(format='pt'))
+        if (curve := Path(run) / 'gate.json').exists():
+            shutil.copyfile(curve, part / curve.name)
         made = dict(shipped_from_sha256=weights_of(Path(run)))
         (part / 'shipped.json').write_text(json.dumps(made))
     return Path(out)

@@ -21,6 +21,7 @@ from halo.benchmarks.memory_study import (
     read_study,
     records,
     studies,
+    weights_of,
 )
 from .tables import ABLATION, ABLATIONS, shipped_result, task_rows, wilson95
 from ..data.files import locate, place
@@ -96,19 +97,22 @@ def gate_lines() -> list[Got]:
         files = sorted(f for f in folder.glob('*.json') if f.stem.split('-')[0] == name)
         if found := [json.loads(f.read_text()) for f in files]:
             how = f'first gate: {policy}', found, np.nan
-            again = 'python -m halo.benchmarks.first_gate'
+            again = 'first gate: the three commands that its chapter prints'
             out.append(of_records(found[0]['task'], *how, again))
     return out
 
 # %% ../../nbs/benchmarks/13_results.ipynb #a0585ce6
 def shipped_lines() -> list[Got]:
-    "The records beside the policy in `checkpoints/remember_color`."
+    "The plays of `checkpoints/remember_color`. Raises `ValueError` for other weights'."
     folder, out = locate('checkpoints/remember_color'), []
-    for file in sorted(folder.glob('half-0-*.json')):
+    for file in sorted((place('bench') / 'memory/shipped').glob('remember_color-*.json')):
         r = json.loads(file.read_text())
-        how = 'shipped in half precision', [r], np.nan
-        again = 'halo serve --policy checkpoints/remember_color'
-        out.append(of_records(r['task'], *how, again))
+        if r['checkpoint_sha256'] != weights_of(folder):
+            raise ValueError(f"{file.name} is not of the weights of {folder.name}")
+        again = 'python -m halo.benchmarks.memory_study --play checkpoints/remember_color'
+        again += f" --tasks {r['task']} --keep bench/memory/shipped --lite"
+        how = 'shipped in half precision', [r], np.nan, again
+        out.append(of_records(r['task'], *how))
     return out
 
 # %% ../../nbs/benchmarks/13_results.ipynb #13dem001
