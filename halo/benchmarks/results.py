@@ -110,7 +110,7 @@ def shipped_lines() -> list[Got]:
         if r['checkpoint_sha256'] != weights_of(folder):
             raise ValueError(f"{file.name} is not of the weights of {folder.name}")
         again = 'python -m halo.benchmarks.memory_study --play checkpoints/remember_color'
-        again += f" --tasks {r['task']} --keep bench/memory/shipped --lite"
+        again += f" --tasks {r['task']} --keep outputs/kept --lite"
         how = 'shipped in half precision', [r], np.nan, again
         out.append(of_records(r['task'], *how))
     return out
