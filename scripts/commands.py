@@ -410,7 +410,7 @@ RULES = (
         ('gate',),
         slow=True,
     ),
-    Rule(r'memory_study configs', ((r'$', ' --report'),)),
+    Rule(r'(memory|metaworld)_study configs', ((r'$', ' --report'),)),
     Rule(
         r'memory_study --play',
         (

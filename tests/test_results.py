@@ -7,7 +7,9 @@ import pytest
 
 from halo.benchmarks import memory_study as ms
 from halo.benchmarks import results
+from halo.benchmarks.metaworld_demos import tiers
 from halo.benchmarks.tables import task_rows
+from halo.data.files import place
 
 
 def test_every_kept_record_is_in_the_table():
@@ -20,8 +22,34 @@ def test_every_kept_record_is_in_the_table():
             r = json.loads(file.read_text())
             assert r['checkpoint_sha256'] in shown[f'{s.name}: {variant}', task].weights
             files += 1
-    studied = [g for g in lines if ':' in g.policy and 'gate' not in g.policy]
+    others = 'gate', 'mt50'
+    studied = [
+        g for g in lines if ':' in g.policy and not any(o in g.policy for o in others)
+    ]
     assert files == sum(len(g.weights) for g in studied) > 0
+
+
+def test_fifty_tasks_are_a_mean_over_tiers(monkeypatch):
+    easy = np.array([t == 'easy' for t in tiers().values()], float)
+    record = dict(
+        each={t: [bool(e)] * 10 for t, e in zip(tiers(), easy)},
+        checkpoint_sha256='a' * 64,
+        machine='none',
+        training=dict(seconds=1800),
+    )
+    found = lambda s, variant: [record] if variant == 'halo' else []
+    monkeypatch.setattr(results, 'found', found)
+    (got,) = results.fifty_lines()
+    assert got.line()[:6] == [
+        *('MT50', 'mt50: halo', '25.0', '25 – 25 (episodes only)', '1 × 50 × 10', '0.5')
+    ]
+
+
+def test_every_kept_run_of_fifty_tasks_is_in_the_table():
+    shown = [w for g in results.all_lines() if g.task == 'MT50' for w in g.weights]
+    files = (place('bench') / 'metaworld').glob('*/*.json')
+    kept = [json.loads(f.read_text())['checkpoint_sha256'] for f in files]
+    assert sorted(shown) == sorted(kept)
 
 
 def test_one_run_has_no_interval_over_seeds():

@@ -23,12 +23,19 @@ from halo.benchmarks.memory_study import (
     studies,
     weights_of,
 )
+from halo.benchmarks.metaworld_study import (
+    found,
+    read_fifty,
+    tier_intervals,
+    trials,
+)
 from .tables import ABLATION, ABLATIONS, shipped_result, task_rows, wilson95
 from ..data.files import locate, place
 
 # %% auto #0
-__all__ = ['GATE', 'HEAD', 'Got', 'of_records', 'study_lines', 'gate_lines', 'shipped_lines', 'of_evaluation',
-           'demonstration_lines', 'all_lines', 'table', 'commands', 'beside', 'untried', 'said', 'main']
+__all__ = ['GATE', 'HEAD', 'Got', 'of_records', 'study_lines', 'gate_lines', 'shipped_lines', 'GotTiers', 'fifty_lines',
+           'of_evaluation', 'demonstration_lines', 'all_lines', 'table', 'commands', 'beside', 'untried', 'said',
+           'main']
 
 # %% ../../nbs/benchmarks/13_results.ipynb #13got001
 @dataclass(frozen=True)
@@ -43,6 +50,14 @@ class Got:
     again: str  # the command that makes it
     machine: str = 'not kept'
 
+    def mean(self) -> float:
+        "Success in per cent."
+        return 100 * self.each.mean()
+
+    def size(self) -> str:
+        "Training seeds and episodes."
+        return f'{len(self.each)} × {self.each.shape[1]}'
+
     def interval(self) -> tuple[float, float]:
         "95 % in per cent: over seeds and episodes, or of the episodes alone."
         if len(self.each) >= 3:
@@ -56,9 +71,9 @@ class Got:
         return [
             self.task,
             self.policy,
-            f'{100 * self.each.mean():.1f}',
+            f'{self.mean():.1f}',
             f'{low:.0f} – {high:.0f}{alone}',
-            f'{len(self.each)} × {self.each.shape[1]}',
+            self.size(),
             f'{self.hours:.1f}' if np.isfinite(self.hours) else 'not kept',
             self.machine,
             ' '.join(w[:8] for w in self.weights),
@@ -115,6 +130,36 @@ def shipped_lines() -> list[Got]:
         out.append(of_records(r['task'], *how))
     return out
 
+# %% ../../nbs/benchmarks/13_results.ipynb #13mtw002
+@dataclass(frozen=True)
+class GotTiers(Got):
+    "A mean over the tiers of MT50. `each`: successes (training seeds, tasks, trials)."
+
+    def mean(self) -> float:
+        return tier_intervals(self.each, 1)['tiers'][0]
+
+    def interval(self) -> tuple[float, float]:
+        return tier_intervals(self.each)['tiers'][1:]
+
+    def size(self) -> str:
+        seeds, tasks, n = self.each.shape
+        return f'{seeds} × {tasks} × {n}'
+
+
+def fifty_lines() -> list[Got]:
+    "What was kept of the study of MT50, by variant."
+    file = 'configs/studies/mt50_study.yaml'
+    s, out = read_fifty(locate(file)), []
+    for variant in s.variants:
+        if records := found(s, variant):
+            hours = sum(r['training']['seconds'] for r in records) / 3600
+            sha = tuple(r['checkpoint_sha256'] for r in records)
+            machine = '; '.join(dict.fromkeys(r['machine'] for r in records))
+            again = f'python -m halo.benchmarks.metaworld_study {file} --variants {variant}'
+            how = trials(records), hours, sha, again, machine
+            out.append(GotTiers('MT50', f'{s.name}: {variant}', *how))
+    return out
+
 # %% ../../nbs/benchmarks/13_results.ipynb #13dem001
 def of_evaluation(folder: Path, result, policy: str, again: str) -> Got:
     "A rate from an evaluation on the demonstration task, of one training seed."
@@ -144,7 +189,8 @@ HEAD = 'task,policy,success %,95 %,seeds × episodes,hours,machine,weights'.spli
 def all_lines() -> list[Got]:
     "Every rate that this repository holds."
     studied = sum(map(study_lines, studies()), [])
-    return demonstration_lines() + gate_lines() + studied + shipped_lines()
+    studied = gate_lines() + studied + shipped_lines() + fifty_lines()
+    return demonstration_lines() + studied
 
 
 def table(lines: list[Got]) -> str:

@@ -29,14 +29,14 @@ from types import SimpleNamespace
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'LIBERO_SUITES', 'PERTURBATIONS', 'REWORDED', 'LIBERO_SEED', 'NO_LIBERO', 'LIBERO_REST', 'OFFSETS',
-           'HEIGHTS', 'Benchmark', 'deviations', 'register', 'open_benchmark', 'flash_place', 'metaworld_class',
-           'metaworld', 'plain_xml', 'libero_class', 'LiberoPolicyView', 'libero_tasks', 'libero_benchmark', 'libero',
-           'libero_pro', 'libero_put', 'libero_reach', 'libero_miss', 'prove_success', 'batched', 'same', 'pictures',
-           'PolicyPlayer', 'first', 'chunk_of', 'statistics', 'load_any', 'random_policy', 'ServedPolicy', 'connect',
-           'options', 'execute_of', 'open_player', 'observation_hash', 'run_episode', 'filmed', 'write_video',
-           'Journal', 'Plan', 'conventions_of', 'result_of', 'table_of', 'compare_results', 'begin_worker', 'work',
-           'run_cases', 'alone_in', 'run_alone', 'run_plan', 'frames_of', 'kept', 'rows_of', 'sheet', 'parser', 'prove',
-           'main']
+           'HEIGHTS', 'Benchmark', 'deviations', 'register', 'open_benchmark', 'flash_place', 'drawn_every',
+           'metaworld_class', 'metaworld', 'plain_xml', 'libero_class', 'LiberoPolicyView', 'libero_tasks',
+           'libero_benchmark', 'libero', 'libero_pro', 'libero_put', 'libero_reach', 'libero_miss', 'prove_success',
+           'batched', 'same', 'pictures', 'PolicyPlayer', 'first', 'chunk_of', 'statistics', 'load_any',
+           'random_policy', 'ServedPolicy', 'connect', 'options', 'execute_of', 'open_player', 'observation_hash',
+           'run_episode', 'filmed', 'write_video', 'Journal', 'Plan', 'conventions_of', 'result_of', 'table_of',
+           'compare_results', 'begin_worker', 'work', 'run_cases', 'alone_in', 'run_alone', 'run_plan', 'frames_of',
+           'kept', 'rows_of', 'sheet', 'parser', 'prove', 'main']
 
 # %% ../../nbs/benchmarks/01_suite.ipynb #1030204b
 import gymnasium as gym
@@ -47,6 +47,7 @@ from fastcore.basics import patch
 import halo
 from . import thin
 from ..data.files import place, write_whole
+from ..method.config import at_least
 from halo.sim.evaluate import (
     EvalResult,
     batch_noise,
@@ -173,6 +174,18 @@ def _check_quality(quality: str) -> None:
             " multisampling)"
         )
 
+# %% ../../nbs/benchmarks/01_suite.ipynb #01evry01
+def drawn_every(env, ticks: int):
+    "Let a Meta-World environment draw at every so many `ticks`; the last picture else."
+    draw, last = env.render, []
+
+    def render():
+        if not last or env.curr_path_length % ticks == 0:
+            last[:] = [draw()]
+        return last[0]
+
+    env.render = render
+
 # %% ../../nbs/benchmarks/01_suite.ipynb #f6bdff52
 def metaworld_class():
     """LeRobot's Meta-World environment, drawn in the size that it declares, 'full' or
@@ -184,11 +197,15 @@ def metaworld_class():
     from lerobot.envs.metaworld import MetaworldEnv
 
     class SizedMetaworld(MetaworldEnv):
+        every = 1  # ticks from one drawn picture to the next
+
         def _ensure_env(self):
             if self._env is None:
                 super()._ensure_env()
                 drawn = self._env.mujoco_renderer
                 drawn.width, drawn.height = self.observation_width, self.observation_height
+                if self.every > 1:
+                    drawn_every(self._env, self.every)
 
     class PlainMetaworld(SizedMetaworld):
         def _ensure_env(self):
@@ -226,15 +243,20 @@ _METAWORLD_PROTOCOL = dict(
     settling_steps=0,
     first_seed=1000,
     shadows_and_multisampling=True,
+    ticks_a_picture=1,
 )
 
 # %% ../../nbs/benchmarks/01_suite.ipynb #4b0e98a5
 @register('metaworld')
-def metaworld(quality: str = 'full', seed: int = 1000, size: int = 480) -> Benchmark:
+def metaworld(
+    quality: str = 'full', seed: int = 1000, size: int = 480, every: int = 1
+) -> Benchmark:
     """Meta-World's 50 tasks (MT50), 50 seeds each from `seed` on, as `lerobot-eval` counts
-    them; `quality` and `size` (pixels) are of the picture.
+    them; `quality` and `size` (pixels) are of the picture, which is drawn at `every` so
+    many ticks. Raises `ValueError` for another quality, or `every` below 1.
     """
     _check_quality(quality)
+    at_least('every', every, 1)
     env_class = metaworld_class()[quality]
     from lerobot.envs.metaworld import DIFFICULTY_TO_TASKS as groups
 
@@ -242,10 +264,12 @@ def metaworld(quality: str = 'full', seed: int = 1000, size: int = 480) -> Bench
 
     def make(task, episode):
         name = task.split('/')[1]
-        return env_class(task=name, obs_type='pixels_agent_pos', **look)
+        env = env_class(task=name, obs_type='pixels_agent_pos', **look)
+        env.every = every
+        return env
 
     mine = dict(first_seed=seed, shadows_and_multisampling=quality == 'full')
-    mine['image_size'] = size
+    mine |= dict(image_size=size, ticks_a_picture=every)
     return Benchmark(
         'metaworld',
         tuple(f'{group}/{t}' for group, names in groups.items() for t in names),

@@ -64,6 +64,7 @@ from ..policy.configuration_halo import ORIGINS, HaloConfig, weights_origin
 from ..policy.modeling_halo import init_weights, pad_last, weight_sources, write_weights
 from ..policy.processor_halo import saved_tokenizer
 from halo.train.loop import (
+    _commit,
     clip_and_step,
     make_policy,
     param_groups,
@@ -1065,6 +1066,7 @@ def _open_log(r: _Run, words: list[str], counts: dict) -> None:
         f'start at step {r.step} of {r.rc.steps}: {r.world} processes, batch'
         f' {global_batch(r.rc, r.world)}, trains {trained:,} of {total:,} parameters',
         step=r.step,
+        commit=_commit(),
     )
 
 # %% ../../nbs/train/03_scale.ipynb #3281ce1d
