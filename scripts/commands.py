@@ -410,6 +410,7 @@ RULES = (
         ('gate',),
         slow=True,
     ),
+    Rule(r'results --again', ((r'CLONE', '.'),)),
     Rule(r'(memory|metaworld)_study configs', ((r'$', ' --report'),)),
     Rule(
         r'memory_study --play',

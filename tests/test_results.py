@@ -38,7 +38,7 @@ def test_fifty_tasks_are_a_mean_over_tiers(monkeypatch):
         training=dict(seconds=1800),
     )
     found = lambda s, variant: [record] if variant == 'halo' else []
-    monkeypatch.setattr(results, 'found', found)
+    monkeypatch.setattr(results, 'kept_runs', found)
     (got,) = results.fifty_lines()
     assert got.line()[:6] == [
         *('MT50', 'mt50: halo', '25.0', '25 – 25 (episodes only)', '1 × 50 × 10', '0.5')
@@ -82,3 +82,25 @@ def test_every_policy_of_a_study_pays_for_its_eyes():
 def test_evaluations_and_the_first_gate_are_there_too():
     policies = [g.policy for g in results.all_lines()]
     assert {'full', 'no_history', 'act', 'smolvla', 'first gate: halo'} <= set(policies)
+
+
+def test_a_clones_records_are_compared_and_kept(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / 'clone/bench/memory/remember_color'
+    folder.mkdir(parents=True)
+    own = place('bench') / 'memory/remember_color'
+    for file in own.glob('halo-0-*.json'):
+        (folder / file.name).write_text(file.read_text())
+    assert results.retrained(folder) == []  # a copy was not made again
+    file = folder / 'halo-0-RememberColor3.json'
+    record = json.loads(file.read_text())
+    record |= dict(checkpoint_sha256='b' * 64, seconds=1.0)
+    monkeypatch.setattr(results, 'AGAIN', str(tmp_path / 'kept'))
+    for wins, where in ((95, 'inside'), (30, 'outside')):
+        record['each'] = [True] * wins + [False] * (100 - wins)
+        file.write_text(json.dumps(record))
+        assert results.main(['--again', str(folder)]) == 0
+        said = capsys.readouterr().out
+        assert '1 records kept' in said and f'{wins} % of 100, {where}' in said
+        assert 'other weights bbbbbbbb' in said
+    assert results.main(['--again', str(tmp_path)]) == 1
+    assert 'give the folder bench/memory/STUDY' in capsys.readouterr().err

@@ -26,8 +26,8 @@ from ..train.scale import read_config, read_rows
 
 # %% auto #0
 __all__ = ['Fifty', 'read_fifty', 'some', 'check_look', 'demonstrations_work', 'has_policy', 'is_kept', 'run_work', 'everything',
-           'trained_by', 'kept_run', 'found', 'trials', 'weights', 'tier_intervals', 'block', 'report', 'parser', 'run',
-           'main']
+           'trained_by', 'kept_run', 'kept_runs', 'trials', 'weights', 'tier_intervals', 'block', 'report', 'parser',
+           'run', 'main']
 
 # %% ../../nbs/benchmarks/10a_metaworld_study.ipynb #10as0007
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def kept_run(run: Path) -> dict:
     )
 
 # %% ../../nbs/benchmarks/10a_metaworld_study.ipynb #10as0026
-def found(s: Fifty, variant: str) -> list[dict]:
+def kept_runs(s: Fifty, variant: str) -> list[dict]:
     "The kept records of a variant, one for each training seed."
     files = [s.record(variant, seed) for seed in s.seeds]
     return [json.loads(f.read_text()) for f in files if f.exists()]
@@ -248,7 +248,7 @@ def block(variant: str, records: list[dict]) -> str:
 
 def report(s: Fifty) -> str:
     "Every variant that was kept, those that were not, and what others got."
-    kept = {v: found(s, v) for v in s.variants}
+    kept = {v: kept_runs(s, v) for v in s.variants}
     out = [block(v, r) for v, r in kept.items() if r]
     if none := [v for v, r in kept.items() if not r]:
         out.append(f'not run: {", ".join(none)}')

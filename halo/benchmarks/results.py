@@ -24,18 +24,18 @@ from halo.benchmarks.memory_study import (
     weights_of,
 )
 from halo.benchmarks.metaworld_study import (
-    found,
+    kept_runs,
     read_fifty,
     tier_intervals,
     trials,
 )
 from .tables import ABLATION, ABLATIONS, shipped_result, task_rows, wilson95
-from ..data.files import locate, place
+from ..data.files import locate, place, write_whole
 
 # %% auto #0
-__all__ = ['GATE', 'HEAD', 'Got', 'of_records', 'study_lines', 'gate_lines', 'shipped_lines', 'GotTiers', 'fifty_lines',
-           'of_evaluation', 'demonstration_lines', 'all_lines', 'table', 'commands', 'beside', 'untried', 'said',
-           'main']
+__all__ = ['GATE', 'HEAD', 'AGAIN', 'Got', 'of_records', 'study_lines', 'gate_lines', 'shipped_lines', 'GotTiers', 'fifty_lines',
+           'of_evaluation', 'demonstration_lines', 'all_lines', 'table', 'commands', 'beside', 'untried', 'retrained',
+           'beside_kept', 'again_lines', 'keep_again', 'said', 'main']
 
 # %% ../../nbs/benchmarks/13_results.ipynb #13got001
 @dataclass(frozen=True)
@@ -151,12 +151,12 @@ def fifty_lines() -> list[Got]:
     file = 'configs/studies/mt50_study.yaml'
     s, out = read_fifty(locate(file)), []
     for variant in s.variants:
-        if records := found(s, variant):
-            hours = sum(r['training']['seconds'] for r in records) / 3600
-            sha = tuple(r['checkpoint_sha256'] for r in records)
-            machine = '; '.join(dict.fromkeys(r['machine'] for r in records))
+        if runs := kept_runs(s, variant):
+            hours = sum(r['training']['seconds'] for r in runs) / 3600
+            sha = tuple(r['checkpoint_sha256'] for r in runs)
+            machine = '; '.join(dict.fromkeys(r['machine'] for r in runs))
             again = f'python -m halo.benchmarks.metaworld_study {file} --variants {variant}'
-            how = trials(records), hours, sha, again, machine
+            how = trials(runs), hours, sha, again, machine
             out.append(GotTiers('MT50', f'{s.name}: {variant}', *how))
     return out
 
@@ -217,6 +217,63 @@ def untried(lines: list[Got]) -> list[str]:
     have = {g.task for g in lines}
     return [t for t in dict.fromkeys(r['task'] for r in task_rows()) if t not in have]
 
+# %% ../../nbs/benchmarks/13_results.ipynb #13agn002
+AGAIN = 'memory/again'  # where records of other clones are kept
+
+
+def retrained(folder: Path) -> list[dict]:
+    """Records in a clone's `bench/memory/STUDY` that were made there: file, study, variant,
+    task, record. Raises `ValueError` where `folder` is none of a study's.
+    """
+    known = {s.name: s for s in map(read_study, studies())}
+    if folder.name not in known or not folder.is_dir():
+        raise ValueError(
+            f"{folder} holds no records of a study; give the folder bench/memory/STUDY of"
+            f" the clone that ran it, STUDY being one of {', '.join(known)}"
+        )
+    out, s = [], known[folder.name]
+    for file in sorted(folder.glob('*-*-*.json')):
+        variant, _, task = file.stem.rsplit('-', 2)
+        record = json.loads(file.read_text())
+        kept = place('bench') / 'memory' / s.name / file.name
+        if not kept.exists() or json.loads(kept.read_text()) != record:
+            made = dict(file=file, study=s, variant=variant, task=task, record=record)
+            out.append(made)
+    return out
+
+# %% ../../nbs/benchmarks/13_results.ipynb #13agn004
+def beside_kept(made: dict) -> str:
+    "A retrained rate beside what the study had, in a line."
+    s, r = made['study'], made['record']
+    task = next(t for t in s.tasks if t.split('-')[0] == made['task'])
+    kept = records(s, made['variant'], task)
+    mean, low, high = rate_and_interval(outcomes(kept))
+    got = 100 * np.mean(r['each'])
+    where = 'inside' if low <= got <= high else 'outside'
+    same = r['checkpoint_sha256'] in {k['checkpoint_sha256'] for k in kept}
+    return (
+        f"{made['task']}, {s.name}: {made['variant']}: {got:.0f} % of"
+        f" {len(r['each'])}, {where} {mean:.1f} [{low:.0f}, {high:.0f}]"
+        f" ({len(kept)} seeds); {'the same' if same else 'other'} weights"
+        f" {r['checkpoint_sha256'][:8]}, commit {r['provenance']['commit'][:8]}"
+    )
+
+
+def again_lines() -> list[str]:
+    "Every retrained rate that was kept, beside the study's own."
+    folders = sorted((place('bench') / AGAIN).glob('*'))
+    return [beside_kept(m) for f in folders for m in retrained(f)]
+
+# %% ../../nbs/benchmarks/13_results.ipynb #13agn006
+def keep_again(folder: Path) -> list[Path]:
+    "Copy what a clone retrained to `bench/memory/again`; the files."
+    out = []
+    for made in retrained(folder):
+        file = place('bench') / AGAIN / folder.name / made['file'].name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        out.append(write_whole(file, made['file'].read_text()))
+    return out
+
 # %% ../../nbs/benchmarks/13_results.ipynb #13say001
 def said() -> str:
     "Everything above as one text."
@@ -225,6 +282,7 @@ def said() -> str:
     others = [f'{t}: {beside(t)}' for t in tasks if beside(t)]
     none = [f'{t}: no trained policy here. Others: {beside(t)}' for t in untried(lines)]
     parts = table(lines), '\n'.join(others), '\n'.join(none), commands(lines)
+    parts += ('\n'.join(['Retrained in a fresh clone:', *again_lines()]),)
     return '\n\n'.join(parts)
 
 
@@ -232,9 +290,13 @@ def main(argv: list[str] | None = None) -> int:
     "`python -m halo.benchmarks.results`: print every rate; returns the exit status."
     about = 'Every success rate of a trained policy, with what made it.'
     p = argparse.ArgumentParser(prog='python -m halo.benchmarks.results', description=about)
-    p.parse_args(argv)
+    other = 'instead keep what another clone retrained: its bench/memory/STUDY'
+    p.add_argument('--again', type=Path, metavar='FOLDER', help=other)
+    a = p.parse_args(argv)
     try:
-        print(said())
+        if a.again:
+            print(f'{len(keep_again(a.again))} records kept')
+        print('\n'.join(again_lines()) if a.again else said())
     except (ValueError, OSError) as e:
         print(f'results: {e}', file=sys.stderr)
         return 1
