@@ -23,12 +23,7 @@ from halo.benchmarks.memory_study import (
     studies,
     weights_of,
 )
-from halo.benchmarks.metaworld_study import (
-    kept_runs,
-    read_fifty,
-    tier_intervals,
-    trials,
-)
+from .metaworld_study import kept_runs, read_fifty, tier_intervals, trials
 from .tables import ABLATION, ABLATIONS, shipped_result, task_rows, wilson95
 from ..data.files import locate, place, write_whole
 
