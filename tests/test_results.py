@@ -103,4 +103,4 @@ def test_a_clones_records_are_compared_and_kept(tmp_path, monkeypatch, capsys):
         assert '1 records kept' in said and f'{wins} % of 100, {where}' in said
         assert 'other weights bbbbbbbb' in said
     assert results.main(['--again', str(tmp_path)]) == 1
-    assert 'give the folder bench/memory/STUDY' in capsys.readouterr().err
+    assert 'holds no records of a study' in capsys.readouterr().err

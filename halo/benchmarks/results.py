@@ -217,14 +217,14 @@ AGAIN = 'memory/again'  # where records of other clones are kept
 
 
 def retrained(folder: Path) -> list[dict]:
-    """Records in a clone's `bench/memory/STUDY` that were made there: file, study, variant,
-    task, record. Raises `ValueError` where `folder` is none of a study's.
+    """Records in `folder`, where a clone kept those of a study, that were made there: file,
+    study, variant, task, record. Raises `ValueError` where it is none of a study's.
     """
     known = {s.name: s for s in map(read_study, studies())}
     if folder.name not in known or not folder.is_dir():
         raise ValueError(
-            f"{folder} holds no records of a study; give the folder bench/memory/STUDY of"
-            f" the clone that ran it, STUDY being one of {', '.join(known)}"
+            f"{folder} holds no records of a study; give the folder in which the clone that"
+            f" ran it kept them, called {' or '.join(known)}"
         )
     out, s = [], known[folder.name]
     for file in sorted(folder.glob('*-*-*.json')):
@@ -261,7 +261,7 @@ def again_lines() -> list[str]:
 
 # %% ../../nbs/benchmarks/13_results.ipynb #13agn006
 def keep_again(folder: Path) -> list[Path]:
-    "Copy what a clone retrained to `bench/memory/again`; the files."
+    "Copy what a clone retrained to where this one keeps such records; the files."
     out = []
     for made in retrained(folder):
         file = place('bench') / AGAIN / folder.name / made['file'].name
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     "`python -m halo.benchmarks.results`: print every rate; returns the exit status."
     about = 'Every success rate of a trained policy, with what made it.'
     p = argparse.ArgumentParser(prog='python -m halo.benchmarks.results', description=about)
-    other = 'instead keep what another clone retrained: its bench/memory/STUDY'
+    other = 'instead keep what another clone retrained: its folder of records'
     p.add_argument('--again', type=Path, metavar='FOLDER', help=other)
     a = p.parse_args(argv)
     try:
