@@ -102,5 +102,8 @@ def test_a_clones_records_are_compared_and_kept(tmp_path, monkeypatch, capsys):
         said = capsys.readouterr().out
         assert '1 records kept' in said and f'{wins} % of 100, {where}' in said
         assert 'other weights bbbbbbbb' in said
+    file.rename(folder / 'no_salr-0-RememberColor3.json')
+    assert results.main(['--again', str(folder)]) == 0
+    assert 'beside nothing that was kept here' in capsys.readouterr().out
     assert results.main(['--again', str(tmp_path)]) == 1
     assert 'holds no records of a study' in capsys.readouterr().err

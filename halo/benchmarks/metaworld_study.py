@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from .first_gate import processor
-from .memory_study import FAULTS, Work, do, is_recorded
+from .memory_study import FAULTS, Work, do, is_recorded, weights_of
 from .metaworld_demos import tiers
 from .tables import task_rows
 from ..data.files import locate, place, shown, write_whole
@@ -25,9 +25,9 @@ from ..studies.salr_mujoco import interval
 from ..train.scale import read_config, read_rows
 
 # %% auto #0
-__all__ = ['Fifty', 'read_fifty', 'some', 'check_look', 'demonstrations_work', 'has_policy', 'is_kept', 'run_work', 'everything',
-           'trained_by', 'kept_run', 'kept_runs', 'trials', 'weights', 'tier_intervals', 'block', 'report', 'parser',
-           'run', 'main']
+__all__ = ['Fifty', 'read_fifty', 'some', 'check_look', 'demonstrations_work', 'has_policy', 'has_result', 'is_kept', 'run_work',
+           'everything', 'trained_by', 'kept_run', 'kept_runs', 'trials', 'weights', 'tier_intervals', 'block',
+           'report', 'parser', 'run', 'main']
 
 # %% ../../nbs/benchmarks/10a_metaworld_study.ipynb #10as0007
 @dataclass(frozen=True)
@@ -113,18 +113,29 @@ def demonstrations_work(s: Fifty) -> list[Work]:
     return [record, Work('convert', words, (data / 'meta/info.json').exists, ('record',))]
 
 # %% ../../nbs/benchmarks/10a_metaworld_study.ipynb #10as0018
-def has_policy(run: Path) -> bool:
-    "Whether a run has come to its end."
-    return (run / 'policy/model.safetensors').exists()
+def has_policy(run: Path, steps: int) -> bool:
+    "Whether a run has come to `steps` and written its policy."
+    rows = read_rows(run / 'metrics.jsonl')
+    return bool(weights_of(run / 'policy')) and bool(rows) and rows[-1]['step'] >= steps
 
 
-def is_kept(file: Path, result: Path) -> bool:
-    "Whether a record is of the very evaluation in the folder `result`."
-    made = result / 'result.json'
-    if not (file.exists() and made.exists()):
+def has_result(run: Path) -> bool:
+    "Whether a run's evaluation has ended, and is of the weights that are there."
+    file = run / 'played/result.json'
+    return file.exists() and weights_of(run / 'policy') == _played(file)
+
+
+def is_kept(file: Path, run: Path) -> bool:
+    "Whether a record is of the very evaluation of a run, and that of its weights."
+    if not (file.exists() and has_result(run)):
         return False
-    kept, own = (json.loads(f.read_text()) for f in (file, made))
-    return kept['checkpoint_sha256'] == own['conventions']['policy']['checkpoint_sha256']
+    kept = json.loads(file.read_text())['checkpoint_sha256']
+    return kept == _played(run / 'played/result.json')
+
+
+def _played(result: Path) -> str:
+    "The hash of the weights that were played."
+    return json.loads(result.read_text())['conventions']['policy']['checkpoint_sha256']
 
 # %% ../../nbs/benchmarks/10a_metaworld_study.ipynb #10as0019
 def run_work(s: Fifty, variant: str, seed: int) -> list[Work]:
@@ -137,8 +148,9 @@ def run_work(s: Fifty, variant: str, seed: int) -> list[Work]:
     ask = '--policy', run / 'policy', *look, '--episodes', s.trials, '--out', result
     play = _halo('benchmarks.suite', '--benchmark', 'metaworld', '--videos', 0, *ask)
     keep = _halo('benchmarks.metaworld_study', '--keep', run, file)
-    trained, played = partial(has_policy, run), (result / 'result.json').exists
-    kept = partial(is_kept, file, result)
+    steps = read_config(locate(s.config), s.changes(variant, seed))['run'].steps
+    trained, played = partial(has_policy, run, steps), partial(has_result, run)
+    kept = partial(is_kept, file, run)
     return [
         Work(f'train {name}', train, trained, ('convert',)),
         Work(f'play {name}', play, played, (f'train {name}',)),
@@ -222,7 +234,7 @@ def tier_intervals(x: np.ndarray, draws: int = 4000) -> dict[str, tuple]:
     means = np.empty((draws, n[1]))
     for k in range(draws):
         seeds = rng.integers(n[0], size=n[0]) if n[0] >= 3 else np.arange(n[0])
-        which = rng.integers(n[2], size=(1, n[1], n[2]))
+        which = rng.integers(n[2], size=(1, n[1], max(n[2] - 1, 1)))
         means[k] = np.take_along_axis(x[seeds], which, 2).mean((0, 2))
     ends = {k: interval(100 * means @ w) for k, w in weights().items()}
     return {k: (100 * float(x.mean((0, 2)) @ w), *ends[k]) for k, w in weights().items()}

@@ -242,14 +242,16 @@ def beside_kept(made: dict) -> str:
     s, r = made['study'], made['record']
     task = next(t for t in s.tasks if t.split('-')[0] == made['task'])
     kept = records(s, made['variant'], task)
-    mean, low, high = rate_and_interval(outcomes(kept))
-    got = 100 * np.mean(r['each'])
-    where = 'inside' if low <= got <= high else 'outside'
+    got, where = 100 * np.mean(r['each']), 'beside nothing that was kept here'
+    if kept:
+        mean, low, high = rate_and_interval(outcomes(kept))
+        where = 'inside' if low <= got <= high else 'outside'
+        where = where if np.isfinite(low) else 'no interval yet:'
+        where += f' {mean:.1f} [{low:.0f}, {high:.0f}] ({len(kept)} seeds)'
     same = r['checkpoint_sha256'] in {k['checkpoint_sha256'] for k in kept}
     return (
         f"{made['task']}, {s.name}: {made['variant']}: {got:.0f} % of"
-        f" {len(r['each'])}, {where} {mean:.1f} [{low:.0f}, {high:.0f}]"
-        f" ({len(kept)} seeds); {'the same' if same else 'other'} weights"
+        f" {len(r['each'])}, {where}; {'the same' if same else 'other'} weights"
         f" {r['checkpoint_sha256'][:8]}, commit {r['provenance']['commit'][:8]}"
     )
 
