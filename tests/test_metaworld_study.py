@@ -157,6 +157,13 @@ def test_the_interval_covers_the_truth():
     assert hits >= 0.9 * n
 
 
+def test_one_trial_has_no_interval(study):
+    a_run(study.run('halo', 0), trials=1)
+    assert mw.main(['--keep', str(study.run('halo', 0)), str(study.record('halo', 0))]) == 0
+    said = mw.report(study)
+    assert said.count('no interval') == 6 and '[100' not in said
+
+
 def test_a_wrong_entry_is_named(tmp_path, capsys):
     file = tmp_path / 'a.yaml'
     file.write_text('{name: a, config: b, trails: 3}')

@@ -25,9 +25,9 @@ from ..studies.salr_mujoco import interval
 from ..train.scale import read_config, read_rows
 
 # %% auto #0
-__all__ = ['Fifty', 'read_fifty', 'some', 'check_look', 'demonstrations_work', 'has_policy', 'has_result', 'is_kept', 'run_work',
-           'everything', 'trained_by', 'kept_run', 'kept_runs', 'trials', 'weights', 'tier_intervals', 'block',
-           'report', 'parser', 'run', 'main']
+__all__ = ['UNKNOWN', 'Fifty', 'read_fifty', 'some', 'check_look', 'demonstrations_work', 'has_policy', 'has_result', 'is_kept',
+           'run_work', 'everything', 'trained_by', 'kept_run', 'kept_runs', 'trials', 'weights', 'tier_intervals',
+           'block', 'report', 'parser', 'run', 'main']
 
 # %% ../../nbs/benchmarks/10a_metaworld_study.ipynb #10as0007
 @dataclass(frozen=True)
@@ -226,15 +226,21 @@ def weights() -> dict[str, np.ndarray]:
     return each | dict(tiers=sum(each.values()) / len(each), tasks=over_tasks)
 
 
+UNKNOWN = (np.nan, np.nan)  # ends of an interval that there is none of
+
+
 def tier_intervals(x: np.ndarray, draws: int = 4000) -> dict[str, tuple]:
     """Success in % of `x` (seeds, tasks, trials) in each tier and both means, with the ends
-    of the 95 % interval: over trials, and over seeds where there are three or more.
+    of the 95 % interval: over trials, and over seeds where there are three or more; nan
+    for a single trial a task.
     """
     rng, n = np.random.default_rng(0), x.shape
+    if n[2] < 2:
+        return {k: (100 * float(x.mean((0, 2)) @ w), *UNKNOWN) for k, w in weights().items()}
     means = np.empty((draws, n[1]))
     for k in range(draws):
         seeds = rng.integers(n[0], size=n[0]) if n[0] >= 3 else np.arange(n[0])
-        which = rng.integers(n[2], size=(1, n[1], max(n[2] - 1, 1)))
+        which = rng.integers(n[2], size=(1, n[1], n[2] - 1))
         means[k] = np.take_along_axis(x[seeds], which, 2).mean((0, 2))
     ends = {k: interval(100 * means @ w) for k, w in weights().items()}
     return {k: (100 * float(x.mean((0, 2)) @ w), *ends[k]) for k, w in weights().items()}
@@ -246,7 +252,8 @@ def block(variant: str, records: list[dict]) -> str:
     alone = '' if len(x) >= 3 else ', interval of the trials alone'
     head = f'{variant}: {len(x)} training seed(s), {x.shape[2]} trials a task{alone}'
     lines = [
-        f'  {name:10} {mean:5.1f} %  [{low:.0f}, {high:.0f}]'
+        f'  {name:10} {mean:5.1f} %  '
+        + (f'[{low:.0f}, {high:.0f}]' if np.isfinite(low) else 'no interval')
         for name, (mean, low, high) in tier_intervals(x).items()
     ]
     made = [
