@@ -236,7 +236,8 @@ def tier_intervals(x: np.ndarray, draws: int = 4000) -> dict[str, tuple]:
     """
     rng, n = np.random.default_rng(0), x.shape
     if n[2] < 2:
-        return {k: (100 * float(x.mean((0, 2)) @ w), *UNKNOWN) for k, w in weights().items()}
+        rates = x.mean((0, 2))
+        return {k: (100 * float(rates @ w), *UNKNOWN) for k, w in weights().items()}
     means = np.empty((draws, n[1]))
     for k in range(draws):
         seeds = rng.integers(n[0], size=n[0]) if n[0] >= 3 else np.arange(n[0])
