@@ -26,13 +26,15 @@ from ..train.scale import read_config, read_rows
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'Fifty', 'read_fifty', 'some', 'check_look', 'demonstrations_work', 'has_policy', 'has_result', 'is_kept',
-           'run_work', 'everything', 'trained_by', 'kept_run', 'kept_runs', 'trials', 'weights', 'tier_intervals',
-           'block', 'report', 'parser', 'run', 'main']
+           'run_work', 'earlier_name', 'earlier', 'everything', 'trained_by', 'kept_run', 'kept_runs', 'trials',
+           'weights', 'tier_intervals', 'spent', 'block', 'report', 'parser', 'run', 'main']
 
 # %% ../../nbs/benchmarks/10a_metaworld_study.ipynb #10as0007
 @dataclass(frozen=True)
 class Fifty:
-    "A study of MT50; `look`: options of the benchmark, `set`: changes to `config`."
+    """A study of MT50; `look`: options of the benchmark, `set`: changes to `config`,
+    `after`: the configuration of a study whose policies these begin with.
+    """
 
     name: str
     config: str
@@ -42,11 +44,23 @@ class Fifty:
     look: dict = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     variants: dict[str, list[str]] = field(default_factory=lambda: dict(halo=[]))
+    after: str = ''
+
+    def first(self) -> Fifty | None:
+        "The study that this one goes on from, or None."
+        return read_fifty(locate(self.after)) if self.after else None
+
+    def begin(self, variant: str, seed: int) -> Path | None:
+        "The run whose policy a variant begins with, or None."
+        first = self.first()
+        return first.run(variant, seed) if first else None
 
     def changes(self, variant: str, seed: int) -> list[str]:
         "What is changed in `config` for a variant and a training seed."
         own = [f'run.seed={seed}', f'out={self.run(variant, seed)}']
-        return [*self.set, *self.variants[variant], *own]
+        begin = self.begin(variant, seed)
+        begun = [f'init_from={begin}/policy'] if begin else []
+        return [*self.set, *begun, *self.variants[variant], *own]
 
     def run(self, variant: str, seed: int) -> Path:
         "The folder of a run."
@@ -104,7 +118,7 @@ def _halo(module: str, *words) -> list[str]:
 def demonstrations_work(s: Fifty) -> list[Work]:
     "Record the experts, and make one dataset of what they did."
     demos = Path('data/demos') / s.name
-    data = Path(read_config(locate(s.config))['data']['root'])
+    data = Path(read_config(locate(s.config), s.set)['data']['root'])
     look = [f'--{k}={v}' for k, v in s.look.items() if k != 'every']
     ask = '--record', demos, '--episodes', s.demonstrations, *look
     done = partial(is_recorded, demos, s.demonstrations * len(tiers()))
@@ -148,20 +162,41 @@ def run_work(s: Fifty, variant: str, seed: int) -> list[Work]:
     ask = '--policy', run / 'policy', *look, '--episodes', s.trials, '--out', result
     play = _halo('benchmarks.suite', '--benchmark', 'metaworld', '--videos', 0, *ask)
     keep = _halo('benchmarks.metaworld_study', '--keep', run, file)
+    if begun := s.begin(variant, seed):
+        keep += ['--after', str(begun)]
     steps = read_config(locate(s.config), s.changes(variant, seed))['run'].steps
     trained, played = partial(has_policy, run, steps), partial(has_result, run)
     kept = partial(is_kept, file, run)
+    first = [earlier_name(s, f'train {name}')] if begun else []
     return [
-        Work(f'train {name}', train, trained, ('convert',)),
+        Work(f'train {name}', train, trained, ('convert', *first)),
         Work(f'play {name}', play, played, (f'train {name}',)),
         Work(f'keep {name}', keep, kept, (f'play {name}',)),
+    ]
+
+
+def earlier_name(s: Fifty, name: str) -> str:
+    "What a piece of work of the study before `s` is called here."
+    return f'{name} of {s.first().name}'
+
+
+def earlier(s: Fifty) -> list[Work]:
+    "What has to be there before a study begins: the policies of the one before it."
+    if not s.after:
+        return []
+    first = some(s.first(), s.variants, s.seeds)
+    train = [run_work(first, v, seed)[0] for seed in s.seeds for v in s.variants]
+    called = partial(earlier_name, s)
+    return [
+        replace(w, name=called(w.name), after=tuple(map(called, w.after)))
+        for w in earlier(first) + demonstrations_work(first) + train
     ]
 
 
 def everything(s: Fifty) -> list[Work]:
     "All of a study, in an order in which it can be done."
     each = [run_work(s, v, seed) for seed in s.seeds for v in s.variants]
-    return demonstrations_work(s) + [w for works in each for w in works]
+    return earlier(s) + demonstrations_work(s) + [w for works in each for w in works]
 
 # %% ../../nbs/benchmarks/10a_metaworld_study.ipynb #10as0022
 def trained_by(run: Path) -> dict:
@@ -182,9 +217,9 @@ def trained_by(run: Path) -> dict:
     )
 
 # %% ../../nbs/benchmarks/10a_metaworld_study.ipynb #10as0024
-def kept_run(run: Path) -> dict:
-    """What is kept of a run that was played. Raises `ValueError` where the evaluation has
-    not ended.
+def kept_run(run: Path, after: Path | None = None) -> dict:
+    """What is kept of a run that was played; `after`: the run whose policy it began with.
+    Raises `ValueError` where the evaluation has not ended.
     """
     folder = run / 'played'
     if not (folder / 'result.json').exists():
@@ -194,7 +229,10 @@ def kept_run(run: Path) -> dict:
     each = {task: [] for task in tiers()}
     for e in result['episodes']:
         each[e['task'].split('/')[1]].append(bool(e['success']))
-    told = result['conventions']
+    told, training = result['conventions'], trained_by(run)
+    if after:
+        first = dict(checkpoint_sha256=weights_of(after / 'policy'))
+        training |= dict(after=trained_by(after) | first)
     return dict(
         each=each,
         differs=told['differs'],
@@ -203,7 +241,7 @@ def kept_run(run: Path) -> dict:
         versions=told['versions'],
         seconds=times['seconds'],
         machine=processor(),
-        training=trained_by(run),
+        training=training,
     )
 
 # %% ../../nbs/benchmarks/10a_metaworld_study.ipynb #10as0026
@@ -247,6 +285,15 @@ def tier_intervals(x: np.ndarray, draws: int = 4000) -> dict[str, tuple]:
     return {k: (100 * float(x.mean((0, 2)) @ w), *ends[k]) for k, w in weights().items()}
 
 # %% ../../nbs/benchmarks/10a_metaworld_study.ipynb #10as0031
+def spent(training: dict) -> str:
+    "Steps, minutes and commits of a training, and of the one that it went on from."
+    first = training.get('after')
+    commits = ', '.join(c[:8] for c in training['commits'])
+    minutes = f"{training['seconds'] / 60:.0f} min, commit {commits}"
+    said = f"{training['steps']} steps in {minutes}"
+    return f"{spent(first)}, then {said}" if first else said
+
+
 def block(variant: str, records: list[dict]) -> str:
     "A variant's rates as text, and what made them."
     x = trials(records)
@@ -258,9 +305,7 @@ def block(variant: str, records: list[dict]) -> str:
         for name, (mean, low, high) in tier_intervals(x).items()
     ]
     made = [
-        f"  weights {r['checkpoint_sha256'][:8]}, {r['training']['steps']} steps in"
-        f" {r['training']['seconds'] / 60:.0f} min, commit"
-        f" {', '.join(c[:8] for c in r['training']['commits'])}, {r['machine']}"
+        f"  weights {r['checkpoint_sha256'][:8]}, {spent(r['training'])}, {r['machine']}"
         for r in records
     ]
     return '\n'.join([head, *lines, *made])
@@ -288,6 +333,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--seeds', type=int, nargs='+', help='these training seeds')
     both = dict(nargs=2, type=Path, metavar=('RUN', 'FILE'))
     p.add_argument('--keep', **both, help='only keep what a run came to')
+    p.add_argument('--after', type=Path, help='run that this one began with, for --keep')
     return p
 
 
@@ -295,7 +341,7 @@ def run(a: argparse.Namespace) -> int:
     "Do what the arguments say; the exit status."
     if a.keep:
         a.keep[1].parent.mkdir(parents=True, exist_ok=True)
-        write_whole(a.keep[1], json.dumps(kept_run(a.keep[0])))
+        write_whole(a.keep[1], json.dumps(kept_run(a.keep[0], a.after)))
         return 0
     s = some(read_fifty(a.study), a.variants, a.seeds)
     if a.report:
