@@ -74,6 +74,34 @@ def test_the_commands_of_the_study_are_understood(study):
     assert not any(w.done() for w in works)
 
 
+def test_a_study_goes_on_from_another(study, monkeypatch):
+    more = mw.some(mw.read_fifty(root / 'configs/studies/mt50_more.yaml'), ['halo'])
+    assert 'init_from=runs/mt50/halo-0/policy' in more.changes('halo', 0)
+    works = {w.name: w for w in mw.everything(more)}
+    at = [*works].index
+    for w in works.values():
+        assert all(at(first) < at(w.name) for first in w.after), w.name
+    assert 'train halo-0 of mt50' in works['train halo-0'].after
+    assert not works['train halo-0 of mt50'].command[-1].startswith('init_from')
+    monkeypatch.setattr(mw, 'has_policy', lambda run, steps: run.parent.name == 'mt50')
+    left = [w.name for w in mw.everything(more) if not w.done()]
+    assert left == ['record', 'convert', 'train halo-0', 'play halo-0', 'keep halo-0']
+
+
+def test_data_goes_where_training_looks_for_it(study):
+    moved = replace(study, set=('data.root=data/elsewhere',))
+    assert mw.demonstrations_work(moved)[1].command[-1] == 'data/elsewhere'
+
+
+def test_what_a_run_began_with_is_kept(study):
+    begun, run = a_run(study.run('halo', 0)), a_run(Path('runs/more/halo-0'))
+    file = study.record('halo', 0)
+    assert mw.main(['--keep', str(run), str(file), '--after', str(begun)]) == 0
+    first = json.loads(file.read_text())['training']['after']
+    assert first['checkpoint_sha256'] == SHA and first['steps'] == 300
+    assert '300 steps in 5 min, commit cccccccc, then 300 steps' in mw.report(study)
+
+
 def test_demonstrations_and_evaluation_look_alike(study):
     record = mw.demonstrations_work(study)[0].command
     play = mw.run_work(study, 'halo', 0)[1].command

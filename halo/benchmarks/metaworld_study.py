@@ -181,15 +181,18 @@ def earlier_name(s: Fifty, name: str) -> str:
 
 
 def earlier(s: Fifty) -> list[Work]:
-    "What has to be there before a study begins: the policies of the one before it."
+    """What has to be there before a study begins: the policies of the one before it; their
+    demonstrations only where a policy is missing.
+    """
     if not s.after:
         return []
     first = some(s.first(), s.variants, s.seeds)
     train = [run_work(first, v, seed)[0] for seed in s.seeds for v in s.variants]
+    there = all(w.done() for w in train)
+    works = train if there else earlier(first) + demonstrations_work(first) + train
     called = partial(earlier_name, s)
     return [
-        replace(w, name=called(w.name), after=tuple(map(called, w.after)))
-        for w in earlier(first) + demonstrations_work(first) + train
+        replace(w, name=called(w.name), after=tuple(map(called, w.after))) for w in works
     ]
 
 
