@@ -37,12 +37,13 @@ def test_fifty_tasks_are_a_mean_over_tiers(monkeypatch):
         machine='none',
         training=dict(seconds=1800),
     )
-    found = lambda s, variant: [record] if variant == 'halo' else []
+    first = record | dict(training=dict(seconds=1800, after=dict(seconds=5400)))
+    each = dict(mt50=record, mt50_more=first)
+    found = lambda s, variant: [each[s.name]] if variant == 'halo' else []
     monkeypatch.setattr(results, 'kept_runs', found)
-    (got,) = results.fifty_lines()
-    assert got.line()[:6] == [
-        *('MT50', 'mt50: halo', '25.0', '25 – 25 (episodes only)', '1 × 50 × 10', '0.5')
-    ]
+    rate = '25.0', '25 – 25 (episodes only)', '1 × 50 × 10'
+    for got, name, hours in zip(results.fifty_lines(), each, ('0.5', '2.0'), strict=True):
+        assert got.line()[:6] == ['MT50', f'{name}: halo', *rate, hours]
 
 
 def test_every_kept_run_of_fifty_tasks_is_in_the_table():

@@ -27,7 +27,7 @@ from ..train.scale import read_config, read_rows
 # %% auto #0
 __all__ = ['UNKNOWN', 'Fifty', 'read_fifty', 'some', 'check_look', 'demonstrations_work', 'has_policy', 'has_result', 'is_kept',
            'run_work', 'earlier_name', 'earlier', 'everything', 'trained_by', 'kept_run', 'kept_runs', 'trials',
-           'weights', 'tier_intervals', 'spent', 'block', 'report', 'parser', 'run', 'main']
+           'weights', 'tier_intervals', 'seconds', 'spent', 'block', 'report', 'parser', 'run', 'main']
 
 # %% ../../nbs/benchmarks/10a_metaworld_study.ipynb #10as0007
 @dataclass(frozen=True)
@@ -288,6 +288,12 @@ def tier_intervals(x: np.ndarray, draws: int = 4000) -> dict[str, tuple]:
     return {k: (100 * float(x.mean((0, 2)) @ w), *ends[k]) for k, w in weights().items()}
 
 # %% ../../nbs/benchmarks/10a_metaworld_study.ipynb #10as0031
+def seconds(training: dict) -> float:
+    "How long a training took, with the one that it went on from."
+    first = training.get('after')
+    return training['seconds'] + (seconds(first) if first else 0)
+
+
 def spent(training: dict) -> str:
     "Steps, minutes and commits of a training, and of the one that it went on from."
     first = training.get('after')

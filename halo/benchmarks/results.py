@@ -23,14 +23,20 @@ from halo.benchmarks.memory_study import (
     studies,
     weights_of,
 )
-from .metaworld_study import kept_runs, read_fifty, tier_intervals, trials
+from halo.benchmarks.metaworld_study import (
+    kept_runs,
+    read_fifty,
+    seconds,
+    tier_intervals,
+    trials,
+)
 from .tables import ABLATION, ABLATIONS, shipped_result, task_rows, wilson95
 from ..data.files import locate, place, write_whole
 
 # %% auto #0
-__all__ = ['GATE', 'HEAD', 'AGAIN', 'Got', 'of_records', 'study_lines', 'gate_lines', 'shipped_lines', 'GotTiers', 'fifty_lines',
-           'of_evaluation', 'demonstration_lines', 'all_lines', 'table', 'commands', 'beside', 'untried', 'retrained',
-           'beside_kept', 'again_lines', 'keep_again', 'said', 'main']
+__all__ = ['GATE', 'FIFTY', 'HEAD', 'AGAIN', 'Got', 'of_records', 'study_lines', 'gate_lines', 'shipped_lines', 'GotTiers',
+           'fifty_lines', 'tier_lines', 'of_evaluation', 'demonstration_lines', 'all_lines', 'table', 'commands',
+           'beside', 'untried', 'retrained', 'beside_kept', 'again_lines', 'keep_again', 'said', 'main']
 
 # %% ../../nbs/benchmarks/13_results.ipynb #13got001
 @dataclass(frozen=True)
@@ -141,13 +147,21 @@ class GotTiers(Got):
         return f'{seeds} × {tasks} × {n}'
 
 
+FIFTY = 'mt50_study', 'mt50_more'  # in configs/studies
+
+
 def fifty_lines() -> list[Got]:
-    "What was kept of the study of MT50, by variant."
-    file = 'configs/studies/mt50_study.yaml'
+    "What was kept of the studies of MT50, by variant."
+    files = [f'configs/studies/{name}.yaml' for name in FIFTY]
+    return sum((tier_lines(f) for f in files), [])
+
+
+def tier_lines(file: str) -> list[Got]:
+    "What was kept of one of them."
     s, out = read_fifty(locate(file)), []
     for variant in s.variants:
         if runs := kept_runs(s, variant):
-            hours = sum(r['training']['seconds'] for r in runs) / 3600
+            hours = sum(seconds(r['training']) for r in runs) / 3600
             sha = tuple(r['checkpoint_sha256'] for r in runs)
             machine = '; '.join(dict.fromkeys(r['machine'] for r in runs))
             again = f'python -m halo.benchmarks.metaworld_study {file} --variants {variant}'
