@@ -108,3 +108,13 @@ def test_a_clones_records_are_compared_and_kept(tmp_path, monkeypatch, capsys):
     assert 'beside nothing that was kept here' in capsys.readouterr().out
     assert results.main(['--again', str(tmp_path)]) == 1
     assert 'holds no records of a study' in capsys.readouterr().err
+
+
+def test_what_nobody_ran_is_listed():
+    said = results.left_out()
+    assert any(line.startswith('remember_color_sharp: ') for line in said)
+    for line in said:
+        name, left = line.split(': ')
+        shown = [g.policy for g in results.all_lines()]
+        assert all(f'{name}: {v}' not in shown for v in left.split(', '))
+    assert f'not run: {said[0]}' in results.said()

@@ -38,7 +38,8 @@ __all__ = ['LOOK', 'CELLS', 'FAULTS', 'Memory', 'read_study', 'studies', 'chosen
            'policy_work', 'keep_folder', 'is_trained', 'record_file', 'weights_of', 'has_played', 'works', 'Running',
            'begin', 'stop', 'ended', 'do', 'free_port', 'listens', 'served', 'play', 'baselines', 'train_other',
            'keep_eyes', 'eyes_minutes', 'ship', 'records', 'outcomes', 'rate_and_interval', 'lead', 'line', 'leads',
-           'report', 'ablation_table', 'origins', 'known_from', 'given_away', 'parser', 'refused', 'run', 'main']
+           'report', 'not_run', 'departures', 'ablation_table', 'origins', 'known_from', 'given_away', 'parser',
+           'refused', 'run', 'main']
 
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #6041cf34
 @dataclass(frozen=True)
@@ -536,7 +537,21 @@ def report(s: Memory) -> str:
         out += leads(s, task)
         others = [f"{r['system']} {r['value']:g}" for r in task_rows(short)]
         out.append('  others: ' + (', '.join(others) or 'none known'))
-    return '\n'.join(out)
+    if none := not_run(s):
+        out.append(f'not run: {", ".join(none)}')
+    return '\n'.join([*out, *departures(s)])
+
+
+def not_run(s: Memory) -> list[str]:
+    "Variants that a study names and has no record of."
+    return [v for v in s.variants if not any(records(s, v, t) for t in s.tasks)]
+
+
+def departures(s: Memory) -> list[str]:
+    "What the kept records say differs from the benchmark's protocol, each once."
+    kept = [r for v in s.variants for t in s.tasks for r in records(s, v, t)]
+    told = dict.fromkeys(d for r in kept for d in r.get('differs', ()))
+    return [f'differs from the protocol: {d}' for d in told]
 
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #088cd716
 CELLS = dict(
@@ -569,12 +584,15 @@ def _cell(found: list[dict]) -> str:
 
 # %% ../../nbs/benchmarks/09b_memory_study.ipynb #00f8e8de
 def origins(s: Memory) -> str:
-    "One line for each kept record: minutes of training, episodes, weights, commit."
-    out = []
+    """Minutes of the eyes' lessons, and a line for each kept record: minutes of training
+    and of playing, episodes, weights, commit.
+    """
+    out = [f'eyes: {eyes_minutes(s):.0f} min in all (nan: a log was not kept)']
     for file in sorted(keep_folder(s).glob('*-*.json')):
         r = json.loads(file.read_text())
         p = r['provenance']
-        made = f"{p['seconds'] / 60:4.1f} min, dataset of {p['data']['episodes']}"
+        made = f"trained {p['seconds'] / 60:4.1f} min of {p['data']['episodes']} episodes"
+        made += f", played {r['seconds'] / 60:4.1f} min"
         sha, commit = r['checkpoint_sha256'][:8], p['commit'][:8]
         out.append(f'{file.stem:34} {made}, weights {sha}, commit {commit}')
     return '\n'.join(out)
