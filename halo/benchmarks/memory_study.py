@@ -592,7 +592,7 @@ def origins(s: Memory) -> str:
         r = json.loads(file.read_text())
         p = r['provenance']
         made = f"trained {p['seconds'] / 60:4.1f} min of {p['data']['episodes']} episodes"
-        made += f", played {r['seconds'] / 60:4.1f} min"
+        made += f", played {r.get('seconds', np.nan) / 60:4.1f} min"
         sha, commit = r['checkpoint_sha256'][:8], p['commit'][:8]
         out.append(f'{file.stem:34} {made}, weights {sha}, commit {commit}')
     return '\n'.join(out)
