@@ -140,7 +140,7 @@ def test_three_seeds_make_an_interval(study):
         file = ms.record_file(keep, f'no_history-{n}', study.tasks[0])
         file.write_text(json.dumps(result(f'no_history-{n}', [0, 0, 0, 0])))
     assert '  halo less no_history: +66.7 points [+' in ms.report(blind)
-    assert ms.origins(study).count('1.5 min, dataset of 9,') == 6
+    assert ms.origins(study).count('1.5 min of 9 episodes, played') == 6
 
 
 def test_the_same_work_is_not_done_twice(study):
