@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from halo.benchmarks import metaworld_demos as demos
+from halo.benchmarks import suite
 from halo.benchmarks.demonstrations import read_episodes, record
 
 root = Path(__file__).resolve().parent.parent
@@ -52,7 +53,7 @@ def arm(monkeypatch):
     "The arm that `Demonstrate` finds in place of the simulator's."
     made = {}
 
-    def find(task, quality, size):
+    def find(task, quality, size, crop):
         return made.setdefault(task, FakeArm(task, quality, size))
 
     monkeypatch.setattr(demos, 'environment', find)
@@ -219,3 +220,25 @@ def test_an_expert_through_the_simulator_and_back(tmp_path):
     (e,) = read_episodes(tmp_path / 'a')
     assert e.success and e.frames['image'].shape[1:] == (64, 64, 3)
     assert e.frames['image'].std() > 10 and np.abs(e.action).max() <= 1
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+def test_a_part_of_the_picture_is_what_one_would_cut_out(capsys):
+    from PIL import Image
+
+    crop, seen = '0.3,0.1,0.5', []
+    for part in '', crop:
+        env = demos.environment('shelf-place-v3', 'plain', 128, part)
+        seen.append(env.reset(seed=2)[0]['pixels'].copy())
+    box = 0.3 * 128, 0.1 * 128, 0.8 * 128, 0.6 * 128
+    cut = Image.fromarray(seen[0]).resize((128, 128), Image.BILINEAR, box)
+    apart = lambda a: np.abs(np.float32(a) - np.float32(seen[1])).mean()
+    assert apart(cut) < 6 < 4 * apart(cut) < apart(np.fliplr(cut))
+    bench = suite.open_benchmark('metaworld', quality='plain', size=128, crop=crop)
+    played = bench.make_env('very_hard/shelf-place-v3', 0)
+    np.testing.assert_array_equal(played.reset(seed=2)[0]['pixels'], seen[1])
+    played.close()
+    assert bench.protocol['part_of_picture'] == crop != bench.standard['part_of_picture']
+    assert demos.main(['--record', 'nowhere', '--crop', '0.5,0,0.6']) == 1
+    assert "'0.5,0,0.6'" in capsys.readouterr().err

@@ -118,13 +118,16 @@ def _free():
     close_all(_OPEN)
 
 
-def environment(task: str, quality: str, size: int):
-    "The environment of a task with pictures of `size`; one is open at a time."
-    key = task, quality, size
+def environment(task: str, quality: str, size: int, crop: str = ''):
+    """The environment of a task with pictures of `size`, or of a part of them (`crop`); one
+    is open at a time.
+    """
+    key = task, quality, size, crop
     if key not in _OPEN:
         close_all(_OPEN)
         look = dict(observation_width=size, observation_height=size)
         _OPEN[key] = told_class(quality)(task=task, obs_type='pixels_agent_pos', **look)
+        _OPEN[key].crop = crop
     return _OPEN[key]
 
 # %% ../../nbs/benchmarks/10_metaworld.ipynb #c4acecf1
@@ -141,9 +144,10 @@ class Demonstrate:
     quality: str = 'plain'  # of the pictures: 'full' or 'plain'
     size: int = 224  # pixels, both sides
     noise: float = 0.2  # deviation of what disturbs the executed displacements
+    crop: str = ''  # the part of the picture that is drawn, see `suite.read_crop`
 
     def __call__(self, task: str, seed: int) -> Episode:
-        env = environment(task, self.quality, self.size)
+        env = environment(task, self.quality, self.size, self.crop)
         rng = np.random.default_rng([seed, 1])
         obs, _ = env.reset(seed=seed)
         freed_at_exit()
@@ -170,7 +174,7 @@ def about(play: Demonstrate) -> About:
         control_mode=suite._METAWORLD['action'],
         cameras=dict(image=[play.size, play.size]),
         versions={k: version(k) for k in packages},
-        more=asdict(play)
+        more={k: v for k, v in asdict(play).items() if k != 'crop' or v}
         | dict(evaluation_seeds=FIRST_EVALUATION_SEED, robot='sawyer', camera='corner2'),
     )
 
@@ -244,6 +248,8 @@ def parser() -> argparse.ArgumentParser:
     look = Demonstrate()
     p.add_argument('--quality', default=look.quality, choices=('full', 'plain'))
     p.add_argument('--size', type=int, default=look.size, help='pixels (224)')
+    part = "draw only this part: 'left,top,side', shares of the picture"
+    p.add_argument('--crop', default=look.crop, help=part)
     p.add_argument('--noise', type=float, default=look.noise, help='on actions (0.2)')
     p.add_argument('--tiers', type=Path, metavar='RESULT', help='means of an evaluation')
     both = dict(nargs=2, type=Path, metavar=('RUN', 'RESULT'))
@@ -260,7 +266,9 @@ def _record(a) -> str:
             f"--tasks {' '.join(a.tasks)} --episodes {a.episodes}: nothing to record;"
             f" tasks are {', '.join(list(tiers())[:3])} …"
         )
-    play = Demonstrate(a.quality, a.size, a.noise)
+    if a.crop:
+        suite.read_crop(a.crop)
+    play = Demonstrate(a.quality, a.size, a.noise, a.crop)
     work = jobs(tasks, a.episodes)
     record(a.record, about(play), work, play, workers=a.workers, wanted=a.episodes)
     return report(a.record)

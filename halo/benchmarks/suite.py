@@ -30,13 +30,13 @@ from types import SimpleNamespace
 # %% auto #0
 __all__ = ['BENCHMARKS', 'LIBERO_SUITES', 'PERTURBATIONS', 'REWORDED', 'LIBERO_SEED', 'NO_LIBERO', 'LIBERO_REST', 'OFFSETS',
            'HEIGHTS', 'Benchmark', 'deviations', 'register', 'open_benchmark', 'flash_place', 'drawn_every',
-           'metaworld_class', 'metaworld', 'plain_xml', 'libero_class', 'LiberoPolicyView', 'libero_tasks',
-           'libero_benchmark', 'libero', 'libero_pro', 'libero_put', 'libero_reach', 'libero_miss', 'prove_success',
-           'batched', 'same', 'pictures', 'PolicyPlayer', 'first', 'chunk_of', 'statistics', 'load_any',
-           'random_policy', 'ServedPolicy', 'connect', 'options', 'execute_of', 'open_player', 'observation_hash',
-           'run_episode', 'filmed', 'write_video', 'Journal', 'Plan', 'conventions_of', 'result_of', 'table_of',
-           'compare_results', 'begin_worker', 'work', 'run_cases', 'alone_in', 'run_alone', 'run_plan', 'frames_of',
-           'kept', 'rows_of', 'sheet', 'parser', 'prove', 'main']
+           'read_crop', 'look_at_part', 'metaworld_class', 'metaworld', 'plain_xml', 'libero_class', 'LiberoPolicyView',
+           'libero_tasks', 'libero_benchmark', 'libero', 'libero_pro', 'libero_put', 'libero_reach', 'libero_miss',
+           'prove_success', 'batched', 'same', 'pictures', 'PolicyPlayer', 'first', 'chunk_of', 'statistics',
+           'load_any', 'random_policy', 'ServedPolicy', 'connect', 'options', 'execute_of', 'open_player',
+           'observation_hash', 'run_episode', 'filmed', 'write_video', 'Journal', 'Plan', 'conventions_of', 'result_of',
+           'table_of', 'compare_results', 'begin_worker', 'work', 'run_cases', 'alone_in', 'run_alone', 'run_plan',
+           'frames_of', 'kept', 'rows_of', 'sheet', 'parser', 'prove', 'main']
 
 # %% ../../nbs/benchmarks/01_suite.ipynb #1030204b
 import gymnasium as gym
@@ -186,6 +186,31 @@ def drawn_every(env, ticks: int):
 
     env.render = render
 
+# %% ../../nbs/benchmarks/01_suite.ipynb #01crop01
+def read_crop(crop: str) -> tuple[float, float, float]:
+    """Left, top and side of a square part of the picture, shares of the whole, of
+    'left,top,side'. Raises `ValueError` for anything that is no part of it.
+    """
+    try:
+        left, top, side = map(float, crop.split(','))
+    except ValueError:
+        left = top = side = 0.0
+    if not (side > 0 and min(left, top) >= 0 and max(left, top) + side <= 1):
+        raise ValueError(
+            f"crop is {crop!r}: use 'left,top,side', shares of the picture inside of it,"
+            " such as '0.34,0.06,0.64'"
+        )
+    return left, top, side
+
+
+def look_at_part(model, camera: str, crop: str) -> None:
+    "Let a MuJoCo camera whose picture is turned by 180° see only a part of it."
+    (left, top, side), at = read_crop(crop), model.camera(camera).id
+    focal = 0.5 / np.tan(np.deg2rad(model.cam_fovy[at]) / 2)  # of a film of height 1
+    right, down = left + side / 2 - 0.5, top + side / 2 - 0.5
+    model.cam_sensorsize[at] = side, side
+    model.cam_intrinsic[at] = focal, focal, -right, down
+
 # %% ../../nbs/benchmarks/01_suite.ipynb #f6bdff52
 def metaworld_class():
     """LeRobot's Meta-World environment, drawn in the size that it declares, 'full' or
@@ -198,6 +223,7 @@ def metaworld_class():
 
     class SizedMetaworld(MetaworldEnv):
         every = 1  # ticks from one drawn picture to the next
+        crop = ''  # of the picture, see `read_crop`
 
         def _ensure_env(self):
             if self._env is None:
@@ -206,6 +232,8 @@ def metaworld_class():
                 drawn.width, drawn.height = self.observation_width, self.observation_height
                 if self.every > 1:
                     drawn_every(self._env, self.every)
+                if self.crop:
+                    look_at_part(self._env.model, 'corner2', self.crop)
 
     class PlainMetaworld(SizedMetaworld):
         def _ensure_env(self):
@@ -244,19 +272,22 @@ _METAWORLD_PROTOCOL = dict(
     first_seed=1000,
     shadows_and_multisampling=True,
     ticks_a_picture=1,
+    part_of_picture='whole',
 )
 
 # %% ../../nbs/benchmarks/01_suite.ipynb #4b0e98a5
 @register('metaworld')
 def metaworld(
-    quality: str = 'full', seed: int = 1000, size: int = 480, every: int = 1
+    quality: str = 'full', seed: int = 1000, size: int = 480, every: int = 1, crop: str = ''
 ) -> Benchmark:
     """Meta-World's 50 tasks (MT50), 50 seeds each from `seed` on, as `lerobot-eval` counts
-    them; `quality` and `size` (pixels) are of the picture, which is drawn at `every` so
-    many ticks. Raises `ValueError` for another quality, or `every` below 1.
+    them; `quality` and `size` (pixels) are of the picture, or of its part `crop`
+    (`read_crop`), which is drawn at `every` so many ticks. Raises `ValueError` for another
+    quality, `every` below 1 or a part that is none.
     """
     _check_quality(quality)
     at_least('every', every, 1)
+    whole = not crop or read_crop(crop) == (0, 0, 1)
     env_class = metaworld_class()[quality]
     from lerobot.envs.metaworld import DIFFICULTY_TO_TASKS as groups
 
@@ -265,11 +296,12 @@ def metaworld(
     def make(task, episode):
         name = task.split('/')[1]
         env = env_class(task=name, obs_type='pixels_agent_pos', **look)
-        env.every = every
+        env.every, env.crop = every, '' if whole else crop
         return env
 
     mine = dict(first_seed=seed, shadows_and_multisampling=quality == 'full')
     mine |= dict(image_size=size, ticks_a_picture=every)
+    mine |= dict(part_of_picture='whole' if whole else crop)
     return Benchmark(
         'metaworld',
         tuple(f'{group}/{t}' for group, names in groups.items() for t in names),
