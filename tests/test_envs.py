@@ -119,6 +119,43 @@ def test_a_seed_fixes_the_episode(env):
 
 
 @sim
+def test_environments_of_one_kind_share_a_renderer_and_not_a_picture():
+    "Ten renderers took longer than a whole rollout."
+    first, second = E.FlashPlaceEnv(40), E.FlashPlaceEnv(40)
+    alone = roll(first, 5)
+    first.close()
+    for env, seed in ((first, 5), (second, 6)):
+        env.reset(seed=seed)
+    assert first._renderers[40] is second._renderers[40]
+    actions = np.random.default_rng(0).uniform(-1, 1, (12, 4))
+    beside = [first.observe()]
+    for a in actions:
+        second.step(a)  # whose picture comes between
+        beside.append(first.step(a)[0])
+    assert all(map(same, alone, beside))
+    first.close()
+    second.observe()  # goes on when the other has given the renderer back
+    second.close()
+    assert not [k for k in E._SHARED if k[2] == 40]
+
+
+@sim
+def test_only_the_ticks_that_are_looked_at_are_drawn(monkeypatch):
+    env, drawn = E.FlashPlaceEnv(32), []
+    whole = roll(env, 5)
+    picture = E.FlashPlaceEnv.picture
+    keep = lambda self, *a: drawn.append(self.tick) or picture(self, *a)
+    monkeypatch.setattr(E.FlashPlaceEnv, 'picture', keep)
+    env.look_every = 3
+    spared = roll(env, 5)
+    assert set(drawn) == set(range(0, 13, 3))
+    for tick, obs in enumerate(spared):
+        assert np.array_equal(obs['agent_pos'], whole[tick]['agent_pos'])
+        assert same(obs | dict(agent_pos=0), whole[tick - tick % 3] | dict(agent_pos=0))
+    env.close()
+
+
+@sim
 def test_every_goal_and_pad_occurs():
     env = E.FlashPlaceEnv(cameras=())
     infos = [env.reset(seed=s)[1] for s in range(60)]

@@ -23,6 +23,7 @@ from halo.sim.evaluate import (
     episode_noise,
     evaluate,
     load_policy,
+    looks_every,
     observation_at,
     split_seeds,
     wilson,
@@ -95,16 +96,14 @@ class FollowConfig(EnvConfig):
         return {}
 
 
-def make_policy(cameras=(('primary', 56),), size=2, scale=0.5):
+def make_policy(cameras=(('primary', 56),), size=2, scale=0.5, **changes):
     torch.manual_seed(0)
     cfg = HaloConfig(
         preset='tiny',
         device='cpu',
         chunk_size=6,
-        n_action_steps=3,
-        history_frames=3,
-        history_stride=2,
         denoising_steps=2,
+        **dict(n_action_steps=3, history_frames=3, history_stride=2) | changes,
         input_features={
             'observation.state': PolicyFeature(FeatureType.STATE, (size,)),
             **{
@@ -286,6 +285,48 @@ def test_a_truncated_folder_is_refused(parts, tmp_path):
 def test_bad_input(parts, call, says):
     with pytest.raises(ValueError, match=says):
         call(parts)
+
+
+@pytest.mark.parametrize('executed,stride,every', [(3, 2, 1), (4, 2, 2), (6, 3, 3)])
+def test_no_picture_is_missed_that_was_not_drawn(monkeypatch, executed, stride, every):
+    "Noise in the place of pictures that the policy does not look at changes no action."
+    policy, pre, post = make_policy(n_action_steps=executed, history_stride=stride)
+    assert looks_every(policy) == every
+    look, step, done, told = Follow.look, Follow.step, [], []
+
+    def noisy(self):
+        image = look(self)
+        told.extend([self.look_every] * (self.t > 0))  # all draw what they begin with
+        if self.t % self.look_every:
+            noise = np.random.randint(0, 255, (56, 56, 3), np.uint8)
+            image['pixels']['primary'] = noise
+        return image
+
+    def noted(self, action):
+        done.append(np.array(action))
+        return step(self, action)
+
+    monkeypatch.setattr(Follow, 'step', noted)
+    play = lambda **how: evaluate(
+        policy, pre, post, FollowConfig(), range(3), progress=False, **how
+    )
+    play()
+    want, done[:] = np.stack(done), []
+    monkeypatch.setattr(Follow, 'look_every', 1, raising=False)
+    monkeypatch.setattr(Follow, 'look', noisy)
+    play()
+    assert np.array_equal(want, np.stack(done)) and set(told) == {every}
+    told.clear()
+    film = play(record=[1]).records[1]['frames.primary']
+    assert set(told) == {1, every} and (film.reshape(len(film), -1) == 40).any(1).all()
+
+
+def test_a_policy_that_does_not_say_where_it_looks_sees_every_picture():
+    class Foreign:
+        config = object()
+
+    assert looks_every(Foreign()) == 1
+    assert looks_every(make_policy(history_frames=0)[0]) == 3
 
 
 def test_split_keeps_order_and_balances():

@@ -31,7 +31,8 @@ from tqdm.auto import tqdm
 # %% auto #0
 __all__ = ['MEASURED_WITH', 'wilson', 'rate', 'sha256', 'config_hash', 'checkpoint_hash', 'versions', 'conventions', 'EvalResult',
            'open_envs', 'split_seeds', 'episode_noise', 'watch', 'row_info', 'Recorder', 'choose_action', 'batch_noise',
-           'run_batch', 'evaluate', 'policy_folder', 'load_policy', 'observation_at', 'compare', 'summary']
+           'looks_every', 'sparing_pictures', 'run_batch', 'evaluate', 'policy_folder', 'load_policy', 'observation_at',
+           'compare', 'summary']
 
 # %% ../../nbs/sim/02_evaluate.ipynb #489edfb9
 import halo.policy.processor_halo  # registers the tokenizer step that saved processors name
@@ -434,6 +435,36 @@ def _note_ended(out: list, alive, over, batch, tasks, tick: int, info: dict) -> 
         out[row] = _outcome(batch[row], tick, tasks[row], row_info(info, row))
         alive[row] = False
 
+# %% ../../nbs/sim/02_evaluate.ipynb #evlook02
+def looks_every(policy) -> int:
+    """A number of ticks, at whose multiples alone `policy` looks at pictures through
+    `select_action`; 1 where it does not say.
+    """
+    sampling = getattr(getattr(policy.config, 'model', None), 'sampling', None)
+    if sampling is None or getattr(policy.config, 'rtc_config', None):
+        return 1
+    stride = sampling.history_stride if sampling.history_frames else 0
+    return math.gcd(policy.config.n_action_steps, stride)
+
+# %% ../../nbs/sim/02_evaluate.ipynb #evlook04
+@contextlib.contextmanager
+def sparing_pictures(vec, policy, batch: list[int], record=()):
+    """While open, environments of `vec` that can (`look_every`) draw only what `policy`
+    looks at; those of seeds in `record` draw everything.
+    """
+    every = looks_every(policy)
+    can = lambda env: hasattr(env, 'look_every')
+    rows = [e.unwrapped for e in getattr(vec, 'envs', ())]
+    for row, env in enumerate(rows):
+        filmed = row < len(batch) and batch[row] in record
+        if can(env):
+            env.look_every = 1 if filmed else every
+    try:
+        yield
+    finally:
+        for env in filter(can, rows):
+            env.look_every = 1
+
 # %% ../../nbs/sim/02_evaluate.ipynb #8815854c
 def run_batch(
     policy, pre, post, vec, env_processors, batch: list[int], record=(), on_tick=None
@@ -443,7 +474,7 @@ def run_batch(
     limit = vec.call('_max_episode_steps')[0]
     rec, calls = Recorder(batch, record), []
     alive, out = np.arange(vec.num_envs) < len(batch), [None] * len(batch)
-    with watch(policy, calls):
+    with watch(policy, calls), sparing_pictures(vec, policy, batch, record):
         for tick in range(limit):
             rec.see(vec, obs, alive)
             noise, known = batch_noise(policy, seeds, tick), len(calls)

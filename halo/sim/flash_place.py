@@ -6,10 +6,10 @@
 __all__ = ['COLOURS', 'CAMERAS', 'EVAL_SEED', 'NO_GL', 'PUCK', 'PAD_GREY', 'TABLE', 'DARK', 'FLASH', 'PAINT', 'UNSEEN', 'PHASES',
            'CHECKPOINT', 'LOG', 'FlashPlaceSpec', 'instruction', 'choose_gl', 'require_sim', 'look_at', 'add_cameras',
            'add_pads', 'repaint', 'hide_unseen', 'scene_class', 'make_renderer', 'close_all', 'FlashPlaceEnv',
-           'FlashPlaceExpert', 'disturb', 'demonstrate', 'expert_success', 'FreezeUntilReset', 'make_one',
-           'FlashPlaceEnvConfig', 'dataset_features', 'video_encoder', 'open_dataset', 'quiet', 'add_episode',
-           'save_checkpoint', 'restore_checkpoint', 'stop_gently', 'open_log', 'recording_lock', 'finished',
-           'record_some', 'record_demonstrations', 'main']
+           'shared_renderer', 'drawn', 'FlashPlaceExpert', 'disturb', 'demonstrate', 'expert_success',
+           'FreezeUntilReset', 'make_one', 'FlashPlaceEnvConfig', 'dataset_features', 'video_encoder', 'open_dataset',
+           'quiet', 'add_episode', 'save_checkpoint', 'restore_checkpoint', 'stop_gently', 'open_log', 'recording_lock',
+           'finished', 'record_some', 'record_demonstrations', 'main']
 
 # %% ../../nbs/sim/01_flash_place.ipynb #f7517384
 """The demonstration task `flash_place`: MuJoCo manipulation whose goal is visible only in
@@ -276,12 +276,12 @@ def make_renderer(model, size: int):
     return renderer
 
 # %% ../../nbs/sim/01_flash_place.ipynb #edfe90fb
-def close_all(renderers: dict):
-    """Free the renderers in `renderers` while Python still stands: MuJoCo's own clean-up
-    comes too late at exit.
+def close_all(opened: dict):
+    """Close the renderers or environments in `opened` while Python still stands: MuJoCo's
+    own clean-up comes too late at exit.
     """
-    while renderers:
-        renderers.popitem()[1].close()
+    while opened:
+        opened.popitem()[1].close()
 
 # %% ../../nbs/sim/01_flash_place.ipynb #f4b48324
 def _check_pixels(**sizes: int) -> None:
@@ -328,7 +328,7 @@ class FlashPlaceEnv(gym.Env):
         self.task, self.render_mode = "flash_place", "rgb_array"
         self._max_episode_steps = rules.max_ticks
         self.goal, self.order, self.tick, self.speed = 0, np.arange(3), 0, 0.0
-        self._scene = None
+        self._scene, self.look_every = None, 1
         self.observation_space = _observation_space(image_size, self.cameras)
         self.action_space = gym.spaces.Box(-1, 1, (4,), np.float32)
 
@@ -352,7 +352,7 @@ def scene(self: FlashPlaceEnv):
     """
     if self._scene is None:
         self._scene, self._renderers = scene_class()(self.rules), {}
-        weakref.finalize(self, close_all, self._renderers)
+        weakref.finalize(self, self._renderers.clear)
     return self._scene
 
 # %% ../../nbs/sim/01_flash_place.ipynb #12b34d45
@@ -408,6 +408,33 @@ def _paint_pads(self: FlashPlaceEnv) -> None:
         paint = FLASH[colour] if self.tick < self.rules.flash_ticks else PAD_GREY
         self.scene.model.geom(f"pad{pad}").rgba[:3] = paint
 
+# %% ../../nbs/sim/01_flash_place.ipynb #fpshare1
+# renderers that are in use, by what they draw; gone when nobody holds them
+_SHARED = weakref.WeakValueDictionary()
+
+
+def shared_renderer(scene, size: int):
+    """The renderer of (size, size) pictures that all scenes like `scene` (one class, one
+    task) share in this thread. Raises `RuntimeError` where there is no GL.
+    """
+    key = type(scene), scene.task, size, threading.get_ident()
+    renderer = _SHARED.get(key)
+    if renderer is None:
+        renderer = _SHARED[key] = make_renderer(scene.model, size)
+    return renderer
+
+# %% ../../nbs/sim/01_flash_place.ipynb #fpshare3
+def drawn(renderer, scene, camera: str) -> np.ndarray:
+    "What the fixed `camera` of `scene` sees, without sites, (size, size, 3) uint8 RGB."
+    mujoco = require_sim()
+    option, view = mujoco.MjvOption(), mujoco.MjvCamera()
+    option.sitegroup[:] = 0
+    view.type = mujoco.mjtCamera.mjCAMERA_FIXED
+    view.fixedcamid = scene.model.camera(camera).id
+    how = option, None, view, mujoco.mjtCatBit.mjCAT_ALL
+    mujoco.mjv_updateScene(scene.model, scene.data, *how, renderer.scene)
+    return renderer.render()
+
 # %% ../../nbs/sim/01_flash_place.ipynb #b4238c66
 @patch
 def picture(
@@ -415,20 +442,20 @@ def picture(
 ) -> np.ndarray:
     "What `camera` sees now, (size, size, 3) uint8 RGB; `size` defaults to `image_size`."
     _check_camera(camera)
-    scene, size, option = self.scene, size or self.image_size, require_sim().MjvOption()
+    scene, size = self.scene, size or self.image_size
     self._paint_pads()
-    option.sitegroup[:] = 0
     if size not in self._renderers:
-        self._renderers[size] = make_renderer(scene.model, size)
-    self._renderers[size].update_scene(scene.data, camera=camera, scene_option=option)
-    return self._renderers[size].render().copy()
+        self._renderers[size] = shared_renderer(scene, size)
+    return drawn(self._renderers[size], scene, camera)
 
 # %% ../../nbs/sim/01_flash_place.ipynb #468bbddd
 @patch
 def observe(self: FlashPlaceEnv) -> dict:
-    "The observation of the present moment."
+    "The observation of the present moment; pictures at ticks that `look_every` divides."
+    if self.tick % self.look_every == 0:
+        self._seen = {name: self.picture(name) for name in self.cameras}
     return {
-        "pixels": {name: self.picture(name) for name in self.cameras},
+        "pixels": dict(self._seen),
         "agent_pos": np.array([*self.hand, self.opening], np.float32),
     }
 
@@ -509,9 +536,9 @@ def render(self: FlashPlaceEnv) -> np.ndarray:
 # %% ../../nbs/sim/01_flash_place.ipynb #7d9d2d37
 @patch
 def close(self: FlashPlaceEnv):
-    "Free the renderers; the next reset starts a new scene."
+    "Give the renderers back; the next reset starts a new scene."
     if self._scene is not None:
-        close_all(self._renderers)
+        self._renderers.clear()
     self._scene = None
 
 # %% ../../nbs/sim/01_flash_place.ipynb #88343723
