@@ -9,6 +9,8 @@ import argparse
 import copy
 import gc
 import json
+import multiprocessing
+import os
 import platform
 import statistics
 import sys
@@ -31,14 +33,15 @@ from ..method.sampling import history_ticks
 from ..method.vlm import Observation
 from ..realtime.graph import GraphStreamer
 from ..realtime.stream import Denoiser, Streamer
+from ..train.cores import Cores
 
 # %% auto #0
-__all__ = ['PEERS', 'BENCHES', 'wait', 'timed', 'alternate', 'summary', 'PeakMemory', 'peak_bytes', 'bench_salr', 'bench_config',
-           'build', 'episode', 'recomputed', 'cached', 'bench_denoise', 'without_history', 'past_removed', 'Runner',
-           'compare_ticks', 'tick_operations', 'tick_bound', 'bench_tick', 'bench_cost', 'Stopwatch', 'groups_of_parts',
-           'parts', 'Pick', 'training_step', 'bench_share', 'linears', 'int8_weights', 'weight_bytes', 'option_errors',
-           'bench_options', 'count', 'pi0', 'smolvla', 'like_sized', 'base_alone', 'peers', 'compare_peer',
-           'bench_peers', 'machine', 'keep', 'parser', 'main']
+__all__ = ['WAYS', 'PEERS', 'BENCHES', 'wait', 'timed', 'alternate', 'summary', 'PeakMemory', 'peak_bytes', 'bench_salr',
+           'bench_config', 'build', 'episode', 'recomputed', 'cached', 'bench_denoise', 'without_history',
+           'past_removed', 'Runner', 'compare_ticks', 'tick_operations', 'tick_bound', 'bench_tick', 'bench_cost',
+           'Stopwatch', 'groups_of_parts', 'parts', 'Pick', 'training_step', 'bench_share', 'linears', 'int8_weights',
+           'weight_bytes', 'option_errors', 'bench_options', 'bench_threads', 'count', 'pi0', 'smolvla', 'like_sized',
+           'base_alone', 'peers', 'compare_peer', 'bench_peers', 'machine', 'keep', 'parser', 'main']
 
 # %% ../../nbs/studies/04_bench.ipynb #c3fd5918
 def wait(device) -> None:
@@ -907,6 +910,75 @@ def _say_options(cfg: ModelConfig, times: dict, base: float, size: dict) -> None
         faster = f"{base / t['ms']:.2f} times faster"
         print(f"{n:20}: {t['ms']:.1f} ms a tick at {cfg.name}, {faster}{weights}")
 
+# %% ../../nbs/studies/04_bench.ipynb #thr00002
+def _train_when_told(pipe, args) -> None:
+    "A process of its own: trains whenever `pipe` says so, and sends its milliseconds."
+    cfg = bench_config(args)
+    model, threads = build(cfg, 'cpu').train(), torch.get_num_threads()
+    obs = next(episode(cfg, range(args.history, args.history + 1), batch=args.batch))
+    actions = torch.randn(args.batch, cfg.chunk, cfg.max_action_dim)
+    training_step(model, obs, actions)
+    pipe.send(threads)
+    while ask := pipe.recv():
+        torch.set_num_threads(threads)
+        pipe.send(_steps_for(partial(training_step, model, obs, actions), *ask))
+
+
+def _steps_for(step: Callable, seconds: float, looking: bool) -> list[float]:
+    "Milliseconds of the steps in so many seconds; the first third is not kept."
+    cores, end, took = Cores(every=1.0), time.perf_counter() + seconds, []
+    while time.perf_counter() < end:
+        if looking:
+            cores.look()
+        took.append(timed(step, 'cpu')[1])
+    return took[len(took) // 3 :]
+
+# %% ../../nbs/studies/04_bench.ipynb #thr00004
+WAYS = {  # how many train, and whether they look at the cores
+    'alone': (1, False),
+    'alone, free cores': (1, True),
+    'two, fixed threads': (2, False),
+    'two, free cores': (2, True),
+}
+
+
+def _in_turns(pipes: list, rounds: int, seconds: float) -> dict[str, list[float]]:
+    "Milliseconds of steps in each of `WAYS`, in turns."
+    took = {name: [] for name in WAYS}
+    for _ in range(rounds):
+        for name, (n, looking) in WAYS.items():
+            for pipe in pipes[:n]:
+                pipe.send((seconds, looking))
+            took[name] += [ms for pipe in pipes[:n] for ms in pipe.recv()]
+    return took
+
+# %% ../../nbs/studies/04_bench.ipynb #thr00005
+def bench_threads(args, seconds: float = 8.0) -> dict:
+    """A training step in one process and in two at once, with fixed threads and with those
+    that are free. Raises `ValueError` where OMP_NUM_THREADS leaves nothing to choose.
+    """
+    if 'OMP_NUM_THREADS' in os.environ or torch.get_num_threads() == 1:
+        raise ValueError(
+            f'torch has {torch.get_num_threads()} thread(s), fixed by OMP_NUM_THREADS or'
+            ' the number of cores: run this with env -u OMP_NUM_THREADS on two or more'
+        )
+    spawn = multiprocessing.get_context('spawn')
+    pairs = [spawn.Pipe() for _ in range(2)]
+    run = partial(spawn.Process, target=_train_when_told, daemon=True)
+    children = [run(args=(theirs, args)) for _, theirs in pairs]
+    pipes = [ours for ours, _ in pairs]
+    for c in children:
+        c.start()
+    threads = [pipe.recv() for pipe in pipes]
+    t = summary(_in_turns(pipes, max(2, args.rounds // 5), seconds))
+    for pipe, c in zip(pipes, children):
+        pipe.send(None)
+        c.join()
+    ways = {n: r | dict(ratio=round(r['ms'] / t['alone']['ms'], 3)) for n, r in t.items()}
+    for n, r in ways.items():
+        print(f"{n:20}: {r['ms']:.0f} ms a step, {r['ratio']:.2f} times alone")
+    return dict(ways=ways, threads=threads)
+
 # %% ../../nbs/studies/04_bench.ipynb #fe42b9c1
 def count(m: nn.Module) -> int:
     return sum(p.numel() for p in m.parameters())
@@ -1196,6 +1268,7 @@ BENCHES = dict(
     share=bench_share,
     options=bench_options,
     peers=bench_peers,
+    threads=bench_threads,
 )
 
 # %% ../../nbs/studies/04_bench.ipynb #d75a8bed

@@ -40,6 +40,7 @@ from halo.policy.modeling_halo import (
     weight_sources,
 )
 from ..policy.processor_halo import make_halo_pre_post_processors, saved_tokenizer
+from .cores import Cores
 
 # %% auto #0
 __all__ = ['make_policy', 'preprocess', 'clip_and_step', 'train_step', 'TrainConfig', 'lr_at', 'set_lr', 'param_groups',
@@ -377,7 +378,7 @@ def _begin(
     sizes = policy.config.model, policy.config.roles
     data = HistoryDataset(dataset, *sizes, stats=True, **opened)
     groups = param_groups(policy, tc.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=tc.lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=tc.lr, betas=(0.9, 0.95), fused=True)
     sampler = sampler_of(data, tc)
     it = _Trainee(data, policy, pre, post, optimizer, sampler, tc=tc)
     if found:
@@ -416,13 +417,15 @@ class _Log:
 # %% ../../nbs/train/01_loop.ipynb #9cee3963
 def _train_until(stop: int, it: _Trainee, tc: TrainConfig, log: _Log, bar, note, save):
     "The steps up to `stop`; `note` keeps the masks of now, `save` writes a checkpoint."
-    every = tc.masks_every or max(1, tc.steps // 40)
+    every, cores = tc.masks_every or max(1, tc.steps // 40), Cores()
     while it.step < stop:
         set_lr(it.optimizer, it.step, tc)
         loss, norm = train_step(it.policy, it.batch(), it.optimizer, tc.clip)
         it.step += 1
         log.recent.append(loss)
         bar.update()
+        if (said := cores.look()) and not bar.disable:
+            bar.write(f'step {it.step}: {said}')
         if it.step % tc.log_every == 0 or it.step == stop:
             log.write(it.step, grad_norm=norm, lr=it.optimizer.param_groups[0]['lr'])
             bar.set_postfix(loss=f"{log.rows[-1]['loss']:.3f}")

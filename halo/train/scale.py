@@ -63,6 +63,7 @@ from ..method.salr import fp32_parameter_names
 from ..policy.configuration_halo import ORIGINS, HaloConfig, weights_origin
 from ..policy.modeling_halo import init_weights, pad_last, weight_sources, write_weights
 from ..policy.processor_halo import saved_tokenizer
+from .cores import Cores
 from halo.train.loop import (
     _commit,
     clip_and_step,
@@ -1119,7 +1120,7 @@ def loop(r: _Run, until: int) -> dict:
     "The steps of `scale_train` up to `until`, or to a signal; returns the last row."
     tally = Tally(r.data.names, r.policy.config.model.max_action_dim)
     feed = Feed(r.data, r.sampler, r.pre, r.rc, r.rank, r.world, r.device)
-    since, last = (r.step, time.time()), {}
+    since, last, cores = (r.step, time.time()), {}, Cores()
     with Stopper() as stop:
         while r.step < until:
             set_lr(r.optimizer, r.step, r.rc)
@@ -1131,6 +1132,8 @@ def loop(r: _Run, until: int) -> dict:
             _check_finite(r.step, loss, float(norm))
             r.step += 1
             r.ema.update(r.step)
+            if said := cores.look():
+                r.log.event(f'step {r.step}: {said}', step=r.step)
             end = r.step >= until or asked
             if r.step % r.rc.log_every == 0 or end:
                 last = _row(r, loss, norm, tally, since)
