@@ -101,6 +101,26 @@ class _Folded(torch.autograd.Function):
                 dw.addcmul_(f[b, :, :, None], g[b])
         return df, dw
 
+# %% ../../nbs/method/03_salr.ipynb #bychan02
+class _ByChannel(torch.autograd.Function):
+    "The same for many samples: a batch of products over n, each operand contiguous in it."
+
+    @staticmethod
+    def forward(ctx, f, w):
+        f, w = f.permute(2, 0, 1).contiguous(), w.transpose(0, 1)
+        ctx.save_for_backward(f, w)
+        return torch.bmm(f, w).transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx, g):
+        (f, w), df, dw = ctx.saved_tensors, None, None
+        g = g.transpose(0, 1).contiguous()
+        if ctx.needs_input_grad[0]:
+            df = torch.bmm(g, w.mT).permute(1, 2, 0)
+        if ctx.needs_input_grad[1]:
+            dw = torch.bmm(f.mT, g).transpose(0, 1)
+        return df, dw
+
 # %% ../../nbs/method/03_salr.ipynb #4d830625
 def state_map(weight: Tensor, mask: Tensor, state_heads: Tensor) -> Tensor:
     """A(s) with `A[p, (j,h)] = Σ_i weight[(i,j,h), p] mask[i,j,h] state_heads[i,h]`: the
@@ -109,18 +129,19 @@ def state_map(weight: Tensor, mask: Tensor, state_heads: Tensor) -> Tensor:
     `weight` (i*j*h, p), `mask` (i, j, h), `state_heads` (b, i, h); returns (b, p, j*h) in
     FP32 or wider, autocast or not.
     On a CPU with few samples the sum over i runs in place over contiguous rows of `weight`,
-    which are read once; elsewhere, and compiled, it is one batched product.
+    which are read once; elsewhere it is one batched product.
     """
     dtype = _wide(weight, mask, state_heads)
     with torch.autocast(weight.device.type, enabled=False):
         factors = mask.to(dtype) * state_heads.to(dtype)[:, :, None]
         factors = factors.flatten(2)  # (b, i, j*h)
         rows = weight.to(dtype).unflatten(0, factors.shape[1:])  # (i, j*h, p), a view
-        one_by_one = weight.device.type == 'cpu' and len(factors) <= 4
-        if not one_by_one or torch.compiler.is_compiling():  # it loses own gradients
+        on_cpu = weight.device.type == 'cpu'
+        if not on_cpu or torch.compiler.is_compiling():  # it loses own gradients
             product = torch.bmm(factors.permute(2, 0, 1), rows.transpose(0, 1))
             return product.permute(1, 2, 0)
-        return _Folded.apply(factors, rows).mT
+        own = _Folded if len(factors) <= 4 else _ByChannel
+        return own.apply(factors, rows).mT
 
 # %% ../../nbs/method/03_salr.ipynb #c5c85f48
 def latent_rms(x: Tensor, state_heads: Tensor, mask: Tensor, eps: float = 1e-6) -> Tensor:
