@@ -204,14 +204,16 @@ def prepare(self: ControlLoop) -> None:
 
 # %% ../../nbs/deploy/01_control.ipynb #5238aec1
 @patch
-def waiting_since(self: ControlLoop, last: int) -> list:
-    "What waits for inference, oldest first; empty before `every` ticks after `last`."
+def waiting_since(self: ControlLoop, last: int) -> tuple[list, bool]:
+    """What waits, oldest first, and whether it is time to infer: `every` ticks after
+    `last`.
+    """
     with self.lock:
-        if not self.waiting or self.waiting[-1][0] - last < self.every:
-            self.news.clear()
-            return []
         seen, self.waiting = self.waiting, []
-    return seen
+        due = bool(seen) and seen[-1][0] - last >= self.every
+        if not due:
+            self.news.clear()
+    return seen, due
 
 # %% ../../nbs/deploy/01_control.ipynb #c32f4cfa
 @patch
@@ -229,6 +231,16 @@ def infer_on(self: ControlLoop, seen: list) -> int:
         self.budget.counts['chunks'] += 1
     return last
 
+# %% ../../nbs/deploy/01_control.ipynb #ahead002
+@patch
+def get_ahead(self: ControlLoop, seen: list, last: int) -> None:
+    "Put frames into the history, and encode what is known for the inference to come."
+    for tick, batch in seen:
+        self.policy.observe(batch, tick)
+    if hasattr(self.policy, 'prefill'):
+        with self.budget.time('ahead'):
+            self.policy.prefill(last + self.every)
+
 # %% ../../nbs/deploy/01_control.ipynb #d8e908af
 @patch
 def infer(self: ControlLoop) -> None:
@@ -239,8 +251,11 @@ def infer(self: ControlLoop) -> None:
     try:
         while not self.done:
             self.news.wait(0.05)
-            if seen := self.waiting_since(last):
+            seen, due = self.waiting_since(last)
+            if due:
                 last = self.infer_on(seen)
+            elif seen:
+                self.get_ahead(seen, last)
     except Exception as e:
         self.failed = e
 

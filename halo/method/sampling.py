@@ -147,6 +147,20 @@ def get(self: HistoryBuffer, row: int, tick: int) -> Tensor:
         return torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
     return torch.stack([frames[k] for k in known])
 
+# %% ../../nbs/method/01_sampling.ipynb #known002
+@patch
+def known(self: HistoryBuffer, row: int, tick: int) -> Tensor:
+    """The part of `get(row, tick)` that is fixed now, at an earlier tick: its first frames
+    (k, 3, size, size) uint8, up to the newest that was stored.
+    """
+    frames = self.rows[row]
+    newest = max(frames, default=-1)
+    wanted = history_ticks(tick, self.n, self.stride, self.hop)
+    fixed = [_latest(frames, want) for want in wanted if want <= newest]
+    found = [frames[k] for k in fixed if k is not None]
+    none = torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
+    return torch.stack(found) if found else none
+
 # %% ../../nbs/method/01_sampling.ipynb #8c118273
 def stack_histories(histories: list[Tensor], n: int, size: int) -> tuple[Tensor, Tensor]:
     """Histories (k_i, 3, size, size) -> frames (b, n, 3, size, size) uint8 and mask (b, n)

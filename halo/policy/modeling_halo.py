@@ -545,6 +545,30 @@ def encode(self: HaloPolicy, obs: Observation) -> Prefix:
         self._streamer = Streamer(self.model)
     return self._streamer.encode(obs)
 
+# %% ../../nbs/policy/03_modeling.ipynb #prefil02
+@patch
+@torch.no_grad()
+def prefill(self: HaloPolicy, tick: int) -> int:
+    """Encode what is known of the history at control tick `tick`, at which the next chunk
+    will be asked for. Returns how many tokens were computed: 0 for several robots, without
+    `stream`, and with `graph`, whose programs have no such part.
+    """
+    one = self._history is not None and len(self._history.rows) == 1
+    if not one:
+        return 0
+    return self.prefill_frames(self._history.known(0, tick - self._starts[0]))
+
+
+@patch
+@torch.no_grad()
+def prefill_frames(self: HaloPolicy, frames: Tensor) -> int:
+    "`prefill` with the first frames (k, 3, S, S) of the later history."
+    if not self.config.stream or self.config.graph or self.training:
+        return 0
+    if self._streamer is None:
+        self._streamer = Streamer(self.model)
+    return self._streamer.prefill(frames.to(next(self.parameters()).device))
+
 # %% ../../nbs/policy/03_modeling.ipynb #f5a0c019
 @patch
 def _static(self: HaloPolicy) -> GraphStreamer:

@@ -174,7 +174,7 @@ class Streamer:
         "Forget everything."
         self.features.known.clear()
         self.caches, self.pairs = [KVBuffer() for _ in self.model.blocks], []
-        self.stats = dict(tokens=0, computed=0, ticks=0, hops=0)
+        self.stats = dict(tokens=0, computed=0, ahead=0, ticks=0, hops=0)
 
 # %% ../../nbs/realtime/01_stream.ipynb #f1a0c011
 @patch
@@ -192,6 +192,16 @@ def common(self: Streamer, pairs: list[Tensor]) -> int:
         n += 1
     return n
 
+# %% ../../nbs/realtime/01_stream.ipynb #strmlaid
+@patch
+def laid(self: Streamer, layout: tuple, words: list[int]) -> tuple[Tensor, Tensor]:
+    "Token ids (l,) and positions (3, l) of a layout that ends with `words`."
+    cfg = self.model.cfg
+    v, s = cfg.vision, cfg.sampling
+    interval = v.tokens_per_second * v.temporal_patch * s.history_stride / s.fps
+    ids = torch.tensor(row_ids(layout, words, special_ids(cfg.tokenizer)))
+    return ids, rope_positions(layout, interval)
+
 # %% ../../nbs/realtime/01_stream.ipynb #da5f2feb
 @patch
 def row(
@@ -200,16 +210,13 @@ def row(
     """Token ids (l,) and positions (3, l) of the one row, as `halo.method.vlm.pack` lays it
     out.
     """
-    cfg = self.model.cfg
-    f, v, s = cfg.vision.factor, cfg.vision, cfg.sampling
+    f = self.model.cfg.vision.factor
     words = obs.text[0][obs.text_mask[0].bool()].tolist()
     if not words:
         raise ValueError("the instruction is empty; give the task in words")
     grids = [(x.shape[-2] // f, x.shape[-1] // f) for x in views]
-    layout = row_layout(len(pairs), obs.history.shape[-1] // f, grids, len(words))
-    interval = v.tokens_per_second * v.temporal_patch * s.history_stride / s.fps
-    ids = torch.tensor(row_ids(layout, words, special_ids(cfg.tokenizer)))
-    return ids, rope_positions(layout, interval)
+    side = obs.history.shape[-1] // f
+    return self.laid(row_layout(len(pairs), side, grids, len(words)), words)
 
 # %% ../../nbs/realtime/01_stream.ipynb #f1a0c014
 @patch
@@ -308,6 +315,44 @@ def encode(self: Streamer, obs: Observation) -> Prefix:
     self.stats['computed'] += ctx.valid.shape[1] - start
     self.stats['ticks'] += 1
     return Prefix(out, obs.state, whole)
+
+# %% ../../nbs/realtime/01_stream.ipynb #before02
+@patch
+def whole_pairs(self: Streamer, frames: Tensor) -> list[Tensor]:
+    "Pairs (2, 3, S, S) of history frames (k, 3, S, S), without a last frame that is alone."
+    return list(frames[: len(frames) // 2 * 2].clone().unflatten(0, (-1, 2)))
+
+# %% ../../nbs/realtime/01_stream.ipynb #before03
+@patch
+@torch.no_grad()
+def prefill(self: Streamer, frames: Tensor) -> int:
+    """Encode what is known of a later observation's history, its first frames (k, 3, S, S)
+    uint8 on the model's device: its `encode` computes only the rest, with the same result.
+    Returns how many tokens were computed.
+    """
+    pairs, side = self.whole_pairs(frames), frames.shape[-1] // self.model.cfg.vision.factor
+    keep = self.common(pairs)
+    if keep == len(pairs):
+        return 0
+    start, end = (1 + n * side**2 if n else 0 for n in (keep, len(pairs)))
+    ids, pos = self.laid(row_layout(len(pairs), side, [], 1), [0])
+    ids, pos = ids[:end].to(frames.device), pos[:, :end].to(frames.device)
+    x = self.embedded(ids[start:], pairs[keep:], [])
+    self.advance(x, self.context(x, ids, pos, start), start)
+    self.stats['hops'] += bool(self.pairs) and keep < len(self.pairs) - 1
+    self.stats['ahead'] += end - start
+    self.pairs = pairs
+    return end - start
+
+# %% ../../nbs/realtime/01_stream.ipynb #before04
+@patch
+def advance(self: Streamer, x: Tensor, ctx: Context, start: int) -> None:
+    "Embeddings (1, q, width) through the VLM's layers: their keys and values from `start`."
+    if self.model.blocks[0].before:
+        self.rope(x, ctx)
+    for block, cache in zip(self.model.blocks, self.caches):
+        cache.at = start
+        x, *_ = extend(block.vlm, x, ctx, cache)
 
 # %% ../../nbs/realtime/01_stream.ipynb #a5da2aac
 class ExpertBuffer(Cache):
