@@ -40,6 +40,7 @@ from halo.deploy.serve import (
     running,
 )
 from halo.deploy.serve import main as serve_command
+from halo.realtime.stream import Streamer
 
 root = Path(__file__).resolve().parent.parent
 checkpoint = root / 'checkpoints/flash_place/full'
@@ -293,6 +294,42 @@ def test_nobody_waits_for_a_client_that_does_not_read(engine):
                 ' AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n'.encode()
             )
             assert c.infer(observation(1))['actions'].shape == (16, 4)
+
+
+def test_a_server_that_gets_ahead_answers_the_same(engine):
+    "The past of a client is encoded while it executes; less is left for its observation."
+    ask = [observation(k) for k in range(8)]
+
+    def play(ahead):
+        server = PolicyServer(engine, port=0, ahead=ahead)
+        with running(server) as address, PolicyClient(address) as c:
+            answers = []
+            for k, m in enumerate(ask):
+                answers.append(c.infer(m | dict(seed=3, tick=2 * k))['actions'])
+                assert c.infer(
+                    dict(images=m['images'], frame_only=True, tick=2 * k + 1)
+                )['ack']
+                end = time.monotonic() + 10
+                while server.worker.known and time.monotonic() < end:
+                    time.sleep(0.01)
+                time.sleep(0.05)
+        return np.stack(answers)
+
+    made, count = [], Streamer.prefill
+
+    def counted(self, frames):
+        made.append(count(self, frames))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Streamer, 'prefill', counted)
+        plain = play(False)
+        assert not made
+        ahead = play(True)
+    assert sum(made) > 0
+    assert np.allclose(plain, ahead, atol=1e-5)
+    with pytest.raises(ValueError, match='ahead is not possible'):
+        PolicyServer(engine, port=0, ahead=True, batch=2)
 
 
 def test_batches_need_a_policy_that_can(engine):

@@ -184,3 +184,81 @@ def test_the_listed_benches_are_what_the_notebook_reads():
         assert set(json.loads((root / f'bench/{file}.json').read_text())) <= {
             a.name or a.what for a in args
         }, file
+
+
+def test_a_policy_that_gets_ahead_plans_the_same():
+    "Chunks are equal with the past encoded between decisions, and less is left for them."
+    from halo.data.files import shipped
+    from halo.sim.evaluate import load_policy
+
+    policy, pre, _ = load_policy(shipped('checkpoints/flash_place/full'))
+    g = torch.Generator().manual_seed(0)
+
+    def seen():
+        picture = lambda side: torch.rand(1, 3, side, side, generator=g)
+        names = {k: picture(112) for k in ('primary', 'wrist')}
+        seen = {f'observation.images.{k}': v for k, v in names.items()}
+        state = torch.randn(1, 4, generator=g) * 0.1
+        return seen | {'observation.state': state, 'task': ['put the puck on the red pad']}
+
+    batches, noise = [seen() for _ in range(20)], torch.randn(1, 16, 8, generator=g)
+
+    def play(ahead):
+        policy.reset()
+        chunks, early = [], 0
+        for tick, batch in enumerate(batches):
+            batch = pre(dict(batch))
+            if tick % 4 == 0:
+                chunks.append(policy.predict_action_chunk(batch, noise, tick=tick))
+            else:
+                policy.observe(batch, tick)
+            if ahead:
+                early += policy.prefill(tick + 4 - tick % 4)
+        return torch.cat(chunks), policy._streamer.stats, early
+
+    plain, ahead = play(False), play(True)
+    assert torch.allclose(plain[0], ahead[0], atol=1e-5) and ahead[2] > 0
+    assert ahead[1]['ahead'] == ahead[2]
+    assert ahead[1]['computed'] < plain[1]['computed']
+    policy.reset()
+    assert policy.prefill(4) == 0  # nothing was seen
+    policy.observe(pre(dict(batches[0])), 0)
+    policy.config.stream = False
+    assert policy.prefill(4) == 0
+
+
+def test_the_loop_gets_ahead_while_it_waits():
+    "Frames that come too early for an inference are kept and encoded for the next one."
+    from halo.deploy.control import ControlLoop
+
+    told = []
+
+    class Policy:
+        config = None
+
+        def observe(self, batch, tick):
+            told.append(('observe', tick))
+
+        def prefill(self, tick):
+            told.append(('prefill', tick))
+            return 1
+
+        def predict_action_chunk(self, batch, noise, tick):
+            told.append(('infer', tick))
+            return torch.zeros(1, 8, 2)
+
+    loop = ControlLoop(
+        Policy(), lambda x: x, dict, lambda a: None, fps=10, late='repeat', every=4
+    )
+    last = -loop.every
+    for tick in range(6):
+        loop.waiting.append((tick, {}))
+        loop.news.set()
+        seen, due = loop.waiting_since(last)
+        assert due == (tick in (0, 4)) and not loop.waiting
+        last = loop.infer_on(seen) if due else loop.get_ahead(seen, last) or last
+    want = [('infer', 0)]
+    for tick in (1, 2, 3):
+        want += [('observe', tick), ('prefill', 4)]
+    assert told == [*want, ('infer', 4), ('observe', 5), ('prefill', 8)]
+    assert len(loop.budget.ms['ahead']) == 4 and len(loop.budget.ms['inference']) == 2

@@ -32,8 +32,8 @@ from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['log', 'DTYPE', 'FULL_HD', 'LEAST', 'MOST', 'CONTROL', 'MODES', 'TELL', 'PARTS', 'EPISODES', 'EXECUTE', 'NEW_EPISODE',
-           'EPISODE_TICKS', 'MESSAGE', 'LEAST_OF', 'pack_array', 'packb', 'Refused', 'read_array', 'Limits', 'unpackb',
-           'Contract', 'contract', 'picture_bytes', 'observation_bytes', 'fit_limits', 'key_map', 'Request',
+           'EPISODE_TICKS', 'MESSAGE', 'AHEAD', 'LEAST_OF', 'pack_array', 'packb', 'Refused', 'read_array', 'Limits',
+           'unpackb', 'Contract', 'contract', 'picture_bytes', 'observation_bytes', 'fit_limits', 'key_map', 'Request',
            'check_image', 'check_state', 'integer', 'flag', 'sort_keys', 'read_history', 'read_request', 'Signs',
            'thumbnail', 'state_step', 'state_scale', 'longest_episode', 'remembers', 'signs_of', 'Seen', 'Look', 'look',
            'jumped', 'judge', 'note', 'warning', 'Session', 'noise_seed', 'as_batch', 'HaloEngine', 'joined',
@@ -835,6 +835,10 @@ class HaloEngine:
     def held(self, memory: dict) -> int:
         return len(memory['history'].rows[0])
 
+    def known(self, memory: dict, tick: int) -> torch.Tensor:
+        "What is fixed already of the history at a later tick: frames (k, 3, S, S)."
+        return memory['history'].known(0, tick)
+
 # %% ../../nbs/deploy/02_serve.ipynb #a1da0b50
 @patch
 def prepare(self: HaloEngine, r: Request) -> dict:
@@ -876,6 +880,19 @@ def act(self: HaloEngine, session: Session, batch: dict) -> np.ndarray:
     chunk = p.denoise(self.observation(session, batch), self.noise(session))
     session.memory['streamer'], p._streamer = p._streamer, None
     return self.post(chunk)[0].float().cpu().numpy()
+
+# %% ../../nbs/deploy/02_serve.ipynb #srvahead1
+@patch
+@torch.inference_mode()
+def get_ahead(self: HaloEngine, memory: dict, frames: torch.Tensor) -> int:
+    """Encode a session's next history as far as it is known, `frames` (k, 3, S, S); the
+    tokens computed. What fails leaves no cache behind.
+    """
+    p = self.policy
+    p._streamer, memory['streamer'] = memory['streamer'], None
+    computed = p.prefill_frames(frames)
+    memory['streamer'], p._streamer = p._streamer, None
+    return computed
 
 # %% ../../nbs/deploy/02_serve.ipynb #32765c11
 def joined(rows: list[Observation]) -> Observation:
@@ -1097,15 +1114,23 @@ def take_note(session: Session, now: Look | None, r: Request, tick: int) -> None
 
 # %% ../../nbs/deploy/02_serve.ipynb #366de1a9
 class Worker:
-    "Runs an engine in a thread of its own; `size` rows to a pass."
+    """Runs an engine in a thread of its own; `size` rows to a pass. `ahead`: ticks from an
+    answer to the next observation, whose history is encoded while nothing waits; 0: never.
+    """
 
-    def __init__(self, engine, size: int = 1):
+    def __init__(self, engine, size: int = 1, ahead: int = 0):
         if size < 1 or (size > 1 and not engine.batches):
             raise ValueError(
                 f"batch size {size} is not possible with a {engine.contract.type!r} policy;"
                 " use 1"
             )
+        if ahead and (size > 1 or not hasattr(engine, 'get_ahead')):
+            raise ValueError(
+                f"ahead is not possible with a {engine.contract.type!r} policy and batch"
+                f" size {size}; it needs HALO and 1"
+            )
         self.engine, self.size, self.waiting = engine, size, []
+        self.ahead, self.known = ahead, {}
         self.passes, self.answered = 0, 0
         self.thread = ThreadPoolExecutor(1, 'policy')
 
@@ -1171,11 +1196,34 @@ async def next_group(self: Worker) -> list[Job]:
     self.waiting = [j for j in self.waiting if j not in group and not j.done.done()]
     return group
 
+# %% ../../nbs/deploy/02_serve.ipynb #srvahead5
+@patch
+def later(self: Worker, session: Session, tick: int) -> None:
+    "The next observation of `session` is expected at `tick` (in the event loop)."
+    if self.ahead:
+        memory = session.memory
+        self.known[id(memory)] = memory, self.engine.known(memory, tick)
+        self.wake.set()
+
+
+@patch
+async def get_ahead(self: Worker) -> None:
+    "Encode what is known for one session; a failure is left to its next observation."
+    memory, frames = self.known.pop(next(iter(self.known)))
+    try:
+        work = self.thread, self.engine.get_ahead, memory, frames
+        await asyncio.get_running_loop().run_in_executor(*work)
+    except Exception:
+        log.exception('getting ahead failed')
+
 # %% ../../nbs/deploy/02_serve.ipynb #c51db944
 @patch
 async def run(self: Worker) -> None:
     "Answer jobs until cancelled."
     while True:
+        if not self.waiting and self.known:
+            await self.get_ahead()
+            continue
         if not self.waiting:
             self.wake.clear()
             await self.wake.wait()
@@ -1189,6 +1237,7 @@ async def run(self: Worker) -> None:
             self.answered += 1
             if not job.done.done():
                 job.done.set_result(actions)
+            self.later(job.session, job.tick + self.ahead)
 
 # %% ../../nbs/deploy/02_serve.ipynb #fe19ae46
 def chunk_length(config) -> int | None:
@@ -1229,6 +1278,7 @@ class PolicyServer:
         untrained: bool = False,
         new_episode: str = 'warn',
         episode_ticks: int | None = None,
+        ahead: bool = False,
     ):
         self.engine, self.host, self.port, self.token = engine, host, port, token
         self.chunk = chunk_length(engine.policy.config)
@@ -1237,7 +1287,7 @@ class PolicyServer:
         self.limits = fit_limits(limits, engine.contract, skipped, engine.resize)
         self.signs = signs_of(engine, new_episode, episode_ticks)
         self.keys, self.untrained = key_map(engine.contract, keys), untrained
-        self.worker = Worker(engine, batch)
+        self.worker = Worker(engine, batch, self.execute if ahead else 0)
         self.clients, self.refused, self.began, self.stopping = 0, 0, time.monotonic(), None
 
     def episode(self) -> dict:
@@ -1378,6 +1428,8 @@ def take_frame(
     self.engine.remember(session.memory, tick, r)
     session.tick = tick
     take_note(session, now, r, tick)
+    if session.asked is not None:
+        self.worker.later(session, max(tick + 1, session.asked + self.execute))
     return dict(ack=True, tick=tick, frames=self.engine.held(session.memory))
 
 # %% ../../nbs/deploy/02_serve.ipynb #fdeeebd6
@@ -1871,6 +1923,10 @@ _PLACE = {
 }
 
 # %% ../../nbs/deploy/02_serve.ipynb #819ce79f
+AHEAD = (
+    "encode what is known of a client's past while it executes its actions; an answer may"
+    ' then differ by rounding from one that was not prepared'
+)
 _RUNNING = {
     '--batch': dict(
         type=int,
@@ -1887,6 +1943,7 @@ _RUNNING = {
         help='where a message key goes: prompt, state, images.CAMERA, ignore',
     ),
     '--resize': dict(action='store_true', help='accept pictures of any size'),
+    '--ahead': dict(action='store_true', help=AHEAD),
     '--seed': dict(type=int, default=0, help='of the noise of clients that give none'),
     '--threads': dict(type=int, help='CPU threads of the model'),
     '--untrained': dict(
@@ -2009,6 +2066,7 @@ def build(args) -> PolicyServer:
         args.untrained,
         args.new_episode,
         args.episode_ticks,
+        args.ahead,
     )
 
 # %% ../../nbs/deploy/02_serve.ipynb #093fec18
