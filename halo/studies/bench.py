@@ -40,8 +40,9 @@ __all__ = ['WAYS', 'PEERS', 'BENCHES', 'wait', 'timed', 'alternate', 'summary', 
            'bench_config', 'build', 'episode', 'recomputed', 'cached', 'bench_denoise', 'without_history',
            'past_removed', 'Runner', 'compare_ticks', 'tick_operations', 'tick_bound', 'bench_tick', 'bench_cost',
            'Stopwatch', 'groups_of_parts', 'parts', 'Pick', 'training_step', 'bench_share', 'linears', 'int8_weights',
-           'weight_bytes', 'option_errors', 'bench_options', 'bench_threads', 'count', 'pi0', 'smolvla', 'like_sized',
-           'base_alone', 'peers', 'compare_peer', 'bench_peers', 'machine', 'keep', 'parser', 'main']
+           'weight_bytes', 'option_errors', 'bench_options', 'bench_prefill', 'bench_threads', 'count', 'pi0',
+           'smolvla', 'like_sized', 'base_alone', 'peers', 'compare_peer', 'bench_peers', 'machine', 'keep', 'parser',
+           'main']
 
 # %% ../../nbs/studies/04_bench.ipynb #c3fd5918
 def wait(device) -> None:
@@ -910,6 +911,47 @@ def _say_options(cfg: ModelConfig, times: dict, base: float, size: dict) -> None
         faster = f"{base / t['ms']:.2f} times faster"
         print(f"{n:20}: {t['ms']:.1f} ms a tick at {cfg.name}, {faster}{weights}")
 
+# %% ../../nbs/studies/04_bench.ipynb #ahd00002
+def _ahead_of(run: Runner, obs: Observation, tick: int, every: int, dev) -> float:
+    "Milliseconds of what is encoded for the decision of `tick` in the ticks before it."
+    s, ms = run.model.cfg.sampling, 0.0
+    wanted = history_ticks(tick, s.history_frames, s.history_stride, s.history_hop)
+    for now in range(tick - every, tick):
+        frames = obs.history[0][: sum(w <= now for w in wanted)]
+        ms += timed(partial(run.stream.prefill, frames), dev)[1]
+    return ms
+
+# %% ../../nbs/studies/04_bench.ipynb #ahd00003
+@torch.inference_mode()
+def _decisions(model: HaloModel, args, warm: int = 3) -> tuple[dict, float]:
+    "Milliseconds of decisions by way, and the largest difference of their actions."
+    cfg, dev, every = model.cfg, args.device, args.every
+    past = cfg.sampling.history_frames + 2 * cfg.sampling.history_hop
+    first = -(-past // every) * every
+    ticks = range(first, first + every * (warm + args.ticks), every)
+    ways = dict(streamed='stream', ahead='stream', none='none')
+    runs = {name: Runner(model, how, False) for name, how in ways.items()}
+    took, worst = {n: [] for n in (*ways, 'while executing')}, 0.0
+    noise = torch.randn(1, cfg.chunk, cfg.max_action_dim, device=dev)
+    for tick, obs in zip(ticks, episode(cfg, ticks, device=dev)):
+        early = _ahead_of(runs['ahead'], obs, tick, every, dev)
+        took['while executing'].append(early)
+        out = _one_tick(runs, obs, noise, dev, took)
+        worst = max(worst, float((out['ahead'] - out['streamed']).abs().max()))
+    return {n: x[warm:] for n, x in took.items()}, worst
+
+# %% ../../nbs/studies/04_bench.ipynb #ahd00004
+def bench_prefill(args) -> dict:
+    "A decision with its past encoded beforehand, streamed, and without history."
+    cfg = bench_config(args)
+    took, worst = _decisions(build(cfg, args.device), args)
+    out = {n: t | dict(most=round(max(took[n]), 3)) for n, t in summary(took).items()}
+    print(f'{_setting_text(cfg, args)}, a decision every {args.every} ticks:')
+    for n, t in out.items():
+        print(f"{n:16}: {t['ms']:8.1f} ms, at most {t['most']:8.1f} ({t['calls']})")
+    print(f'actions differ by {worst:.0e}')
+    return dict(out, difference=worst)
+
 # %% ../../nbs/studies/04_bench.ipynb #thr00002
 def _train_when_told(pipe, args) -> None:
     "A process of its own: trains whenever `pipe` says so, and sends its milliseconds."
@@ -1269,6 +1311,7 @@ BENCHES = dict(
     options=bench_options,
     peers=bench_peers,
     threads=bench_threads,
+    prefill=bench_prefill,
 )
 
 # %% ../../nbs/studies/04_bench.ipynb #d75a8bed
@@ -1316,6 +1359,7 @@ def parser() -> argparse.ArgumentParser:
     add('--ticks', type=int, default=40)
     plain = 'leave HaloModel.sample out of `tick`'
     add('--no-plain', action='store_true', help=plain)
+    add('--every', type=int, default=8, help='ticks between decisions of `prefill`')
     add('--rounds', type=int, default=20)
     add('--batch', type=int, default=1)
     add('--checkpoint', default='', help='a shipped policy for the errors of `options`')
