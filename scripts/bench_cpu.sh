@@ -12,3 +12,4 @@ bench tick --preset paper --layers 6 --ticks 20 --no-plain --name "tick, paper's
 bench denoise --preset small --rounds 20
 bench cost --preset small --rounds 10
 bench options --preset small --rounds 20 --checkpoint checkpoints/flash_place/full
+bench prefill --preset small --ticks 24

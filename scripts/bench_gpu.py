@@ -27,6 +27,12 @@ RUNS = {
     'share': f'share {PAPER} --graph --compile --no-eager --rounds 20',
     'cost': f'cost {PAPER} --graph --rounds 20',
     'exact': 'tick --preset paper --no-plain --ticks 18 --name exact',
+    'prefill': f'prefill {PAPER} --ticks 24 --every 8',
+    'train': 'train --preset small --dtype bfloat16 --batch 32 --rounds 20',
+    'train_base': 'train --preset base --dtype bfloat16 --checkpointing --batch 8'
+    ' --rounds 20 --name "train, base"',
+    'train_paper': f'train {PAPER} --trainings lora --checkpointing --batch 4 --rounds 20'
+    ' --name "train, paper"',
 }
 
 
@@ -50,16 +56,8 @@ def main():
             str(args.file),
         ]
         if args.small:
-            command = (
-                [
-                    x
-                    for x in command
-                    if x
-                    not in ('--preset', 'paper', '--dtype', 'bfloat16', '--device', 'cuda')
-                ]
-                + '--preset tiny --device cpu --history 8'.split()
-                + '--hop 4 --ticks 6 --rounds 2'.split()
-            )
+            command += '--preset tiny --dtype float32 --device cpu --history 8'.split()
+            command += '--hop 4 --ticks 6 --rounds 2 --batch 2'.split()
         print('==', *command, flush=True)
         began = time.monotonic()
         try:

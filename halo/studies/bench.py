@@ -17,6 +17,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..data.files import write_whole
+from ..data.history import EpisodeSampler
 from ..method.config import ModelConfig, preset
 from ..method.model import HaloModel
 from ..method.salr import SALR
@@ -33,16 +35,20 @@ from ..method.sampling import history_ticks
 from ..method.vlm import Observation
 from ..realtime.graph import GraphStreamer
 from ..realtime.stream import Denoiser, Streamer
+from ..train import scale
 from ..train.cores import Cores
+from ..train.plan import GPUS, plan, step_flops
+from ..train.plan import Run as TrainingRun
+from ..train.scale import ScaleConfig
 
 # %% auto #0
-__all__ = ['WAYS', 'PEERS', 'BENCHES', 'wait', 'timed', 'alternate', 'summary', 'PeakMemory', 'peak_bytes', 'bench_salr',
-           'bench_config', 'build', 'episode', 'recomputed', 'cached', 'bench_denoise', 'without_history',
+__all__ = ['TRAININGS', 'WAYS', 'PEERS', 'BENCHES', 'wait', 'timed', 'alternate', 'summary', 'PeakMemory', 'peak_bytes',
+           'bench_salr', 'bench_config', 'build', 'episode', 'recomputed', 'cached', 'bench_denoise', 'without_history',
            'past_removed', 'Runner', 'compare_ticks', 'tick_operations', 'tick_bound', 'bench_tick', 'bench_cost',
            'Stopwatch', 'groups_of_parts', 'parts', 'Pick', 'training_step', 'bench_share', 'linears', 'int8_weights',
-           'weight_bytes', 'option_errors', 'bench_options', 'bench_prefill', 'bench_threads', 'count', 'pi0',
-           'smolvla', 'like_sized', 'base_alone', 'peers', 'compare_peer', 'bench_peers', 'machine', 'keep', 'parser',
-           'main']
+           'weight_bytes', 'option_errors', 'bench_options', 'bench_prefill', 'bench_train', 'bench_threads', 'count',
+           'pi0', 'smolvla', 'like_sized', 'base_alone', 'peers', 'compare_peer', 'bench_peers', 'machine', 'keep',
+           'parser', 'main']
 
 # %% ../../nbs/studies/04_bench.ipynb #c3fd5918
 def wait(device) -> None:
@@ -952,6 +958,121 @@ def bench_prefill(args) -> dict:
     print(f'actions differ by {worst:.0e}')
     return dict(out, difference=worst)
 
+# %% ../../nbs/studies/04_bench.ipynb #trn00002
+def _train_policy(cfg: ModelConfig):
+    "A policy of random weights with two views of 224 pixels, 7 actions and an 8-d state."
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    from halo.policy.configuration_halo import HaloConfig
+    from halo.policy.modeling_halo import HaloPolicy
+
+    views = ('observation.images.primary', 'observation.images.wrist')
+    seen = {v: PolicyFeature(FeatureType.VISUAL, (3, 224, 224)) for v in views}
+    seen['observation.state'] = PolicyFeature(FeatureType.STATE, (8,))
+    done = dict(action=PolicyFeature(FeatureType.ACTION, (7,)))
+    fps = cfg.sampling.fps
+    own = dict(preset=cfg.name, model=cfg, device='cpu', fps=fps)
+    return HaloPolicy(HaloConfig(input_features=seen, output_features=done, **own))
+
+# %% ../../nbs/studies/04_bench.ipynb #trn00004
+@dataclass
+class _Batches:
+    "Data of random numbers for the loop of `halo.train.scale`: one batch, again and again."
+
+    cfg: ModelConfig
+    size: int
+
+    def batch(self, picks) -> dict:
+        s, b = self.cfg.sampling, self.size
+        g = torch.Generator().manual_seed(0)
+        image = lambda *d: torch.randint(0, 256, (b, *d), dtype=torch.uint8, generator=g)
+        real = lambda *d: torch.randn(b, *d, generator=g)
+        side = s.history_size
+        return {
+            'observation.history': image(s.history_frames, 3, side, side),
+            'observation.history_mask': torch.ones(b, s.history_frames, dtype=torch.bool),
+            'observation.images.primary': image(3, 224, 224),
+            'observation.images.wrist': image(3, 224, 224),
+            'observation.state': real(8),
+            'observation.language.tokens': torch.full((b, 16), 20),
+            'observation.language.attention_mask': torch.ones(b, 16, dtype=torch.bool),
+            'action': real(self.cfg.chunk, 7),
+            'action_is_pad': torch.zeros(b, self.cfg.chunk, dtype=torch.bool),
+        }
+
+    def sampler(self, batch: int):
+        return EpisodeSampler(batch, batch)
+
+# %% ../../nbs/studies/04_bench.ipynb #trn00005
+# how a model is trained: names of `halo.train.plan.Run`
+TRAININGS = dict(full={}, lora=dict(lora_rank=16, lora_parts=('vlm',)))
+
+
+def _planned(cfg: ModelConfig, args, how: dict) -> TrainingRun:
+    "The run as the plan counts it; a CPU is planned as if it were the first card."
+    name = torch.cuda.get_device_name() if args.device != 'cpu' else ''
+    words = name.lower().replace(' ', '-')
+    card = next((k for k in GPUS if k.split('-')[0] in words), 'h200')
+    views = ((224, 224),) * 2
+    own = dict(micro=args.batch, views=views, words=16, dtype=args.dtype)
+    again = 'all' if args.checkpointing else 'none'
+    return TrainingRun(cfg, card, checkpointing=again, **own, **how)
+
+# %% ../../nbs/studies/04_bench.ipynb #trn00007
+def _train_steps(cfg: ModelConfig, args, how: dict, warm: int = 3) -> list[float]:
+    "Milliseconds of optimisation steps on one card, or on the CPU."
+    own = dict(checkpointing=args.checkpointing, dtype=args.dtype, compile=args.compile)
+    rc = ScaleConfig(micro=args.batch, ahead=0, warmup=0, **own, **how)
+    dev, data = torch.device(args.device), _Batches(cfg, args.batch)
+    r = scale._Run(_train_policy(cfg), dict, data, Path(), rc, 0, 1, dev)
+    scale._make_ready(r)
+    batch = scale.Feed(data, r.sampler, dict, rc, 0, 1, dev).micro([])
+    parts = r.policy, [batch], r.draws(), r.optimizer, rc.clip
+    if dev.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+    run = partial(scale.scale_step, *parts)
+    return [timed(run, dev)[1] for _ in range(warm + args.rounds)][warm:]
+
+# %% ../../nbs/studies/04_bench.ipynb #trn00008
+def _train_row(cfg: ModelConfig, args, how: dict) -> dict:
+    "Measured and planned: time, memory, utilisation."
+    run, took = _planned(cfg, args, how), _train_steps(cfg, args, how)
+    t, p, flops = summary(dict(step=took))['step'], plan(run), step_flops(run)
+    once = sum(sum(flops[k].values()) for k in ('forward', 'backward'))
+    rate = once / (t['ms'] / 1e3)
+    row = t | dict(samples_per_s=1e3 * args.batch / t['ms'], tflops=rate / 1e12)
+    row |= dict(planned_ms=1e3 * p['seconds']['all'], planned_gb=p['total'] / 1e9)
+    if args.device != 'cpu':
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        row |= dict(card=run.gpu, mfu=rate / GPUS[run.gpu].flops, peak_gb=peak)
+    return {k: round(x, 4) if isinstance(x, float) else x for k, x in row.items()}
+
+# %% ../../nbs/studies/04_bench.ipynb #trn00009
+def _say_training(name: str, r: dict) -> None:
+    "A row of `bench train` as text."
+    print(
+        f"{name:5}: {r['ms']:8.1f} ms a step ({r['calls']}), {r['samples_per_s']:.2f}"
+        f" samples a second, {r['tflops']:.3f} TFLOP/s"
+    )
+    if 'mfu' in r:
+        print(
+            f"       {r['mfu']:.1%} of a {r['card']}; planned {r['planned_ms']:.1f} ms;"
+            f" {r['peak_gb']:.1f} GB at the peak, planned {r['planned_gb']:.1f}"
+        )
+
+
+def bench_train(args) -> dict:
+    "Optimisation steps on one card, in full and with LoRA, beside what was planned."
+    cfg, out = bench_config(args).but(checkpointing=args.checkpointing), {}
+    print(f'{_setting_text(cfg, args)}, {args.batch} samples, {args.dtype}:')
+    for name in args.trainings:
+        out[name] = _train_row(cfg, args, TRAININGS[name])
+        _say_training(name, out[name])
+        gc.collect()
+        if args.device != 'cpu':
+            torch.cuda.empty_cache()
+    return out
+
 # %% ../../nbs/studies/04_bench.ipynb #thr00002
 def _train_when_told(pipe, args) -> None:
     "A process of its own: trains whenever `pipe` says so, and sends its milliseconds."
@@ -1312,6 +1433,7 @@ BENCHES = dict(
     peers=bench_peers,
     threads=bench_threads,
     prefill=bench_prefill,
+    train=bench_train,
 )
 
 # %% ../../nbs/studies/04_bench.ipynb #d75a8bed
@@ -1359,6 +1481,8 @@ def parser() -> argparse.ArgumentParser:
     add('--ticks', type=int, default=40)
     plain = 'leave HaloModel.sample out of `tick`'
     add('--no-plain', action='store_true', help=plain)
+    add('--trainings', nargs='+', default=list(TRAININGS), choices=list(TRAININGS))
+    add('--checkpointing', action='store_true', help='recompute blocks (`train`)')
     add('--every', type=int, default=8, help='ticks between decisions of `prefill`')
     add('--rounds', type=int, default=20)
     add('--batch', type=int, default=1)

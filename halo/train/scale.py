@@ -1090,8 +1090,12 @@ def _check_finite(step: int, loss: float, norm: float) -> None:
         )
 
 # %% ../../nbs/train/03_scale.ipynb #8b718c42
-def _row(r: _Run, loss: float, norm: Tensor, tally: Tally, since: tuple) -> dict:
-    "What is logged after a step; `since`: step and time of the row before."
+def _row(
+    r: _Run, loss: float, norm: Tensor, tally: Tally, since: tuple, waited: float
+) -> dict:
+    """What is logged after a step; `since`: step and time of the row before, `waited`:
+    seconds of that time in which no batch was there.
+    """
     seconds, steps = time.time() - since[1], r.step - since[0]
     return dict(
         step=r.step,
@@ -1100,6 +1104,7 @@ def _row(r: _Run, loss: float, norm: Tensor, tally: Tally, since: tuple) -> dict
         lr=r.optimizer.param_groups[0]['lr'],
         **tally.row(r.world),
         samples_per_s=round(steps * global_batch(r.rc, r.world) / seconds, 3),
+        waited=round(waited / seconds, 4),  # share of the time
         peak_gb=round(peak_memory(), 3),
     )
 
@@ -1120,28 +1125,30 @@ def loop(r: _Run, until: int) -> dict:
     "The steps of `scale_train` up to `until`, or to a signal; returns the last row."
     tally = Tally(r.data.names, r.policy.config.model.max_action_dim)
     feed = Feed(r.data, r.sampler, r.pre, r.rc, r.rank, r.world, r.device)
-    since, last, cores = (r.step, time.time()), {}, Cores()
+    since, last, waited, cores = (r.step, time.time()), {}, 0.0, Cores()
     with Stopper() as stop:
         while r.step < until:
             set_lr(r.optimizer, r.step, r.rc)
+            asked = time.time()
             batches, position = next(feed)
+            waited += time.time() - asked
             draws, clip, seed = r.draws(), r.rc.clip, r.gate_seed()
             parts = r.policy, batches, draws, r.optimizer
             loss, norm = scale_step(*parts, clip, tally, seed)
-            loss, asked = _agree(r, loss, stop.asked)
+            loss, told = _agree(r, loss, stop.asked)
             _check_finite(r.step, loss, float(norm))
             r.step += 1
             r.ema.update(r.step)
             if said := cores.look():
                 r.log.event(f'step {r.step}: {said}', step=r.step)
-            end = r.step >= until or asked
+            end = r.step >= until or told
             if r.step % r.rc.log_every == 0 or end:
-                last = _row(r, loss, norm, tally, since)
+                last = _row(r, loss, norm, tally, since, waited)
                 r.log.row(**last)
-                since = r.step, time.time()
+                since, waited = (r.step, time.time()), 0.0
             if r.step % r.rc.save_every == 0 or end:
                 _save(r, position, end)
-            if asked:
+            if told:
                 r.log.event(f'step {r.step}: asked to stop; saved', step=r.step)
                 last['asked'] = True
                 break
