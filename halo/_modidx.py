@@ -3026,6 +3026,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'halo.studies.bench.peak_bytes': ('studies/bench.html#peak_bytes', 'halo/studies/bench.py'),
                                     'halo.studies.bench.peers': ('studies/bench.html#peers', 'halo/studies/bench.py'),
                                     'halo.studies.bench.pi0': ('studies/bench.html#pi0', 'halo/studies/bench.py'),
+                                    'halo.studies.bench.pi05': ('studies/bench.html#pi05', 'halo/studies/bench.py'),
                                     'halo.studies.bench.recomputed': ('studies/bench.html#recomputed', 'halo/studies/bench.py'),
                                     'halo.studies.bench.smolvla': ('studies/bench.html#smolvla', 'halo/studies/bench.py'),
                                     'halo.studies.bench.summary': ('studies/bench.html#summary', 'halo/studies/bench.py'),

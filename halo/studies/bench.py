@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +48,8 @@ __all__ = ['TRAININGS', 'WAYS', 'PEERS', 'BENCHES', 'wait', 'timed', 'alternate'
            'past_removed', 'Runner', 'compare_ticks', 'tick_operations', 'tick_bound', 'bench_tick', 'bench_cost',
            'Stopwatch', 'groups_of_parts', 'parts', 'Pick', 'training_step', 'bench_share', 'linears', 'int8_weights',
            'weight_bytes', 'option_errors', 'bench_options', 'bench_prefill', 'bench_train', 'bench_threads', 'count',
-           'pi0', 'smolvla', 'like_sized', 'base_alone', 'peers', 'compare_peer', 'bench_peers', 'machine', 'keep',
-           'parser', 'main']
+           'pi0', 'pi05', 'smolvla', 'like_sized', 'base_alone', 'peers', 'compare_peer', 'bench_peers', 'machine',
+           'keep', 'parser', 'main']
 
 # %% ../../nbs/studies/04_bench.ipynb #c3fd5918
 def wait(device) -> None:
@@ -1203,6 +1204,26 @@ def pi0(
     both.paligemma.lm_head = both.gemma_expert.lm_head = nn.Identity()
     return out
 
+# %% ../../nbs/studies/04_bench.ipynb #pi05cd01
+def pi05(depth: int, chunk: int, dtype: str, **widths) -> nn.Module:
+    "LeRobot's π0.5 with a Gemma body and expert of the sizes that `pi0` takes."
+    from lerobot.policies.pi05 import modeling_pi05 as theirs
+    from lerobot.policies.pi05.configuration_pi05 import PI05Config
+
+    w = widths
+    heads = dict(depth=depth, num_heads=w['heads'], num_kv_heads=1, head_dim=256)
+    body, expert = (
+        theirs.GemmaConfig(width=width, mlp_dim=mlp, **heads)
+        for width, mlp in ((w['width'], w['mlp']), (w['expert_width'], w['expert_mlp']))
+    )
+    sizes = dict(gemma_2b=body, gemma_300m=expert)
+    own = PI05Config(dtype=dtype, chunk_size=chunk, n_action_steps=chunk)
+    with patch.object(theirs, 'get_gemma_config', sizes.__getitem__):
+        out = theirs.PI05Pytorch(own).eval()
+    both = out.paligemma_with_expert
+    both.paligemma.lm_head = both.gemma_expert.lm_head = nn.Identity()
+    return out
+
 # %% ../../nbs/studies/04_bench.ipynb #fb91223f
 _SMOL_VISION = dict(
     hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
@@ -1343,7 +1364,7 @@ def base_alone(chunk: int, dtype: str) -> ModelConfig:
 
 # %% ../../nbs/studies/04_bench.ipynb #53e54b9d
 def peers(size: str, chunk: int, dtype: str) -> dict[str, tuple]:
-    """LeRobot's π0 and SmolVLA with random weights, each with the widths (or the
+    """LeRobot's π0, π0.5 and SmolVLA with random weights, each with the widths (or the
     configuration) of the HALO that is put beside it.
     """
     deep, shallow = PEERS[size]
@@ -1352,22 +1373,31 @@ def peers(size: str, chunk: int, dtype: str) -> dict[str, tuple]:
         return {'π0': (make, base_alone(chunk, dtype))}
     return {
         'π0': (partial(pi0, depth=deep, chunk=chunk, dtype=dtype, **_PI0), _BESIDE_PI0),
+        'π0.5': (partial(pi05, depth=deep, chunk=chunk, dtype=dtype, **_PI0), _BESIDE_PI0),
         'SmolVLA': (partial(smolvla, chunk, dtype, shallow), _BESIDE_SMOLVLA),
     }
 
 # %% ../../nbs/studies/04_bench.ipynb #097e0623
-def _peer_call(other: nn.Module, noise: Tensor, dtype, dev) -> Callable:
+def _peer_call(
+    other: nn.Module, noise: Tensor, dtype, dev, compiled: bool = False
+) -> Callable:
     "A chunk of a peer from two views of 224 pixels and 16 words."
     images = [torch.rand(1, 3, 224, 224, device=dev).to(dtype) * 2 - 1 for _ in range(2)]
     there = [torch.ones(1, dtype=torch.bool, device=dev)] * 2
     words = torch.randint(20, 400, (1, 16), device=dev)
-    state = torch.randn(1, 32, device=dev).to(other.state_proj.weight.dtype)
+    # π0.5 reads its state as words
+    proj = [other.state_proj] if hasattr(other, 'state_proj') else []
+    state = [torch.randn(1, 32, device=dev).to(p.weight.dtype) for p in proj]
     start = noise.to(other.action_in_proj.weight.dtype)
+
+    sample = other.sample_actions
+    if compiled:  # as LeRobot's policies do for compile_model=true
+        sample = torch.compile(sample, mode=other.config.compile_mode)
 
     def call():
         mask = torch.ones_like(words, dtype=torch.bool)
-        seen = (images, there, words, mask, state)
-        return other.sample_actions(*seen, noise=start, num_steps=10)
+        seen = (images, there, words, mask, *state)
+        return sample(*seen, noise=start, num_steps=10)
 
     return call
 
@@ -1393,8 +1423,8 @@ def _own_calls(model: HaloModel, obs: Observation, noise: Tensor, args) -> dict:
 # %% ../../nbs/studies/04_bench.ipynb #5499c30a
 @torch.inference_mode()
 def compare_peer(name: str, make: Callable, beside, args, chunk: int = 50) -> dict:
-    """Chunk times of a peer and of HALO without history at its size, eager, in turns: two
-    views of 224 pixels, 16 words, ten steps.
+    """Chunk times of a peer and of HALO without history at its size, in turns, eagerly and,
+    where asked, both compiled: two views of 224 pixels, 16 words, ten steps.
     """
     dev = args.device
     torch.manual_seed(0)
@@ -1406,13 +1436,19 @@ def compare_peer(name: str, make: Callable, beside, args, chunk: int = 50) -> di
     model = build(cfg, dev)
     obs = next(episode(cfg, range(1), device=dev))
     noise = torch.randn(1, chunk, 32, device=dev)
-    theirs = _peer_call(other, noise, getattr(torch, args.dtype), dev)
-    runs = {name: theirs} | _own_calls(model, obs, noise, args)
+    ask = partial(_peer_call, other, noise, getattr(torch, args.dtype), dev)
+    runs = {name: ask()} | _own_calls(model, obs, noise, args)
+    if args.compile:
+        runs[f'{name}, compiled'] = ask(compiled=True)
     t = summary(alternate(runs, args.rounds, dev))
     n = {name: count(other), 'HALO': count(model)}
     _say_peer(name, n, t, cfg.text.layers)
-    ratio = round(t['HALO']['ms'] / t[name]['ms'], 3)
-    return dict(t, parameters=n, layers=cfg.text.layers, ratio=ratio)
+    ratio = lambda a, b: round(t[a]['ms'] / t[b]['ms'], 3)
+    out = dict(t, parameters=n, layers=cfg.text.layers, ratio=ratio('HALO', name))
+    if args.compile:  # best form against best form
+        out |= dict(ratio_compiled=ratio('HALO, graph', f'{name}, compiled'))
+        print(f"compiled, HALO / {name}: {out['ratio_compiled']}")
+    return out
 
 # %% ../../nbs/studies/04_bench.ipynb #db3bdc19
 def bench_peers(args) -> dict:
