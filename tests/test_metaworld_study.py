@@ -88,6 +88,21 @@ def test_a_study_goes_on_from_another(study, monkeypatch):
     assert left == ['record', 'convert', 'train halo-0', 'play halo-0', 'keep halo-0']
 
 
+def test_a_third_study_keeps_all_that_it_began_with(study):
+    crop = mw.read_fifty(root / 'configs/studies/mt50_crop.yaml')
+    runs = [Path('runs/mt50_more/halo-0'), Path('runs/mt50/halo-0')]
+    assert crop.begin('halo', 0) == runs[0] and crop.begins('halo', 0) == runs
+    keep = mw.run_work(crop, 'halo', 0)[2].command
+    a = mw.parser().parse_args(keep[keep.index('--keep') :])
+    assert a.after == runs
+    for run in (*runs, a.keep[0]):
+        a_run(run)
+    training = mw.kept_run(a.keep[0], a.after)['training']
+    assert mw.spent(training).count('300 steps') == 3
+    assert mw.seconds(training) == 3 * training['seconds']
+    assert training['after']['after']['checkpoint_sha256'] == SHA
+
+
 def test_data_goes_where_training_looks_for_it(study):
     moved = replace(study, set=('data.root=data/elsewhere',))
     assert mw.demonstrations_work(moved)[1].command[-1] == 'data/elsewhere'

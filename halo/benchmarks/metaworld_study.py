@@ -52,8 +52,14 @@ class Fifty:
 
     def begin(self, variant: str, seed: int) -> Path | None:
         "The run whose policy a variant begins with, or None."
+        return next(iter(self.begins(variant, seed)), None)
+
+    def begins(self, variant: str, seed: int) -> list[Path]:
+        "The runs that a variant goes on from, each from the next, the newest first."
         first = self.first()
-        return first.run(variant, seed) if first else None
+        if first is None:
+            return []
+        return [first.run(variant, seed), *first.begins(variant, seed)]
 
     def changes(self, variant: str, seed: int) -> list[str]:
         "What is changed in `config` for a variant and a training seed."
@@ -162,8 +168,8 @@ def run_work(s: Fifty, variant: str, seed: int) -> list[Work]:
     ask = '--policy', run / 'policy', *look, '--episodes', s.trials, '--out', result
     play = _halo('benchmarks.suite', '--benchmark', 'metaworld', '--videos', 0, *ask)
     keep = _halo('benchmarks.metaworld_study', '--keep', run, file)
-    if begun := s.begin(variant, seed):
-        keep += ['--after', str(begun)]
+    if begun := s.begins(variant, seed):
+        keep += ['--after', *map(str, begun)]
     steps = read_config(locate(s.config), s.changes(variant, seed))['run'].steps
     trained, played = partial(has_policy, run, steps), partial(has_result, run)
     kept = partial(is_kept, file, run)
@@ -220,9 +226,18 @@ def trained_by(run: Path) -> dict:
     )
 
 # %% ../../nbs/benchmarks/10a_metaworld_study.ipynb #10as0024
-def kept_run(run: Path, after: Path | None = None) -> dict:
-    """What is kept of a run that was played; `after`: the run whose policy it began with.
-    Raises `ValueError` where the evaluation has not ended.
+def _went_on_from(after) -> dict:
+    "Under `after`: the training of the first of these runs, and of those before it."
+    if not after:
+        return {}
+    run, *before = after
+    first = dict(checkpoint_sha256=weights_of(run / 'policy'))
+    return dict(after=trained_by(run) | first | _went_on_from(before))
+
+
+def kept_run(run: Path, after=()) -> dict:
+    """What is kept of a run that was played; `after`: the run whose policy it began with,
+    the run before that, and so on. Raises `ValueError` where the evaluation has not ended.
     """
     folder = run / 'played'
     if not (folder / 'result.json').exists():
@@ -232,10 +247,7 @@ def kept_run(run: Path, after: Path | None = None) -> dict:
     each = {task: [] for task in tiers()}
     for e in result['episodes']:
         each[e['task'].split('/')[1]].append(bool(e['success']))
-    told, training = result['conventions'], trained_by(run)
-    if after:
-        first = dict(checkpoint_sha256=weights_of(after / 'policy'))
-        training |= dict(after=trained_by(after) | first)
+    told, training = result['conventions'], trained_by(run) | _went_on_from(after)
     return dict(
         each=each,
         differs=told['differs'],
@@ -342,7 +354,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--seeds', type=int, nargs='+', help='these training seeds')
     both = dict(nargs=2, type=Path, metavar=('RUN', 'FILE'))
     p.add_argument('--keep', **both, help='only keep what a run came to')
-    p.add_argument('--after', type=Path, help='run that this one began with, for --keep')
+    begun = 'for --keep: the run that this one began with, the one before that, ...'
+    p.add_argument('--after', type=Path, nargs='+', default=[], help=begun)
     return p
 
 
