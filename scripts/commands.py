@@ -600,6 +600,17 @@ RULES = (
     ),
     # benches and checks
     Rule(
+        r'(halo|halo\.) ?bench threads|halo\.studies\.bench threads',
+        ((r'( --preset \w+)?$', f' {LITTLE}'), (r'^', 'env -u OMP_NUM_THREADS ')),
+        slow=True,
+    ),
+    Rule(
+        r'scripts/against\.py \w+',
+        ((r'py \w+ .*', 'py HEAD --rounds 1 --out outputs/against.json'),),
+        ('simulator',),
+        slow=True,
+    ),
+    Rule(
         r'(halo|halo\.) ?bench |halo\.studies\.bench ',
         ((r'( --preset \w+)?$', f' {LITTLE}'),),
         slow=True,

@@ -1118,14 +1118,7 @@ def _in_turns(pipes: list, rounds: int, seconds: float) -> dict[str, list[float]
 
 # %% ../../nbs/studies/04_bench.ipynb #thr00005
 def bench_threads(args, seconds: float = 8.0) -> dict:
-    """A training step in one process and in two at once, with fixed threads and with those
-    that are free. Raises `ValueError` where OMP_NUM_THREADS leaves nothing to choose.
-    """
-    if 'OMP_NUM_THREADS' in os.environ or torch.get_num_threads() == 1:
-        raise ValueError(
-            f'torch has {torch.get_num_threads()} thread(s), fixed by OMP_NUM_THREADS or'
-            ' the number of cores: run this with env -u OMP_NUM_THREADS on two or more'
-        )
+    "A training step in one process and in two, with fixed threads and with those free."
     spawn = multiprocessing.get_context('spawn')
     pairs = [spawn.Pipe() for _ in range(2)]
     run = partial(spawn.Process, target=_train_when_told, daemon=True)
@@ -1534,6 +1527,12 @@ def _refuse(p: argparse.ArgumentParser, args) -> None:
     "Exit for options that contradict each other or a device that is not there."
     if (args.compile or args.no_eager) and not args.graph:
         p.error('--compile and --no-eager speak of static programs: add --graph')
+    fixed = 'OMP_NUM_THREADS' in os.environ or torch.get_num_threads() == 1
+    if args.what == 'threads' and fixed:
+        sys.exit(
+            f'torch has {torch.get_num_threads()} thread(s), by OMP_NUM_THREADS or by the'
+            ' number of cores; run this without OMP_NUM_THREADS on two cores or more'
+        )
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         sys.exit(
             f"--device {args.device}: torch sees no CUDA device here; use --device cpu"
