@@ -601,7 +601,7 @@ RULES = (
     # benches and checks
     Rule(
         r'(halo|halo\.) ?bench threads|halo\.studies\.bench threads',
-        ((r'( --preset \w+)?$', f' {LITTLE}'), (r'^', 'env -u OMP_NUM_THREADS ')),
+        ((r'^', 'env -u OMP_NUM_THREADS '),),
         slow=True,
     ),
     Rule(
