@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -126,7 +127,9 @@ def test_environments_of_one_kind_share_a_renderer_and_not_a_picture():
     first.close()
     for env, seed in ((first, 5), (second, 6)):
         env.reset(seed=seed)
-    assert first._renderers[40] is second._renderers[40]
+    (one,), (two,) = first._renderers.values(), second._renderers.values()
+    assert one is two
+    del one, two
     actions = np.random.default_rng(0).uniform(-1, 1, (12, 4))
     beside = [first.observe()]
     for a in actions:
@@ -137,6 +140,26 @@ def test_environments_of_one_kind_share_a_renderer_and_not_a_picture():
     second.observe()  # goes on when the other has given the renderer back
     second.close()
     assert not [k for k in E._SHARED if k[2] == 40]
+
+
+@sim
+def test_environments_may_be_stepped_in_threads():
+    "An environment that was first drawn elsewhere gets a renderer of the thread it is in."
+    envs = [E.FlashPlaceEnv(40) for _ in range(3)]
+    want = [roll(env, seed) for seed, env in enumerate(envs)]
+    with ThreadPoolExecutor(3) as pool:
+        again = list(pool.map(roll, envs, range(3)))
+        for env in envs:
+            env.close()
+    assert all(all(map(same, a, b)) for a, b in zip(want, again))
+
+
+@sim
+def test_rules_of_lists_are_drawn_too():
+    pads = [[-0.17, 0.73], [0.0, 0.79], [0.17, 0.73]]
+    env = E.FlashPlaceEnv(40, rules=E.FlashPlaceSpec(pads=pads))
+    assert env.reset(seed=1)[0]['pixels']['primary'].shape == (40, 40, 3)
+    env.close()
 
 
 @sim

@@ -15,6 +15,7 @@ from halo.method.salr import (
     fp32_parameter_names,
     salr_fused,
     salr_literal,
+    state_map,
 )
 
 SIZES = [
@@ -208,3 +209,13 @@ def test_a_compiled_layer_has_the_same_gradients(rows):
     for name, grad in found[0].items():
         assert grad.abs().max() > 0
         torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('samples', [2, 7])
+def test_the_state_map_has_first_and_second_derivatives(samples):
+    "Both ways of making A on a CPU, by finite differences."
+    g = torch.Generator().manual_seed(0)
+    new = lambda *d: torch.randn(*d, generator=g, dtype=torch.float64).requires_grad_()
+    parts = new(2 * 2 * 3, 4), new(2, 2, 3), new(samples, 2, 3)
+    assert torch.autograd.gradcheck(state_map, parts)
+    assert torch.autograd.gradgradcheck(state_map, parts)

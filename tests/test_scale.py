@@ -1308,6 +1308,20 @@ def job(name):
     )
 
 
+def test_a_row_says_what_share_of_the_time_no_batch_was_there(tmp_path, monkeypatch):
+    dataset = data_in(tmp_path)
+    rc = ScaleConfig(steps=4, micro=2, warmup=1, log_every=1, save_every=100)
+    share, batch = {}, OneDataset.batch
+    for name, pause in dict(quick=0.0, slow=1.5).items():
+        slowly = lambda self, picks, s=pause: time.sleep(s) or batch(self, picks)
+        monkeypatch.setattr(OneDataset, 'batch', slowly)
+        run(1, dataset, LITTLE, tmp_path / name, rc)
+        rows = read_rows(tmp_path / name / 'metrics.jsonl')
+        share[name] = [r['waited'] for r in rows]
+    assert all(0 <= x <= 1 for x in share['quick'] + share['slow'])
+    assert min(share['slow']) > 0.4 and share['quick'][-1] < 0.4
+
+
 def test_parts(tmp_path):
     parts(tmp_path)
 

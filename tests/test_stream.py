@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from halo.method.config import preset
 from halo.method.expert import attend_few, grouped_attention
+from halo.method.model import HaloModel
 from halo.realtime.graph import GraphStreamer, padded_mlp
 from halo.realtime.stream import Denoiser, Streamer
 from halo.studies.bench import build, episode, parser
@@ -222,9 +223,18 @@ def test_a_policy_that_gets_ahead_plans_the_same():
     assert ahead[1]['computed'] < plain[1]['computed']
     policy.reset()
     assert policy.prefill(4) == 0  # nothing was seen
-    policy.observe(pre(dict(batches[0])), 0)
-    policy.config.stream = False
-    assert policy.prefill(4) == 0
+    for streams in (False, True):
+        policy.reset()
+        for tick in range(7):
+            policy.observe(pre(dict(batches[tick])), tick)
+        policy.config.stream = streams
+        assert (policy.prefill(12) > 0) == streams
+
+
+def test_positions_that_depend_on_the_whole_row_are_not_streamed():
+    cfg = preset('tiny', sampling__positions='installed').without_weights()
+    with pytest.raises(ValueError, match="positions='installed'"):
+        Streamer(HaloModel(cfg))
 
 
 def test_the_loop_gets_ahead_while_it_waits():

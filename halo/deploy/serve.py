@@ -756,6 +756,7 @@ class Session:
     episode: int = 0
     tick: int = -1  # newest tick in the history
     asked: int | None = None  # tick of the last observation
+    gap: int | None = None  # ticks between it and the one before
     seed: int | None = None  # of this episode's noise, given by the client
     busy: bool = False  # an observation is being answered
     seen: Seen = field(default_factory=Seen)
@@ -834,6 +835,10 @@ class HaloEngine:
 
     def held(self, memory: dict) -> int:
         return len(memory['history'].rows[0])
+
+    @property
+    def streams(self) -> bool:
+        return self.policy.streams and not self.policy.config.graph
 
     def known(self, memory: dict, tick: int) -> torch.Tensor:
         "What is fixed already of the history at a later tick: frames (k, 3, S, S)."
@@ -1084,6 +1089,7 @@ class Job:
         s, r = self.session, self.request
         begin_episode(s, r, engine)
         engine.remember(s.memory, self.tick, r)
+        s.gap = None if s.asked is None else self.tick - s.asked
         s.tick = s.asked = self.tick
         take_note(s, self.now, r, self.tick)
 
@@ -1094,7 +1100,7 @@ def begin_episode(session: Session, r: Request, engine) -> None:
         if session.tick >= 0:
             session.episode += 1
         session.memory, session.tick = engine.memory(), -1
-        session.asked, session.seed = None, None
+        session.asked = session.gap = session.seed = None
         session.seen.begin(told=not r.supposed)
     if r.seed is not None:
         session.seed = r.seed
@@ -1124,10 +1130,10 @@ class Worker:
                 f"batch size {size} is not possible with a {engine.contract.type!r} policy;"
                 " use 1"
             )
-        if ahead and (size > 1 or not hasattr(engine, 'get_ahead')):
+        if ahead and not (size == 1 and getattr(engine, 'streams', False)):
             raise ValueError(
-                f"ahead is not possible with a {engine.contract.type!r} policy and batch"
-                f" size {size}; it needs HALO and 1"
+                f"ahead is not possible with this {engine.contract.type!r} policy and batch"
+                f" size {size}; it needs HALO with stream=true, graph=false, and batch 1"
             )
         self.engine, self.size, self.waiting = engine, size, []
         self.ahead, self.known = ahead, {}
@@ -1198,9 +1204,12 @@ async def next_group(self: Worker) -> list[Job]:
 
 # %% ../../nbs/deploy/02_serve.ipynb #srvahead5
 @patch
-def later(self: Worker, session: Session, tick: int) -> None:
-    "The next observation of `session` is expected at `tick` (in the event loop)."
-    if self.ahead:
+def later(self: Worker, session: Session) -> None:
+    """Note what is known for the next observation of `session` (in the event loop). It is
+    expected as many ticks after the last one as that came after the one before.
+    """
+    if self.ahead and session.asked is not None:
+        tick = session.asked + (session.gap or self.ahead)
         memory = session.memory
         self.known[id(memory)] = memory, self.engine.known(memory, tick)
         self.wake.set()
@@ -1237,7 +1246,7 @@ async def run(self: Worker) -> None:
             self.answered += 1
             if not job.done.done():
                 job.done.set_result(actions)
-            self.later(job.session, job.tick + self.ahead)
+            self.later(job.session)
 
 # %% ../../nbs/deploy/02_serve.ipynb #fe19ae46
 def chunk_length(config) -> int | None:
@@ -1428,8 +1437,7 @@ def take_frame(
     self.engine.remember(session.memory, tick, r)
     session.tick = tick
     take_note(session, now, r, tick)
-    if session.asked is not None:
-        self.worker.later(session, max(tick + 1, session.asked + self.execute))
+    self.worker.later(session)
     return dict(ack=True, tick=tick, frames=self.engine.held(session.memory))
 
 # %% ../../nbs/deploy/02_serve.ipynb #fdeeebd6

@@ -107,18 +107,18 @@ class _ByChannel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, f, w):
-        f, w = f.permute(2, 0, 1).contiguous(), w.transpose(0, 1)
         ctx.save_for_backward(f, w)
-        return torch.bmm(f, w).transpose(0, 1)
+        f = f.permute(2, 0, 1).contiguous()
+        return torch.bmm(f, w.transpose(0, 1)).transpose(0, 1)
 
     @staticmethod
     def backward(ctx, g):
         (f, w), df, dw = ctx.saved_tensors, None, None
         g = g.transpose(0, 1).contiguous()
         if ctx.needs_input_grad[0]:
-            df = torch.bmm(g, w.mT).permute(1, 2, 0)
+            df = torch.bmm(g, w.transpose(0, 1).mT).permute(1, 2, 0)
         if ctx.needs_input_grad[1]:
-            dw = torch.bmm(f.mT, g).transpose(0, 1)
+            dw = torch.bmm(f.permute(2, 1, 0).contiguous(), g).transpose(0, 1)
         return df, dw
 
 # %% ../../nbs/method/03_salr.ipynb #4d830625

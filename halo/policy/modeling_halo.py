@@ -533,13 +533,19 @@ def _alone(self: HaloPolicy, obs: Observation) -> bool:
     "Whether this is one robot in evaluation."
     return len(obs) == 1 and not (self.training or torch.is_grad_enabled())
 
+# %% ../../nbs/policy/03_modeling.ipynb #streams1
+@patch(as_prop=True)
+def streams(self: HaloPolicy) -> bool:
+    "Whether this policy can reuse what earlier ticks left."
+    return self.config.stream and self.config.model.sampling.positions == 'qwen'
+
 # %% ../../nbs/policy/03_modeling.ipynb #196670b0
 @patch
 def encode(self: HaloPolicy, obs: Observation) -> Prefix:
     """VLM and SALR of an observation; for one robot in evaluation mode only what is new
     since the last call of the episode.
     """
-    if not self.config.stream or not self._alone(obs):
+    if not self.streams or not self._alone(obs):
         return self.model.encode(obs)
     if self._streamer is None:
         self._streamer = Streamer(self.model)
@@ -550,8 +556,8 @@ def encode(self: HaloPolicy, obs: Observation) -> Prefix:
 @torch.no_grad()
 def prefill(self: HaloPolicy, tick: int) -> int:
     """Encode what is known of the history at control tick `tick`, at which the next chunk
-    will be asked for. Returns how many tokens were computed: 0 for several robots, without
-    `stream`, and with `graph`, whose programs have no such part.
+    will be asked for. Returns how many tokens were computed: 0 for several robots, for a
+    policy that does not stream, and with `graph`, whose programs have no such part.
     """
     one = self._history is not None and len(self._history.rows) == 1
     if not one:
@@ -563,7 +569,7 @@ def prefill(self: HaloPolicy, tick: int) -> int:
 @torch.no_grad()
 def prefill_frames(self: HaloPolicy, frames: Tensor) -> int:
     "`prefill` with the first frames (k, 3, S, S) of the later history."
-    if not self.config.stream or self.config.graph or self.training:
+    if not self.streams or self.config.graph or self.training:
         return 0
     if self._streamer is None:
         self._streamer = Streamer(self.model)

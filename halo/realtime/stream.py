@@ -162,10 +162,16 @@ def extend(
 class Streamer:
     """Encodes the observations of one running robot, reusing what the last ones left.
 
-    Exact; `reset()` when weights change.
+    Exact; `reset()` when weights change. Raises `ValueError` for positions other than
+    'qwen'.
     """
 
     def __init__(self, model: HaloModel):
+        if model.cfg.sampling.positions != 'qwen':
+            raise ValueError(
+                f"sampling.positions={model.cfg.sampling.positions!r} depends on the whole"
+                " row and cannot be streamed; use 'qwen', or HaloModel.encode"
+            )
         self.model = model
         self.features = PairFeatures(model, limit=model.cfg.sampling.history_frames + 4)
         self.reset()

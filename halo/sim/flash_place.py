@@ -417,7 +417,7 @@ def shared_renderer(scene, size: int):
     """The renderer of (size, size) pictures that all scenes like `scene` (one class, one
     task) share in this thread. Raises `RuntimeError` where there is no GL.
     """
-    key = type(scene), scene.task, size, threading.get_ident()
+    key = type(scene), repr(scene.task), size, threading.get_ident()
     renderer = _SHARED.get(key)
     if renderer is None:
         renderer = _SHARED[key] = make_renderer(scene.model, size)
@@ -444,9 +444,10 @@ def picture(
     _check_camera(camera)
     scene, size = self.scene, size or self.image_size
     self._paint_pads()
-    if size not in self._renderers:
-        self._renderers[size] = shared_renderer(scene, size)
-    return drawn(self._renderers[size], scene, camera)
+    here = size, threading.get_ident()
+    if here not in self._renderers:
+        self._renderers[here] = shared_renderer(scene, size)
+    return drawn(self._renderers[here], scene, camera)
 
 # %% ../../nbs/sim/01_flash_place.ipynb #468bbddd
 @patch

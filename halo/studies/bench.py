@@ -47,9 +47,9 @@ __all__ = ['TRAININGS', 'WAYS', 'PEERS', 'BENCHES', 'wait', 'timed', 'alternate'
            'bench_salr', 'bench_config', 'build', 'episode', 'recomputed', 'cached', 'bench_denoise', 'without_history',
            'past_removed', 'Runner', 'compare_ticks', 'tick_operations', 'tick_bound', 'bench_tick', 'bench_cost',
            'Stopwatch', 'groups_of_parts', 'parts', 'Pick', 'training_step', 'bench_share', 'linears', 'int8_weights',
-           'weight_bytes', 'option_errors', 'bench_options', 'bench_prefill', 'bench_train', 'bench_threads', 'count',
-           'pi0', 'pi05', 'smolvla', 'like_sized', 'base_alone', 'peers', 'compare_peer', 'bench_peers', 'machine',
-           'keep', 'parser', 'main']
+           'weight_bytes', 'option_errors', 'bench_options', 'bench_prefill', 'card_of', 'bench_train', 'bench_threads',
+           'count', 'pi0', 'pi05', 'smolvla', 'like_sized', 'base_alone', 'peers', 'compare_peer', 'bench_peers',
+           'machine', 'keep', 'parser', 'main']
 
 # %% ../../nbs/studies/04_bench.ipynb #c3fd5918
 def wait(device) -> None:
@@ -1010,14 +1010,24 @@ TRAININGS = dict(full={}, lora=dict(lora_rank=16, lora_parts=('vlm',)))
 
 
 def _planned(cfg: ModelConfig, args, how: dict) -> TrainingRun:
-    "The run as the plan counts it; a CPU is planned as if it were the first card."
-    name = torch.cuda.get_device_name() if args.device != 'cpu' else ''
-    words = name.lower().replace(' ', '-')
-    card = next((k for k in GPUS if k.split('-')[0] in words), 'h200')
+    "The run as the plan counts it; operations and bytes are the same on any card."
     views = ((224, 224),) * 2
     own = dict(micro=args.batch, views=views, words=16, dtype=args.dtype)
     again = 'all' if args.checkpointing else 'none'
+    card = card_of(args.device) or 'h200'
     return TrainingRun(cfg, card, checkpointing=again, **own, **how)
+
+# %% ../../nbs/studies/04_bench.ipynb #trn00012
+def card_of(device, name: str = '', gib: float = 0.0) -> str | None:
+    """The card of `device` as `halo plan` calls it, by torch's name for it and its memory;
+    None for a CPU and a card that the plan does not know.
+    """
+    if not name and torch.device(device).type == 'cuda':
+        p = torch.cuda.get_device_properties(device)
+        name, gib = p.name, p.total_memory / 2**30
+    words = name.lower().replace(' ', '').replace('-', '')
+    alike = [k for k in GPUS if k.split('-')[0] in words]
+    return min(alike, key=lambda k: abs(GPUS[k].memory - gib), default=None)
 
 # %% ../../nbs/studies/04_bench.ipynb #trn00007
 def _train_steps(cfg: ModelConfig, args, how: dict, warm: int = 3) -> list[float]:
@@ -1042,10 +1052,12 @@ def _train_row(cfg: ModelConfig, args, how: dict) -> dict:
     once = sum(sum(flops[k].values()) for k in ('forward', 'backward'))
     rate = once / (t['ms'] / 1e3)
     row = t | dict(samples_per_s=1e3 * args.batch / t['ms'], tflops=rate / 1e12)
-    row |= dict(planned_ms=1e3 * p['seconds']['all'], planned_gb=p['total'] / 1e9)
+    row |= dict(planned_gb=p['total'] / 1e9)
     if args.device != 'cpu':
-        peak = torch.cuda.max_memory_allocated() / 1e9
-        row |= dict(card=run.gpu, mfu=rate / GPUS[run.gpu].flops, peak_gb=peak)
+        row |= dict(peak_gb=torch.cuda.max_memory_allocated() / 1e9)
+    if card := card_of(args.device):
+        row |= dict(card=card, mfu=rate / GPUS[card].flops)
+        row |= dict(planned_ms=1e3 * p['seconds']['all'])
     return {k: round(x, 4) if isinstance(x, float) else x for k, x in row.items()}
 
 # %% ../../nbs/studies/04_bench.ipynb #trn00009
@@ -1056,10 +1068,9 @@ def _say_training(name: str, r: dict) -> None:
         f" samples a second, {r['tflops']:.3f} TFLOP/s"
     )
     if 'mfu' in r:
-        print(
-            f"       {r['mfu']:.1%} of a {r['card']}; planned {r['planned_ms']:.1f} ms;"
-            f" {r['peak_gb']:.1f} GB at the peak, planned {r['planned_gb']:.1f}"
-        )
+        print(f"       {r['mfu']:.1%} of a {r['card']}; planned {r['planned_ms']:.1f} ms")
+    if 'peak_gb' in r:
+        print(f"       {r['peak_gb']:.1f} GB, planned {r['planned_gb']:.1f}")
 
 
 def bench_train(args) -> dict:
@@ -1090,11 +1101,12 @@ def _train_when_told(pipe, args) -> None:
 
 def _steps_for(step: Callable, seconds: float, looking: bool) -> list[float]:
     "Milliseconds of the steps in so many seconds; the first third is not kept."
-    cores, end, took = Cores(every=1.0), time.perf_counter() + seconds, []
-    while time.perf_counter() < end:
-        if looking:
-            cores.look()
-        took.append(timed(step, 'cpu')[1])
+    end, took = time.perf_counter() + seconds, []
+    with Cores(every=1.0) as cores:
+        while time.perf_counter() < end:
+            if looking:
+                cores.look()
+            took.append(timed(step, 'cpu')[1])
     return took[len(took) // 3 :]
 
 # %% ../../nbs/studies/04_bench.ipynb #thr00004

@@ -5,15 +5,19 @@
 # %% ../../nbs/train/01a_cores.ipynb #cores002
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
+from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['own_cores', 'Work', 'Cores']
+__all__ = ['own_cores', 'quota', 'Work', 'Cores']
 
 # %% ../../nbs/train/01a_cores.ipynb #cores005
 def own_cores() -> list[int]:
@@ -24,9 +28,32 @@ def own_cores() -> list[int]:
         return sorted(process.cpu_affinity())
     return list(range(os.cpu_count()))
 
+# %% ../../nbs/train/01a_cores.ipynb #cores020
+_QUOTA = Path('/sys/fs/cgroup/cpu.max')
+
+
+def quota() -> int:
+    "Cores' worth of time that a container gives; very many where there is no limit."
+    try:
+        share, period = _QUOTA.read_text().split()
+        return max(1, int(share) // int(period))
+    except (OSError, ValueError):  # 'max', or no such file
+        return 1 << 30
+
 # %% ../../nbs/train/01a_cores.ipynb #cores006
 # of psutil's times of a core: what is no work, and what is counted a second time
 _IDLE = 'idle', 'iowait', 'guest', 'guest_nice'
+
+
+def _own_seconds() -> float:
+    "Seconds that this process computed, with the processes that it began."
+    me, total = psutil.Process(), 0.0
+    for p in (me, *me.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # one that ended meanwhile
+            t = p.cpu_times()
+            total += t.user + t.system
+    ended = me.cpu_times()
+    return total + ended.children_user + ended.children_system
 
 
 @dataclass(frozen=True)
@@ -40,30 +67,35 @@ class Work:
     @classmethod
     def now(cls, cores: list[int]) -> Work:
         "The counters at this moment."
-        times, process = psutil.cpu_times(percpu=True), psutil.Process().cpu_times()
+        times = psutil.cpu_times(percpu=True)
         busy = lambda t: sum(v for k, v in t._asdict().items() if k not in _IDLE)
         total = sum(busy(times[c]) for c in cores if c < len(times))
-        return cls(time.monotonic(), total, process.user + process.system)
+        return cls(time.monotonic(), total, _own_seconds())
 
-    def others(self, later: Work) -> float:
-        "Cores that others used on the average between this moment and a later one."
-        used = (later.all - self.all) - (later.own - self.own)
-        return max(0.0, used / (later.at - self.at))
+    def used(self, later: Work) -> tuple[float, float]:
+        "Cores in use between this moment and a later one: by others, by this process."
+        seconds, own = later.at - self.at, later.own - self.own
+        return max(0.0, (later.all - self.all - own) / seconds), own / seconds
 
 # %% ../../nbs/train/01a_cores.ipynb #cores010
 class Cores:
-    """Keeps torch's threads at the number of cores that other processes leave free, looked
-    at every `every` seconds; changes nothing where OMP_NUM_THREADS is set.
+    """Keeps torch's threads in the calling thread at the number of cores that other
+    processes leave free, looked at every `every` seconds, while it is open (`with Cores()
+    as cores`); changes nothing where OMP_NUM_THREADS is set.
     """
 
     def __init__(self, every: float = 2.0):
         self.every, self.cores, self.most = every, own_cores(), torch.get_num_threads()
+        self.limit = min(len(self.cores), quota())
         self.held = 'OMP_NUM_THREADS' in os.environ or self.most == 1
-        self.seen = Work.now(self.cores)
+        self.patience, self.calm, self.seen = 2, 0, Work.now(self.cores)
 
-    def free(self, others: float) -> int:
-        "Threads to take where others use so many cores: 1 to `most`."
-        return max(1, min(self.most, round(len(self.cores) - others)))
+    def __enter__(self) -> Cores:
+        return self
+
+    def __exit__(self, *_):
+        if not self.held:
+            torch.set_num_threads(self.most)
 
     def look(self) -> str:
         """Look, if it is time, and take the threads that are free; returns a sentence where
@@ -72,16 +104,34 @@ class Cores:
         if self.held or time.monotonic() - self.seen.at < self.every:
             return ''
         now = Work.now(self.cores)
-        others, self.seen = self.seen.others(now), now
-        before, free = torch.get_num_threads(), self.free(others)
-        if free == before:
+        (others, own), self.seen = self.seen.used(now), now
+        before, wanted = torch.get_num_threads(), self.wanted(others, own)
+        if wanted == before:
             return ''
-        torch.set_num_threads(free)
-        return self.sentence(others, before, free)
+        torch.set_num_threads(wanted)
+        return self.sentence(others, before, wanted)
 
-    def sentence(self, others: float, before: int, free: int) -> str:
-        "What there is to say about a change."
-        used = f'other processes use {others:.1f} of {len(self.cores)} cores'
-        said = f'{used}: {free} threads now, {before} before'
-        slow = '; everything is slower until they end'
-        return said + slow if others >= len(self.cores) - 0.5 else said
+# %% ../../nbs/train/01a_cores.ipynb #cores019
+@patch
+def wanted(self: Cores, others: float, own: float) -> int:
+    "Threads to take where others use `others` cores and this process `own`: 1 to `most`."
+    now, room = torch.get_num_threads(), self.limit - others
+    least = max(1, min(self.most, math.floor(room + 0.4)))
+    if least < now:
+        self.patience, self.calm = min(64, 2 * self.patience), 0
+        return least
+    more = min(self.most, now + math.floor(room - own + 0.4))
+    self.calm = self.calm + 1 if more > now else 0
+    if self.calm < self.patience:
+        return now
+    self.calm = 0
+    return more
+
+
+@patch
+def sentence(self: Cores, others: float, before: int, wanted: int) -> str:
+    "What there is to say about a change."
+    used = f'other processes use {others:.1f} of {len(self.cores)} cores'
+    said = f'{used}: {wanted} threads now, {before} before'
+    slow = '; everything is slower until they end'
+    return said + slow if others >= len(self.cores) - 0.5 else said

@@ -415,9 +415,11 @@ class _Log:
             f.write(json.dumps(self.rows[-1]) + '\n')
 
 # %% ../../nbs/train/01_loop.ipynb #9cee3963
-def _train_until(stop: int, it: _Trainee, tc: TrainConfig, log: _Log, bar, note, save):
+def _train_until(
+    stop: int, it: _Trainee, tc: TrainConfig, log: _Log, bar, note, save, cores: Cores
+):
     "The steps up to `stop`; `note` keeps the masks of now, `save` writes a checkpoint."
-    every, cores = tc.masks_every or max(1, tc.steps // 40), Cores()
+    every = tc.masks_every or max(1, tc.steps // 40)
     while it.step < stop:
         set_lr(it.optimizer, it.step, tc)
         loss, norm = train_step(it.policy, it.batch(), it.optimizer, tc.clip)
@@ -481,6 +483,6 @@ def train(
         note()
     it.policy, it.optimizer = acc.prepare(it.policy.train(), it.optimizer)
     log = _Log(out / 'log.jsonl', it.step)
-    with _bar(out.name, it.step, tc.steps, progress) as bar:
-        _train_until(stop, it, tc, log, bar, note, save)
+    with _bar(out.name, it.step, tc.steps, progress) as bar, Cores() as cores:
+        _train_until(stop, it, tc, log, bar, note, save, cores)
     return target

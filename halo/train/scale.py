@@ -1125,8 +1125,8 @@ def loop(r: _Run, until: int) -> dict:
     "The steps of `scale_train` up to `until`, or to a signal; returns the last row."
     tally = Tally(r.data.names, r.policy.config.model.max_action_dim)
     feed = Feed(r.data, r.sampler, r.pre, r.rc, r.rank, r.world, r.device)
-    since, last, waited, cores = (r.step, time.time()), {}, 0.0, Cores()
-    with Stopper() as stop:
+    since, last, waited = (r.step, time.time()), {}, 0.0
+    with Stopper() as stop, Cores() as cores:
         while r.step < until:
             set_lr(r.optimizer, r.step, r.rc)
             asked = time.time()
