@@ -38,11 +38,13 @@ def test_fifty_tasks_are_a_mean_over_tiers(monkeypatch):
         training=dict(seconds=1800),
     )
     first = record | dict(training=dict(seconds=1800, after=dict(seconds=5400)))
-    each = dict(mt50=record, mt50_more=first)
+    second = record | dict(training=dict(seconds=3600, after=first['training']))
+    each = dict(mt50=record, mt50_more=first, mt50_crop=second)
     found = lambda s, variant: [each[s.name]] if variant == 'halo' else []
     monkeypatch.setattr(results, 'kept_runs', found)
     rate = '25.0', '25 – 25 (episodes only)', '1 × 50 × 10'
-    for got, name, hours in zip(results.fifty_lines(), each, ('0.5', '2.0'), strict=True):
+    hours = '0.5', '2.0', '3.0'
+    for got, name, hours in zip(results.fifty_lines(), each, hours, strict=True):
         assert got.line()[:6] == ['MT50', f'{name}: halo', *rate, hours]
 
 

@@ -338,6 +338,8 @@ def report(s: Fifty) -> str:
     out = [block(v, r) for v, r in kept.items() if r]
     if none := [v for v, r in kept.items() if not r]:
         out.append(f'not run: {", ".join(none)}')
+    differs = dict.fromkeys(d for runs in kept.values() for r in runs for d in r['differs'])
+    out += [f'differs from the protocol: {d}' for d in differs]
     others = [f"{r['system']} {r['value']:g} ({r['kind']})" for r in task_rows('MT50')]
     return '\n'.join(out + ['others, mean over tiers: ' + ', '.join(others)])
 

@@ -149,7 +149,7 @@ class GotTiers(Got):
         return f'{seeds} × {tasks} × {n}'
 
 
-FIFTY = 'mt50_study', 'mt50_more'  # in configs/studies
+FIFTY = 'mt50_study', 'mt50_more', 'mt50_crop'  # in configs/studies
 
 
 def fifty_files() -> list[str]:
