@@ -77,7 +77,9 @@ def measure(commit: str, rounds: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         before, data = Path(folder) / 'before', Path(folder) / 'data'
         git = ['git', '-C', str(ROOT), 'worktree']
-        subprocess.run([*git, 'add', '-q', '--detach', str(before), commit], check=True)
+        made = subprocess.run([*git, 'add', '-q', '--detach', str(before), commit])
+        if made.returncode:
+            sys.exit(f'{commit} is no commit of a clone in {ROOT}; name one of git log')
         try:
             from halo.sim.flash_place import record_demonstrations
 

@@ -606,7 +606,15 @@ RULES = (
     ),
     Rule(
         r'scripts/against\.py \w+',
-        ((r'py \w+ .*', 'py HEAD --rounds 1 --out outputs/against.json'),),
+        (
+            (r'py \w+ .*', 'py HEAD --rounds 1 --out outputs/against.json'),
+            # the copy has no history
+            (
+                r'^',
+                'git init -q && git add -A && git -c user.name=me -c user.email=a@b commit'
+                ' -qm all && ',
+            ),
+        ),
         ('simulator',),
         slow=True,
     ),
