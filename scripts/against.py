@@ -7,7 +7,6 @@ turns: samples and ticks a second of both, and their ratio.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ WARM, STEPS, ENVIRONMENTS = 2, 6, 10
 
 
 def train_steps(data: Path) -> list[float]:
-    "Seconds of training steps as `halo.studies.demo` takes them, from its weights."
+    "Samples a second in training steps as `halo.studies.demo` takes them."
     import torch
     from lerobot.configs import PreTrainedConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -128,11 +127,12 @@ def main() -> None:
         p.error('name a commit, such as HEAD~10')
     out = told(measure(a.commit, a.rounds))
     if a.out:
-        import torch
+        from halo.benchmarks.first_gate import processor
+        from halo.data.files import write_whole
+        from halo.studies.bench import machine
 
-        where = dict(cores=os.cpu_count(), processor=platform.machine())
-        where |= dict(threads=torch.get_num_threads(), torch=torch.__version__)
-        a.out.write_text(json.dumps(out | dict(commit=a.commit, machine=where), indent=1))
+        where = machine('cpu') | dict(processor=processor())
+        write_whole(a.out, json.dumps(out | dict(commit=a.commit, machine=where), indent=1))
 
 
 if __name__ == '__main__':

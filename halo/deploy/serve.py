@@ -836,10 +836,6 @@ class HaloEngine:
     def held(self, memory: dict) -> int:
         return len(memory['history'].rows[0])
 
-    @property
-    def streams(self) -> bool:
-        return self.policy.streams and not self.policy.config.graph
-
     def known(self, memory: dict, tick: int) -> torch.Tensor:
         "What is fixed already of the history at a later tick: frames (k, 3, S, S)."
         return memory['history'].known(0, tick)
@@ -1130,7 +1126,8 @@ class Worker:
                 f"batch size {size} is not possible with a {engine.contract.type!r} policy;"
                 " use 1"
             )
-        if ahead and not (size == 1 and getattr(engine, 'streams', False)):
+        able = getattr(engine.policy, 'can_prefill', False) and hasattr(engine, 'get_ahead')
+        if ahead and not (size == 1 and able):
             raise ValueError(
                 f"ahead is not possible with this {engine.contract.type!r} policy and batch"
                 f" size {size}; it needs HALO with stream=true, graph=false, and batch 1"

@@ -140,8 +140,13 @@ def get(self: HistoryBuffer, row: int, tick: int) -> Tensor:
     """History of episode `row` at `tick`, oldest first: (k, 3, size, size) uint8 with k <=
     n; k = 0 at the start.
     """
+    return self._stacked(row, history_ticks(tick, self.n, self.stride, self.hop))
+
+
+@patch
+def _stacked(self: HistoryBuffer, row: int, wanted: list[int]) -> Tensor:
+    "The frames known at the ticks `wanted`, (k, 3, size, size), those before all left out."
     frames = self.rows[row]
-    wanted = history_ticks(tick, self.n, self.stride, self.hop)
     known = [k for k in (_latest(frames, want) for want in wanted) if k is not None]
     if not known:
         return torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
@@ -153,13 +158,9 @@ def known(self: HistoryBuffer, row: int, tick: int) -> Tensor:
     """The part of `get(row, tick)` that is fixed now, at an earlier tick: its first frames
     (k, 3, size, size) uint8, up to the newest that was stored.
     """
-    frames = self.rows[row]
-    newest = max(frames, default=-1)
+    newest = max(self.rows[row], default=-1)
     wanted = history_ticks(tick, self.n, self.stride, self.hop)
-    fixed = [_latest(frames, want) for want in wanted if want <= newest]
-    found = [frames[k] for k in fixed if k is not None]
-    none = torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
-    return torch.stack(found) if found else none
+    return self._stacked(row, [want for want in wanted if want <= newest])
 
 # %% ../../nbs/method/01_sampling.ipynb #8c118273
 def stack_histories(histories: list[Tensor], n: int, size: int) -> tuple[Tensor, Tensor]:

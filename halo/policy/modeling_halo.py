@@ -539,6 +539,12 @@ def streams(self: HaloPolicy) -> bool:
     "Whether this policy can reuse what earlier ticks left."
     return self.config.stream and self.config.model.sampling.positions == 'qwen'
 
+
+@patch(as_prop=True)
+def can_prefill(self: HaloPolicy) -> bool:
+    "Whether `prefill` has anything to do: a static program computes a tick as a whole."
+    return self.streams and not self.config.graph
+
 # %% ../../nbs/policy/03_modeling.ipynb #196670b0
 @patch
 def encode(self: HaloPolicy, obs: Observation) -> Prefix:
@@ -569,7 +575,7 @@ def prefill(self: HaloPolicy, tick: int) -> int:
 @torch.no_grad()
 def prefill_frames(self: HaloPolicy, frames: Tensor) -> int:
     "`prefill` with the first frames (k, 3, S, S) of the later history."
-    if not self.streams or self.config.graph or self.training:
+    if not self.can_prefill or self.training:
         return 0
     if self._streamer is None:
         self._streamer = Streamer(self.model)

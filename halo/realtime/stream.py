@@ -28,8 +28,8 @@ from halo.method.vlm import (
 )
 
 # %% auto #0
-__all__ = ['window_pairs', 'PairFeatures', 'KVBuffer', 'extend', 'Streamer', 'ExpertBuffer', 'expert_layer', 'compiled_layer',
-           'Denoiser']
+__all__ = ['window_pairs', 'PairFeatures', 'KVBuffer', 'extend', 'Streamer', 'whole_pairs', 'ExpertBuffer', 'expert_layer',
+           'compiled_layer', 'Denoiser']
 
 # %% ../../nbs/realtime/01_stream.ipynb #2fb8faba
 def window_pairs(obs: Observation) -> list[Tensor]:
@@ -323,8 +323,7 @@ def encode(self: Streamer, obs: Observation) -> Prefix:
     return Prefix(out, obs.state, whole)
 
 # %% ../../nbs/realtime/01_stream.ipynb #before02
-@patch
-def whole_pairs(self: Streamer, frames: Tensor) -> list[Tensor]:
+def whole_pairs(frames: Tensor) -> list[Tensor]:
     "Pairs (2, 3, S, S) of history frames (k, 3, S, S), without a last frame that is alone."
     return list(frames[: len(frames) // 2 * 2].clone().unflatten(0, (-1, 2)))
 
@@ -336,7 +335,7 @@ def prefill(self: Streamer, frames: Tensor) -> int:
     uint8 on the model's device: its `encode` computes only the rest, with the same result.
     Returns how many tokens were computed.
     """
-    pairs, side = self.whole_pairs(frames), frames.shape[-1] // self.model.cfg.vision.factor
+    pairs, side = whole_pairs(frames), frames.shape[-1] // self.model.cfg.vision.factor
     keep = self.common(pairs)
     if keep == len(pairs):
         return 0
