@@ -23,7 +23,7 @@ ini = ConfigParser(delimiters=['='])
 ini.read(root / 'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 readme = root / 'README.md'
-extras = ('dev', 'sim', 'viz', 'serve', 'baselines', 'peft', 'int8', 'flash')
+extras = ('dev', 'sim', 'viz', 'serve', 'baselines', 'peft', 'export', 'int8', 'flash')
 kinds = {'.csv', '.json', '.jsonl', '.md', '.py', '.safetensors', '.sh', '.txt', '.yaml'}
 
 

@@ -38,6 +38,9 @@ _ROBOTS = {
         'halo.data.mixture', 'check a mixture of data sets, compute its statistics'
     ),
     'serve': Command('halo.deploy.serve', 'serve a policy to robots and simulators'),
+    'export': Command(
+        'halo.deploy.export', 'a policy as ONNX programs, without PyTorch', 'export'
+    ),
     'evaluate': Command(
         'halo.benchmarks.suite', 'success rates on simulated benchmarks', 'sim'
     ),

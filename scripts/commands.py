@@ -518,6 +518,11 @@ RULES = (
         slow=True,
     ),
     Rule(
+        r'halo export .*--rollouts',
+        ((r'--rollouts \d+', '--rollouts 2'), (r'bench/export', 'outputs/export')),
+        slow=True,
+    ),
+    Rule(
         r'openpi_check',
         ((r'$', ' --episodes 1'), (r'/tmp/openpi', 'outputs/openpi_client')),
         ('simulator',),

@@ -1,5 +1,5 @@
 """Write constraints.txt: the exact version of everything that halo and its dev, sim, viz,
-serve, baselines and peft extras pull into .venv.
+serve, baselines, peft and export extras pull into .venv.
 """
 
 import os
@@ -42,7 +42,9 @@ def closure(name, extras, seen):
 
 if __name__ == '__main__':
     found = closure(
-        'lerobot_policy_halo', ['dev', 'sim', 'viz', 'serve', 'baselines', 'peft'], {}
+        'lerobot_policy_halo',
+        ['dev', 'sim', 'viz', 'serve', 'baselines', 'peft', 'export'],
+        {},
     )
     lines = sorted(
         {

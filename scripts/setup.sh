@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Create .venv with Python 3.12 and install this project into it, with its dev, sim, viz, serve, baselines and peft extras, at the versions of constraints.txt.
+# Create .venv with Python 3.12 and install this project into it, with its dev, sim, viz, serve, baselines, peft and export extras, at the versions of constraints.txt.
 # PYTHON=/path/to/python3.12 chooses the interpreter; PIP_ARGS="..." goes to pip (an index of CPU-only wheels, for example).
 # `scripts/setup.sh --which` prints the interpreter that it would take, and makes nothing.
 set -euo pipefail
@@ -50,10 +50,10 @@ if ! usable .venv/bin/python; then
     rm -f .venv.log
 fi
 
-echo "Installing halo with its dev, sim, viz, serve, baselines and peft extras into .venv (the first time fetches about 3 GB and takes some minutes)"
+echo "Installing halo with its dev, sim, viz, serve, baselines, peft and export extras into .venv (the first time fetches about 3 GB and takes some minutes)"
 started=$SECONDS
 quiet=--quiet; if [ -t 1 ]; then quiet=; fi
 # shellcheck disable=SC2086  # PIP_ARGS and quiet are lists of words
-.venv/bin/python -m pip install $quiet --disable-pip-version-check ${PIP_ARGS:-} -c constraints.txt -e ".[dev,sim,viz,serve,baselines,peft]"
+.venv/bin/python -m pip install $quiet --disable-pip-version-check ${PIP_ARGS:-} -c constraints.txt -e ".[dev,sim,viz,serve,baselines,peft,export]"
 touch "$stamp"
 echo "Installed in $((SECONDS - started)) s"

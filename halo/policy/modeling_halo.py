@@ -590,6 +590,15 @@ def _static(self: HaloPolicy) -> GraphStreamer:
     )
     return self._graphs
 
+# %% ../../nbs/policy/03_modeling.ipynb #runwith2
+@patch
+def run_with(self: HaloPolicy, engine) -> None:
+    """Let `engine.sample(obs, noise, dims)` compute the chunks (1, s, d) of one robot from
+    now on, and `engine.reset()` begin its episodes; None: the model again, as it streams.
+    """
+    self._graphs, self.config.graph = engine, engine is not None
+    self.reset()
+
 # %% ../../nbs/policy/03_modeling.ipynb #4af3c4f8
 @patch
 def _integrated(self: HaloPolicy, obs: Observation, x: Tensor, dims: Tensor, **rtc):

@@ -185,12 +185,16 @@ def param_groups(policy, weight_decay: float) -> list[dict]:
 def whole_folder(folder: Path):
     """Give an empty folder `….tmp` to write into, which takes the name `folder` at the end.
     What was there is moved to `….old` first and removed last: one of the two is whole at
-    any moment.
+    any moment. An error inside leaves nothing behind.
     """
     tmp, old = (folder.with_name(folder.name + end) for end in ('.tmp', '.old'))
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    yield tmp
+    try:
+        yield tmp
+    except Exception:
+        shutil.rmtree(tmp)
+        raise
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)

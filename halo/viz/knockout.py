@@ -27,11 +27,12 @@ from ..method.vlm import Context, Observation
 from ..realtime.stream import Denoiser
 from ..sim.evaluate import load_policy, observation_at, sha256
 from .recording import Recording, record_expert, shipped
+from .watch import watch
 
 # %% auto #0
-__all__ = ['SHARES', 'KEPT', 'COMMAND', 'SEEDS', 'latent_maps', 'says', 'kept_share', 'Scene', 'scene', 'closed_one_by_one',
-           'scenes', 'knockout', 'rank_correlation', 'faithfulness', 'closing', 'largest', 'prune_curve',
-           'save_effects', 'load_effects', 'episodes', 'moments', 'study', 'main']
+__all__ = ['GIVEN', 'SHARES', 'KEPT', 'COMMAND', 'SEEDS', 'latent_maps', 'says', 'kept_share', 'Scene', 'scene',
+           'closed_one_by_one', 'scenes', 'knockout', 'rank_correlation', 'faithfulness', 'closing', 'largest',
+           'prune_curve', 'save_effects', 'load_effects', 'episodes', 'moments', 'study', 'main']
 
 # %% ../../nbs/viz/02a_knockout.ipynb #5c9c83d1
 def latent_maps(policy) -> dict[str, list[LatentMap]]:
@@ -69,20 +70,17 @@ def kept_share(policy) -> dict[str, np.ndarray]:
     return {w: (x != 0).mean((1, 2, 3)) for w, x in says(policy).items()}
 
 # %% ../../nbs/viz/02a_knockout.ipynb #7d90cb5e
-@contextmanager
-def _noted(model: HaloModel) -> Iterator[list]:
-    "While open, collects (K, V, F_r) that each layer's SALR is given, in their order."
-    reads = []
+GIVEN = 'block.*.salr.k', 'block.*.salr.v', 'block.*.salr.state'
 
-    def note(m, args):
-        reads.append((*args[:2], m.state_heads(args[2])))
 
-    hooks = [b.rerep.register_forward_pre_hook(note) for b in model.blocks]
-    try:
-        yield reads
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _reads(model: HaloModel, cache) -> list[tuple]:
+    "(K, V, F_r) that each layer's SALR was given; F_r is None for a converter."
+    out = []
+    for n, b in enumerate(model.blocks):
+        k, v, state = (cache[f'block.{n}.salr.{x}'] for x in ('k', 'v', 'state'))
+        heads = b.rerep.state_heads(state) if isinstance(b.rerep, SALR) else None
+        out.append((k, v, heads))
+    return out
 
 # %% ../../nbs/viz/02a_knockout.ipynb #440b62e1
 @dataclass
@@ -109,8 +107,9 @@ def _real(policy, model: HaloModel) -> int:
 def scene(policy, obs: Observation, noise: Tensor, steps: int | None = None) -> Scene:
     "A `Scene` of one observation (b = 1) and noise (1, s, d)."
     model = getattr(policy, 'model', policy)
-    with _noted(model) as reads:
+    with watch(model, names=GIVEN) as cache:
         prefix = model.encode(obs)
+    reads = _reads(model, cache)
     real = _real(policy, model)
     kept = torch.arange(model.cfg.max_action_dim, device=noise.device) < real
     return Scene(model, prefix, reads, noise * kept, real, steps)
