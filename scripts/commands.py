@@ -518,6 +518,11 @@ RULES = (
         slow=True,
     ),
     Rule(
+        r'halo\.viz\.patching',
+        ((r'--keep bench/(\S+)', r'--episodes 1 --keep outputs/\1'),),
+        slow=True,
+    ),
+    Rule(
         r'halo export .*--rollouts',
         ((r'--rollouts \d+', '--rollouts 2'), (r'bench/export', 'outputs/export')),
         slow=True,

@@ -18,6 +18,7 @@ no page asks another machine for anything.
 import argparse
 import ast
 import base64
+import gzip
 import hashlib
 import html
 import io
@@ -532,6 +533,30 @@ def own_maths(folder, bare):
             page.write_text(changed, encoding='utf-8')
 
 
+def policy_in_the_page(folder):
+    """The programs of the demonstration's policies and what runs them, packed, in `live`;
+    made once and kept in .cache/live.
+    """
+    made = root / '.cache/live'
+    command = 'from halo.deploy.live import write_files as w; import sys, pathlib as p;'
+    command += ' w(p.Path(sys.argv[1]))'
+    done = subprocess.run([sys.executable, '-c', command, str(made)], cwd=root)
+    if done.returncode:
+        sys.exit('docs: the policies of the page were not exported; the message is above.')
+    shutil.copytree(made, folder / 'live')
+    ours = folder / 'site_libs/onnxruntime-web'
+    shutil.move(ours / 'ort.mjs', folder / 'live/ort.mjs')
+    wasm = (ours / 'ort.wasm').read_bytes()
+    (folder / 'live/ort.wasm.gz').write_bytes(gzip.compress(wasm, 9, mtime=0))
+    (ours / 'ort.wasm').unlink()
+    for page in folder.rglob('nbs/**/*.html'):
+        text = page.read_text(encoding='utf-8')
+        if '<iframe class="halo-live"' in text:
+            up = '../' * (len(page.relative_to(folder).parts) - 1)
+            said = f'<meta name="halo-live" content="{up}live/"></head>'
+            page.write_text(text.replace('</head>', said, 1), encoding='utf-8')
+
+
 def build(to, offline=False, bare=False):
     """The site in the folder `to`.
 
@@ -596,6 +621,7 @@ def build(to, offline=False, bare=False):
         if not bare:
             for package, archive in zip(vendor.PACKAGES, archives):
                 vendor.unpack(package, archive, rendered / 'site_libs')
+            policy_in_the_page(rendered)
         shutil.rmtree(to, ignore_errors=True)
         shutil.move(rendered, to)
     return len(paths)

@@ -272,7 +272,8 @@ library, and a policy for LeRobot (<code>--policy.type=halo</code>).</p>
 <b>make test</b>   <i># every notebook and test</i></code></pre>
 <p class="halo-go"><a class="btn btn-primary" href="{workbook}/index.html">Open the
 workbook</a> <a class="btn btn-outline-primary" href="{workbook}/viz/06_rollouts.html">Scrub
-this episode</a></p>
+this episode</a> <a class="btn btn-outline-primary"
+href="{workbook}/deploy/06_live.html">Change its past</a></p>
 </div>
 <figure class="halo-film">
 <picture><source media="(prefers-reduced-motion: reduce)" srcset="still.webp"><img
@@ -292,7 +293,8 @@ guess one pad of three. SALR makes no measurable difference in this task: the st
 what is hidden.</p>
 <h2 class="halo-h2" id="inside">See inside</h2>
 <p>Each page holds an explorer that moves here, without a kernel; in JupyterLab the same
-explorer asks the live model.</p>
+explorer asks the live model. In <a href="{workbook}/deploy/06_live.html">one page</a> the
+policy itself runs in your browser.</p>
 <div class="halo-cards">{cards}</div>'''
 
 

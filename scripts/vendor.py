@@ -1,5 +1,6 @@
-"""What the site's pages need from npm: KaTeX and two fonts. Fetched once with `npm pack`,
-checked against the hashes below, kept in .cache/npm.
+"""What the site's pages need from npm: KaTeX, two fonts, and ONNX Runtime for the policy in
+the page. Fetched once with `npm pack`, checked against the hashes below, kept in
+.cache/npm.
 
 python scripts/vendor.py            # fill the cache
 """
@@ -74,6 +75,17 @@ PACKAGES = (
         {
             'LICENSE': 'fonts/source-code-pro-LICENSE',
             'files/source-code-pro-latin-wght-normal.woff2': 'fonts/source-code-pro.woff2',
+        },
+    ),
+    Package(
+        'onnxruntime-web',
+        '1.24.3',
+        '41dDq7fxtTm0XzGE7N0d6m8FcOY8EWtUA65GkOixJPB/G7DGzBmiDAnVVXHznRw9bgUZpb+4/1lQK/PNxGpbrQ==',
+        {
+            'package.json': 'onnxruntime-web/package.json',
+            'README.md': 'onnxruntime-web/README.md',
+            'dist/ort.wasm.bundle.min.mjs': 'onnxruntime-web/ort.mjs',
+            'dist/ort-wasm-simd-threaded.wasm': 'onnxruntime-web/ort.wasm',
         },
     ),
 )

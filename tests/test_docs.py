@@ -7,6 +7,7 @@ import gzip
 import html
 import io
 import json
+import os
 import posixpath
 import re
 import shutil
@@ -89,7 +90,9 @@ def test_the_site_is_whole(site):
     assert pages == {'index.html', *(f'nbs/{name}.html' for name in books())}
     size = {f: f.stat().st_size for f in site.rglob('*') if f.is_file()}
     maths = 0 if whole else 0.65e6  # KaTeX and the fonts, where they could not be fetched
-    assert sum(size.values()) + maths < 15e6 and size[site / 'film.webp'] < 1.5e6
+    model = sum(n for f, n in size.items() if site / 'live' in f.parents)
+    assert sum(size.values()) - model + maths < 15e6 and size[site / 'film.webp'] < 1.5e6
+    assert model < 10e6 and (model > 5e6) == whole
     # what a reader waits for
     assert max(n for f, n in size.items() if f.suffix == '.html') < 1.2e6
 
@@ -949,4 +952,133 @@ def test_dark_mode_search_and_the_film(served):
         '.html' in (found.nth(k).get_attribute('href') or '') for k in range(found.count())
     )
     assert not watched.wrong, watched.wrong
+    page.close()
+
+
+@browses
+def test_answers_from_before_where_no_model_is(served):
+    b, url, site = served
+    watched = Watched(b, viewport=dict(width=1280, height=900))
+    page = watched.page
+    name = 'nbs/deploy/06_live.html'
+    text = (site / name).read_text().replace('name="halo-live"', 'name="elsewhere"')
+    plain = dict(body=text, content_type='text/html')
+    page.route(f'**/{name}', lambda route: route.fulfill(**plain))
+    page.goto(f'{url}/{name}')
+    inside = page.frame_locator('iframe.halo-live')
+    inside.locator('body[data-model=missing][data-how=before]').wait_for()
+    assert 'Computed before' in inside.locator('#said').inner_text()
+    assert inside.locator('#steps').is_disabled() and inside.locator('#show0').is_disabled()
+    ends = set()
+    for k in range(3):
+        inside.locator(f'#swap{k}').click()
+        body = inside.locator('body')
+        end, goal = (body.get_attribute(f'data-{x}') for x in ('end', 'goal'))
+        assert end == goal
+        ends.add(end)
+    assert len(ends) > 1 and not watched.wrong, (ends, watched.wrong)
+    page.close()
+
+
+def looks_of(site, frames=20):
+    "Inputs, noise and Python's answer, by the same programs, for looks of the recording."
+    from halo.deploy.export import arranged, layout_of
+    from halo.deploy.exported import Programs
+    from halo.sim.evaluate import load_policy, observation_at
+    from halo.viz.recording import shipped
+
+    policy, pre, _ = load_policy('checkpoints/flash_place/full')
+    r, lay = shipped('full'), layout_of(policy, 16)
+    made = site.parent / 'unpacked'
+    made.mkdir(exist_ok=True)
+    for name in ('prefix.onnx', 'denoise.onnx'):
+        packed = site / f'live/full/{name}.gz'
+        (made / name).write_bytes(gzip.decompress(packed.read_bytes()))
+    about = json.loads((site / 'live/full/policy.json').read_text())
+    programs, rng = Programs(made, about, 1), np.random.default_rng(0)
+    for tick in np.linspace(0, len(r) - 1, frames).astype(int):
+        obs = observation_at(policy, pre, r.record, r.task, int(tick))
+        seen = {k: v.numpy() for k, v in arranged(obs, lay).items()}
+        noise = rng.standard_normal((1, 16, 8)).astype(np.float32)
+        noise[..., 4:] = 0
+        answer = programs.denoised(programs.encode(seen), noise)[-1].ravel()
+        flat = {k: np.asarray(v).ravel().tolist() for k, v in seen.items()}
+        yield flat, noise.ravel().tolist(), answer
+
+
+@browses
+@pytest.mark.skipif(not whole, reason='a bare site has no model')
+def test_the_policy_runs_in_the_page(served):
+    b, url, site = served
+    watched = Watched(b, viewport=dict(width=1280, height=900))
+    page, sent = watched.page, []
+    page.on('response', lambda r: sent.append(r))
+    page.goto(f'{url}/nbs/deploy/06_live.html')
+    inside = page.frame_locator('iframe.halo-live')
+    inside.locator('body[data-model=here][data-how=now]').wait_for(timeout=60_000)
+    frame = page.locator('iframe.halo-live').element_handle().content_frame()
+    frame.wait_for_function('() => halo.models.no_history && halo.idle()', timeout=60_000)
+
+    def settled():
+        frame.wait_for_function('() => halo.idle()')
+        return frame.evaluate('() => JSON.parse(JSON.stringify(halo.plans()))')
+
+    moves = lambda plan: np.diff(plan, axis=0)
+
+    start = settled()
+    # the flash: the plan follows, without a history it stays
+    followed = 0
+    for k in (0, 1, 2, 0, 1, 2):
+        inside.locator(f'#swap{k}').click()
+        plans = settled()
+        body = frame.evaluate('() => ({...document.body.dataset})')
+        followed += body['end'] == body['goal']
+        assert np.allclose(plans['no_history'], start['no_history'], atol=1e-5)
+    assert followed >= 5, followed
+    inside.locator('#reset').click()
+    assert np.allclose(settled()['full'], start['full'], atol=1e-5)
+    # every other control moves the plan
+    for change in (
+        lambda: inside.locator('#word').select_option(index=0),
+        lambda: inside.locator('#show0').uncheck(),
+        lambda: inside.locator('#freeze').check(),
+        lambda: inside.locator('#reverse').check(),
+        *(lambda i=i: inside.locator(f'#{i}').fill('2') for i in ('light', 'x', 'y', 'z')),
+        lambda: inside.locator('#steps').fill('3'),
+        lambda: inside.locator('#seed').fill('5'),
+    ):
+        inside.locator('#reset').click()
+        settled()
+        change()
+        assert not np.allclose(moves(settled()['full']), moves(start['full']), atol=1e-4)
+    # the page's colours are the site's
+    page.locator('.quarto-color-scheme-toggle').first.click()
+    dark = "() => document.documentElement.classList.contains('dark')"
+    frame.wait_for_function(dark)
+    page.locator('.quarto-color-scheme-toggle').first.click()
+    frame.wait_for_function(f'() => !({dark})()')
+    inside.locator('#without').uncheck()
+    # Python's actions, and how long a look takes
+    took = []
+    for seen, noise, want in looks_of(site):
+        have, ms = frame.evaluate(
+            """async ([o, noise]) => {
+                const seen = {
+                    history: Uint8Array.from(o.history), pairs: o.pairs[0], text: o.text,
+                    words: o.words[0], state: Float32Array.from(o.state),
+                    views: [o.view0, o.view1].map(v => Uint8Array.from(v)),
+                };
+                const start = performance.now();
+                const x = await halo.models.full.chunk(seen, noise, 10);
+                return [Array.from(x), performance.now() - start];
+            }""",
+            [seen, noise],
+        )
+        took.append(ms)
+        assert np.abs(np.array(have) - want).max() < 1e-3
+    print(f'a look in the page: median {np.median(took):.0f} ms of {len(took)}')
+    assert np.median(took) < 250 or len(os.sched_getaffinity(0)) < 2
+    bytes_ = sum(len(r.body()) for r in sent if r.ok and r.url.startswith(url))
+    print(f'{bytes_ / 1e6:.1f} MB came with the page')
+    assert bytes_ < 12e6 and not watched.wrong, (bytes_, watched.wrong)
     page.close()

@@ -133,18 +133,26 @@ def test_other_actions_are_refused_and_nothing_is_left(written, tmp_path, monkey
     policy, pre, post, out = written
     copied = lambda model, lay, to: shutil.copytree(out, to, dirs_exist_ok=True)
     monkeypatch.setattr(ex, 'write_programs', copied)
-    for found in (0.01, float('nan')):
+    for found, kind in ((0.01, 'float32'), (float('nan'), 'int8'), (0.01, 'int8')):
         monkeypatch.setattr(ex, 'difference', lambda *a: found)
-        with pytest.raises(RuntimeError, match=f'differ by {found:.1e}'):
-            ex.export(policy, pre, post, tmp_path / 'out', 8)
+        with pytest.raises(RuntimeError, match=f'float32.*differ by {found:.1e}'):
+            ex.export(policy, pre, post, tmp_path / 'out', 8, kind)
+    each = iter((1e-6, float('inf')))
+    monkeypatch.setattr(ex, 'difference', lambda *a: next(each))
+    with pytest.raises(RuntimeError, match='int8 programs.*differ by inf'):
+        ex.export(policy, pre, post, tmp_path / 'out', 8, 'int8')
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_something_else_is_kept(written, tmp_path):
     policy, pre, post, _ = written
     (tmp_path / 'thesis.txt').write_text('all of it')
-    with pytest.raises(ValueError, match='no exported policy'):
-        ex.export(policy, pre, post, tmp_path, 8)
+    for extra in (None, 'policy.json'):
+        if extra:  # an exported policy with something of the user's beside it
+            for f in written[3].iterdir():
+                shutil.copy(f, tmp_path)
+        with pytest.raises(ValueError, match='holds other things'):
+            ex.export(policy, pre, post, tmp_path, 8)
     assert (tmp_path / 'thesis.txt').read_text() == 'all of it'
 
 
@@ -152,6 +160,10 @@ def test_bad_input_is_said_in_one_sentence(written, tmp_path):
     policy, pre, post, out = written
     with pytest.raises(ValueError, match='words=0'):
         ex.export(policy, pre, post, tmp_path / 'a', 0)
+    policy.config.model = policy.config.model.but(sampling__positions='installed')
+    with pytest.raises(ValueError, match="positions='installed'"):
+        ex.export(policy, pre, post, tmp_path / 'a', 8)
+    policy.config.model = policy.config.model.but(sampling__positions='qwen')
     with pytest.raises(ValueError, match="weights='fp4'"):
         ex.export(policy, pre, post, tmp_path / 'a', 8, 'fp4')
     with pytest.raises(ValueError, match='prefix.onnx is missing'):
@@ -164,8 +176,13 @@ def test_bad_input_is_said_in_one_sentence(written, tmp_path):
         (dict(instruction='lift it', state=np.zeros(4)), r'state has shape \(4,\)'),
         (dict(instruction='lift it', state=np.full(5, np.nan)), 'NaN or infinity'),
         (dict(instruction='lift it', pictures={FRONT: front}), "wrist' is missing"),
-        (dict(instruction=' '), 'the program takes 1'),
-        (dict(instruction='lift it ' * 20), r'takes 1 to 8'),
+        (dict(instruction=' '), 'the instruction is empty'),
+        (dict(instruction='lift it ' * 20), 'the program takes 8; export'),
+        (
+            dict(instruction='lift it', pictures={FRONT: front[:60], HAND: hand}),
+            'crop it to that shape',
+        ),
+        (dict(instruction='lift it', noise=np.zeros((1, 2, 3))), 'noise has shape'),
     )
     for wrong, said in bad:
         with pytest.raises(ValueError, match=said):
@@ -202,3 +219,7 @@ def test_the_command(tmp_path, capsys):
     done = ex.main(['checkpoints/flash_place/no_history', '--out', str(tmp_path / 'a')])
     said = capsys.readouterr().out
     assert done == 0 and 'written' in said and 'weights float32' in said
+    for wrong in (['--rollouts', '-1'], ['--keep', 'x.json']):
+        with pytest.raises(SystemExit):
+            ex.main(['checkpoints/flash_place/full', '--out', str(tmp_path / 'b'), *wrong])
+    assert not (tmp_path / 'b').exists()

@@ -165,13 +165,22 @@ class ExpertHeads(nn.Module):
 
 # %% ../../nbs/method/05_expert.ipynb #25646d43
 @patch
-def embed_actions(self: ExpertHeads, x_t: Tensor, t: Tensor) -> Tensor:
-    "Noisy actions (b, s, d), flow time (b,) -> tokens (b, s, width)."
+def time_features(self: ExpertHeads, t: Tensor) -> Tensor:
+    "Flow time (b,) -> its sines and cosines (b, width), periods from 4e-3 to 4."
     # here, not above: LeRobot's policies take seconds to import, `halo plan` needs none
     from lerobot.policies.common.vla_utils import create_sinusoidal_pos_embedding
 
+    width = self.action_in.out_features
+    return create_sinusoidal_pos_embedding(t, width, 4e-3, 4.0, device=t.device)
+
+
+@patch
+def embed_actions(self: ExpertHeads, x_t: Tensor, t: Tensor) -> Tensor:
+    """Noisy actions (b, s, d), flow time (b,) or its features (b, width) -> tokens (b, s,
+    width).
+    """
     a = self.action_in(x_t.to(self.action_in.weight.dtype))
-    e = create_sinusoidal_pos_embedding(t, a.shape[-1], 4e-3, 4.0, device=t.device)
+    e = self.time_features(t) if t.ndim == 1 else t
     e = e.to(a.dtype)[:, None].expand_as(a)
     return self.time_in(torch.cat([a, e], -1))
 

@@ -192,7 +192,7 @@ def whole_folder(folder: Path):
     tmp.mkdir(parents=True)
     try:
         yield tmp
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         shutil.rmtree(tmp)
         raise
     if folder.exists():

@@ -110,7 +110,9 @@ class Asked:
 
 
 def token_groups(policy, obs) -> dict[str, slice]:
-    "Tokens of each frame pair, of the present views, and of the words, in `obs` (b = 1)."
+    """Tokens of each frame pair, of the whole past, of the present views, and of the words,
+    in `obs` (b = 1).
+    """
     cfg, made = policy.model.cfg, {}
     rows = pack(obs, cfg).groups[0]
     if 'history' in rows:
@@ -120,6 +122,8 @@ def token_groups(policy, obs) -> dict[str, slice]:
     views = [s for name, s in rows.items() if name.startswith('view')]
     # with the tokens that open and close pictures
     first, last = views[0].start - 1, rows['text'].start
+    if made:
+        made['past'] = slice(rows['history'].start - 1, first)
     return made | dict(views=slice(first, last), words=rows['text'])
 
 

@@ -97,6 +97,8 @@ Patch = Tensor | Callable[[Tensor], Tensor]
 def patched(name: str, x: Tensor, patch: Patch) -> Tensor:
     "`x` replaced. Raises `ValueError` where the replacement has another shape."
     new = patch(x) if callable(patch) else patch
+    if not isinstance(new, Tensor):
+        raise ValueError(f'{name} was to be replaced by {type(new).__name__}, no tensor')
     if new.shape != x.shape:
         raise ValueError(
             f'{name} has shape {tuple(x.shape)}, its replacement {tuple(new.shape)}'
@@ -133,14 +135,15 @@ def watch(
     at every call of its own methods, and those in `patch` are replaced: by a tensor, or by
     a function of the activation. A replaced one is noted as it is read on.
 
-    A policy that streams, or runs a static program, computes other calls: ask its model.
-    Raises `ValueError` for an unknown name or another shape.
+    A policy that streams, or runs a static program, makes other calls: ask its model.
+    Raises `ValueError` for an unknown name or another shape, and at the end for a patch
+    that nothing came by.
     """
-    patch, cache = patch or {}, Activations()
+    patch, cache, used = patch or {}, Activations(), set()
     keep = found(model, names)
     wanted = keep | found(model, patch)
     hooks = [
-        _hook(n, point, cache, n in keep, patch.get(n))
+        _hook(n, point, cache, n in keep, _noted(n, patch.get(n), used))
         for n, point in points(model).items()
         if n in wanted
     ]
@@ -149,6 +152,23 @@ def watch(
     finally:
         for hook in hooks:
             hook.remove()
+    if unused := [n for n in patch if n not in used]:
+        raise ValueError(
+            f'{unused[0]} was not computed inside, so it was not replaced; call the model,'
+            ' not a policy that streams'
+        )
+
+
+def _noted(name: str, patch, used: set):
+    "`patch` that says in `used` that it was."
+    if patch is None:
+        return None
+
+    def noting(x):
+        used.add(name)
+        return patch(x) if callable(patch) else patch
+
+    return noting
 
 # %% ../../nbs/viz/02b_watch.ipynb #1ffb6ab2
 def tokens_from(other: Tensor, at: slice | Tensor | list) -> Callable[[Tensor], Tensor]:
