@@ -191,6 +191,21 @@ def test_bad_input_is_said_in_one_sentence(written, tmp_path):
     robot.act(**good, instruction='lift it')
 
 
+def test_large_weights_lie_beside_their_program(written, tmp_path, monkeypatch):
+    policy, pre, post, out = written
+    monkeypatch.setattr(ex, 'LARGE', 0)
+    with pytest.raises(ValueError, match='below 0 MiB'):
+        ex.export(policy, pre, post, tmp_path / 'a', 8, 'int8')
+    said = ex.export(policy, pre, post, tmp_path / 'a', 8)
+    assert said['difference'] < 1e-4 and 'prefix.onnx.data' in said['files']
+    size = lambda f: (f / 'prefix.onnx').stat().st_size
+    assert size(tmp_path / 'a') < 0.5 * size(out)
+    ex.export(policy, pre, post, tmp_path / 'a', 8)  # an export may be written again
+    (tmp_path / 'a/denoise.onnx.data').unlink()
+    with pytest.raises(ValueError, match='denoise.onnx.data is missing'):
+        Exported(tmp_path / 'a')
+
+
 def test_another_format_is_refused(written, tmp_path):
     for name in ('policy.json', 'prefix.onnx', 'denoise.onnx', 'tokenizer.json'):
         (tmp_path / name).write_bytes((written[3] / name).read_bytes())

@@ -45,6 +45,10 @@ def test_two_ends_of_patching(kind):
     half = tokens_from(caches[0]['embed.x'], slice(0, 9))
     with watch(model, {'embed.x': half}):
         between = model.sample(b, noise)
+    # one patch for many names
+    with watch(model, {'block.*.salr.?_u': torch.zeros_like}) as none:
+        model.encode(a)
+    assert not any(none[n].any() for n in none if n.endswith('_u'))
     assert not torch.equal(between, plans[0]) and not torch.equal(between, plans[1])
 
 

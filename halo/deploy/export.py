@@ -19,11 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from lerobot.processor import create_transition
 from torch import Tensor, nn
 
 from ..data.files import shown, write_whole
-from .exported import FILES, FORMAT, Exported, drawn, paired, read_about
+from .exported import FORMAT, Exported, drawn, paired, read_about
 from ..method.config import ModelConfig, one_of, preset
 from ..method.model import HaloModel, Prefix
 from halo.method.vlm import (
@@ -106,9 +107,9 @@ class PrefixProgram(nn.Module):
 
     def __init__(self, model: HaloModel, lay: Layout):
         super().__init__()
-        self.model, self.lay, patch = model, lay, model.cfg.vision.patch
+        self.model, self.lay, side = model, lay, model.cfg.vision.patch
         sizes = [(lay.size, lay.size)] * lay.pairs + list(lay.views)
-        grids = [(1, h // patch, w // patch) for h, w in sizes]
+        grids = [(1, h // side, w // side) for h, w in sizes]
         self.plan = VisionPlan(model.embed.visual, grids)
         rows = rows_of(model.cfg, lay)
         for name, x in vars(rows).items():
@@ -132,7 +133,8 @@ class PrefixProgram(nn.Module):
         return keys, values, ctx.valid, ctx.next_position
 
 # %% ../../nbs/deploy/05_export.ipynb #cbe537b7
-def _features(self: PrefixProgram, history: Tensor, views) -> Tensor:
+@patch
+def features(self: PrefixProgram, history: Tensor, views) -> Tensor:
     "Tokens (m, width) of the history's pairs, then of the views, shown twice."
     v = self.model.cfg.vision
     cut = lambda x: patchify(normalize_pixels(x)[None], v.patch, v.merge, v.temporal_patch)
@@ -141,7 +143,8 @@ def _features(self: PrefixProgram, history: Tensor, views) -> Tensor:
     return self.plan(torch.cat([cut(x) for x in pictures]))
 
 
-def _start(self: PrefixProgram, history, pairs, text, words, views):
+@patch
+def start(self: PrefixProgram, history, pairs, text, words, views):
     "First hidden state (1, l, width) of the row, and what the layers need besides."
     embed, l = self.model.embed, len(self.order)
     ids = torch.cat([self.ids[pairs][0, : l - self.lay.words], text])
@@ -152,7 +155,8 @@ def _start(self: PrefixProgram, history, pairs, text, words, views):
     return x, self.context(x, there, self.positions[pairs].transpose(0, 1))
 
 
-def _context(self: PrefixProgram, x: Tensor, there: Tensor, positions: Tensor) -> Context:
+@patch
+def context(self: PrefixProgram, x: Tensor, there: Tensor, positions: Tensor) -> Context:
     "Masks and rotations of tokens x (1, l, width), of which `there` (l,) exist."
     before = self.order[None] <= self.order[:, None]
     itself = self.order[None] == self.order[:, None]
@@ -163,10 +167,6 @@ def _context(self: PrefixProgram, x: Tensor, there: Tensor, positions: Tensor) -
     after = torch.where(there, largest, 0).amax(1) + 1
     rope = self.model.embed.rotary(x, positions)
     return Context(mask[None, None], rope, there[None], after, largest)
-
-
-PrefixProgram.features, PrefixProgram.start = _features, _start
-PrefixProgram.context = _context
 
 # %% ../../nbs/deploy/05_export.ipynb #96e3859f
 class DenoiseProgram(nn.Module):
@@ -396,7 +396,7 @@ def lighten(file: Path, weights: str) -> None:
 
 # %% ../../nbs/deploy/05_export.ipynb #5f619755
 # largest difference of a normalised action that an export may have
-MOST = dict(float32=1e-3, float16=1.0, int8=1.0)
+MOST = dict(float32=1e-3, float16=0.1, int8=1.0)
 
 
 def difference(model: HaloModel, lay: Layout, robot: Exported) -> float:
@@ -453,9 +453,8 @@ def refuse_other(out: Path) -> None:
     if not out.exists():
         return
     try:
-        known = {*FILES, 'prefix.onnx.data', 'denoise.onnx.data'}
-        whole = read_about(out) and {f.name for f in out.iterdir()} <= known
-    except (ValueError, OSError):
+        whole = {f.name for f in out.iterdir()} <= set(read_about(out)['files'])
+    except (ValueError, OSError, KeyError):
         whole = False
     if not whole:
         raise ValueError(
@@ -508,6 +507,7 @@ def export(
         (part / 'tokenizer.json').write_text(tokenizer_text(pre), encoding='utf-8')
         (part / 'policy.json').write_text(json.dumps(said))
         said |= dict(difference=agreed(model, lay, part, 'float32'))
+        said |= dict(files=sorted(f.name for f in part.iterdir()))
         if weights != 'float32':
             for name in ('prefix.onnx', 'denoise.onnx'):
                 lighten(part / name, weights)
@@ -654,7 +654,7 @@ def line(said: dict, folder: Path) -> str:
     mb = sum(f.stat().st_size for f in folder.iterdir()) / 1e6
     return (
         f"{shown(folder)} written: {mb:.1f} MB, weights {said['weights']}, actions within"
-        f" {said['difference']:.1e} of the policy's on noise"
+        f" {said['difference']:.1e} of the model's on noise"
     )
 
 
@@ -675,11 +675,12 @@ def rollout_lines(m: dict) -> str:
 def keep(path: Path, said: dict, found: dict, folder: Path, source: Path) -> None:
     "Add what was measured to a JSON file, under the kind of weights."
     from halo.studies.bench import machine
+    from halo.studies.study import commit
 
     kept = json.loads(path.read_text()) if path.is_file() else {}
     sizes = {f.name: f.stat().st_size for f in sorted(folder.iterdir())}
     made = dict(difference=said['difference'], bytes=sizes, rollouts=found)
-    made |= dict(policy_sha256=sha256(source), machine=machine('cpu'))
+    made |= dict(policy_sha256=sha256(source), commit=commit(), machine=machine('cpu'))
     write_whole(path, json.dumps(kept | {said['weights']: made}, indent=1))
 
 # %% ../../nbs/deploy/05_export.ipynb #ce583d31

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 # %% auto #0
-__all__ = ['FORMAT', 'FILES', 'taps', 'whole', 'resized', 'wanted_ticks', 'Past', 'paired', 'read_about', 'normalised',
-           'restored', 'token_ids', 'checked', 'views', 'read_state', 'time_features', 'session', 'Programs',
-           'Exported', 'drawn']
+__all__ = ['FORMAT', 'FILES', 'taps', 'whole', 'resized', 'wanted_ticks', 'Past', 'paired', 'refuse_missing', 'read_about',
+           'normalised', 'restored', 'token_ids', 'checked', 'views', 'read_state', 'time_features', 'session',
+           'Programs', 'Exported', 'drawn']
 
 # %% ../../nbs/deploy/04_exported.ipynb #f910fa2c
 def taps(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray]:
@@ -111,14 +111,19 @@ FORMAT = 1
 FILES = 'policy.json', 'prefix.onnx', 'denoise.onnx', 'tokenizer.json'
 
 
-def read_about(folder: str | Path) -> dict:
-    "What `policy.json` says. Raises `ValueError` for a folder that is no exported policy."
-    for name in FILES:
+def refuse_missing(folder: str | Path, names) -> None:
+    "Raise `ValueError` unless all these files are in `folder`."
+    for name in names:
         if not (Path(folder) / name).is_file():
             raise ValueError(
                 f"{folder} is not an exported policy: {name} is missing; write it with"
-                " halo export POLICY --out DIR"
+                " halo export POLICY --out DIR, or copy it again"
             )
+
+
+def read_about(folder: str | Path) -> dict:
+    "What `policy.json` says. Raises `ValueError` for a folder that is no exported policy."
+    refuse_missing(folder, FILES)
     try:
         about = json.loads((Path(folder) / 'policy.json').read_text(encoding='utf-8'))
         found = about.get('format')
@@ -129,6 +134,7 @@ def read_about(folder: str | Path) -> dict:
             f"{folder} has format {found!r}, this version reads {FORMAT}; export the policy"
             " again"
         )
+    refuse_missing(folder, about.get('files', ()))  # weights beside their program, too
     return about
 
 # %% ../../nbs/deploy/04_exported.ipynb #46c8bef9

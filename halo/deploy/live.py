@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 from ..data.files import locate
-from . import export as exporting
 from . import exported
 from .export import export, layout_of
 from .exported import FORMAT, drawn, token_ids
@@ -118,6 +117,7 @@ def moment(seed: int = 1_000_000) -> dict:
     return said | dict(
         colours=list(COLOURS),
         order=own,
+        step=STEP,
         ticks=ticks,
         frames=[f if len(set(f.values())) > 1 else f[own] for f in frames],
         views=views,
@@ -160,7 +160,8 @@ def write_files(out: Path) -> Path:
     folders = {n: locate(f'{CHECKPOINTS}/{n}') for n in POLICIES}
     weights = {n: sha256(f / 'model.safetensors') for n, f in folders.items()}
     mark = out / 'weights.json'
-    code = [sha256(Path(m.__file__)) for m in (exporting, exported)]
+    here = Path(exported.__file__).parent
+    code = [sha256(here / f'{n}.py') for n in ('exported', 'export', 'live')]
     weights = [POLICIES, FORMAT, list(map(instruction, COLOURS)), weights, code]
     if mark.is_file() and json.loads(mark.read_text()) == weights:
         return out
@@ -370,7 +371,7 @@ function path(actions) {
   const out = [data.state.slice(0, 3).map((v, i) => v + now.state[i])];
   for (const a of actions) {
     const p = out[out.length - 1];
-    out.push(p.map((v, i) => v + 0.04 * Math.max(-1, Math.min(1, a[i]))));
+    out.push(p.map((v, i) => v + data.step * Math.max(-1, Math.min(1, a[i]))));
   }
   return out;
 }

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..data.files import locate, write_whole
 from ..method.vlm import pack
 from ..sim.evaluate import load_policy, observation_at, sha256
+from ..train.loop import _commit
 from .knockout import Scene, scene
 from .watch import tokens_from, watch
 
@@ -233,7 +234,9 @@ def study(folder: Path, seeds: list[int], say=print) -> dict:
     finally:
         env.close()
     hashes = {n: sha256(locate(folder / n) / 'model.safetensors') for n in POLICIES}
-    return dict(tick=WAIT, kinds=KINDS, sha256=hashes, episodes=episodes)
+    return dict(
+        tick=WAIT, kinds=KINDS, sha256=hashes, commit=_commit(), episodes=episodes
+    )
 
 # %% ../../nbs/viz/02c_patching.ipynb #d8305d19
 def followed(kept: dict) -> dict[str, tuple[int, int, int]]:

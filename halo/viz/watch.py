@@ -133,17 +133,18 @@ def watch(
 ) -> Iterator[Activations]:
     """Within the block, the activations `names` of `model` (a policy's `.model`) are noted
     at every call of its own methods, and those in `patch` are replaced: by a tensor, or by
-    a function of the activation. A replaced one is noted as it is read on.
+    a function of the activation. A replaced one is noted as it is read on. `*` stands for
+    any part of a name, in both.
 
     A policy that streams, or runs a static program, makes other calls: ask its model.
     Raises `ValueError` for an unknown name or another shape, and at the end for a patch
     that nothing came by.
     """
-    patch, cache, used = patch or {}, Activations(), set()
-    keep = found(model, names)
-    wanted = keep | found(model, patch)
+    each = {n: p for k, p in (patch or {}).items() for n in found(model, [k])}
+    keep, cache, used = found(model, names), Activations(), set()
+    wanted = keep | found(model, each)
     hooks = [
-        _hook(n, point, cache, n in keep, _noted(n, patch.get(n), used))
+        _hook(n, point, cache, n in keep, _noted(n, each.get(n), used))
         for n, point in points(model).items()
         if n in wanted
     ]
@@ -152,7 +153,7 @@ def watch(
     finally:
         for hook in hooks:
             hook.remove()
-    if unused := [n for n in patch if n not in used]:
+    if unused := [n for n in each if n not in used]:
         raise ValueError(
             f'{unused[0]} was not computed inside, so it was not replaced; call the model,'
             ' not a policy that streams'
